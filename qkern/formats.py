@@ -1,0 +1,298 @@
+"""The number formats: code tables, decision thresholds and block layout.
+
+This file is the single source. The C++ header ``csrc/include/qkern/codes.h`` is generated from it:
+
+    python qkern/formats.py            # write the header (``python -m qkern.formats`` does the same)
+    python qkern/formats.py --check    # exit 1, showing the difference, when the header is stale
+
+Only the standard library is imported at module level, so the header can be made without torch.
+Every table entry is a Python float that is exactly a float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = ("nf4", "fp4", "custom")
+FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
+
+MIN_BLOCK_SIZE = 32
+MAX_BLOCK_SIZE = 4096
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK_SIZE = 256
+"""Number of absmax values that share one second-level scale in double quantisation."""
+
+MAPS = ("signed", "unsigned")
+
+NF4_CODES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""NormalFloat4 (QLoRA, arXiv 2305.14314), ascending, as bitsandbytes stores it.
+
+Hard-coded: recomputing it from normal quantiles in float32 gives only 13 of the 16 bit patterns.
+"""
+
+_FP4_MAGNITUDES_BY_CODE = (
+    0.0,
+    0.0052083334885537624,
+    0.6666666865348816,
+    1.0,
+    0.3333333432674408,
+    0.5,
+    0.1666666716337204,
+    0.25,
+)
+FP4_CODES = _FP4_MAGNITUDES_BY_CODE + tuple(-value for value in _FP4_MAGNITUDES_BY_CODE)
+"""bitsandbytes' FP4: bit 3 is the sign, so code 8 is -0.0; the magnitudes are not in order."""
+
+FP4_MAGNITUDE_CODES = tuple(sorted(range(8), key=_FP4_MAGNITUDES_BY_CODE.__getitem__))
+"""The 3-bit code of each FP4 magnitude, magnitudes ascending."""
+FP4_MAGNITUDES = tuple(_FP4_MAGNITUDES_BY_CODE[code] for code in FP4_MAGNITUDE_CODES)
+"""The eight FP4 magnitudes, ascending."""
+
+
+def _float32(value: float) -> float:
+    """``value`` rounded to the nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def _float32_down(value: float) -> float:
+    """The largest float32 that is not above ``value``."""
+    rounded = _float32(value)
+    if rounded <= value:
+        return rounded
+    (bits,) = struct.unpack("<i", struct.pack("<f", rounded))
+    # One step toward -inf. A positive result of rounding up is at least the least subnormal.
+    bits += -1 if rounded > 0.0 else 1
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+
+
+def midpoints(codes: Sequence[float]) -> tuple[float, ...]:
+    """Float32 midpoints ``(a + b) * 0.5`` of neighbours in an ascending table.
+
+    The code of a scaled value ``t`` is the number of midpoints it exceeds.
+    """
+    return tuple(
+        _float32(_float32(low + high) * 0.5) for low, high in zip(codes, codes[1:], strict=False)
+    )
+
+
+def nearest_thresholds(codes: Sequence[float]) -> tuple[float, ...]:
+    """Exact midpoints of neighbours in an ascending table, rounded down to float32.
+
+    A float32 ``t`` exceeds the rounded-down midpoint exactly when it exceeds the true one, so
+    counting ``t > threshold`` finds the nearest entry, a tie going to the lower one.
+    """
+    return tuple(
+        _float32_down((low + high) / 2.0) for low, high in zip(codes, codes[1:], strict=False)
+    )
+
+
+def _dynamic_map(signed: bool) -> tuple[float, ...]:
+    """The 8-bit dynamic map (7 exponent bits): 256 float32 values, ascending.
+
+    For each decade the means of neighbours in an even grid over [0.1, 1], then 0 and 1. It equals
+    bitsandbytes' ``create_dynamic_map`` bit for bit; each step is rounded to float32 as there, the
+    grid points with one rounding for multiply and add.
+    """
+    low, high = _float32(0.1), 1.0
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        intervals = 2**exponent if signed else 2 ** (exponent + 1)
+        step = _float32(_float32(high - low) / intervals)
+        # From both ends toward the middle, as torch.linspace does.
+        grid = [
+            _float32(low + step * i)
+            if i < (intervals + 1) // 2
+            else _float32(high - step * (intervals - i))
+            for i in range(intervals + 1)
+        ]
+        scale = _float32(10.0 ** (exponent - 6))
+        for mean in midpoints(grid):
+            values.append(_float32(scale * mean))
+            if signed:
+                values.append(-_float32(scale * mean))
+    return tuple(sorted(values))
+
+
+DYNAMIC_MAP_SIGNED = _dynamic_map(signed=True)
+"""8-bit map for values of either sign: double quantisation's, and an optimizer's first moment."""
+DYNAMIC_MAP_UNSIGNED = _dynamic_map(signed=False)
+"""8-bit map for non-negative values, such as an optimizer's second moment."""
+
+NF4_MIDPOINTS = midpoints(NF4_CODES)
+FP4_MAGNITUDE_THRESHOLDS = nearest_thresholds(FP4_MAGNITUDES)
+DYNAMIC_THRESHOLDS_SIGNED = nearest_thresholds(DYNAMIC_MAP_SIGNED)
+DYNAMIC_THRESHOLDS_UNSIGNED = nearest_thresholds(DYNAMIC_MAP_UNSIGNED)
+
+
+def packed_size(n: int) -> int:
+    """Number of bytes that hold ``n`` 4-bit codes, two to a byte."""
+    return (n + 1) // 2
+
+
+def num_blocks(n: int, block_size: int) -> int:
+    """Number of blocks, the last one perhaps short, that hold ``n`` elements."""
+    return (n + block_size - 1) // block_size
+
+
+def code_tensor(
+    format: str,  # noqa: A002
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """The code table of ``"nf4"`` or ``"fp4"``: a new float32 tensor ``[16]``.
+
+    Raises ``ValueError`` for any other name; a custom codebook lives in its ``QuantizedTensor``.
+    """
+    import torch
+
+    tables = {"nf4": NF4_CODES, "fp4": FP4_CODES}
+    if format not in tables:
+        raise ValueError(f'format: got {format!r}; takes "nf4" or "fp4"')
+    return torch.tensor(tables[format], dtype=torch.float32, device=device)
+
+
+def map_tensor(name: str, device: torch.device | str | None = None) -> torch.Tensor:
+    """The 8-bit dynamic map ``"signed"`` or ``"unsigned"``: a new float32 tensor ``[256]``.
+
+    Raises ``ValueError`` for any other name.
+    """
+    import torch
+
+    maps = {"signed": DYNAMIC_MAP_SIGNED, "unsigned": DYNAMIC_MAP_UNSIGNED}
+    if name not in maps:
+        raise ValueError(f'map: got {name!r}; takes "signed" or "unsigned"')
+    return torch.tensor(maps[name], dtype=torch.float32, device=device)
+
+
+HEADER_PATH = Path(__file__).resolve().parent.parent / "csrc" / "include" / "qkern" / "codes.h"
+
+
+def _float_literal(value: float) -> str:
+    mantissa, exponent = value.hex().split("p")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}p{exponent}f"
+
+
+def _array(ctype: str, name: str, items: Sequence[str], per_line: int) -> str:
+    lines = [", ".join(items[i : i + per_line]) for i in range(0, len(items), per_line)]
+    return (
+        f"inline constexpr {ctype} {name}[{len(items)}] = {{\n    " + ",\n    ".join(lines) + "};"
+    )
+
+
+def _float_array(name: str, values: Sequence[float], comment: str) -> str:
+    return f"// {comment}\n" + _array("float", name, [_float_literal(v) for v in values], 4)
+
+
+def header() -> str:
+    """The text of ``codes.h``."""
+    parts = [
+        "// Generated by qkern/formats.py; edit that file and run `python qkern/formats.py`.",
+        "// clang-format off",
+        "#pragma once",
+        "",
+        "#include <cstdint>",
+        "",
+        "namespace qkern {",
+        "",
+        *(
+            f"inline constexpr int kFormat{name.capitalize()} = {i};"
+            for name, i in FORMAT_IDS.items()
+        ),
+        "",
+        f"inline constexpr int kMinBlockSize = {MIN_BLOCK_SIZE};",
+        f"inline constexpr int kMaxBlockSize = {MAX_BLOCK_SIZE};",
+        f"inline constexpr int kNestedBlockSize = {NESTED_BLOCK_SIZE};",
+        "",
+        _float_array("kNf4Codes", NF4_CODES, "Value of each NF4 code, ascending."),
+        "",
+        _float_array("kNf4Midpoints", NF4_MIDPOINTS, "NF4 code = number of midpoints below t."),
+        "",
+        _float_array("kFp4Codes", FP4_CODES, "Value of each FP4 code; bit 3 is the sign."),
+        "",
+        _float_array("kFp4Magnitudes", FP4_MAGNITUDES, "FP4 magnitudes, ascending."),
+        "",
+        _float_array(
+            "kFp4MagnitudeMidpoints",
+            FP4_MAGNITUDE_THRESHOLDS,
+            "Midpoints of the magnitudes, rounded down: |t| > m finds the exact nearest.",
+        ),
+        "",
+        "// 3-bit code of each ascending magnitude.",
+        _array("std::uint8_t", "kFp4MagnitudeCodes", [str(c) for c in FP4_MAGNITUDE_CODES], 8),
+        "",
+        _float_array("kDynamicMapSigned", DYNAMIC_MAP_SIGNED, "Value of each signed 8-bit code."),
+        "",
+        _float_array(
+            "kDynamicThresholdsSigned",
+            DYNAMIC_THRESHOLDS_SIGNED,
+            "Signed 8-bit code = number of thresholds below t.",
+        ),
+        "",
+        _float_array(
+            "kDynamicMapUnsigned", DYNAMIC_MAP_UNSIGNED, "Value of each unsigned 8-bit code."
+        ),
+        "",
+        _float_array(
+            "kDynamicThresholdsUnsigned",
+            DYNAMIC_THRESHOLDS_UNSIGNED,
+            "Unsigned 8-bit code = number of thresholds below t.",
+        ),
+        "",
+        "}  // namespace qkern",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the header, or with ``--check`` compare it; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Write csrc/include/qkern/codes.h.")
+    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
+    args = parser.parse_args(argv)
+    if not HEADER_PATH.parent.is_dir():
+        print(f"{HEADER_PATH.parent} is missing: run this in a source tree", file=sys.stderr)
+        return 2
+    wanted = header()
+    if not args.check:
+        HEADER_PATH.write_text(wanted, encoding="utf-8")
+        return 0
+    found = HEADER_PATH.read_text(encoding="utf-8") if HEADER_PATH.exists() else ""
+    if found == wanted:
+        return 0
+    print(f"{HEADER_PATH} is stale; run `python qkern/formats.py`", file=sys.stderr)
+    difference = difflib.unified_diff(
+        found.splitlines(), wanted.splitlines(), "on disk", "generated", n=0, lineterm=""
+    )
+    print("\n".join(list(difference)[:40]), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
