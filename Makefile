@@ -13,11 +13,10 @@ RUN := $(BIN)/python
 NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
-
 PYTEST := OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-all test-asan lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -32,6 +31,9 @@ demo: setup  ## QLoRA-finetune a small language model (a few minutes)
 
 test: setup lint  ## run the linters and all tests that are not slow
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: setup  ## run the slow tests only
+	$(PYTEST) -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 test-all: setup lint test-asan  ## run all tests, and the kernels' tests under sanitizers
 	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)

@@ -50,8 +50,8 @@ class CMakeBuild(build_ext):
                 subprocess.run([cmake, *configure], check=True)
                 stamp.write_text(description)
             subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
-        except subprocess.CalledProcessError as error:
-            sys.exit(f"\nqkern: building the native kernels failed ({error}); see above.{HINT}")
+        except subprocess.CalledProcessError:
+            sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
 
 
 def cmake_arguments(output_dir: Path) -> list[str]:
