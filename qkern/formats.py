@@ -2,8 +2,10 @@
 
 This file is the single source. The C++ header ``csrc/include/qkern/codes.h`` is generated from it:
 
-    python qkern/formats.py            # write the header (``python -m qkern.formats`` does the same)
+    python qkern/formats.py            # write the header
     python qkern/formats.py --check    # exit 1, showing the difference, when the header is stale
+
+``python -m qkern.formats`` does the same where torch is installed.
 
 Only the standard library is imported at module level, so the header can be made without torch.
 Every table entry is a Python float that is exactly a float32.
@@ -16,6 +18,7 @@ import difflib
 import struct
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,9 +99,7 @@ def midpoints(codes: Sequence[float]) -> tuple[float, ...]:
 
     The code of a scaled value ``t`` is the number of midpoints it exceeds.
     """
-    return tuple(
-        _float32(_float32(low + high) * 0.5) for low, high in zip(codes, codes[1:], strict=False)
-    )
+    return tuple(_float32(_float32(low + high) * 0.5) for low, high in pairwise(codes))
 
 
 def nearest_thresholds(codes: Sequence[float]) -> tuple[float, ...]:
@@ -107,9 +108,7 @@ def nearest_thresholds(codes: Sequence[float]) -> tuple[float, ...]:
     A float32 ``t`` exceeds the rounded-down midpoint exactly when it exceeds the true one, so
     counting ``t > threshold`` finds the nearest entry, a tie going to the lower one.
     """
-    return tuple(
-        _float32_down((low + high) / 2.0) for low, high in zip(codes, codes[1:], strict=False)
-    )
+    return tuple(_float32_down((low + high) / 2.0) for low, high in pairwise(codes))
 
 
 def _dynamic_map(signed: bool) -> tuple[float, ...]:
@@ -161,7 +160,7 @@ def num_blocks(n: int, block_size: int) -> int:
 
 
 def code_tensor(
-    format: str,  # noqa: A002
+    format: str,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """The code table of ``"nf4"`` or ``"fp4"``: a new float32 tensor ``[16]``.

@@ -1,0 +1,42 @@
+"""qkern: 4-bit weights, and matmuls that work on them directly in forward and backward.
+
+>>> qw = qkern.quantize_4bit(w, format="nf4", block_size=64, double_quant=True)
+>>> y = qkern.nf4_linear(x, qw, bias)
+
+``python -m qkern.env`` tells which kernels are built and which run.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from qkern.functional import (
+    batch_invariant,
+    dequantize_4bit,
+    dequantize_8bit,
+    fp4_linear,
+    linear_4bit,
+    lora_linear,
+    nf4_linear,
+    quantize_4bit,
+    quantize_8bit,
+)
+from qkern.tensor import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "__version__",
+    "batch_invariant",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "fp4_linear",
+    "linear_4bit",
+    "lora_linear",
+    "nf4_linear",
+    "quantize_4bit",
+    "quantize_8bit",
+]
+
+try:
+    __version__ = version("qkern")
+except PackageNotFoundError:
+    # A source tree that is on the path but not installed.
+    __version__ = "0+unknown"

@@ -1,0 +1,113 @@
+"""Which implementation runs an op.
+
+A backend is a module with one function per op, of the op's signature:
+
+``cpu``        native kernels (``qkern._C``) on CPU tensors; the default there when built
+``reference``  plain PyTorch (``qkern.reference``) on any device; the default otherwise
+
+``QKERN_BACKEND`` forces one for the process, ``use`` for a ``with`` block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from qkern import reference
+from qkern.backends import native
+
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""Backends of each device type, the preferred first; any other type has the reference only."""
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+_MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+
+_forced: str | None = None
+_selected: dict[str, ModuleType] = {}
+"""The choice per device type, so that a call costs one look-up."""
+
+
+def _missing(name: str) -> str | None:
+    """Why the backend cannot run, or None."""
+    if name == "cpu":
+        return native.missing_reason
+    return None if name in _MODULES else "not part of this version"
+
+
+def available(device_type: str = "cpu") -> dict[str, str | None]:
+    """The backends for tensors of ``device_type``, preferred first: None, or why it is missing."""
+    return {name: _missing(name) for name in _ORDER.get(device_type, ("reference",))}
+
+
+def select(device: torch.device) -> ModuleType:
+    """The backend for tensors on ``device``.
+
+    Raises ``ValueError`` when ``QKERN_BACKEND`` is not a backend's name, ``RuntimeError`` when the
+    forced backend is missing or does not take such tensors.
+    """
+    module = _selected.get(device.type)
+    if module is None:
+        module = _selected[device.type] = _choose(device.type)
+    return module
+
+
+def selected_name(device_type: str = "cpu") -> str:
+    """The name of the backend that ``select`` gives for ``device_type``."""
+    module = select(torch.device(device_type))
+    return next(name for name, candidate in _MODULES.items() if candidate is module)
+
+
+def _choose(device_type: str) -> ModuleType:
+    reasons = available(device_type)
+    name = _forced or os.environ.get("QKERN_BACKEND")
+    if not name:
+        return next(_MODULES[name] for name, reason in reasons.items() if reason is None)
+    source = "qkern.backends.use" if _forced else "QKERN_BACKEND"
+    _check_name(source, name)
+    if name not in reasons:
+        raise RuntimeError(
+            f"{source}: the backend {name!r} does not take {device_type} tensors; "
+            f"there it takes {', '.join(reasons)}"
+        )
+    if reason := reasons[name]:
+        raise RuntimeError(f"{source}: the backend {name!r} is missing: {reason}")
+    return _MODULES[name]
+
+
+def _check_name(argument: str, name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{argument}: got {name!r}; takes one of {', '.join(NAMES)}")
+
+
+@contextmanager
+def use(name: str, isa: str | None = None) -> Iterator[None]:
+    """Run every qkern op in the block on the backend ``name``, in all threads.
+
+    ``isa`` makes the ``cpu`` backend take an instruction set, for example ``"avx2"``.
+    Raises ``ValueError`` for an unknown name or instruction set, ``RuntimeError`` when the backend
+    is missing.
+    """
+    global _forced
+    _check_name("name", name)
+    if reason := _missing(name):
+        raise RuntimeError(f"name: the backend {name!r} is missing: {reason}")
+    if isa is not None and name != "cpu":
+        raise ValueError(f'isa: got {isa!r} with the backend {name!r}; only "cpu" takes one')
+    previous, previous_isa = _forced, None
+    if isa is not None:
+        previous_isa = native.isa()
+        native.set_isa(isa)
+    _forced = name
+    _selected.clear()
+    try:
+        yield
+    finally:
+        _forced = previous
+        _selected.clear()
+        if previous_isa is not None:
+            native.set_isa(previous_isa)

@@ -1,0 +1,112 @@
+"""The only place where tensors become pointers.
+
+The kernels see addresses, sizes and strides and trust them, so everything a wrong tensor could do
+to memory is checked here: dtype, device, layout and number of elements of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkern import _errors, formats
+
+DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMAT_IDS = formats.FORMAT_IDS
+_BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
+
+WeightPointers = tuple[int, int, int, int, int, int, int]
+"""packed, absmax, nested_absmax, nested_offset, format id, codebook, block_size; 0 is absent."""
+
+num_threads = torch.get_num_threads
+"""How many threads a kernel takes: always torch's own setting."""
+
+
+def pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """The address of a contiguous CPU tensor of exactly ``numel`` elements of ``dtype``."""
+    if (
+        tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.numel() == numel
+        and tensor.is_contiguous()
+    ):
+        return tensor.data_ptr()
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype}")
+    if not tensor.is_cpu:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on cpu")
+    if tensor.numel() != numel:
+        raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
+    raise ValueError(f"{name}: got strides {list(tensor.stride())}; takes a contiguous tensor")
+
+
+def dtype_id(name: str, dtype: torch.dtype) -> int:
+    """The kernels' number of a floating dtype."""
+    found = DTYPE_IDS.get(dtype)
+    if found is None:
+        raise TypeError(f"{name}: got {dtype}; takes float32, bfloat16 or float16")
+    return found
+
+
+def format_args(format: str, codebook: Tensor | None) -> tuple[int, int]:
+    """The format's number and the codebook's address."""
+    format_id = _FORMAT_IDS.get(format)
+    if format_id is None or (codebook is None) == (format == "custom"):
+        _errors.check_format(format, codebook)
+        raise AssertionError("unreachable: check_format raises")
+    if codebook is None:
+        return format_id, 0
+    return format_id, pointer("codebook", codebook, torch.float32, 16)
+
+
+def block_size_arg(block_size: int) -> int:
+    """The block size, checked."""
+    if block_size not in _BLOCK_SIZES:
+        _errors.check_block_size(block_size)
+    return block_size
+
+
+def weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    numel: int,
+) -> WeightPointers:
+    """The pointers of a 4-bit weight of ``numel`` elements."""
+    format_id, codebook_ptr = format_args(format, codebook)
+    blocks = formats.num_blocks(numel, block_size_arg(block_size))
+    packed_ptr = pointer("packed", packed, torch.uint8, (numel + 1) // 2)
+    if nested_absmax is None or nested_offset is None:
+        if nested_absmax is not nested_offset:
+            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+        absmax_ptr = pointer("absmax", absmax, torch.float32, blocks)
+        return packed_ptr, absmax_ptr, 0, 0, format_id, codebook_ptr, block_size
+    groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+    return (
+        packed_ptr,
+        pointer("absmax", absmax, torch.uint8, blocks),
+        pointer("nested_absmax", nested_absmax, torch.float32, groups),
+        pointer("nested_offset", nested_offset, torch.float32, 1),
+        format_id,
+        codebook_ptr,
+        block_size,
+    )
+
+
+def rows(name: str, x: Tensor, width: int) -> tuple[Tensor, int, int]:
+    """``(matrix, rows, row stride)`` of ``x``'s trailing dimension over all the others.
+
+    The matrix has unit inner stride and is ``x``'s own memory where its strides allow that; keep it
+    alive while its address is in use. A row stride may be 0 (an expanded ``x``).
+    """
+    if not x.is_cpu:
+        raise ValueError(f"{name}: got a tensor on {x.device}; takes one on cpu")
+    if x.dim() != 2:
+        x = x.reshape(-1, width)
+    if x.stride(1) != 1 and width > 1:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)

@@ -1,0 +1,287 @@
+"""The native CPU backend: the kernels in ``qkern._C``.
+
+Importable without ``_C``; ``missing_reason`` then says why it is missing, and the backend is not
+selected. Inputs that hold no element go to the reference: a kernel never sees an empty matrix.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qkern import formats, reference
+from qkern.backends import _args
+
+_C: ModuleType | None
+missing_reason: str | None
+try:
+    # After torch, so that both use the one OpenMP runtime torch has loaded.
+    _C = importlib.import_module("qkern._C")
+    missing_reason = None
+except ImportError as error:
+    _C = None
+    missing_reason = f"qkern._C cannot be imported: {error}"
+
+
+def library() -> ModuleType:
+    """The compiled module; ``RuntimeError`` when it is missing."""
+    if _C is None:
+        raise RuntimeError(f"the native kernels are missing: {missing_reason}")
+    return _C
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return str(library().isa())
+
+
+def available_isas() -> list[str]:
+    """The instruction sets this build has and this processor runs, slowest first."""
+    return list(library().available_isas())
+
+
+def set_isa(name: str) -> None:
+    """Take an instruction set; ``""`` is ``QKERN_CPU_ISA`` or the best.
+
+    Raises ``ValueError`` when it is not available.
+    """
+    library().set_isa(name)
+
+
+def quantize_4bit(
+    x: Tensor, format: str, block_size: int, codebook: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See ``qkern.reference.quantize_4bit``."""
+    n = x.numel()
+    blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+    format_id, codebook_ptr = _args.format_args(format, codebook)
+    x = x.contiguous()
+    packed = torch.empty(formats.packed_size(n), dtype=torch.uint8)
+    absmax = torch.empty(blocks, dtype=torch.float32)
+    if n:
+        library().quantize_4bit(
+            _args.pointer("x", x, x.dtype, n),
+            _args.dtype_id("x", x.dtype),
+            n,
+            format_id,
+            codebook_ptr,
+            block_size,
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            _args.num_threads(),
+        )
+    return packed, absmax
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``qkern.reference.dequantize_4bit``."""
+    out = torch.empty(tuple(shape), dtype=dtype)
+    dequantize_4bit_out(
+        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, out=out
+    )
+    return out
+
+
+def dequantize_4bit_out(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    *,
+    out: Tensor,
+) -> None:
+    """See ``qkern.reference.dequantize_4bit_out``."""
+    n = out.numel()
+    weight = _args.weight(
+        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, n
+    )
+    out_dtype = _args.dtype_id("out", out.dtype)
+    out_ptr = _args.pointer("out", out, out.dtype, n)
+    if n:
+        library().dequantize_4bit(*weight, n, out_ptr, out_dtype, _args.num_threads())
+
+
+def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """See ``qkern.reference.quantize_8bit``."""
+    n = x.numel()
+    blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    absmax = torch.empty(blocks, dtype=torch.float32)
+    if n:
+        library().quantize_8bit(
+            _args.pointer("x", x, x.dtype, n),
+            _args.dtype_id("x", x.dtype),
+            n,
+            _args.pointer("code", code, torch.float32, 256),
+            block_size,
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            _args.num_threads(),
+        )
+    return codes, absmax
+
+
+def dequantize_8bit(
+    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """See ``qkern.reference.dequantize_8bit``."""
+    n = codes.numel()
+    blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+    codes = codes.contiguous()
+    out = torch.empty(codes.shape, dtype=dtype)
+    if n:
+        library().dequantize_8bit(
+            _args.pointer("codes", codes, torch.uint8, n),
+            _args.pointer("absmax", absmax, torch.float32, blocks),
+            _args.pointer("code", code, torch.float32, 256),
+            block_size,
+            n,
+            out.data_ptr(),
+            _args.dtype_id("dtype", dtype),
+            _args.num_threads(),
+        )
+    return out
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``qkern.reference.quantize_absmax``."""
+    n = absmax.numel()
+    if n == 0:
+        return reference.quantize_absmax(absmax)
+    absmax = absmax.contiguous()
+    codes = torch.empty(absmax.shape, dtype=torch.uint8)
+    nested_absmax = torch.empty(
+        formats.num_blocks(n, formats.NESTED_BLOCK_SIZE), dtype=torch.float32
+    )
+    nested_offset = torch.empty((), dtype=torch.float32)
+    library().quantize_absmax(
+        _args.pointer("absmax", absmax, torch.float32, n),
+        n,
+        codes.data_ptr(),
+        nested_absmax.data_ptr(),
+        nested_offset.data_ptr(),
+        _args.num_threads(),
+    )
+    return codes, nested_absmax, nested_offset
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    block_size: int,
+    out_features: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """See ``qkern.reference.linear_4bit``."""
+    *lead, in_features = x.shape
+    numel = out_features * in_features
+    weight = _args.weight(
+        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, numel
+    )
+    dtype = x.dtype
+    bias_ptr = 0 if bias is None else _args.pointer("bias", bias, dtype, out_features)
+    dtype_id = _args.dtype_id("x", dtype)
+    if numel == 0 or x.numel() == 0:
+        return reference.linear_4bit(
+            x,
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            codebook,
+            bias,
+            format,
+            block_size,
+            out_features,
+            batch_invariant,
+        )
+    matrix, rows, row_stride = _args.rows("x", x, in_features)
+    y = torch.empty((*lead, out_features), dtype=dtype)
+    library().linear_4bit(
+        matrix.data_ptr(),
+        dtype_id,
+        rows,
+        row_stride,
+        *weight,
+        out_features,
+        in_features,
+        bias_ptr,
+        y.data_ptr(),
+        batch_invariant,
+        _args.num_threads(),
+    )
+    return y
+
+
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    in_features: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """See ``qkern.reference.linear_4bit_dx``."""
+    *lead, out_features = dy.shape
+    numel = out_features * in_features
+    weight = _args.weight(
+        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, numel
+    )
+    dtype = dy.dtype
+    dtype_id = _args.dtype_id("dy", dtype)
+    if numel == 0 or dy.numel() == 0:
+        return reference.linear_4bit_dx(
+            dy,
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            codebook,
+            format,
+            block_size,
+            in_features,
+            batch_invariant,
+        )
+    matrix, rows, row_stride = _args.rows("dy", dy, out_features)
+    dx = torch.empty((*lead, in_features), dtype=dtype)
+    library().linear_4bit_dx(
+        matrix.data_ptr(),
+        dtype_id,
+        rows,
+        row_stride,
+        *weight,
+        out_features,
+        in_features,
+        dx.data_ptr(),
+        batch_invariant,
+        _args.num_threads(),
+    )
+    return dx

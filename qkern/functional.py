@@ -1,0 +1,315 @@
+"""The public functions: they check arguments, explain errors and call the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as _dropout
+from torch.nn.functional import linear as _dense_linear
+
+from qkern import _errors, formats
+from qkern.autograd import Linear4bit
+from qkern.tensor import QuantizedTensor
+
+_linear_4bit = torch.ops.qkern.linear_4bit.default
+
+_batch_invariant = False
+
+
+@contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Make each row's result independent of how many rows come with it, for 4-bit matmuls.
+
+    Holds inside the ``with`` block, in all threads, and for the backward of a forward done inside.
+    Off by default, because it can cost speed.
+    """
+    global _batch_invariant
+    previous = _batch_invariant
+    _batch_invariant = bool(enabled)
+    try:
+        yield
+    finally:
+        _batch_invariant = previous
+
+
+def quantize_4bit(
+    w: Tensor,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    codebook: Tensor | None = None,
+    check_finite: bool = True,
+) -> QuantizedTensor:
+    """Quantise a tensor to 4 bits with one scale per ``block_size`` elements in row-major order.
+
+    ``w``
+        float32, bfloat16 or float16, of any shape and size, memory-mapped too.
+    ``format``
+        ``"nf4"``, ``"fp4"``, or ``"custom"`` with a ``codebook``.
+    ``block_size``
+        a power of two from 32 to 4096. It need not divide a row: blocks run across rows.
+    ``double_quant``
+        quantise the scales to 8 bits: 4.127 bits a weight rather than 4.5 at block size 64.
+    ``codebook``
+        16 finite float32 values in any order; a scaled weight lies in [-1, 1]. The tensor itself is
+        kept when it is on ``w``'s device.
+    ``check_finite``
+        raise on a NaN or an infinity; unchecked, its block dequantises to NaN (with
+        ``double_quant`` every block does).
+
+    Raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong value, naming the
+    first bad block of a ``w`` that is not finite.
+    """
+    _errors.check_float_tensor("w", w)
+    _errors.check_format(format, codebook)
+    _errors.check_block_size(block_size)
+    if codebook is not None:
+        codebook = _checked_codebook(codebook).to(w.device)
+    w = w.detach()
+    packed, absmax = torch.ops.qkern.quantize_4bit(w, format, block_size, codebook)
+    if check_finite and not w.is_meta:
+        _check_finite(absmax, block_size, w.numel())
+    nested_absmax = nested_offset = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = torch.ops.qkern.quantize_absmax(absmax)
+    return QuantizedTensor(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        codebook,
+        format,
+        block_size,
+        tuple(w.shape),
+        w.dtype,
+    )
+
+
+def _check_finite(absmax: Tensor, block_size: int, n: int) -> None:
+    bad = absmax.isnan()
+    if bad.any():
+        block = int(bad.nonzero()[0])
+        first, last = block * block_size, min((block + 1) * block_size, n) - 1
+        raise ValueError(
+            f"w: got a NaN or an infinity in block {block} (elements {first} to {last} of the "
+            "flattened tensor); takes finite values, or check_finite=False"
+        )
+
+
+def _checked_codebook(codebook: Any) -> Tensor:
+    _errors.check_buffer("codebook", codebook, torch.float32, (16,))
+    values = codebook.detach()
+    if values.is_meta:
+        return values
+    ordered = values.sort().values
+    if not (ordered[:-1] + ordered[1:]).isfinite().all():
+        raise ValueError(
+            f"codebook: got {values.tolist()}; takes finite values, also where two are added"
+        )
+    return values
+
+
+def dequantize_4bit(
+    qw: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The dense tensor of a quantised one; see ``QuantizedTensor.dequantize``."""
+    _check_quantized("qw", qw)
+    return qw.dequantize(dtype, out=out)
+
+
+def _check_quantized(name: str, value: Any) -> None:
+    if not isinstance(value, QuantizedTensor):
+        raise TypeError(f"{name}: got {_errors.type_name(value)}; takes a QuantizedTensor")
+
+
+def _map(map: str | Tensor, device: torch.device) -> Tensor:
+    if isinstance(map, str):
+        return formats.map_tensor(map, device)
+    _errors.check_buffer("map", map, torch.float32, (256,))
+    _errors.check_device("map", map, device, "the data")
+    # Also false where a value is NaN.
+    if not map.is_meta and not ((map[1:] >= map[:-1]).all() and map[[0, -1]].isfinite().all()):
+        raise ValueError("map: got values out of order or not finite; takes 256 ascending values")
+    return map
+
+
+def quantize_8bit(
+    x: Tensor, map: str | Tensor = "signed", block_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Quantise blockwise to 8 bits: ``(codes uint8 of x's shape, absmax float32 [blocks])``.
+
+    ``x`` is float32, bfloat16 or float16; ``map`` is ``"signed"``, ``"unsigned"`` (the dynamic
+    maps) or an ascending float32 tensor ``[256]``; ``block_size`` is a power of two from 32 to
+    4096. The code is the nearest entry to ``x / absmax``, a tie going to the lower one. A block
+    that holds a NaN or an infinity gets the absmax NaN. Raises ``TypeError`` or ``ValueError``.
+    """
+    _errors.check_float_tensor("x", x)
+    _errors.check_block_size(block_size)
+    codes, absmax = torch.ops.qkern.quantize_8bit(x.detach(), _map(map, x.device), block_size)
+    return codes, absmax
+
+
+def dequantize_8bit(
+    codes: Tensor,
+    absmax: Tensor,
+    map: str | Tensor = "signed",
+    block_size: int = 256,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``map[codes] * absmax``, rounded once to ``dtype``; the inverse of ``quantize_8bit``.
+
+    Raises ``TypeError`` or ``ValueError`` when the arguments do not fit one another.
+    """
+    _errors.check_tensor("codes", codes)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: got {codes.dtype}; takes torch.uint8")
+    _errors.check_block_size(block_size)
+    blocks = formats.num_blocks(codes.numel(), block_size)
+    _errors.check_buffer("absmax", absmax, torch.float32, (blocks,))
+    _errors.check_device("absmax", absmax, codes.device, "codes")
+    _errors.check_float_dtype("dtype", dtype)
+    return torch.ops.qkern.dequantize_8bit(
+        codes, absmax, _map(map, codes.device), block_size, dtype
+    )
+
+
+def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` with the 4-bit weight used as it is, in forward and backward.
+
+    ``x``
+        float32, bfloat16 or float16 ``[..., in_features]``.
+    ``qw``
+        a quantised ``[out_features, in_features]``, in any format, on ``x``'s device. It gets no
+        gradient.
+    ``bias``
+        ``[out_features]`` of ``x``'s dtype, or None.
+
+    Returns ``[..., out_features]`` of ``x``'s dtype; sums are in float32 and rounded once. Under
+    autocast ``x`` and ``bias`` are cast to its dtype, as ``torch.nn.functional.linear`` does.
+    Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or device.
+    """
+    _errors.check_tensor("x", x)
+    _check_quantized("qw", qw)
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = _autocast(x, bias)
+    shape, packed = qw.shape, qw.packed
+    if x.dtype not in _errors.FLOAT_DTYPES or len(shape) != 2 or x.device != packed.device:
+        _raise_for_input(x, qw)
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        _raise_for_input(x, qw)
+    if bias is not None:
+        _check_bias(bias, x, shape[0])
+    args = (
+        x,
+        packed,
+        qw.absmax,
+        qw.nested_absmax,
+        qw.nested_offset,
+        qw.codebook,
+        bias,
+        qw.format,
+        qw.block_size,
+        shape[0],
+        _batch_invariant,
+    )
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return Linear4bit.apply(*args)
+    return _linear_4bit(*args)
+
+
+def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in the autocast dtype where they are floating point, else as they are."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype in _errors.FLOAT_DTYPES:
+        x = x.to(dtype)
+    if isinstance(bias, Tensor) and bias.dtype in _errors.FLOAT_DTYPES:
+        bias = bias.to(dtype)
+    return x, bias
+
+
+def _raise_for_input(x: Tensor, qw: QuantizedTensor) -> None:
+    _errors.check_float_tensor("x", x)
+    if len(qw.shape) != 2:
+        raise ValueError(
+            f"qw: got shape {list(qw.shape)}; takes two dimensions, [out_features, in_features]"
+        )
+    _errors.check_device("x", x, qw.device, "qw")
+    raise ValueError(
+        f"x: got shape {list(x.shape)}; takes [..., {qw.shape[1]}] for qw of shape {list(qw.shape)}"
+    )
+
+
+def _check_bias(bias: Any, x: Tensor, out_features: int) -> None:
+    _errors.check_tensor("bias", bias)
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias: got {bias.dtype}; takes {x.dtype}, x's dtype")
+    if bias.shape != (out_features,):
+        raise ValueError(f"bias: got shape {list(bias.shape)}; takes [{out_features}]")
+    _errors.check_device("bias", bias, x.device, "x")
+
+
+def nf4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """``linear_4bit`` for an NF4 weight; ``ValueError`` when ``qw`` is in another format."""
+    _check_quantized("qw", qw)
+    if qw.format != "nf4":
+        raise ValueError(f'qw: got format {qw.format!r}; takes "nf4"')
+    return linear_4bit(x, qw, bias)
+
+
+def fp4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """``linear_4bit`` for an FP4 weight; ``ValueError`` when ``qw`` is in another format."""
+    _check_quantized("qw", qw)
+    if qw.format != "fp4":
+        raise ValueError(f'qw: got format {qw.format!r}; takes "fp4"')
+    return linear_4bit(x, qw, bias)
+
+
+def lora_linear(
+    x: Tensor,
+    qw: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``linear_4bit(x, qw, bias) + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+
+    ``x``, ``qw``, ``bias``
+        as for ``linear_4bit``.
+    ``lora_a``, ``lora_b``
+        the adapter, ``[r, in_features]`` and ``[out_features, r]``, as in PEFT; float32, bfloat16
+        or float16. Where their dtype is not ``x``'s they are cast to it; their gradients come back
+        in their own dtype.
+    ``dropout_p``
+        probability to drop an element of the adapter's input: pass 0.0 when not training.
+
+    Gradients reach ``x``, ``lora_a``, ``lora_b`` and ``bias``. Beyond tensors that exist anyway,
+    backward keeps only ``x @ lora_a.T`` (and the dropped-out ``x`` with dropout). Raises as
+    ``linear_4bit`` does.
+    """
+    base = linear_4bit(x, qw, bias)
+    out_features, in_features = qw.shape
+    _check_adapter("lora_a", lora_a, x, (None, in_features))
+    _check_adapter("lora_b", lora_b, x, (out_features, lora_a.shape[0]))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
+    adapter_input = _dropout(x, dropout_p) if dropout_p else x
+    # base.dtype is x's, or autocast's.
+    dtype = base.dtype
+    hidden = _dense_linear(adapter_input.to(dtype), lora_a.to(dtype))
+    update = _dense_linear(hidden, lora_b.to(dtype))
+    # In place: base is this function's own, and its backward does not need it.
+    return base.add_(update, alpha=scaling)
+
+
+def _check_adapter(name: str, value: Any, x: Tensor, shape: tuple[int | None, int]) -> None:
+    _errors.check_float_tensor(name, value)
+    if value.dim() != 2 or value.shape[1] != shape[1] or shape[0] not in (None, value.shape[0]):
+        takes = ", ".join("r" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {list(value.shape)}; takes [{takes}]")
+    _errors.check_device(name, value, x.device, "x")

@@ -1,0 +1,171 @@
+"""The ops ``torch.ops.qkern.*``: schemas, shapes for tracing, and dispatch to a backend.
+
+``qkern.reference`` documents each op. The ops have no autograd formula of their own; that is
+``qkern.autograd``, which costs less per call. They are registered once for all devices:
+``backends.select`` looks at the tensor's device at each call, so that a backend can be forced after
+tracing too. A user calls ``qkern.functional``, which checks arguments and explains errors; the ops
+themselves reject what would be unsafe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qkern import formats
+from qkern.backends import select
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+_LAYOUT = "str format, int block_size"
+
+SCHEMAS = (
+    f"quantize_4bit(Tensor x, {_LAYOUT}, Tensor? codebook) -> (Tensor, Tensor)",
+    f"dequantize_4bit({_WEIGHT}Tensor? codebook, {_LAYOUT}, SymInt[] shape, ScalarType dtype)"
+    " -> Tensor",
+    f"dequantize_4bit_out({_WEIGHT}Tensor? codebook, {_LAYOUT}, *, Tensor(a!) out) -> ()",
+    "quantize_8bit(Tensor x, Tensor code, int block_size) -> (Tensor, Tensor)",
+    "dequantize_8bit(Tensor codes, Tensor absmax, Tensor code, int block_size, ScalarType dtype)"
+    " -> Tensor",
+    "quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    f"linear_4bit(Tensor x, {_WEIGHT}Tensor? codebook, Tensor? bias, {_LAYOUT},"
+    " SymInt out_features, bool batch_invariant=False) -> Tensor",
+    f"linear_4bit_dx(Tensor dy, {_WEIGHT}Tensor? codebook, {_LAYOUT},"
+    " SymInt in_features, bool batch_invariant=False) -> Tensor",
+)
+
+_library = torch.library.Library("qkern", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+
+
+def _quantize_4bit(
+    x: Tensor, format: str, block_size: int, codebook: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return select(x.device).quantize_4bit(x, format, block_size, codebook)
+
+
+def _quantize_4bit_fake(
+    x: Tensor, format: str, block_size: int, codebook: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    return (
+        x.new_empty((formats.packed_size(n),), dtype=torch.uint8),
+        x.new_empty((formats.num_blocks(n, block_size),), dtype=torch.float32),
+    )
+
+
+def _dequantize_4bit(packed: Tensor, *args: object) -> Tensor:
+    return select(packed.device).dequantize_4bit(packed, *args)
+
+
+def _dequantize_4bit_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+def _dequantize_4bit_out(packed: Tensor, *args: object, out: Tensor) -> None:
+    select(packed.device).dequantize_4bit_out(packed, *args, out=out)
+    # A kernel writes through a pointer, which autograd's check for modified tensors cannot see.
+    torch.autograd.graph.increment_version(out)
+
+
+def _dequantize_4bit_out_fake(packed: Tensor, *args: object, out: Tensor) -> None:
+    return None
+
+
+def _quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return select(x.device).quantize_8bit(x, code, block_size)
+
+
+def _quantize_8bit_fake(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty((formats.num_blocks(x.numel(), block_size),), dtype=torch.float32),
+    )
+
+
+def _dequantize_8bit(codes: Tensor, *args: object) -> Tensor:
+    return select(codes.device).dequantize_8bit(codes, *args)
+
+
+def _dequantize_8bit_fake(
+    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return select(absmax.device).quantize_absmax(absmax)
+
+
+def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = formats.num_blocks(absmax.numel(), formats.NESTED_BLOCK_SIZE)
+    return (
+        absmax.new_empty(absmax.shape, dtype=torch.uint8),
+        absmax.new_empty((groups,)),
+        absmax.new_empty(()),
+    )
+
+
+def _linear_4bit(x: Tensor, *args: object) -> Tensor:
+    return select(x.device).linear_4bit(x, *args)
+
+
+def _linear_4bit_fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    block_size: int,
+    out_features: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_4bit_dx(dy: Tensor, *args: object) -> Tensor:
+    return select(dy.device).linear_4bit_dx(dy, *args)
+
+
+def _linear_4bit_dx_fake(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    block_size: int,
+    in_features: int,
+    batch_invariant: bool = False,
+) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+for _name, _implementation, _fake in (
+    ("quantize_4bit", _quantize_4bit, _quantize_4bit_fake),
+    ("dequantize_4bit", _dequantize_4bit, _dequantize_4bit_fake),
+    ("dequantize_4bit_out", _dequantize_4bit_out, _dequantize_4bit_out_fake),
+    ("quantize_8bit", _quantize_8bit, _quantize_8bit_fake),
+    ("dequantize_8bit", _dequantize_8bit, _dequantize_8bit_fake),
+    ("quantize_absmax", _quantize_absmax, _quantize_absmax_fake),
+    ("linear_4bit", _linear_4bit, _linear_4bit_fake),
+    ("linear_4bit_dx", _linear_4bit_dx, _linear_4bit_dx_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qkern::{_name}", _fake, lib=_library)

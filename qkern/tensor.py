@@ -1,0 +1,189 @@
+"""QuantizedTensor: a 4-bit weight as plain tensors and static metadata."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qkern.ops  # noqa: F401  registers torch.ops.qkern
+from qkern import _errors, formats
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A tensor in 4 bits with blockwise scales; ``qkern.quantize_4bit`` makes one.
+
+    Immutable. With ``n`` elements and ``blocks = ceil(n / block_size)``:
+
+    ``packed``
+        uint8 ``[ceil(n / 2)]``; element 2j of the row-major order is the high nibble of byte j.
+    ``absmax``
+        float32 ``[blocks]``, or uint8 ``[blocks]`` codes when double-quantised.
+    ``nested_absmax``, ``nested_offset``
+        float32 ``[ceil(blocks / 256)]`` and float32 ``[]``; None unless double-quantised. A
+        block's scale is ``map[absmax] * nested_absmax + nested_offset``.
+    ``codebook``
+        float32 ``[16]`` for the format ``"custom"``, otherwise None.
+    ``format``
+        ``"nf4"``, ``"fp4"`` or ``"custom"``.
+    ``block_size``
+        elements that share a scale: a power of two from 32 to 4096.
+    ``shape``
+        the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
+    ``dtype``
+        the dtype before quantisation, and the default for ``dequantize``.
+
+    Raises ``TypeError`` or ``ValueError`` when the parts do not fit one another.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    codebook: Tensor | None
+    format: str
+    block_size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        _errors.check_format(self.format, self.codebook)
+        _errors.check_block_size(self.block_size)
+        _errors.check_float_dtype("dtype", self.dtype)
+        n = math.prod(self.shape)
+        blocks = formats.num_blocks(n, self.block_size)
+        _errors.check_buffer("packed", self.packed, torch.uint8, (formats.packed_size(n),))
+        if (self.nested_absmax is None) != (self.nested_offset is None):
+            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+        if self.nested_absmax is None:
+            _errors.check_buffer("absmax", self.absmax, torch.float32, (blocks,))
+        else:
+            groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+            _errors.check_buffer("absmax", self.absmax, torch.uint8, (blocks,))
+            _errors.check_buffer("nested_absmax", self.nested_absmax, torch.float32, (groups,))
+            _errors.check_buffer("nested_offset", self.nested_offset, torch.float32, ())
+        if self.codebook is not None:
+            _errors.check_buffer("codebook", self.codebook, torch.float32, (16,))
+        for name, tensor in self.tensors().items():
+            _errors.check_device(name, tensor, self.packed.device, "packed")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that exist, by field name."""
+        fields = {
+            "packed": self.packed,
+            "absmax": self.absmax,
+            "nested_absmax": self.nested_absmax,
+            "nested_offset": self.nested_offset,
+            "codebook": self.codebook,
+        }
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """The device all tensors are on."""
+        return self.packed.device
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.nested_absmax is not None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of ``shape``."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def numel(self) -> int:
+        """Number of elements of ``shape``."""
+        return math.prod(self.shape)
+
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> QuantizedTensor:
+        """This weight on ``device``; itself when nothing changes.
+
+        ``dtype`` (float32, bfloat16 or float16, also as the only positional argument) changes what
+        ``dequantize`` returns by default, never the stored codes and scales.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(
+                    "to: got two dtypes; takes a device, a dtype, or both in this order"
+                )
+            device, dtype = None, device
+        if dtype is not None:
+            _errors.check_float_dtype("dtype", dtype)
+        changes: dict[str, Any] = {}
+        if device is not None:
+            changes = {
+                name: moved
+                for name, tensor in self.tensors().items()
+                if (moved := tensor.to(device, non_blocking=non_blocking)) is not tensor
+            }
+        if dtype not in (None, self.dtype):
+            changes["dtype"] = dtype
+        return replace(self, **changes) if changes else self
+
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+        """The values as a dense tensor of ``shape``: ``table[code] * absmax``, rounded once.
+
+        ``dtype`` is float32, bfloat16 or float16 and defaults to ``out``'s, else to ``self.dtype``.
+        ``out`` is a contiguous tensor of that dtype, this shape and this device to write into; it
+        is returned. Raises ``TypeError`` or ``ValueError`` when it is not.
+        """
+        if out is None:
+            if dtype is None:
+                dtype = self.dtype
+            else:
+                _errors.check_float_dtype("dtype", dtype)
+            return torch.ops.qkern.dequantize_4bit(
+                self.packed,
+                self.absmax,
+                self.nested_absmax,
+                self.nested_offset,
+                self.codebook,
+                self.format,
+                self.block_size,
+                self.shape,
+                dtype,
+            )
+        _errors.check_float_tensor("out", out)
+        if dtype is not None:
+            _errors.check_float_dtype("dtype", dtype)
+        _errors.check_buffer("out", out, dtype or out.dtype, self.shape)
+        _errors.check_device("out", out, self.device, "the weight")
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError("out: got a tensor that requires grad; takes one that does not")
+        torch.ops.qkern.dequantize_4bit_out(
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.codebook,
+            self.format,
+            self.block_size,
+            out=out,
+        )
+        return out
+
+    def __repr__(self) -> str:
+        """Metadata only: printing never dequantises."""
+        return (
+            f"QuantizedTensor(shape={list(self.shape)}, format={self.format!r}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, "
+            f"dtype={self.dtype}, device={str(self.device)!r}, nbytes={self.nbytes})"
+        )
