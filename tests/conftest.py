@@ -1,0 +1,93 @@
+"""Shared fixtures: the device and instruction set under test, poisoned outputs, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from qkern import testing
+
+settings.register_profile(
+    "qkern",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    # Fixtures here only choose a backend, which holds for all examples of a test.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile(
+    "thorough", settings.get_profile("qkern"), derandomize=False, max_examples=5000
+)
+settings.load_profile(os.environ.get("QKERN_HYPOTHESIS_PROFILE", "qkern"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="device type whose backends the conformance tests run (default: cpu)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unpoisoned: run without filling fresh tensors with NaN")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+
+
+def target_param(target: testing.Target) -> object:
+    """A pytest parameter for a target, skipped with its reason where it cannot run."""
+    marks = [pytest.mark.skip(reason=f"{target}: {target.reason}")] if target.reason else []
+    return pytest.param(target, id=str(target), marks=marks)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`target`: every backend and instruction set of the device type; `isa`: the native CPU's."""
+    device_type = metafunc.config.getoption("--device")
+    if "target" in metafunc.fixturenames:
+        found = testing.targets(device_type)
+        metafunc.parametrize("target", [target_param(t) for t in found])
+    if "isa" in metafunc.fixturenames:
+        found = [t for t in testing.targets("cpu") if t.backend == "cpu"]
+        metafunc.parametrize("isa", [target_param(t) for t in found], indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set of the native CPU backend; gives its name."""
+    with request.param.activate():
+        yield request.param.isa
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that `--device` names."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("unpoisoned"):
+        yield
+        return
+    with testing.poisoned_outputs():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state() -> Iterator[None]:
+    """Same seeds and thread count for every test, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

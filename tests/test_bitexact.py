@@ -1,0 +1,396 @@
+"""Codes, scales and dequantised values, bit for bit: oracle, reference, every instruction set.
+
+The oracle is written here in numpy from the rule's text and shares no code with qkern. The tests
+that always run cover a few million values; the slow ones over 10^8.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qkern import formats, reference, testing
+from qkern.testing import CODEBOOKS, DTYPES, OPS, Inputs
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
+tables = pytest.mark.parametrize("table", ["nf4", "fp4", *CODEBOOKS])
+
+
+def compare_everywhere(op: str, inputs: Inputs) -> None:
+    """Every instruction set that runs here gives the reference's bits."""
+    expected = OPS[op].reference(inputs)
+    for target in testing.targets("cpu"):
+        if target.backend == "cpu" and not target.reason:
+            with target.activate():
+                actual = OPS[op].run(inputs)
+            for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+                testing.assert_bitwise(a, e, f"{op} result {index} on {target}")
+
+
+def format_arguments(table: str) -> Inputs:
+    if table not in CODEBOOKS:
+        return {"format": table, "codebook": None}
+    return {"format": "custom", "codebook": torch.tensor(CODEBOOKS[table])}
+
+
+def code_table(table: str) -> Sequence[float]:
+    return {"nf4": formats.NF4_CODES, "fp4": formats.FP4_CODES}.get(table) or CODEBOOKS[table]
+
+
+def oracle_scaled(x: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """``(t, absmax)`` of a flat float32 array, blocks by rows, the last one filled with zeros."""
+    blocks = np.pad(x, (0, -len(x) % block_size)).reshape(-1, block_size)
+    absmax = np.abs(blocks).max(axis=1)
+    absmax[~np.isfinite(absmax)] = np.nan
+    with np.errstate(all="ignore"):
+        reciprocal = np.float32(1) / absmax
+        reciprocal[absmax == 0] = 0
+        return blocks * reciprocal[:, None], absmax
+
+
+def oracle_quantize_4bit(x: np.ndarray, table: str, block_size: int) -> tuple[np.ndarray, ...]:
+    t, absmax = oracle_scaled(x, block_size)
+    codes = np.zeros(t.shape, dtype=np.uint8)
+    if table == "fp4":
+        # The nearest magnitude in exact arithmetic, by increasing magnitude so ties take the lower.
+        magnitudes = np.abs(np.array(formats.FP4_CODES[:8], dtype=np.float64))
+        best = np.full(t.shape, np.inf)
+        finite = np.minimum(np.abs(t.astype(np.float64)), 2)  # a NaN stays: nothing is near it
+        for code in np.argsort(magnitudes):
+            distance = np.abs(finite - magnitudes[code])
+            codes[distance < best] = code
+            best = np.fmin(best, distance)
+        blocks = np.pad(x, (0, -len(x) % block_size)).reshape(-1, block_size)
+        codes += np.where(blocks < 0, 8, 0).astype(np.uint8)
+    else:
+        values = np.array(code_table(table), dtype=np.float32)
+        order = np.argsort(values, kind="stable")
+        ordered = values[order]
+        for low, high in itertools.pairwise(ordered):
+            codes += t > (low + high) * np.float32(0.5)
+        codes = order.astype(np.uint8)[codes]
+    flat = codes.reshape(-1)
+    packed = flat[0::2] << 4 | flat[1::2]
+    return packed[: (len(x) + 1) // 2], absmax
+
+
+def oracle_quantize_8bit(
+    x: np.ndarray, code: np.ndarray, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    t, absmax = oracle_scaled(x, block_size)
+    t = t.reshape(-1)[: len(x)].astype(np.float64)
+    ordered = code.astype(np.float64)
+    high = np.searchsorted(ordered, t).clip(1, 255)
+    low = high - 1
+    codes = np.where(ordered[high] - t < t - ordered[low], high, low)
+    codes[np.isnan(t)] = 0
+    return codes.astype(np.uint8), absmax
+
+
+def assert_same(actual: Tensor, oracle: np.ndarray, what: str) -> None:
+    testing.assert_bitwise(actual.flatten(), torch.from_numpy(np.ascontiguousarray(oracle)), what)
+
+
+def awkward(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Blocks of 32 of every magnitude the dtype has, some of raw bit patterns (all finite)."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-n // 32)
+    low, high = {
+        torch.float32: (-149, 127),
+        torch.bfloat16: (-133, 127),
+        torch.float16: (-24, 15),
+    }[dtype]
+    exponents = torch.randint(low, high, (blocks, 1), generator=generator)
+    exponents = exponents.where(torch.rand((blocks, 1), generator=generator) < 0.5, -4)
+    scaled = torch.randn((blocks, 32), generator=generator).clamp(-1.9, 1.9)
+    values = (scaled.double() * exponents.double().exp2()).to(dtype)
+    integer = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    bits = torch.randint(info.min, info.max, (blocks, 32), dtype=integer, generator=generator)
+    raw = bits.view(dtype)
+    raw = raw.where(raw.isfinite(), 0)
+    use_raw = torch.rand((blocks, 1), generator=generator) < 0.1
+    return raw.where(use_raw, values).flatten()[:n]
+
+
+def ties(table: Sequence[float], dtype: torch.dtype, scales: int, block_size: int) -> Tensor:
+    """Each decision point of `table` with its two neighbours, at `scales` block scales."""
+    generator = torch.Generator().manual_seed(scales)
+    high = 15 if dtype == torch.float16 else 120
+    low = -20 if dtype == torch.float16 else -120
+    exponents = torch.rand(scales, generator=generator) * (high - low) + low
+    absmax = exponents.exp2()
+    absmax[::4] = exponents[::4].floor().exp2()
+    return testing.tie_values(table, absmax, dtype, block_size).flatten()
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@tables
+@dtypes
+def test_reference_quantize_4bit_follows_the_rule(
+    dtype: torch.dtype, table: str, block_size: int
+) -> None:
+    sources = [
+        awkward(100_001, dtype, seed=block_size),
+        ties(code_table(table), dtype, 200, block_size),
+        torch.tensor([0.0, -0.0, 1.0, torch.nan, -torch.inf, 1e-3]).repeat(50).to(dtype),
+    ]
+    for x in sources:
+        packed, absmax = reference.quantize_4bit(
+            x, block_size=block_size, **format_arguments(table)
+        )
+        oracle_packed, oracle_absmax = oracle_quantize_4bit(x.float().numpy(), table, block_size)
+        assert_same(absmax, oracle_absmax, "absmax")
+        assert_same(packed, oracle_packed, "packed")
+
+
+@pytest.mark.parametrize("map_name", formats.MAPS)
+@dtypes
+def test_reference_quantize_8bit_follows_the_rule(dtype: torch.dtype, map_name: str) -> None:
+    code = formats.map_tensor(map_name)
+    for x in (awkward(100_001, dtype, seed=8), ties(code.tolist(), dtype, 50, 256)):
+        codes, absmax = reference.quantize_8bit(x, code, 256)
+        oracle_codes, oracle_absmax = oracle_quantize_8bit(x.float().numpy(), code.numpy(), 256)
+        assert_same(absmax, oracle_absmax, "absmax")
+        assert_same(codes, oracle_codes, "codes")
+
+
+@dtypes
+def test_reference_dequantize_4bit_follows_the_rule(dtype: torch.dtype) -> None:
+    generator = np.random.default_rng(4)
+    packed = generator.integers(0, 256, 50_001, dtype=np.uint8)
+    absmax = awkward(formats.num_blocks(100_001, 32), torch.float32, seed=4)
+    values = np.empty(100_002, dtype=np.uint8)
+    values[0::2], values[1::2] = packed >> 4, packed & 15
+    with np.errstate(all="ignore"):
+        exact = np.array(formats.FP4_CODES, dtype=np.float32)[values[:100_001]]
+        exact = exact * np.repeat(absmax.numpy(), 32)[:100_001]
+    arguments = (torch.from_numpy(packed), absmax, None, None, None)
+    out = reference.dequantize_4bit(*arguments, "fp4", 32, (100_001,), dtype)
+    testing.assert_bitwise(out, torch.from_numpy(exact).to(dtype))
+
+
+def test_reference_double_quantisation_follows_the_rule() -> None:
+    generator = np.random.default_rng(5)
+    signed = np.array(formats.DYNAMIC_MAP_SIGNED, dtype=np.float32)
+    for n in (1, 255, 256, 257, 10_000):
+        absmax = (np.abs(generator.standard_normal(n)) * 0.05).astype(np.float32)
+        codes, nested_absmax, offset = reference.quantize_absmax(torch.from_numpy(absmax))
+        assert offset.item() == np.float32(math.fsum(map(float, absmax)) / n)
+        oracle = oracle_quantize_8bit(absmax - offset.numpy(), signed, formats.NESTED_BLOCK_SIZE)
+        assert_same(codes, oracle[0], "codes")
+        assert_same(nested_absmax, oracle[1], "nested_absmax")
+
+        restored = signed[codes.numpy()] * np.repeat(nested_absmax.numpy(), 256)[:n]
+        restored = restored + offset.numpy()
+        ones = torch.full((16 * n,), 0xFF, dtype=torch.uint8)
+        out = reference.dequantize_4bit(
+            ones, codes, nested_absmax, offset, None, "nf4", 32, (n, 32), torch.float32
+        )
+        assert_same(out[:, 0], restored, "restored absmax")
+
+
+def test_tie_values_hit_every_decision_point() -> None:
+    midpoints = np.array(formats.NF4_MIDPOINTS, dtype=np.float32)
+    t, _ = oracle_scaled(ties(formats.NF4_CODES, torch.float32, 300, 64).numpy(), 64)
+    for neighbour in (midpoints, np.nextafter(midpoints, -9), np.nextafter(midpoints, 9)):
+        assert np.isin(neighbour, t).all()
+
+
+def test_reference_works_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are an implementation detail: their size changes no bit, at odd ends either."""
+    for op, case in (
+        ("quantize_4bit", testing.Case((3, 4099), block_size=64)),
+        ("dequantize_4bit", testing.Case((3, 4099), block_size=32, double_quant=True)),
+        ("quantize_8bit", testing.Case((3, 4099), block_size=256)),
+        ("dequantize_8bit", testing.Case((3, 4099), block_size=256)),
+    ):
+        inputs = OPS[op].make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(3))
+        whole = OPS[op].reference(inputs)
+        monkeypatch.setattr(reference, "_PIECE", 4096)
+        for part, expected in zip(OPS[op].reference(inputs), whole, strict=True):
+            testing.assert_bitwise(part, expected, op)
+        monkeypatch.undo()
+
+
+def quantize_4bit_inputs(x: Tensor, table: str, block_size: int) -> Inputs:
+    return {"x": x, "block_size": block_size, **format_arguments(table)}
+
+
+@tables
+@dtypes
+def test_quantize_4bit(dtype: torch.dtype, table: str) -> None:
+    for block_size in (32, 64, 512):
+        x = awkward(65_537, dtype, seed=block_size)
+        compare_everywhere("quantize_4bit", quantize_4bit_inputs(x, table, block_size))
+        x = ties(code_table(table), dtype, 300, block_size)
+        compare_everywhere("quantize_4bit", quantize_4bit_inputs(x, table, block_size))
+
+
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    """All 65536 values of a 16-bit dtype."""
+    return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("table", ["nf4", "fp4", "unsorted"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=testing.DTYPE_NAMES.get)
+def test_quantize_4bit_of_every_16_bit_pattern(dtype: torch.dtype, table: str) -> None:
+    """In blocks as they come (NaN and infinities too), and below each of several scales."""
+    patterns = every_pattern(dtype)
+    compare_everywhere("quantize_4bit", quantize_4bit_inputs(patterns, table, 32))
+    info = torch.finfo(dtype)
+    for scale in (1.0, 0.75, 3.0, 0.1, 1e-3, info.smallest_normal, info.max, 1.0 + info.eps):
+        top = torch.tensor([scale]).to(dtype)
+        below = patterns[patterns.abs() <= top]
+        below = torch.nn.functional.pad(below, (0, -len(below) % 4095)).view(-1, 4095)
+        blocks = torch.cat([top.expand(len(below), 1), below], dim=1)
+        compare_everywhere("quantize_4bit", quantize_4bit_inputs(blocks, table, 4096))
+
+
+def dequantize_inputs(n: int, table: str, dtype: torch.dtype, block_size: int, seed: int) -> Inputs:
+    """Every byte, with absmax of every magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "packed": torch.randint(256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator),
+        "absmax": awkward(formats.num_blocks(n, block_size), torch.float32, seed).abs(),
+        "nested_absmax": None,
+        "nested_offset": None,
+        "block_size": block_size,
+        "shape": [n],
+        "dtype": dtype,
+        **format_arguments(table),
+    }
+
+
+def double_quantised(inputs: Inputs, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = len(inputs["absmax"])
+    nested = awkward(formats.num_blocks(blocks, 256), torch.float32, seed).abs()
+    return inputs | {
+        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
+        "nested_absmax": nested,
+        "nested_offset": nested.median(),
+    }
+
+
+@tables
+@dtypes
+def test_dequantize_4bit(dtype: torch.dtype, table: str) -> None:
+    for block_size in (32, 128):
+        inputs = dequantize_inputs(100_003, table, dtype, block_size, seed=block_size)
+        compare_everywhere("dequantize_4bit", inputs)
+        compare_everywhere("dequantize_4bit", double_quantised(inputs, seed=block_size))
+
+
+@dtypes
+def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
+    """Scales made so that products fall exactly half way between two values of the output."""
+    one_and_a_bit = 1 + torch.arange(1 << 12) / (1 << 12)
+    absmax = torch.cat([one_and_a_bit * 2.0**e for e in (-133, -130, -30, -24, -16, -14, 0, 15)])
+    inputs = dequantize_inputs(32 * len(absmax), "nf4", dtype, 32, seed=0)
+    compare_everywhere("dequantize_4bit", inputs | {"absmax": absmax})
+
+
+@pytest.mark.parametrize("map_name", formats.MAPS)
+@dtypes
+def test_8bit(dtype: torch.dtype, map_name: str) -> None:
+    code = formats.map_tensor(map_name)
+    for block_size in (32, 256, 2048):
+        for x in (awkward(65_537, dtype, 1), ties(code.tolist(), dtype, 40, block_size)):
+            quantise = {"x": x, "code": code, "block_size": block_size}
+            compare_everywhere("quantize_8bit", quantise)
+            codes, absmax = reference.quantize_8bit(**quantise)
+            dequantise = {"codes": codes, "absmax": absmax, "code": code, "dtype": dtype}
+            compare_everywhere("dequantize_8bit", dequantise | {"block_size": block_size})
+
+
+def test_quantize_absmax() -> None:
+    for n in (1, 256, 70_001):
+        for seed, scale in enumerate((0.05, 1e30, 1e-40)):
+            generator = torch.Generator().manual_seed(seed)
+            absmax = torch.rand(n, generator=generator) * scale
+            compare_everywhere("quantize_absmax", {"absmax": absmax})
+        compare_everywhere("quantize_absmax", {"absmax": awkward(n, torch.float32, n).abs()})
+
+
+def test_the_mean_of_absmax_is_rounded_once() -> None:
+    """Sums that lose small terms, or round twice, in plain float64 accumulation."""
+    big, tiny = 2.0**100, 2.0**-140
+    cancel_free = torch.tensor([big] + [2.0**46] * 127 + [tiny] * 300)
+    half_way = torch.tensor([1.0, 2.0**-24, 2.0**-149])
+    for absmax in (cancel_free, cancel_free.flip(0), half_way, torch.full((3,), 3.4e38)):
+        offset = torch.tensor(np.float32(math.fsum(absmax.tolist()) / len(absmax)))
+        assert reference.quantize_absmax(absmax)[2].item() == offset.item()
+        compare_everywhere("quantize_absmax", {"absmax": absmax})
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 256, 512, 1024, 2048, 4096])
+@dtypes
+def test_nf4_bytes_equal_bitsandbytes(dtype: torch.dtype, block_size: int) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = (torch.randn(64, 4096) * 0.02).to(dtype)
+    theirs, state = functional.quantize_4bit(w, blocksize=block_size, quant_type="nf4")
+    packed, absmax = reference.quantize_4bit(w, "nf4", block_size, None)
+    testing.assert_bitwise(packed, theirs.flatten(), "packed")
+    testing.assert_bitwise(absmax, state.absmax.flatten(), "absmax")
+    compare_everywhere("quantize_4bit", quantize_4bit_inputs(w, "nf4", block_size))
+
+
+def test_nf4_bytes_equal_bitsandbytes_at_ties() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = ties(formats.NF4_CODES, torch.float32, 1000, 64)
+    theirs, _ = functional.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    packed, _ = reference.quantize_4bit(x, "nf4", 64, None)
+    testing.assert_bitwise(packed, theirs.flatten(), "packed")
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=formats.MAPS)
+@dtypes
+def test_restored_maps_equal_bitsandbytes(dtype: torch.dtype, signed: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    code = functional.create_dynamic_map(signed=signed)
+    testing.assert_bitwise(formats.map_tensor("signed" if signed else "unsigned"), code, "map")
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256)
+    absmax = torch.rand(256) * 0.1
+    state = functional.QuantState(absmax, code=code, blocksize=256, dtype=dtype)
+    theirs = functional.dequantize_blockwise(codes, state)
+    inputs = {"codes": codes, "absmax": absmax, "code": code, "block_size": 256, "dtype": dtype}
+    testing.assert_bitwise(reference.dequantize_8bit(**inputs), theirs)
+    compare_everywhere("dequantize_8bit", inputs)
+
+
+CHUNK = 1 << 22
+CHUNKS_OF_4_MI = 4  # 3 dtypes × 3 formats × 4 chunks × 2^22 = 1.5e8 values
+
+
+def chunks(table: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    for seed in range(CHUNKS_OF_4_MI - 1):
+        yield awkward(CHUNK, dtype, seed)
+    yield ties(code_table(table), dtype, CHUNK // 64, 64)[:CHUNK]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["nf4", "fp4", "unsorted"])
+@dtypes
+def test_a_hundred_million_values(dtype: torch.dtype, table: str) -> None:
+    for number, x in enumerate(chunks(table, dtype)):
+        compare_everywhere("quantize_4bit", quantize_4bit_inputs(x, table, 64))
+        inputs = dequantize_inputs(x.numel(), table, dtype, 64, seed=number)
+        compare_everywhere("dequantize_4bit", inputs)
+        compare_everywhere("dequantize_4bit", double_quantised(inputs, seed=number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("map_name", formats.MAPS)
+@dtypes
+def test_tens_of_millions_of_8bit_values(dtype: torch.dtype, map_name: str) -> None:
+    code = formats.map_tensor(map_name)
+    for seed in range(2):
+        x = awkward(CHUNK, dtype, seed)
+        compare_everywhere("quantize_8bit", {"x": x, "code": code, "block_size": 256})

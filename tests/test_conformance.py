@@ -1,0 +1,238 @@
+"""Every op, on every backend and instruction set, against the reference: the op table's tests."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkern import testing
+from qkern.testing import DTYPES, OPS, Case, OpSpec, Target
+
+MATMULS = tuple(spec for spec in OPS.values() if spec.comparison == "matmul")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
+matmuls = pytest.mark.parametrize("spec", MATMULS, ids=[spec.name for spec in MATMULS])
+WEIGHT_ARGUMENTS = (
+    "packed",
+    "absmax",
+    "nested_absmax",
+    "nested_offset",
+    "codebook",
+    "format",
+    "block_size",
+)
+all_ops = pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is not test_op:
+        return
+    found = testing.targets(metafunc.config.getoption("--device"))
+    params = []
+    for spec in OPS.values():
+        # A missing target is skipped once for each op, not once for each case.
+        for target in (t for t in found if t.reason):
+            skip = pytest.mark.skip(reason=f"{target}: {target.reason}")
+            params.append(
+                pytest.param(spec, spec.cases[0], target, id=f"{spec.name}-{target}", marks=skip)
+            )
+        params += [
+            pytest.param(spec, case, target, id=spec.id(case, target))
+            for case in spec.cases
+            for target in found
+            if not target.reason
+        ]
+    metafunc.parametrize(("spec", "case", "on"), params)
+
+
+def test_op(spec: OpSpec, case: Case, on: Target, device: torch.device) -> None:
+    testing.check(spec, case, on, device)
+
+
+def test_the_table_holds_every_op() -> None:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("qkern::")}
+    variants = {"qkern::dequantize_4bit_out"}
+    assert names - variants == {f"qkern::{name}" for name in OPS}
+
+
+def test_case_ids_are_unique() -> None:
+    target = Target("cpu", "scalar")
+    ids = [spec.id(case, target) for spec in OPS.values() for case in spec.cases]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.skipif(
+    not os.environ.get("QKERN_REQUIRE_NATIVE"),
+    reason="QKERN_REQUIRE_NATIVE is not set: a build without native kernels is allowed",
+)
+def test_scalar_and_the_best_instruction_set_run() -> None:
+    available = {t.isa for t in testing.targets("cpu") if t.backend == "cpu" and not t.reason}
+    assert "scalar" in available
+    if platform.machine() == "x86_64":
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        if {"avx2", "fma", "f16c"} <= flags:
+            assert "avx2" in available
+        if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+            assert "avx512" in available
+
+
+def inputs_of(spec: OpSpec, case: Case, device: torch.device) -> testing.Inputs:
+    return spec.make_inputs(case, device, torch.Generator().manual_seed(1))
+
+
+def run(spec: OpSpec, inputs: testing.Inputs, target: Target) -> tuple[Tensor, ...]:
+    with target.activate():
+        return spec.run(inputs)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double_quant"])
+@pytest.mark.parametrize("layout", ["contiguous", "offset"])
+@dtypes
+def test_dequantize_into_out(
+    target: Target, dtype: torch.dtype, layout: str, double_quant: bool, device: torch.device
+) -> None:
+    spec = OPS["dequantize_4bit"]
+    inputs = inputs_of(spec, Case((31, 77), dtype, double_quant=double_quant), device)
+    padded = torch.full((31 * 77 + 2,), 7.0, dtype=dtype, device=device)
+    flat = padded[1:-1] if layout == "offset" else padded[:-2]
+    weight = {name: inputs[name] for name in WEIGHT_ARGUMENTS}
+    with target.activate():
+        torch.ops.qkern.dequantize_4bit_out(**weight, out=flat.view(31, 77))
+    testing.assert_bitwise(flat.view(31, 77), spec.reference(inputs)[0])
+    assert (padded[-1:] == 7).all()
+    assert layout == "contiguous" or padded[0] == 7
+
+
+@all_ops
+def test_same_call_gives_the_same_bits(spec: OpSpec, target: Target, device: torch.device) -> None:
+    shape = (19, 130, 515) if spec.comparison == "matmul" else (40_001,)
+    inputs = inputs_of(spec, Case(shape, torch.float32), device)
+    first = run(spec, inputs, target)
+    for _ in range(3):
+        for again, before in zip(run(spec, inputs, target), first, strict=True):
+            testing.assert_bitwise(again, before)
+
+
+# Large enough that every backend gives work to each thread.
+THREAD_SHAPES = {"flat": [(1 << 20,)], "matmul": [(1, 1030, 2050), (3, 530, 1026), (70, 515, 1030)]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.DTYPE_NAMES.get)
+@all_ops
+def test_any_thread_count_gives_the_same_bits(
+    spec: OpSpec, target: Target, dtype: torch.dtype, device: torch.device
+) -> None:
+    if target.backend == "reference" and spec.comparison == "matmul":
+        pytest.skip("the reference multiplies with torch, which promises no order of summation")
+    for shape in THREAD_SHAPES["matmul" if spec.comparison == "matmul" else "flat"]:
+        inputs = inputs_of(spec, Case(shape, dtype, double_quant=True), device)
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(spec, inputs, target))
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                testing.assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("weight_shape", [(37, 130), (128, 512)], ids=["37x130", "128x512"])
+@dtypes
+@matmuls
+def test_batch_invariant(
+    spec: OpSpec,
+    target: Target,
+    dtype: torch.dtype,
+    weight_shape: tuple[int, int],
+    device: torch.device,
+) -> None:
+    """A row's bits do not depend on how many rows come with it, nor on which place it has."""
+    main = "x" if spec.name == "linear_4bit" else "dy"
+    case = Case((300, *weight_shape), dtype, double_quant=True, batch_invariant=True)
+    inputs = inputs_of(spec, case, device)
+    rows = inputs[main]
+    (whole,) = run(spec, inputs, target)
+    for count in (1, 2, 3, 4, 5, 8, 13, 16, 17, 31, 33, 64, 129):
+        for start in (0, 7, 300 - count):
+            (part,) = run(spec, inputs | {main: rows[start : start + count]}, target)
+            testing.assert_bitwise(part, whole[start : start + count], f"rows {start}+{count}")
+
+
+@dtypes
+@matmuls
+def test_nonfinite_activations_stay_in_their_row(
+    spec: OpSpec, target: Target, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Each NaN and infinity reaches all results of its row, as in a dense matmul, and no other."""
+    main = "x" if spec.name == "linear_4bit" else "dy"
+    inputs = inputs_of(spec, Case((40, 37, 130), dtype, format="fp4"), device)
+    (clean,) = run(spec, inputs, target)
+    x = inputs[main].clone()
+    x[3, -1], x[17, 5], x[39, 0] = torch.nan, torch.inf, -torch.inf
+    (y,) = run(spec, inputs | {main: x}, target)
+
+    weight = OPS["dequantize_4bit"].reference(
+        {name: inputs[name] for name in WEIGHT_ARGUMENTS}
+        | {"shape": [37, 130], "dtype": torch.float32}
+    )[0]
+    dense = x.double() @ (weight.mT if main == "x" else weight).double()
+    touched = torch.tensor([3, 17, 39], device=device)
+    testing.assert_bitwise(y[touched].double(), dense[touched])
+    untouched = torch.ones(40, dtype=torch.bool, device=device)
+    untouched[touched] = False
+    testing.assert_bitwise(y[untouched], clean[untouched])
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 0, 3), (1, 1, 1, 5)], ids=str)
+@matmuls
+def test_any_leading_dimensions(
+    spec: OpSpec, target: Target, lead: tuple[int, ...], device: torch.device
+) -> None:
+    main, inner = ("x", 130) if spec.name == "linear_4bit" else ("dy", 37)
+    rows = max(1, int(torch.Size(lead).numel()))
+    inputs = inputs_of(spec, Case((rows, 37, 130)), device)
+    (flat,) = run(spec, inputs, target)
+    x = inputs[main] if torch.Size(lead).numel() else inputs[main][:0]
+    (y,) = run(spec, inputs | {main: x.reshape(*lead, inner)}, target)
+    assert y.shape == (*lead, 167 - inner)
+    testing.assert_bitwise(y.flatten(), flat[: torch.Size(lead).numel()].flatten())
+
+
+@matmuls
+def test_float16_overflow_is_infinite_not_wrapped(
+    spec: OpSpec, target: Target, device: torch.device
+) -> None:
+    main = "x" if spec.name == "linear_4bit" else "dy"
+    inputs = inputs_of(spec, Case((5, 64, 64), torch.float16), device)
+    inputs[main] = torch.full_like(inputs[main], 60_000.0)
+    inputs["packed"] = torch.full_like(inputs["packed"], 0xFF)
+    (y,) = run(spec, inputs, target)
+    assert (y == torch.inf).all()
+
+
+def test_unchecked_nan_block_has_the_canonical_nan(target: Target, device: torch.device) -> None:
+    """Bits 0x7fc00000: every backend writes the same file for the same input."""
+    for dtype in DTYPES:
+        for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            x = torch.randn(70, device=device).to(dtype)
+            x[66] = bad
+            with target.activate():
+                _, absmax = torch.ops.qkern.quantize_4bit(x, "nf4", 64, None)
+            assert absmax.view(torch.int32)[1].item() == 0x7FC00000
+            assert absmax[0].isfinite()
+
+
+def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that do nothing, every op returns the poison: no unwritten element can pass."""
+    from qkern import _C
+
+    for name in OPS:
+        monkeypatch.setattr(_C, name, lambda *arguments: None)
+    for spec in OPS.values():
+        shape = (3, 16, 64) if spec.comparison == "matmul" else (3, 64)
+        for result in spec.run(inputs_of(spec, Case(shape), torch.device("cpu"))):
+            poison = result.isnan() if result.is_floating_point() else result == 255
+            assert poison.all(), spec.name
