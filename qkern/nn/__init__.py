@@ -1,0 +1,29 @@
+"""Modules on 4-bit weights, LoRA, and whole models made of them."""
+
+from qkern.nn.embedding import Embedding4bit
+from qkern.nn.linear import Linear4bit
+from qkern.nn.lora import (
+    LoRAConfig,
+    LoRALinear,
+    disable_lora,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    unmerge_lora,
+)
+from qkern.nn.model import add_lora, prepare_for_training, quantize_model
+
+__all__ = [
+    "Embedding4bit",
+    "Linear4bit",
+    "LoRAConfig",
+    "LoRALinear",
+    "add_lora",
+    "disable_lora",
+    "lora_layers",
+    "lora_parameters",
+    "merge_lora",
+    "prepare_for_training",
+    "quantize_model",
+    "unmerge_lora",
+]

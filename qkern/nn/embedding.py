@@ -1,0 +1,125 @@
+"""An embedding table in 4 bits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkern import _errors, formats
+from qkern.functional import quantize_4bit
+from qkern.nn._module import QuantizedModule
+from qkern.tensor import QuantizedTensor
+
+
+class Embedding4bit(QuantizedModule):
+    """Rows of a frozen 4-bit table; a lookup dequantises only the rows asked for.
+
+    ``ids`` of any integer dtype and shape ``[...]`` give ``[..., embedding_dim]`` in
+    ``weight.dtype``, equal to indexing the dequantised table. Rows need not begin at a block: the
+    blocks that cover a row are dequantised and the row is cut out, at most two blocks too many.
+
+    The buffer ``packed`` is padded to whole blocks, which a table whose size is a multiple of the
+    block size already has; ``weight`` shows it without the padding.
+    """
+
+    def __init__(self, qw: QuantizedTensor, padding_idx: int | None = None) -> None:
+        super().__init__()
+        if len(qw.shape) != 2:
+            raise ValueError(f"qw: got shape {tuple(qw.shape)}; takes [rows, embedding_dim]")
+        self.num_embeddings, self.embedding_dim = qw.shape
+        self.padding_idx = padding_idx
+        self._set_quantized(qw)
+        padding = qw.absmax.numel() * qw.block_size // 2 - qw.packed.numel()
+        if padding:
+            self.packed = F.pad(qw.packed, (0, padding))
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        format: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        *,
+        codebook: Tensor | None = None,
+        check_finite: bool = True,
+    ) -> Embedding4bit:
+        """A 4-bit copy of ``embedding``, in its train/eval mode.
+
+        Raises ValueError for a table with ``max_norm``, since that changes rows as they are used;
+        other errors are those of :func:`qkern.quantize_4bit`.
+        """
+        if embedding.max_norm is not None:
+            raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
+        qw = quantize_4bit(
+            embedding.weight.detach(),
+            format=format,
+            block_size=block_size,
+            double_quant=double_quant,
+            codebook=codebook,
+            check_finite=check_finite,
+        )
+        return cls(qw, embedding.padding_idx).train(embedding.training)
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The frozen table; ``packed`` is a view of the buffer."""
+        return self._quantized(self.packed[: formats.packed_size(math.prod(self._weight_shape))])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows ``ids``; TypeError unless they are integers, IndexError unless they are in range."""
+        _errors.check_tensor("ids", ids)
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids: got {ids.dtype}; takes integers")
+        rows = self._checked(ids.reshape(-1).long())
+        dim, block_size = self.embedding_dim, self._block_size
+        # A row begins at a multiple of gcd(dim, block_size) within its first block.
+        covered = formats.num_blocks(dim + block_size - math.gcd(dim, block_size), block_size)
+        start = rows * dim
+        first = start // block_size
+        blocks = first[:, None] + torch.arange(covered, device=rows.device)
+        # The last row may need fewer blocks; what stands in for them is cut off below.
+        blocks = blocks.clamp_(max=self.absmax.numel() - 1).view(-1)
+        values = QuantizedTensor(
+            packed=self.packed.view(-1, block_size // 2).index_select(0, blocks).view(-1),
+            absmax=self._scales(blocks),
+            nested_absmax=None,
+            nested_offset=None,
+            codebook=self.codebook,
+            format=self._format,
+            block_size=block_size,
+            shape=(rows.numel(), covered * block_size),
+            dtype=self._weight_dtype,
+        ).dequantize()
+        if covered * block_size != dim:
+            columns = (start - first * block_size)[:, None] + torch.arange(dim, device=rows.device)
+            values = values.gather(1, columns)
+        return values.view(*ids.shape, dim)
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        # index_select checks its bounds on every device, on a GPU without waiting for it.
+        zeros = rows.new_zeros(1).expand(self.num_embeddings)
+        try:
+            return rows + zeros.index_select(0, rows)
+        except IndexError as error:
+            low, high = rows.min().item(), rows.max().item()
+            raise IndexError(
+                f"ids: got values from {low} to {high}; takes 0 to {self.num_embeddings - 1}"
+            ) from error
+
+    def _scales(self, blocks: Tensor) -> Tensor:
+        """Float32 scales of ``blocks``: two roundings, as in dequantising the whole table."""
+        absmax = self.absmax.index_select(0, blocks)
+        if self.nested_absmax is None or self.nested_offset is None:
+            return absmax
+        table = formats.map_tensor("signed", absmax.device)
+        nested = self.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
+        return table[absmax.long()] * nested + self.nested_offset
+
+    def extra_repr(self) -> str:
+        """The sizes and the format."""
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._format_repr()}"

@@ -1,0 +1,122 @@
+"""Linear layers on a frozen 4-bit weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qkern.functional import linear_4bit, quantize_4bit
+from qkern.nn._module import QuantizedModule, zeros_quantized
+from qkern.tensor import QuantizedTensor
+
+
+class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is no Parameter
+    """``y = x Wᵀ + b`` with W frozen in 4 bits; the matmul works on the codes in both passes.
+
+    ``x`` is ``[..., in_features]`` in float32, bfloat16 or float16 and decides the dtype of the
+    result; a bias in another dtype is cast. Gradients flow to ``x`` and to the bias, never to W.
+    Made from a dense layer by :meth:`from_linear`, from a weight quantised before by
+    :meth:`from_quantized`; the constructor itself makes a weight of zeros, to be
+    filled by a state dict.
+
+    It is an ``nn.Linear`` so that libraries that look for linear layers find it. ``weight`` is a
+    :class:`~qkern.QuantizedTensor`: shape, dtype and device read as usual, and code that would
+    compute with it as a tensor fails rather than being wrong.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._init_from(
+            zeros_quantized(
+                (out_features, in_features),
+                format=format,
+                block_size=block_size,
+                double_quant=double_quant,
+                dtype=dtype,
+                device=device,
+            ),
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None,
+        )
+
+    def _init_from(self, qw: QuantizedTensor, bias: Tensor | None) -> None:
+        # nn.Linear's own constructor would allocate the dense weight.
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = qw.shape
+        self._set_quantized(qw)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_quantized(cls, qw: QuantizedTensor, bias: Tensor | None = None) -> Linear4bit:
+        """A layer around ``qw`` ``[out, in]`` (shared, not copied) and ``bias`` ``[out]``.
+
+        A bias that is a Parameter is taken as it is; a tensor becomes a frozen one.
+        Raises ValueError where ``qw`` is not two-dimensional or the bias does not fit.
+        """
+        if len(qw.shape) != 2:
+            raise ValueError(f"qw: got shape {tuple(qw.shape)}; takes [out_features, in_features]")
+        if bias is not None and tuple(bias.shape) != (qw.shape[0],):
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}; takes [{qw.shape[0]}]")
+        layer = cls.__new__(cls)
+        layer._init_from(qw, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        format: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        *,
+        codebook: Tensor | None = None,
+        check_finite: bool = True,
+    ) -> Linear4bit:
+        """A 4-bit copy of ``linear``, with its bias (the same Parameter) and train/eval mode.
+
+        On the meta device nothing is computed: the result has meta tensors of the right
+        sizes, for ``load_state_dict(..., assign=True)``. Errors are those of
+        :func:`qkern.quantize_4bit`.
+        """
+        qw = quantize_4bit(
+            linear.weight.detach(),
+            format=format,
+            block_size=block_size,
+            double_quant=double_quant,
+            # A copy, since tensors that share memory cannot be saved as safetensors.
+            codebook=None if codebook is None else codebook.clone(),
+            check_finite=check_finite,
+        )
+        return cls.from_quantized(qw, linear.bias).train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Refuse: a 4-bit weight is frozen and has no random initialisation."""
+        raise TypeError("Linear4bit has no parameters to reset; make it from an initialised layer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in x's dtype."""
+        return linear_4bit(x, self.weight, self.bias_for(x))
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        """The bias in x's dtype."""
+        bias: Tensor | None = self.bias
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """The sizes, whether there is a bias, and the format."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._format_repr()}"
+        )

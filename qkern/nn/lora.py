@@ -1,0 +1,314 @@
+"""LoRA adapters on frozen linear layers (arXiv 2106.09685), as PEFT defines them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
+from qkern.nn.linear import Linear4bit
+from qkern.tensor import QuantizedTensor
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _check_hyperparameters(r: object, alpha: object, dropout: object) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {type(r).__name__}; takes an int")
+    if r < 1:
+        raise ValueError(f"r: got {r}; takes a positive rank")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise TypeError(f"alpha: got {type(alpha).__name__}; takes a number")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: got {alpha}; takes a positive finite number")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise TypeError(f"dropout: got {type(dropout).__name__}; takes a number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout}; takes a probability in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers get an adapter, and of what kind.
+
+    Attributes:
+        r: rank of the update B A.
+        alpha: the update is scaled by ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+        dropout: probability of zeroing an input of A in training, in [0, 1).
+        targets: ``"all-linear"``; or names, each matching the modules whose path is it or ends in
+            ``"." + it``; or one regular expression for the whole path, as in PEFT.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        dtype: of A and B. None, as in PEFT, takes float32 even on a 16-bit base, for the sake of
+            small updates.
+        rank_pattern: rank by name, where it differs from ``r``.
+        alpha_pattern: alpha by name, where it differs from ``alpha``.
+
+    Raises TypeError or ValueError naming the field that does not fit.
+    """
+
+    r: int = 16
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] | list[str] = "all-linear"
+    use_rslora: bool = False
+    dtype: torch.dtype | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_hyperparameters(self.r, self.alpha, self.dropout)
+        for rank in self.rank_pattern.values():
+            _check_hyperparameters(rank, self.alpha, self.dropout)
+        for alpha in self.alpha_pattern.values():
+            _check_hyperparameters(self.r, alpha, self.dropout)
+        _check_adapter_dtype(self.dtype)
+
+    def r_for(self, path: str) -> int:
+        """The rank of the layer at ``path``."""
+        return _by_pattern(self.rank_pattern, path, self.r)
+
+    def alpha_for(self, path: str) -> float:
+        """The alpha of the layer at ``path``."""
+        return _by_pattern(self.alpha_pattern, path, self.alpha)
+
+
+def _by_pattern(pattern: Mapping[str, _Number], path: str, default: _Number) -> _Number:
+    """The value of the first key that, as in PEFT, matches ``path`` or its last components."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _check_adapter_dtype(dtype: object) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {type(dtype).__name__}; takes a torch.dtype")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}; takes a floating dtype")
+
+
+class LoRALinear(nn.Module):
+    """``y = base(x) + scaling · B A dropout(x)`` with the base frozen.
+
+    ``lora_a`` is ``[r, in]``, drawn as ``nn.Linear`` draws its weight; ``lora_b`` is ``[out, r]``
+    and starts at zero, so a fresh adapter changes nothing. ``base_layer`` is a
+    :class:`Linear4bit` or an ``nn.Linear``. A and B are cast to the dtype of the base's result,
+    which is x's or autocast's; their gradients arrive in their own. So float32 adapters on a
+    bfloat16 model behave as under autocast with PEFT, with no float32 copy of x kept for backward.
+
+    After :meth:`merge` the forward uses one merged weight, which lies beside the base's: the base
+    and the state dict stay as they were, so :meth:`unmerge` is exact and saving is always of the
+    unmerged model.
+    """
+
+    def __init__(
+        self,
+        base_layer: Linear4bit | nn.Linear,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # Exactly nn.Linear: a subclass may compute something else, which merging would lose.
+        if not isinstance(base_layer, Linear4bit) and type(base_layer) is not nn.Linear:
+            raise TypeError(
+                f"base_layer: got {type(base_layer).__name__}; takes Linear4bit or nn.Linear"
+            )
+        _check_hyperparameters(r, alpha, dropout)
+        _check_adapter_dtype(dtype)
+        weight = base_layer.weight
+        if dtype is None:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.use_rslora = use_rslora
+        a = torch.empty(r, base_layer.in_features, device=weight.device, dtype=dtype)
+        b = torch.empty(base_layer.out_features, r, device=weight.device, dtype=dtype)
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        self.adapter_enabled = True
+        # In a tuple, since an attribute that is a module would enter the state dict.
+        self._merged: tuple[nn.Linear] | None = None
+        self.reset_parameters()
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_config(
+        cls, base_layer: Linear4bit | nn.Linear, config: LoRAConfig, path: str
+    ) -> LoRALinear:
+        """The layer that ``config`` asks for at ``path``; its targets are not looked at."""
+        return cls(
+            base_layer,
+            config.r_for(path),
+            config.alpha_for(path),
+            config.dropout,
+            use_rslora=config.use_rslora,
+            dtype=config.dtype,
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw A anew and set B to zero."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` when rank-stabilised."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def in_features(self) -> int:
+        """The base's."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The base's."""
+        return self.base_layer.out_features
+
+    @property
+    def weight(self) -> Tensor | QuantizedTensor:
+        """The base's weight, without the adapter."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the forward uses merged weights."""
+        return self._merged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        base = self.base_layer
+        if not self.adapter_enabled:
+            return base(x)
+        if self._merged is not None:
+            return self._merged[0](x)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(base, Linear4bit):
+            return lora_linear(
+                x, base.weight, self.lora_a, self.lora_b, self.scaling, base.bias_for(x), dropout
+            )
+        y = base(x)
+        hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
+        return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
+
+    @torch.no_grad()
+    def to_merged(self) -> nn.Linear:
+        """A new layer of the base's kind with weight ``W + scaling · B A``; it shares the bias.
+
+        The sum is taken in at least float32. A dense weight is then rounded to its dtype. A 4-bit
+        weight is quantised anew in its own format, which loses much of a small update: generate
+        from the unmerged layer where that matters.
+
+        Raises ValueError where the merged weight is not finite.
+        """
+        base = self.base_layer
+        wide = torch.promote_types(self.lora_a.dtype, torch.float32)
+        delta = (self.lora_b.to(wide) @ self.lora_a.to(wide)) * self.scaling
+        if isinstance(base, Linear4bit):
+            qw = base.weight
+            merged = quantize_4bit(
+                dequantize_4bit(qw, dtype=torch.float32) + delta.float(),
+                format=qw.format,
+                block_size=qw.block_size,
+                double_quant=qw.double_quant,
+                codebook=qw.codebook,
+            ).to(dtype=qw.dtype)
+            layer: nn.Linear = Linear4bit.from_quantized(merged, base.bias)
+        else:
+            dense = (base.weight.to(wide) + delta).to(base.weight.dtype)
+            if not torch.isfinite(dense).all():
+                raise ValueError("lora_a, lora_b: the merged weight is not finite")
+            layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            layer.weight = nn.Parameter(dense, requires_grad=False)
+            layer.bias = base.bias
+        return layer.train(base.training)
+
+    def merge(self) -> None:
+        """Use merged weights in the forward from now on; memory grows by one weight.
+
+        Later changes of A and B show only after :meth:`unmerge`. Raises RuntimeError when merged.
+        """
+        if self._merged is not None:
+            raise RuntimeError("the adapter is merged already")
+        self._merged = (self.to_merged(),)
+
+    def unmerge(self) -> None:
+        """Go back to base plus adapter, exactly as before; RuntimeError when not merged."""
+        if self._merged is None:
+            raise RuntimeError("the adapter is not merged")
+        self._merged = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        if self._merged is not None:
+            self._merged[0]._apply(fn)
+            self._merged[0].bias = self.base_layer.bias
+        return self
+
+    def extra_repr(self) -> str:
+        """The hyperparameters."""
+        return (
+            f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, "
+            f"use_rslora={self.use_rslora}, dtype={self.lora_a.dtype}"
+        )
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Path and layer of every :class:`LoRALinear` in ``model``, shared ones once."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every A and B in ``model``, for an optimizer."""
+    for _, layer in lora_layers(model):
+        yield layer.lora_a
+        yield layer.lora_b
+
+
+@contextmanager
+def disable_lora(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` answers as its base does, merged or not."""
+    before = [(layer, layer.adapter_enabled) for _, layer in lora_layers(model)]
+    try:
+        for layer, _ in before:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.adapter_enabled = enabled
+
+
+def merge_lora(model: nn.Module) -> None:
+    """:meth:`LoRALinear.merge` on every adapter that is not merged."""
+    for _, layer in lora_layers(model):
+        if not layer.merged:
+            layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """:meth:`LoRALinear.unmerge` on every merged adapter."""
+    for _, layer in lora_layers(model):
+        if layer.merged:
+            layer.unmerge()
