@@ -220,7 +220,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Of shapes ``[blocks]``, ``[ceil(blocks / 256)]`` and ``[]`` for ``absmax`` ``[blocks]``. The
     offset is the mean of ``absmax``: the exact sum rounded to float64, divided in float64, rounded
-    to float32, so it does not depend on the order of summation. A NaN anywhere makes the offset, and with it every restored value, NaN.
+    to float32, so it does not depend on the order of summation. A NaN anywhere makes the
+    offset, and with it every restored value, NaN.
     """
     if not absmax.isfinite().all():
         mean = math.nan

@@ -72,6 +72,11 @@ class QuantizedTensor:
         for name, tensor in self.tensors().items():
             _errors.check_device(name, tensor, self.packed.device, "packed")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled state, checked as a new one is."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field name."""
         fields = {
@@ -187,3 +192,7 @@ class QuantizedTensor:
             f"block_size={self.block_size}, double_quant={self.double_quant}, "
             f"dtype={self.dtype}, device={str(self.device)!r}, nbytes={self.nbytes})"
         )
+
+
+# torch.load by default refuses classes it does not know; this one only holds tensors.
+torch.serialization.add_safe_globals([QuantizedTensor])
