@@ -7,6 +7,9 @@ selected. Inputs that hold no element go to the reference: a kernel never sees a
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,11 +19,32 @@ from torch import Tensor
 from qkern import formats, reference
 from qkern.backends import _args
 
+
+def _load() -> ModuleType:
+    """``qkern._C`` as installed, or the build of it that ``QKERN_NATIVE_LIBRARY`` names.
+
+    A named build that does not load is an error, for a run under a sanitizer must not fall back.
+    """
+    path = os.environ.get("QKERN_NATIVE_LIBRARY")
+    if not path:
+        return importlib.import_module("qkern._C")
+    spec = importlib.util.spec_from_file_location("qkern._C", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"QKERN_NATIVE_LIBRARY: got {path!r}; takes an extension module's path")
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise RuntimeError(f"QKERN_NATIVE_LIBRARY: {path!r} cannot be loaded: {error}") from error
+    sys.modules["qkern._C"] = module
+    return module
+
+
 _C: ModuleType | None
 missing_reason: str | None
 try:
     # After torch, so that both use the one OpenMP runtime torch has loaded.
-    _C = importlib.import_module("qkern._C")
+    _C = _load()
     missing_reason = None
 except ImportError as error:
     _C = None
