@@ -194,7 +194,8 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     """
     _errors.check_tensor("x", x)
     _check_quantized("qw", qw)
-    if torch.is_autocast_enabled(x.device.type):
+    # Asking a device for its type costs more than the rest of these checks.
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         x, bias = _autocast(x, bias)
     shape, packed = qw.shape, qw.packed
     if x.dtype not in _errors.FLOAT_DTYPES or len(shape) != 2 or x.device != packed.device:

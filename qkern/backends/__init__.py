@@ -28,8 +28,8 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 _MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
 
 _forced: str | None = None
-_selected: dict[str, ModuleType] = {}
-"""The choice per device type, so that a call costs one look-up."""
+_selected: dict[torch.device, ModuleType] = {}
+"""The choice per device, so that a call costs one look-up; a device's type costs more to ask."""
 
 
 def _missing(name: str) -> str | None:
@@ -50,9 +50,9 @@ def select(device: torch.device) -> ModuleType:
     Raises ``ValueError`` when ``QKERN_BACKEND`` is not a backend's name, ``RuntimeError`` when the
     forced backend is missing or does not take such tensors.
     """
-    module = _selected.get(device.type)
+    module = _selected.get(device)
     if module is None:
-        module = _selected[device.type] = _choose(device.type)
+        module = _selected[device] = _choose(device.type)
     return module
 
 

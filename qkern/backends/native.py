@@ -221,7 +221,8 @@ def linear_4bit(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit``."""
-    *lead, in_features = x.shape
+    shape = x.shape
+    in_features = shape[-1]
     numel = out_features * in_features
     weight = _args.weight(
         packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, numel
@@ -244,7 +245,7 @@ def linear_4bit(
             batch_invariant,
         )
     matrix, rows, row_stride = _args.rows("x", x, in_features)
-    y = torch.empty((*lead, out_features), dtype=dtype)
+    y = torch.empty((*shape[:-1], out_features), dtype=dtype)
     library().linear_4bit(
         matrix.data_ptr(),
         dtype_id,
@@ -274,7 +275,8 @@ def linear_4bit_dx(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit_dx``."""
-    *lead, out_features = dy.shape
+    shape = dy.shape
+    out_features = shape[-1]
     numel = out_features * in_features
     weight = _args.weight(
         packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, numel
@@ -295,7 +297,7 @@ def linear_4bit_dx(
             batch_invariant,
         )
     matrix, rows, row_stride = _args.rows("dy", dy, out_features)
-    dx = torch.empty((*lead, in_features), dtype=dtype)
+    dx = torch.empty((*shape[:-1], in_features), dtype=dtype)
     library().linear_4bit_dx(
         matrix.data_ptr(),
         dtype_id,
