@@ -127,8 +127,9 @@ class QuantizedModule(nn.Module):
             error_msgs.append(f"{prefix}weight: {problem}")
             return
         if prefix + "quant_meta" in state_dict:
-            # Equal in meaning by now; the module's own bytes are kept in case they are spelt apart.
-            state_dict[prefix + "quant_meta"] = self.quant_meta
+            # Equal in meaning by now, and loaded in the module's own spelling.
+            device = state_dict[prefix + "quant_meta"].device
+            state_dict[prefix + "quant_meta"] = self._encode_meta(device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -135,20 +135,19 @@ def prepare_for_training(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: no parameter is trainable; add LoRA first")
     if gradient_checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
+        # transformers 5 renamed it; both take torch.utils.checkpoint's arguments first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+            model, "gradient_checkpointing_enable", None
+        )
         if enable is None:
             raise TypeError(
                 f"model: got {type(model).__name__}, which has no gradient_checkpointing_enable; "
                 "takes a transformers model, or gradient_checkpointing=False"
             )
-        enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        enable({"use_reentrant": use_reentrant})
         if use_reentrant:
-            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+            model.enable_input_require_grads()  # type: ignore[operator]
     return model.train()
-
-
-def _require_grad(_module: nn.Module, _args: object, output: Tensor) -> None:
-    output.requires_grad_(True)
 
 
 def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
