@@ -1,0 +1,178 @@
+"""Importing is quiet; the report tells the truth; backends are chosen and forced as documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import qkern
+from qkern import backends, env
+from qkern.backends import native, reference
+
+needs_native = pytest.mark.skipif(
+    native.missing_reason is not None, reason=str(native.missing_reason)
+)
+
+
+def python(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with this process's paths and none of its QKERN_ variables."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("QKERN_")}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(
+        [sys.executable, *args],
+        env={**inherited, "PYTHONPATH": paths, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_import_is_quiet_and_starts_no_device() -> None:
+    code = (
+        "import torch; before = torch.get_num_threads(), torch.get_default_dtype();"
+        "import qkern; assert not torch.cuda.is_initialized();"
+        "assert before == (torch.get_num_threads(), torch.get_default_dtype());"
+        "assert all(hasattr(qkern, name) for name in qkern.__all__)"
+    )
+    result = python("-c", code)
+    assert result.stdout == result.stderr == ""
+
+
+def test_report_as_json_and_text() -> None:
+    result = python("-W", "error:::runpy", "-m", "qkern.env", "--json")
+    found = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert found["torch"] == torch.__version__
+    assert found["qkern"] == qkern.__version__
+    assert found["devices"]["cpu"]["backends"] == backends.available("cpu")
+    assert found["environment"].keys().isdisjoint({"QKERN_BACKEND"})
+    assert found["native"]["built"] == (native.missing_reason is None)
+
+    text = "\n".join(env._lines(found))
+    assert f"torch{' ' * 10}" in text
+    assert found["platform"] in text
+
+
+@needs_native
+def test_report_tells_instruction_sets_and_one_openmp_runtime() -> None:
+    found = json.loads(python("-m", "qkern.env", "--json", QKERN_CPU_ISA="scalar").stdout)
+    kernels = found["native"]
+    assert kernels["instruction_set"] == "scalar"
+    assert kernels["instruction_sets"] == native.available_isas()
+    assert kernels["build"]["version"] == qkern.__version__
+    assert found["devices"]["cpu"]["selected"] == "cpu"
+    assert found["environment"]["QKERN_CPU_ISA"] == "scalar"
+    if found["openmp_runtimes"] is not None:
+        assert len(found["openmp_runtimes"]) == 1
+
+
+def test_without_native_kernels_the_reference_works_and_the_report_says_why() -> None:
+    code = """
+import sys
+sys.modules["qkern._C"] = None
+import torch, qkern, qkern.env
+x = torch.ones(2, 64, requires_grad=True)
+qkern.nf4_linear(x, qkern.quantize_4bit(torch.randn(3, 64))).sum().backward()
+qkern.env.main([])
+print("---")
+try:
+    with qkern.backends.use("cpu"):
+        pass
+except RuntimeError as error:
+    print(error)
+print("---")
+qkern.env.main(["--json"])
+"""
+    text, error, report = python("-c", code).stdout.split("---")
+    reason = "qkern._C cannot be imported"
+    assert reason in text
+    assert error.strip().startswith(f"name: the backend 'cpu' is missing: {reason}")
+    found = json.loads(report)
+    assert found["native"]["built"] is False
+    assert reason in found["native"]["reason"]
+    cpu = found["devices"]["cpu"]
+    assert cpu["selected"] == "reference"
+    assert cpu["backends"] == {"cpu": found["native"]["reason"], "reference": None}
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets QKERN_BACKEND as if the process had started with it."""
+
+    def force(name: str) -> None:
+        monkeypatch.setenv("QKERN_BACKEND", name)
+        monkeypatch.setattr(backends, "_selected", {})
+
+    return force
+
+
+def test_forcing_by_the_environment(forced: Callable[[str], None]) -> None:
+    forced("reference")
+    assert backends.selected_name("cpu") == "reference"
+    assert env.report()["environment"]["QKERN_BACKEND"] == "reference"
+    forced("")
+    assert backends.selected_name("cpu") == next(
+        name for name, reason in backends.available("cpu").items() if reason is None
+    )
+
+
+def test_an_unknown_backend_in_the_environment(
+    forced: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    forced("fast")
+    message = "QKERN_BACKEND: got 'fast'; takes one of cpu, cuda, triton, reference"
+    with pytest.raises(ValueError, match=message):
+        qkern.quantize_4bit(torch.ones(64))
+    assert env.report()["devices"]["cpu"]["error"] == message
+    assert env.main([]) == 0
+    assert message in capsys.readouterr().out
+
+
+def test_use_forces_and_restores() -> None:
+    before = backends.selected_name()
+    with backends.use("reference"):
+        assert backends.select(torch.device("cpu")) is reference
+        assert backends.selected_name() == "reference"
+    assert backends.selected_name() == before
+    with pytest.raises(KeyError), backends.use("reference"):
+        raise KeyError
+    assert backends.selected_name() == before
+
+
+@needs_native
+def test_use_forces_and_restores_the_instruction_set() -> None:
+    before = native.isa()
+    for name in native.available_isas():
+        with backends.use("cpu", isa=name):
+            assert native.isa() == name
+            assert backends.selected_name() == "cpu"
+    assert native.isa() == before
+    with pytest.raises(ValueError, match="z80"), backends.use("cpu", isa="z80"):
+        pass
+    assert native.isa() == before
+
+
+def test_use_rejects() -> None:
+    with pytest.raises(ValueError, match="name: got 'fast'; takes one of"), backends.use("fast"):
+        pass
+    with pytest.raises(RuntimeError, match="'triton' is missing"), backends.use("triton"):
+        pass
+    with pytest.raises(ValueError, match="isa: got"), backends.use("reference", isa="avx2"):
+        pass
+
+
+@needs_native
+def test_a_forced_backend_does_not_take_other_devices() -> None:
+    with backends.use("cpu"), pytest.raises(RuntimeError, match="does not take cuda tensors"):
+        backends.select(torch.device("cuda"))
+
+
+def test_other_devices_take_the_reference() -> None:
+    assert backends.select(torch.device("xpu")) is reference
+    assert backends.available("xpu") == {"reference": None}
