@@ -1,0 +1,15 @@
+#pragma once
+
+#include "kernel_table.h"
+
+namespace qkern::cpu {
+
+// Names of the instruction sets that were built and that this processor runs, worst first.
+// Returns their number; `names` takes up to kMaxIsas.
+inline constexpr int kMaxIsas = 8;
+int available_isas(const char** names);
+
+// Makes `name` the one in force; "" goes back to QKERN_CPU_ISA, or the best where that is not set.
+Status set_isa(const char* name);
+
+}  // namespace qkern::cpu

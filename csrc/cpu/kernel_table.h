@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstdint>
+
+#include "qkern/ops.h"
+
+namespace qkern::cpu {
+
+// How one format encodes, prepared once per call.
+struct EncodeTable {
+  static constexpr int kBins = 32;
+
+  // false: code = codes[number of thresholds below t] on the signed t.
+  // true: the same on |t| with `num_thresholds` = 7, plus 8 where x < 0 (FP4).
+  bool sign_magnitude = false;
+  int num_thresholds = 15;
+  float thresholds[16];
+  std::uint8_t codes[16];
+
+  // The same function by one lookup: t (or |t|) falls in bin int(t * bin_scale + bin_offset), and
+  // each bin holds at most one threshold, so one comparison picks the lower or the upper code.
+  // Absent where two thresholds share a bin.
+  bool has_bins = false;
+  float bin_scale = 0;
+  float bin_offset = 0;
+  float bin_threshold[kBins];
+  std::int32_t bin_lower[kBins];
+  std::int32_t bin_upper[kBins];
+};
+
+// A range of blocks [begin, end) of a flat tensor of numel elements.
+struct BlockRange {
+  std::int64_t numel;
+  std::int64_t block_size;
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+// One instruction set's kernels. Entries of an array are for float32, bfloat16, float16.
+struct KernelTable {
+  const char* name;
+
+  using QuantizeFn = void (*)(const void* x, BlockRange range, const EncodeTable& table,
+                              std::uint8_t* packed, float* absmax);
+  using DequantizeFn = void (*)(const Weight4bit& weight, BlockRange range, void* out);
+  using Quantize8bitFn = void (*)(const void* x, BlockRange range, const float* thresholds,
+                                  std::uint8_t* codes, float* absmax);
+  using Dequantize8bitFn = void (*)(const std::uint8_t* codes, const float* absmax,
+                                    const float* map, BlockRange range, void* out);
+  using LinearFn = Status (*)(const Linear4bitArgs& args, int num_threads);
+
+  QuantizeFn quantize_4bit[3];
+  DequantizeFn dequantize_4bit[3];
+  Quantize8bitFn quantize_8bit[3];
+  Dequantize8bitFn dequantize_8bit[3];
+  LinearFn linear_4bit[3];
+  LinearFn linear_4bit_dx[3];
+};
+
+const KernelTable& kernels_scalar();
+#if defined(QKERN_HAVE_AVX2)
+const KernelTable& kernels_avx2();
+#endif
+#if defined(QKERN_HAVE_AVX512)
+const KernelTable& kernels_avx512();
+#endif
+
+// The table in force: the best that the processor runs, or what QKERN_CPU_ISA or set_isa names.
+// nullptr where that name is unknown or the processor lacks it.
+const KernelTable* active_kernels();
+
+}  // namespace qkern::cpu

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+
+// Included by the per-instruction-set files, so it holds no inline function that the linker could
+// share between them: the copy that it keeps may use instructions that the processor lacks.
+namespace qkern::cpu {
+
+// Runs body(context) on up to num_threads threads of the OpenMP runtime that is already in the
+// process (torch's own), and returns when all are done. Runs serially where there is none, inside
+// another parallel region, and in a forked child, where the runtime's threads no longer exist.
+void run_parallel(int num_threads, void (*body)(void*), void* context);
+
+// "libgomp", or "none" where run_parallel is serial.
+const char* parallel_runtime();
+
+template <typename Body>
+void parallel(int num_threads, Body& body) {
+  run_parallel(num_threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+}
+
+// Hands out [0, total) in runs of `grain`. Which thread gets which run is a matter of timing, so
+// results must not depend on it.
+class WorkQueue {
+ public:
+  WorkQueue(std::int64_t total, std::int64_t grain) : total_(total), grain_(grain) {}
+
+  bool next(std::int64_t* begin, std::int64_t* end);
+
+ private:
+  std::int64_t next_ = 0;
+  std::int64_t total_;
+  std::int64_t grain_;
+};
+
+}  // namespace qkern::cpu

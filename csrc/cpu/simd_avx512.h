@@ -1,0 +1,249 @@
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "kernel_table.h"
+
+namespace qkern::cpu {
+namespace {
+
+// 16 float lanes: AVX-512 F, BW, DQ, VL.
+struct Simd {
+  static constexpr const char* kName = "avx512";
+  static constexpr int kLanes = 16;
+  // Register tile of the matmul: 14 x 2 accumulators leave room for two columns and a broadcast.
+  static constexpr int kTileRows = 14;
+  // Accumulators that the matrix-vector kernel may hold.
+  static constexpr int kVectorAccumulators = 24;
+
+  using F = __m512;
+  using I = __m512i;
+  using Lut = __m512;
+
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F loadu(const float* p) { return _mm512_loadu_ps(p); }
+  static void storeu(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float reduce(F v) { return _mm512_reduce_add_ps(v); }
+
+  static F load(const float* p) { return loadu(p); }
+  static F load(const BFloat16* p) {
+    return bf16_to_f32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static F load_partial(const BFloat16* p, int n) {
+    return bf16_to_f32(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static F load_partial(const Float16* p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+
+  static void store(float* p, F v) { storeu(p, v); }
+  static void store(BFloat16* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f32_to_bf16(v));
+  }
+  static void store(Float16* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f32_to_f16(v));
+  }
+  static void store_partial(float* p, F v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  static void store_partial(BFloat16* p, F v, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), f32_to_bf16(v));
+  }
+  static void store_partial(Float16* p, F v, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), f32_to_f16(v));
+  }
+
+  // Table lookup: only the low four bits of each lane of `index` count.
+  static Lut make_lut(const float* table) { return _mm512_loadu_ps(table); }
+  static F lookup(Lut lut, I index) { return _mm512_permutexvar_ps(index, lut); }
+  static Lut scale_lut(Lut lut, float scale) { return _mm512_mul_ps(lut, _mm512_set1_ps(scale)); }
+
+  // Packed words of eight codes each.
+  static I load_words(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I load_words_partial(const std::uint8_t* p, int n) {
+    return _mm512_maskz_loadu_epi32(first(n), p);
+  }
+  template <int kShift>
+  static I shift_right(I v) {
+    return kShift == 0 ? v : _mm512_srli_epi32(v, kShift);
+  }
+
+  // 16 weights in their own order from 8 bytes. Each half takes its word by a broadcasting load,
+  // which keeps the shuffle port for the lookup.
+  static F natural(const std::uint8_t* p, Lut lut) {
+    std::int32_t words[2];
+    std::memcpy(words, p, sizeof(words));
+    const I both = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+    return lookup(lut, _mm512_srlv_epi32(both, natural_shifts()));
+  }
+
+  // Lane i takes scales[i / lanes_per_scale]; reads 16 floats.
+  static I scale_pattern(int lanes_per_scale) {
+    const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_srli_epi32(lane, static_cast<unsigned>(__builtin_ctz(lanes_per_scale)));
+  }
+  static F expand_scales(const float* scales, I pattern) {
+    return _mm512_permutexvar_ps(pattern, _mm512_loadu_ps(scales));
+  }
+
+  // Lane i takes p[8 * i].
+  static F gather_stride8(const float* p) {
+    const I index =
+        _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    return _mm512_i32gather_ps(index, p, 4);
+  }
+
+  static void transpose(I (&r)[16]) {
+    I t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+  }
+
+  // Codes of t = x / absmax, one a lane. With bins, |t| must not exceed 1 by more than rounding.
+  struct Encoder {
+    const EncodeTable& table;
+    F bin_threshold[2];
+    I bin_lower[2], bin_upper[2];
+    I codes;
+    F scale, offset;
+
+    explicit Encoder(const EncodeTable& from) : table(from) {
+      for (int i = 0; i < 2; ++i) {
+        bin_threshold[i] = _mm512_loadu_ps(from.bin_threshold + 16 * i);
+        bin_lower[i] = _mm512_loadu_si512(from.bin_lower + 16 * i);
+        bin_upper[i] = _mm512_loadu_si512(from.bin_upper + 16 * i);
+      }
+      codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from.codes)));
+      scale = set1(from.bin_scale);
+      offset = set1(from.bin_offset);
+    }
+
+    template <bool kBins>
+    I encode(F t, F x) const {
+      const F key = table.sign_magnitude ? _mm512_abs_ps(t) : t;
+      I code;
+      if (kBins) {
+        const I bin = _mm512_cvttps_epi32(_mm512_fmadd_ps(key, scale, offset));
+        const F threshold = _mm512_permutex2var_ps(bin_threshold[0], bin, bin_threshold[1]);
+        const __mmask16 above = _mm512_cmp_ps_mask(key, threshold, _CMP_GT_OQ);
+        code = _mm512_permutex2var_epi32(bin_lower[0], bin, bin_lower[1]);
+        code = _mm512_mask_mov_epi32(code, above,
+                                     _mm512_permutex2var_epi32(bin_upper[0], bin, bin_upper[1]));
+      } else {
+        I count = _mm512_setzero_si512();
+        const I one = _mm512_set1_epi32(1);
+        for (int i = 0; i < table.num_thresholds; ++i) {
+          const __mmask16 above = _mm512_cmp_ps_mask(key, set1(table.thresholds[i]), _CMP_GT_OQ);
+          count = _mm512_mask_add_epi32(count, above, count, one);
+        }
+        code = _mm512_permutexvar_epi32(count, codes);
+      }
+      if (table.sign_magnitude) {
+        const __mmask16 negative = _mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ);
+        code = _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8));
+      }
+      return code;
+    }
+  };
+
+  // 32 codes in two registers to 16 bytes, even elements in the high nibbles.
+  static void pack32(const I (&codes)[2], std::uint8_t* out) {
+    for (int i = 0; i < 2; ++i) {
+      const I pairs =
+          _mm512_or_si512(_mm512_slli_epi64(codes[i], 4), _mm512_srli_epi64(codes[i], 32));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * i), _mm512_cvtepi64_epi8(pairs));
+    }
+  }
+
+  // 32 weights of 16 bits from 16 bytes, by lookup of the ready 16-bit values.
+  using Lut16 = __m512i;
+  static Lut16 make_lut16(const std::uint16_t* table) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+  }
+  static void decode32(const std::uint8_t* p, Lut16 lut, std::uint16_t* out) {
+    // Lane i needs the 16-bit word i / 4, shifted so that its nibble comes to the low four bits;
+    // the lookup takes five bits, and the table stands in both halves.
+    const I words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const I spread = _mm512_shuffle_epi8(
+        words,
+        _mm512_set_epi8(15, 14, 15, 14, 15, 14, 15, 14, 13, 12, 13, 12, 13, 12, 13, 12, 11, 10, 11,
+                        10, 11, 10, 11, 10, 9, 8, 9, 8, 9, 8, 9, 8, 7, 6, 7, 6, 7, 6, 7, 6, 5, 4, 5,
+                        4, 5, 4, 5, 4, 3, 2, 3, 2, 3, 2, 3, 2, 1, 0, 1, 0, 1, 0, 1, 0));
+    const I index = _mm512_srlv_epi16(spread, _mm512_set1_epi64(0x0008'000c'0000'0004));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, lut));
+  }
+
+  // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
+  static I count_below(F t, const float* thresholds) {
+    I count = _mm512_setzero_si512();
+    for (int step = 128; step > 0; step /= 2) {
+      const F probe = _mm512_i32gather_ps(count, thresholds + step - 1, 4);
+      const __mmask16 above = _mm512_cmp_ps_mask(t, probe, _CMP_GT_OQ);
+      count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
+    }
+    return count;
+  }
+  static void store_bytes(std::uint8_t* out, I codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+  }
+  // table[p[i]] of 256 floats.
+  static F gather_bytes(const float* table, const std::uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
+  }
+
+ private:
+  static I natural_shifts() {
+    return _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  }
+  static F bf16_to_f32(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static __m256i f32_to_bf16(F v) {
+    const I bits = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I safe =
+        _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(static_cast<int>(kFloatQuietNan)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(safe, 16));
+  }
+  static __m256i f32_to_f16(F v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+}  // namespace
+}  // namespace qkern::cpu

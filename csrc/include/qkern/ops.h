@@ -1,0 +1,97 @@
+#pragma once
+
+#include <cstdint>
+
+#include "qkern/dtype.h"
+#include "qkern/status.h"
+
+// What the host hands to a kernel: pointers, sizes and strides, already validated by the caller.
+// Element counts and strides are 64-bit and in elements. An absent pointer is nullptr.
+namespace qkern {
+
+// The 16 values a 4-bit code stands for. `codebook` is read for kFormatCustom only.
+struct Codebook {
+  int format = 0;
+  const float* codebook = nullptr;
+};
+
+// A row-major weight of rows x cols (rows * cols elements, flat blocks of block_size).
+struct Weight4bit {
+  const std::uint8_t* packed = nullptr;  // [(rows * cols + 1) / 2]
+  const void* absmax = nullptr;          // float [blocks], or uint8 [blocks] with nested_absmax
+  const float* nested_absmax = nullptr;  // [ceil(blocks / 256)]
+  const float* nested_offset = nullptr;  // [1]
+  Codebook codes;
+  std::int64_t block_size = 64;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+};
+
+struct Quantize4bitArgs {
+  const void* x = nullptr;
+  DType x_dtype = DType::kFloat32;
+  std::int64_t numel = 0;
+  Codebook codes;
+  std::int64_t block_size = 64;
+  std::uint8_t* packed = nullptr;
+  float* absmax = nullptr;
+};
+
+struct Dequantize4bitArgs {
+  Weight4bit weight;  // rows = 1, cols = numel
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+};
+
+struct Quantize8bitArgs {
+  const void* x = nullptr;
+  DType x_dtype = DType::kFloat32;
+  std::int64_t numel = 0;
+  const float* map = nullptr;  // [256], ascending
+  std::int64_t block_size = 256;
+  std::uint8_t* codes = nullptr;
+  float* absmax = nullptr;
+};
+
+struct Dequantize8bitArgs {
+  const std::uint8_t* codes = nullptr;
+  const float* absmax = nullptr;
+  const float* map = nullptr;  // [256]
+  std::int64_t block_size = 256;
+  std::int64_t numel = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+};
+
+struct QuantizeAbsmaxArgs {
+  const float* absmax = nullptr;
+  std::int64_t numel = 0;
+  std::uint8_t* codes = nullptr;
+  float* nested_absmax = nullptr;
+  float* nested_offset = nullptr;
+};
+
+// y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
+struct Linear4bitArgs {
+  const void* x = nullptr;  // [m, cols] forward, [m, rows] input gradient; unit inner stride
+  DType dtype = DType::kFloat32;
+  std::int64_t m = 0;
+  std::int64_t x_row_stride = 0;
+  Weight4bit weight;
+  const void* bias = nullptr;  // [rows], forward only
+  void* y = nullptr;           // contiguous
+  bool batch_invariant = false;
+};
+
+namespace cpu {
+
+Status quantize_4bit(const Quantize4bitArgs& args, int num_threads);
+Status dequantize_4bit(const Dequantize4bitArgs& args, int num_threads);
+Status quantize_8bit(const Quantize8bitArgs& args, int num_threads);
+Status dequantize_8bit(const Dequantize8bitArgs& args, int num_threads);
+Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads);
+Status linear_4bit(const Linear4bitArgs& args, int num_threads);
+Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
+
+}  // namespace cpu
+}  // namespace qkern
