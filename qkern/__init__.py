@@ -8,6 +8,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from qkern import io, nn
 from qkern.functional import (
     batch_invariant,
     dequantize_4bit,
@@ -28,9 +29,11 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_8bit",
     "fp4_linear",
+    "io",
     "linear_4bit",
     "lora_linear",
     "nf4_linear",
+    "nn",
     "quantize_4bit",
     "quantize_8bit",
 ]

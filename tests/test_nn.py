@@ -83,6 +83,24 @@ class TestLinear4bit:
         assert isinstance(layer, nn.Linear)
         assert (layer.in_features, layer.out_features) == (100, 70)
 
+    def test_weight_follows_its_buffers(self):
+        layer, other = quantized_linear(), quantized_linear(double_quant=False)
+        assert layer.weight is layer.weight
+        replaced = layer.packed.clone()
+        layer.packed = replaced
+        assert layer.weight.packed is replaced
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+        assert layer.weight.packed.data_ptr() == state["packed"].data_ptr()
+        assert layer.bfloat16().weight.dtype == torch.bfloat16
+        assert other.weight.absmax.dtype == torch.float32
+
+    def test_moving_releases_the_old_tensors(self):
+        layer = quantized_linear()
+        old = weakref.ref(layer.weight.packed)
+        layer.to("meta")
+        assert old() is None
+
     def test_activation_decides_the_dtype(self):
         layer = quantized_linear(dtype=torch.bfloat16)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

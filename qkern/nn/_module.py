@@ -45,6 +45,7 @@ class QuantizedModule(nn.Module):
         self._block_size = qw.block_size
         self._weight_shape = tuple(qw.shape)
         self._weight_dtype = qw.dtype
+        self._kept_weight: QuantizedTensor | None = None
         for name in _TENSORS:
             self.register_buffer(name, getattr(qw, name))
         self.register_buffer("quant_meta", self._encode_meta(qw.packed.device))
@@ -52,7 +53,19 @@ class QuantizedModule(nn.Module):
     @property
     def weight(self) -> QuantizedTensor:
         """The frozen weight. Its tensors are the module's buffers, not copies."""
-        return self._quantized(self.packed)
+        if torch.compiler.is_compiling():
+            return self._quantized(self.packed)
+        # Checking and building one takes as long as a small matmul, so the last one is kept. It
+        # stands for the buffers as long as they are the same objects.
+        kept, buffers = self._kept_weight, self._buffers
+        if kept is not None and kept.dtype is self._weight_dtype:
+            for name in _TENSORS:
+                if getattr(kept, name) is not buffers[name]:
+                    break
+            else:
+                return kept
+        kept = self._kept_weight = self._quantized(self.packed)
+        return kept
 
     def _quantized(self, packed: Tensor) -> QuantizedTensor:
         return QuantizedTensor(
@@ -88,6 +101,8 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         before = {name: self._buffers[name] for name in (*_TENSORS, "quant_meta")}
         was_meta = self.packed.is_meta
+        # It would keep the tensors of the old device alive.
+        self._kept_weight = None
         applied = False
         try:
             # A cast applies to every floating buffer, and in 16 bits the scales would lose their
@@ -126,6 +141,7 @@ class QuantizedModule(nn.Module):
         if problem is not None:
             error_msgs.append(f"{prefix}weight: {problem}")
             return
+        self._kept_weight = None
         if prefix + "quant_meta" in state_dict:
             # Equal in meaning by now, and loaded in the module's own spelling.
             device = state_dict[prefix + "quant_meta"].device
