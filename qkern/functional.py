@@ -192,21 +192,37 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     autocast ``x`` and ``bias`` are cast to its dtype, as ``torch.nn.functional.linear`` does.
     Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or device.
     """
+    x, bias = _checked_input(x, qw, bias)
+    return _linear(x, qw, bias)
+
+
+def _checked_input(
+    x: Tensor, qw: QuantizedTensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``x`` and ``bias``, checked against ``qw``, in the autocast dtype if there is one."""
     _errors.check_tensor("x", x)
     _check_quantized("qw", qw)
-    # Asking a device for its type costs more than the rest of these checks.
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+    if _autocast_enabled(x):
         x, bias = _autocast(x, bias)
-    shape, packed = qw.shape, qw.packed
-    if x.dtype not in _errors.FLOAT_DTYPES or len(shape) != 2 or x.device != packed.device:
-        _raise_for_input(x, qw)
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
+    shape = qw.shape
+    if (
+        x.dtype not in _errors.FLOAT_DTYPES
+        or len(shape) != 2
+        or x.device != qw.packed.device
+        or x.dim() == 0
+        or x.shape[-1] != shape[1]
+    ):
         _raise_for_input(x, qw)
     if bias is not None:
         _check_bias(bias, x, shape[0])
+    return x, bias
+
+
+def _linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """``linear_4bit`` of checked arguments."""
     args = (
         x,
-        packed,
+        qw.packed,
         qw.absmax,
         qw.nested_absmax,
         qw.nested_offset,
@@ -214,12 +230,22 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
         bias,
         qw.format,
         qw.block_size,
-        shape[0],
+        qw.shape[0],
         _batch_invariant,
     )
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return Linear4bit.apply(*args)
     return _linear_4bit(*args)
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    if x.is_cpu:
+        # Asking a device for its type would cost more than all other checks together.
+        return torch.is_autocast_enabled("cpu")
+    device_type = x.device.type
+    # Some device types, meta among them, have no autocast to ask about.
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -293,19 +319,20 @@ def lora_linear(
     backward keeps only ``x @ lora_a.T`` (and the dropped-out ``x`` with dropout). Raises as
     ``linear_4bit`` does.
     """
-    base = linear_4bit(x, qw, bias)
+    x, bias = _checked_input(x, qw, bias)
     out_features, in_features = qw.shape
     _check_adapter("lora_a", lora_a, x, (None, in_features))
     _check_adapter("lora_b", lora_b, x, (out_features, lora_a.shape[0]))
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
-    adapter_input = _dropout(x, dropout_p) if dropout_p else x
-    # base.dtype is x's, or autocast's.
-    dtype = base.dtype
-    hidden = _dense_linear(adapter_input.to(dtype), lora_a.to(dtype))
-    update = _dense_linear(hidden, lora_b.to(dtype))
-    # In place: base is this function's own, and its backward does not need it.
-    return base.add_(update, alpha=scaling)
+    matrix = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
+    y = _linear(matrix, qw, bias)
+    adapter_input = _dropout(matrix, dropout_p) if dropout_p else matrix
+    hidden = _dense_linear(adapter_input, lora_a.to(x.dtype))
+    # In place, because y is this function's own and no backward needs it; by addmm, because that
+    # makes no [rows, out_features] temporary and rounds once, in backward too.
+    y.addmm_(hidden, lora_b.to(x.dtype).t(), alpha=scaling)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _check_adapter(name: str, value: Any, x: Tensor, shape: tuple[int | None, int]) -> None:
