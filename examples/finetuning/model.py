@@ -1,0 +1,140 @@
+"""The model of a run: loaded from the disk, quantised, asked for an answer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from smollm2 import MODEL_NAME, smollm2_dir
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import qkern.nn
+
+from . import UserError
+from .config import BUNDLED_MODEL, Config
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute. Raises `UserError` for a device that is not there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    if config.dtype != "auto":
+        return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    # Emulated bfloat16 is slower than float32, on CPUs and on GPUs before Ampere.
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if native else torch.float32
+
+
+def load_model(config: Config) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
+    """(name, model on the CPU in the dtype of its files, tokenizer), read from the disk only."""
+    if config.model == BUNDLED_MODEL:
+        try:
+            name, path = MODEL_NAME, smollm2_dir()
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+    else:
+        name, path = config.model, Path(config.model)
+        takes = f'takes a local Hugging Face directory or "{BUNDLED_MODEL}"'
+        if not path.is_dir():
+            raise UserError(f"--model {path}: no such directory; {takes}")
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {path}: has no config.json; {takes}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: {error}") from None
+    return name, model.eval(), tokenizer
+
+
+def quantize(
+    model: PreTrainedModel, config: Config, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put the linear layers but the head in 4 bits, the rest in `dtype`; add adapters; in place.
+
+    The weights are quantised as the files hold them, before any cast to `dtype`, and before the
+    model moves to the device, which then never holds it whole.
+    """
+    whole = config.lora_targets == ["all-linear"]
+    try:
+        qkern.nn.quantize_model(
+            model,
+            format=config.format,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+        )
+        model.to(device, dtype)
+        lora = qkern.nn.LoRAConfig(
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets="all-linear" if whole else config.lora_targets,
+        )
+        qkern.nn.add_lora(model, lora)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def size_in_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen weights: 4-bit ones as they are, the others as bfloat16."""
+    # A Linear4bit shows its weight as an attribute, so its tensors are not parameters.
+    quantized = [m.weight for m in model.modules() if isinstance(m, qkern.nn.Linear4bit)]
+    dense = [p for name, p in model.named_parameters() if "lora_" not in name]
+    return sum(w.nbytes for w in quantized) + sum(2 * p.numel() for p in dense)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of the frozen tensors' names, shapes and first values.
+
+    The beginning of every tensor tells two models apart, and costs nothing on a large one.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            head = tensor.detach().reshape(-1)[:256].cpu().contiguous()
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(head.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: torch.Tensor,
+    max_tokens: int,
+) -> str:
+    """The model's greedy answer to token ids [1, length]."""
+    prompt = prompt.to(model.device)
+    was_training = model.training
+    model.eval()
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=padding_id(tokenizer),
+    )
+    model.train(was_training)
+    text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with; any will do where the tokenizer has none, for padding is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
