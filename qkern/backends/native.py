@@ -228,8 +228,8 @@ def linear_4bit(
         packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, numel
     )
     dtype = x.dtype
-    bias_ptr = 0 if bias is None else _args.pointer("bias", bias, dtype, out_features)
     dtype_id = _args.dtype_id("x", dtype)
+    bias_ptr = 0 if bias is None else _args.pointer("bias", bias, dtype, out_features)
     if numel == 0 or x.numel() == 0:
         return reference.linear_4bit(
             x,
