@@ -16,8 +16,8 @@ Tests and benchmarks read this one table, and so may anyone who writes a backend
 - ``"bitwise"`` for everything that encodes or decodes: codes, scales and dequantised values are
   equal bit for bit (a NaN equals any NaN).
 - ``"matmul"`` for the fused products: their error against float64 on the exact dequantised
-  weights is at most that of dequantising to the activation's dtype and multiplying there, times
-  `MATMUL_MARGIN`; `assert_matmul` says it exactly.
+  weights is at most that of dequantising to the activation's dtype and multiplying there, with a
+  small margin; `assert_matmul` says it exactly.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ __all__ = [
     "ISAS",
     "LAYOUTS",
     "MATMUL_MARGIN",
+    "MATMUL_MAX_MARGIN",
     "OPS",
     "Case",
     "MatmulError",
@@ -71,9 +72,12 @@ LAYOUTS = ("contiguous", "offset", "rows", "step", "transposed", "expanded")
 ISAS = ("scalar", "avx2", "avx512", "amx")
 """Instruction sets of the native CPU backend, slowest first. A build or a CPU may lack some."""
 
-MATMUL_MARGIN = {torch.float32: 2.0, torch.bfloat16: 1.1, torch.float16: 1.1}
-"""How much larger than the baseline's a matmul's error may be: room for the order of summation.
-In 16 bits the rounding of output and weights dominates, and little room is needed."""
+MATMUL_MARGIN = {torch.float32: 1.25, torch.bfloat16: 1.1, torch.float16: 1.1}
+"""How much larger than the baseline's a matmul's root mean square error may be: room for another
+order of summation. In 16 bits the rounding of results dominates, and less room is needed."""
+
+MATMUL_MAX_MARGIN = 2.0
+"""The same for the largest error, a less steady figure."""
 
 _RMS_MIN_NUMEL = 256
 _FLOAT32_ROUNDOFF = 2.0**-24
@@ -767,12 +771,15 @@ def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
     x is ``[M, K]`` in float32, bfloat16 or float16, `weight` the float32 ``[N, K]`` exact
     dequantised weight, bias ``[N]`` in x's dtype. The baseline rounds the weight to x's dtype,
-    multiplies and adds in float32 and rounds once. Both errors are taken against float64 and in
-    units of ``|x| · |weightᵀ| + |bias|``:
+    multiplies and adds in float32 and rounds once. Errors are taken against float64 and in units of
+    ``|x| · |weightᵀ| + |bias|``:
 
-    - the largest is at most `MATMUL_MARGIN` times the baseline's plus one rounding of the result;
-    - the root mean square too (`MATMUL_MARGIN`, plus half a float32 unit), where at least 256
-      elements make it a steady figure.
+    - the root mean square is at most `MATMUL_MARGIN` times the baseline's plus half a float32 unit,
+      where at least 256 elements make it a steady figure;
+    - the largest is at most `MATMUL_MAX_MARGIN` times the baseline's plus one rounding.
+
+    In float32 the order of summation is all that differs, and torch's changes with the shape; there
+    the baseline is torch's product or a plain sum from left to right, whichever is worse.
 
     Where the exact result is not finite, or overflows x's dtype, y must be that same value.
     """
@@ -794,18 +801,39 @@ def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
         exact = exact.masked_fill(overflow, math.nan)
     assert y[~overflow].isfinite().all(), "a result is not finite where the exact one is"
 
-    margin = MATMUL_MARGIN[dtype]
     ours, theirs = matmul_error(y, exact, scale), matmul_error(baseline, exact, scale)
     rounding = torch.finfo(dtype).eps / 2 * (exact.abs() / scale).nan_to_num(0).max().item()
+    fault = _too_large(ours, theirs, dtype, rounding, y.numel())
+    if fault and dtype == torch.float32:
+        plain = matmul_error(_left_to_right(x, weight) + bias, exact, scale)
+        theirs = MatmulError(max(theirs.rms, plain.rms), max(theirs.max, plain.max))
+        fault = _too_large(ours, theirs, dtype, rounding, y.numel())
+    assert not fault, fault
+
+
+def _too_large(
+    ours: MatmulError, theirs: MatmulError, dtype: torch.dtype, rounding: float, numel: int
+) -> str | None:
+    """What is wrong with `ours`, or None; `rounding` is one rounding of the largest result."""
     floor = max(rounding, _FLOAT32_ROUNDOFF)
-    assert ours.max <= margin * theirs.max + floor, (
-        f"largest error {ours.max:.3g}, baseline {theirs.max:.3g} "
-        f"(margin {margin}, floor {floor:.3g})"
-    )
-    if y.numel() >= _RMS_MIN_NUMEL:
-        assert ours.rms <= margin * theirs.rms + _FLOAT32_ROUNDOFF / 2, (
-            f"rms error {ours.rms:.3g}, baseline {theirs.rms:.3g} (margin {margin})"
-        )
+    if ours.max > MATMUL_MAX_MARGIN * theirs.max + floor:
+        allowed = f"{MATMUL_MAX_MARGIN} times {theirs.max:.3g} plus {floor:.3g}"
+        return f"largest error {ours.max:.3g}; the baseline's allows {allowed}"
+    margin = MATMUL_MARGIN[dtype]
+    if numel >= _RMS_MIN_NUMEL and ours.rms > margin * theirs.rms + _FLOAT32_ROUNDOFF / 2:
+        return f"rms error {ours.rms:.3g}; the baseline's allows {margin} times {theirs.rms:.3g}"
+    return None
+
+
+def _left_to_right(x: Tensor, weight: Tensor) -> Tensor:
+    """``x · weightᵀ`` in float32, summed from left to right in runs of 512 terms."""
+    total = torch.zeros(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[1], 512):
+        run = torch.zeros_like(total)
+        for k in range(start, min(start + 512, x.shape[1])):
+            run.addcmul_(x[:, k, None], weight[:, k])
+        total += run
+    return total
 
 
 def _generator(spec: OpSpec, case: Case) -> torch.Generator:

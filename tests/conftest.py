@@ -8,6 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+# Before torch loads OpenMP: several test workers share the processor, and threads that spin while
+# they wait would take it from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -155,8 +155,8 @@ def test_batch_invariant(
     inputs = inputs_of(spec, case, device)
     rows = inputs[main]
     (whole,) = run(spec, inputs, target)
-    for count in (1, 2, 3, 4, 5, 8, 13, 16, 17, 31, 33, 64, 129):
-        for start in (0, 7, 300 - count):
+    for count in (1, 2, 3, 4, 6, 8, 13, 16, 17, 33, 64, 129):
+        for start in (0, 300 - count):
             (part,) = run(spec, inputs | {main: rows[start : start + count]}, target)
             testing.assert_bitwise(part, whole[start : start + count], f"rows {start}+{count}")
 
