@@ -25,7 +25,9 @@ _PIECE = 1 << 22
 def _encoder(format: str, codebook: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
     """The function ``(t, x) -> int64 codes`` for scaled values ``t`` of elements ``x``."""
     if format == "fp4":
-        thresholds = torch.tensor(formats.FP4_MAGNITUDE_THRESHOLDS, device=device)
+        thresholds = torch.tensor(
+            formats.FP4_MAGNITUDE_THRESHOLDS, dtype=torch.float32, device=device
+        )
         magnitude_codes = torch.tensor(formats.FP4_MAGNITUDE_CODES, device=device)
 
         def encode_fp4(t: Tensor, x: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def _encoder(format: str, codebook: Tensor | None, device: torch.device) -> Call
         return encode_fp4
 
     if format == "nf4":
-        midpoints = torch.tensor(formats.NF4_MIDPOINTS, device=device)
+        midpoints = torch.tensor(formats.NF4_MIDPOINTS, dtype=torch.float32, device=device)
         return lambda t, x: _count_below(t, midpoints)
 
     assert codebook is not None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import qkern
-from qkern import QuantizedTensor, formats, reference
+from qkern import QuantizedTensor, backends, formats, reference
 
 CODEBOOK = torch.linspace(-1.0, 1.0, 16)
 
@@ -304,3 +305,43 @@ def test_restored_scales_equal_bitsandbytes() -> None:
     difference = ours.absmax.int() - state.absmax.int()
     assert difference.abs().max() <= 1
     assert difference.count_nonzero() < 0.01 * difference.numel()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+@pytest.mark.parametrize("defaults", ["device", "dtype"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_torchs_default_device_and_dtype_change_nothing(
+    backend: str, defaults: str, format: str
+) -> None:
+    """Loaders of large models set both while qkern quantises."""
+    if reason := backends.available("cpu")[backend]:
+        pytest.skip(reason)
+    codebook = CODEBOOK if format == "custom" else None
+    w, x = torch.randn(33, 67), torch.randn(3, 67, requires_grad=True)
+    code = formats.map_tensor("signed")
+
+    def everything() -> list[Tensor]:
+        qw = qkern.quantize_4bit(w, format, codebook=codebook)
+        y = qkern.linear_4bit(x, qw)
+        (dx,) = torch.autograd.grad(y, x, y)
+        codes, absmax = qkern.quantize_8bit(w, code)
+        dense = qkern.dequantize_8bit(codes, absmax, "signed")
+        return [*qw.tensors().values(), qw.dequantize(), y, dx, codes, absmax, dense]
+
+    with backends.use(backend):
+        expected = everything()
+        with torch.device("meta") if defaults == "device" else default_dtype(torch.bfloat16):
+            found = everything()
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu"
+        assert torch.equal(a, b)

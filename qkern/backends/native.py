@@ -50,6 +50,9 @@ except ImportError as error:
     _C = None
     missing_reason = f"qkern._C cannot be imported: {error}"
 
+# Outputs name their device, because a caller may have set another default, such as meta.
+_CPU = torch.device("cpu")
+
 
 def library() -> ModuleType:
     """The compiled module; ``RuntimeError`` when it is missing."""
@@ -84,8 +87,8 @@ def quantize_4bit(
     blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
     format_id, codebook_ptr = _args.format_args(format, codebook)
     x = x.contiguous()
-    packed = torch.empty(formats.packed_size(n), dtype=torch.uint8)
-    absmax = torch.empty(blocks, dtype=torch.float32)
+    packed = torch.empty(formats.packed_size(n), dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=_CPU)
     if n:
         library().quantize_4bit(
             _args.pointer("x", x, x.dtype, n),
@@ -113,7 +116,7 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     """See ``qkern.reference.dequantize_4bit``."""
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = torch.empty(tuple(shape), dtype=dtype, device=_CPU)
     dequantize_4bit_out(
         packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, out=out
     )
@@ -147,8 +150,8 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     n = x.numel()
     blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
     x = x.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    absmax = torch.empty(blocks, dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=_CPU)
     if n:
         library().quantize_8bit(
             _args.pointer("x", x, x.dtype, n),
@@ -170,7 +173,7 @@ def dequantize_8bit(
     n = codes.numel()
     blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
     codes = codes.contiguous()
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=_CPU)
     if n:
         library().dequantize_8bit(
             _args.pointer("codes", codes, torch.uint8, n),
@@ -191,11 +194,11 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if n == 0:
         return reference.quantize_absmax(absmax)
     absmax = absmax.contiguous()
-    codes = torch.empty(absmax.shape, dtype=torch.uint8)
+    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=_CPU)
     nested_absmax = torch.empty(
-        formats.num_blocks(n, formats.NESTED_BLOCK_SIZE), dtype=torch.float32
+        formats.num_blocks(n, formats.NESTED_BLOCK_SIZE), dtype=torch.float32, device=_CPU
     )
-    nested_offset = torch.empty((), dtype=torch.float32)
+    nested_offset = torch.empty((), dtype=torch.float32, device=_CPU)
     library().quantize_absmax(
         _args.pointer("absmax", absmax, torch.float32, n),
         n,
@@ -245,7 +248,7 @@ def linear_4bit(
             batch_invariant,
         )
     matrix, rows, row_stride = _args.rows("x", x, in_features)
-    y = torch.empty((*shape[:-1], out_features), dtype=dtype)
+    y = torch.empty((*shape[:-1], out_features), dtype=dtype, device=_CPU)
     library().linear_4bit(
         matrix.data_ptr(),
         dtype_id,
@@ -297,7 +300,7 @@ def linear_4bit_dx(
             batch_invariant,
         )
     matrix, rows, row_stride = _args.rows("dy", dy, out_features)
-    dx = torch.empty((*shape[:-1], in_features), dtype=dtype)
+    dx = torch.empty((*shape[:-1], in_features), dtype=dtype, device=_CPU)
     library().linear_4bit_dx(
         matrix.data_ptr(),
         dtype_id,
