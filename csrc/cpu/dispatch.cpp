@@ -4,8 +4,33 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(QKERN_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qkern::cpu {
 namespace {
+
+#if defined(QKERN_HAVE_AMX)
+// Tiles, their bfloat16 product and AVX512-BF16, and the kernel's leave to use the tiles, which
+// Linux gives a process on request.
+bool amx_usable() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
+  if ((edx & kTileAndBf16) != kTileAndBf16) return false;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & 1u << 5) == 0) return false;
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 int available_tables(const KernelTable** tables) {
   int count = 0;
@@ -21,6 +46,10 @@ int available_tables(const KernelTable** tables) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables[count++] = &kernels_avx512();
+#if defined(QKERN_HAVE_AMX)
+    static const bool has_amx = amx_usable();
+    if (has_amx) tables[count++] = &kernels_amx();
+#endif
   }
 #endif
   return count;

@@ -1,0 +1,274 @@
+// y = x W^T + bias for a few rows of x: the decoded weights stay in registers. Included once per
+// instruction set, after kernels_tiled.h.
+#pragma once
+
+namespace qkern::cpu {
+namespace {
+
+constexpr int kMaxVectorRows = 8;
+constexpr std::int64_t kMaxStreams = 4;  // rows of W read side by side
+constexpr std::int64_t kVectorPanelFloats = std::int64_t{1} << 17;
+// Registers of words summed in one chain of additions; see multiply_tile.
+constexpr std::int64_t kChainChunks = 32;
+// expand_scales reads a whole register from any scale.
+constexpr std::int64_t kScalePadding = kLanes;
+
+// A segment of the contraction, short enough that all rows of x fit in the scratch.
+struct Segment {
+  std::int64_t k0, length;
+  std::int64_t chunks;  // whole and partial
+};
+
+// x in the order in which shifts expose the codes: [chunk][shift][lane], zeros past the end, so
+// that the weights need no shuffling beyond the lookup.
+template <typename T>
+void permute_row(const T* x, const Segment& segment, float* out) {
+  float values[kChunk];
+  for (std::int64_t c = 0; c < segment.chunks; ++c) {
+    const std::int64_t n = min64(kChunk, segment.length - c * kChunk);
+    convert_row(x + c * kChunk, n, values);
+    for (std::int64_t i = n; i < kChunk; ++i) values[i] = 0.0f;
+    for (int j = 0; j < kWordCodes; ++j) {
+      // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
+      Simd::storeu(out + c * kChunk + j * kLanes, Simd::gather_stride8(values + (j ^ 1)));
+    }
+  }
+}
+
+// Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
+// registers of weights, one per shift. With few rows of x the scale enters once a chunk, on the
+// sums; with more it is cheaper on the weights, which all rows share.
+template <int kRows, int kStreams>
+struct VectorKernel {
+  static constexpr bool kScaleWeights = kRows >= 4;
+
+  Simd::F total[kStreams][kRows];
+
+  template <int kShift>
+  static void step(const Simd::I (&words)[kStreams], const Simd::Lut& lut, const float* x,
+                   std::int64_t x_stride, const Simd::F (&scale)[kStreams],
+                   Simd::F (&sum)[kStreams][kRows]) {
+    Simd::F w[kStreams];
+    for (int s = 0; s < kStreams; ++s) {
+      w[s] = Simd::lookup(lut, Simd::shift_right<4 * kShift>(words[s]));
+      if (kScaleWeights) w[s] = Simd::mul(w[s], scale[s]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Simd::F value = Simd::loadu(x + r * x_stride + kShift * kLanes);
+      for (int s = 0; s < kStreams; ++s) sum[s][r] = Simd::fma(w[s], value, sum[s][r]);
+    }
+  }
+
+  void chunk(const Simd::I (&words)[kStreams], const Simd::Lut& lut, const float* x,
+             std::int64_t x_stride, const Simd::F (&scale)[kStreams]) {
+    if constexpr (kScaleWeights) {
+      step<0>(words, lut, x, x_stride, scale, total);
+      step<1>(words, lut, x, x_stride, scale, total);
+      step<2>(words, lut, x, x_stride, scale, total);
+      step<3>(words, lut, x, x_stride, scale, total);
+      step<4>(words, lut, x, x_stride, scale, total);
+      step<5>(words, lut, x, x_stride, scale, total);
+      step<6>(words, lut, x, x_stride, scale, total);
+      step<7>(words, lut, x, x_stride, scale, total);
+    } else {
+      // Two chains a sum: one would wait for each multiply-add's latency.
+      Simd::F even[kStreams][kRows], odd[kStreams][kRows];
+      for (int s = 0; s < kStreams; ++s) {
+        for (int r = 0; r < kRows; ++r) even[s][r] = odd[s][r] = Simd::zero();
+      }
+      step<0>(words, lut, x, x_stride, scale, even);
+      step<1>(words, lut, x, x_stride, scale, odd);
+      step<2>(words, lut, x, x_stride, scale, even);
+      step<3>(words, lut, x, x_stride, scale, odd);
+      step<4>(words, lut, x, x_stride, scale, even);
+      step<5>(words, lut, x, x_stride, scale, odd);
+      step<6>(words, lut, x, x_stride, scale, even);
+      step<7>(words, lut, x, x_stride, scale, odd);
+      for (int s = 0; s < kStreams; ++s) {
+        for (int r = 0; r < kRows; ++r) {
+          const Simd::F sum = Simd::add(even[s][r], odd[s][r]);
+          total[s][r] = Simd::fma(sum, scale[s], total[s][r]);
+        }
+      }
+    }
+  }
+
+  // out[s * kRows + r] += the sums over the segment.
+  static void run(const std::uint8_t* const* rows, const float* const* scales,
+                  std::int64_t block_size, const float* codes, const float* x,
+                  const Segment& segment, float* out) {
+    const Simd::Lut lut = Simd::make_lut(codes);
+    const std::int64_t x_stride = segment.chunks * kChunk;
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
+    const int lanes_per_scale =
+        block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
+    const Simd::I pattern = Simd::scale_pattern(lanes_per_scale);
+    const std::int64_t whole = segment.length / kChunk;
+    for (std::int64_t begin = 0; begin < segment.chunks; begin += kChainChunks) {
+      VectorKernel kernel;
+      for (int s = 0; s < kStreams; ++s) {
+        for (int r = 0; r < kRows; ++r) kernel.total[s][r] = Simd::zero();
+      }
+      Simd::I words[kStreams];
+      Simd::F scale[kStreams];
+      const std::int64_t end = min64(begin + kChainChunks, segment.chunks);
+      std::int64_t c = begin;
+      for (; c < min64(end, whole); ++c) {
+        for (int s = 0; s < kStreams; ++s) {
+          words[s] = Simd::load_words(rows[s] + c * (kChunk / 2));
+          scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
+        }
+        kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
+      }
+      if (c < end) {
+        const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
+        for (int s = 0; s < kStreams; ++s) {
+          words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
+          scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
+        }
+        kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
+      }
+      for (int s = 0; s < kStreams; ++s) {
+        for (int r = 0; r < kRows; ++r) out[s * kRows + r] += Simd::reduce(kernel.total[s][r]);
+      }
+    }
+  }
+};
+
+constexpr int vector_streams(int rows) {
+  const int registers = rows >= 4 ? rows : 3 * rows;
+  const int fit = Simd::kVectorAccumulators / registers;
+  return fit < 1 ? 1 : fit > kMaxStreams ? static_cast<int>(kMaxStreams) : fit;
+}
+
+// The scales of up to kMaxStreams rows, one after the other, padded with zeros.
+struct VectorScratch {
+  float* x;        // [kRows][chunks * kChunk]
+  float* scales;   // [kMaxStreams][scale_stride]
+  float* partial;  // [run of W's rows][kRows], where the contraction has several segments
+};
+
+template <typename T, int kRows>
+struct VectorTask {
+  static constexpr int kStreams = vector_streams(kRows);
+  static constexpr std::int64_t kRun = 256;  // rows of W between two passes over x
+
+  const Linear4bitArgs& args;
+  const float* codes;
+  std::int64_t row_blocks, scale_stride, segment_length;
+  VectorScratch scratch;
+
+  template <int kCount>
+  void streams(std::int64_t row, const Segment& segment, float* out) const {
+    const Weight4bit& weight = args.weight;
+    const std::uint8_t* rows[kCount];
+    const float* scales[kCount];
+    const std::int64_t block0 = segment.k0 / weight.block_size;
+    const std::int64_t blocks = ceil_div(segment.length, weight.block_size);
+    for (int s = 0; s < kCount; ++s) {
+      rows[s] = weight.packed + (row + s) * (weight.cols / 2) + segment.k0 / 2;
+      float* to = scratch.scales + s * scale_stride;
+      load_scales(weight, (row + s) * row_blocks + block0, blocks, to);
+      for (std::int64_t i = 0; i < kScalePadding; ++i) to[blocks + i] = 0.0f;
+      scales[s] = to;
+    }
+    VectorKernel<kRows, kCount>::run(rows, scales, weight.block_size, codes, scratch.x, segment,
+                                     out);
+  }
+
+  void permute_x(const Segment& segment) const {
+    const T* x = static_cast<const T*>(args.x);
+    for (int r = 0; r < kRows; ++r) {
+      permute_row(x + r * args.x_row_stride + segment.k0, segment,
+                  scratch.x + r * segment.chunks * kChunk);
+    }
+  }
+
+  Segment segment_at(std::int64_t k0) const {
+    const std::int64_t length = min64(segment_length, args.weight.cols - k0);
+    return {k0, length, ceil_div(length, kChunk)};
+  }
+
+  void run_rows(std::int64_t begin, std::int64_t end) const {
+    const bool single = segment_length >= args.weight.cols;
+    for (std::int64_t row0 = begin; row0 < end; row0 += kRun) {
+      const std::int64_t rows = min64(kRun, end - row0);
+      for (std::int64_t i = 0; i < rows * kRows; ++i) scratch.partial[i] = 0.0f;
+      for (std::int64_t k0 = 0; k0 < args.weight.cols; k0 += segment_length) {
+        const Segment segment = segment_at(k0);
+        if (!single) permute_x(segment);
+        std::int64_t i = 0;
+        for (; i + kStreams <= rows; i += kStreams) {
+          streams<kStreams>(row0 + i, segment, scratch.partial + i * kRows);
+        }
+        for (; i < rows; ++i) streams<1>(row0 + i, segment, scratch.partial + i * kRows);
+      }
+      store(row0, rows);
+    }
+  }
+
+  void store(std::int64_t row0, std::int64_t rows) const {
+    const T* bias = static_cast<const T*>(args.bias);
+    T* y = static_cast<T*>(args.y);
+    for (int r = 0; r < kRows; ++r) {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        float value = scratch.partial[i * kRows + r];
+        if (bias != nullptr) value += to_float(bias[row0 + i]);
+        y[r * args.weight.rows + row0 + i] = from_float<T>(value);
+      }
+    }
+  }
+};
+
+template <typename T, int kRows>
+Status linear_vector(const Linear4bitArgs& args, int num_threads) {
+  using Task = VectorTask<T, kRows>;
+  const Weight4bit& weight = args.weight;
+  // Segments start on whole blocks and whole registers of words.
+  constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
+  static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
+  const std::int64_t segment_length = min64(kSegment, weight.cols);
+  const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
+  const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
+  const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
+
+  const std::int64_t grain =
+      ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
+  WorkQueue queue(weight.rows, grain);
+  SharedStatus status;
+  auto body = [&] {
+    float* scratch =
+        static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
+    if (scratch == nullptr) return status.fail(kOutOfMemory);
+    const VectorScratch parts{scratch, scratch + x_floats,
+                              scratch + x_floats + kMaxStreams * scale_stride};
+    const Task task{args,
+                    code_values(weight.codes),
+                    weight.cols / weight.block_size,
+                    scale_stride,
+                    segment_length,
+                    parts};
+    if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
+    std::int64_t begin, end;
+    while (queue.next(&begin, &end)) task.run_rows(begin, end);
+  };
+  parallel(num_threads, body);
+  return status.get();
+}
+
+template <typename T, int kRows>
+struct VectorTable {
+  static Status run(const Linear4bitArgs& args, int num_threads) {
+    if (args.m == kRows) return linear_vector<T, kRows>(args, num_threads);
+    return VectorTable<T, kRows - 1>::run(args, num_threads);
+  }
+};
+template <typename T>
+struct VectorTable<T, 1> {
+  static Status run(const Linear4bitArgs& args, int num_threads) {
+    return linear_vector<T, 1>(args, num_threads);
+  }
+};
+
+}  // namespace
+}  // namespace qkern::cpu
