@@ -1,0 +1,328 @@
+"""Data forms, malformed lines, the split, tokens and masks, and batches of examples/finetune.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetuning import UserError
+from finetuning.data import (
+    Conversation,
+    Turn,
+    detect_format,
+    read_conversations,
+    read_text,
+    split_held_out,
+)
+from finetuning.sequences import (
+    IGNORE,
+    Example,
+    Truncation,
+    collate,
+    encode,
+    encode_prompt,
+    encode_text,
+    epoch_batches,
+    render,
+)
+from finetuning.topics import HELD_OUT_TOPICS, topic_conversations
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+U, A = "user", "assistant"
+
+# form -> (record, the turns it gives as (role, text, is_target))
+RECORDS: dict[str, tuple[dict[str, Any], list[tuple[str, str, bool]]]] = {
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "ignored"},
+        [(U, "Add.\n\n1 2", False), (A, "3", True)],
+    ),
+    "self-instruct": (
+        {"prompt": "Add 1 2\n", "completion": " 3"},
+        [(U, "Add 1 2", False), (A, "3", True)],
+    ),
+    "hh-rlhf": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "x"},
+        [(U, "a", False), (A, "b", False), (U, "c", False), (A, "d", True)],
+    ),
+    "oasst1": (
+        {"text": "### Human: a\nb### Assistant: c### Human: d### Assistant: e"},
+        [(U, "a\nb", False), (A, "c", True), (U, "d", False), (A, "e", True)],
+    ),
+    "chip2": (
+        {"text": "<human>: a\n<bot>: b", "metadata": {}},
+        [(U, "a", False), (A, "b", True)],
+    ),
+    "chat": (
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "never answered"},
+            ]
+        },
+        [("system", "s", False), (U, "a", False), (A, "b", True)],
+    ),
+}
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., Path]:
+    def write(*lines: Any) -> Path:
+        """A file of these lines: bytes as they are, anything else as JSON."""
+        path = tmp_path / "data.jsonl"
+        encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        path.write_bytes(b"\n".join(encoded) + b"\n")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("data_format", RECORDS)
+def test_a_form_is_detected_and_read(data_format: str, jsonl: Callable[..., Path]) -> None:
+    record, turns = RECORDS[data_format]
+    path = jsonl(b"", record, b"  ", record)
+    assert detect_format(path) == data_format
+    first, second = read_conversations(path, data_format)
+    assert [(t.role, t.text, t.is_target) for t in first.turns] == turns
+    assert (first.origin, second.origin) == (f"{path}:2", f"{path}:4")
+
+
+def test_an_override_wins_over_detection(jsonl: Callable[..., Path]) -> None:
+    both = {"prompt": "p", "completion": "c", "chosen": "\n\nHuman: h\n\nAssistant: a"}
+    path = jsonl(both)
+    assert detect_format(path) == "self-instruct"
+    assert read_conversations(path, "hh-rlhf")[0].turns[0].text == "h"
+
+
+def test_plain_text_is_detected(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufeffOnce upon\r\n\r\na time".encode())
+    assert detect_format(path) == "text"
+    assert read_text(path) == "Once upon\n\na time"
+
+
+GOOD = {"instruction": "i", "output": "o"}
+MALFORMED = {
+    "not-json": ("alpaca", b'{"instruction": "i", ', "not JSON: "),
+    "nesting": ("alpaca", b"[" * 100_000, "not JSON: "),
+    "not-an-object": ("alpaca", b"[1]", "a list; takes one object a line"),
+    "not-utf8": ("alpaca", b'{"instruction": "\xff"}', "not UTF-8: invalid start byte at byte 18"),
+    "half-a-pair": (
+        "alpaca",
+        b'{"instruction": "\\ud800", "output": "o"}',
+        '"instruction" holds half a surrogate pair',
+    ),
+    "missing-field": ("alpaca", {"instruction": "i"}, '"output" is missing'),
+    "wrong-type": ("alpaca", {**GOOD, "output": 3}, '"output" is a number; takes a string'),
+    "null": ("alpaca", {**GOOD, "input": None}, '"input" is null'),
+    "empty-target": ("alpaca", {**GOOD, "output": " \n"}, 'the target in "output" is empty'),
+    "empty-completion": ("self-instruct", {"prompt": "p", "completion": ""}, "is empty"),
+    "no-speaker": ("oasst1", {"text": "hello"}, "does not begin with a speaker"),
+    "text-before-speaker": ("oasst1", {"text": "hello ### Human: a"}, "does not begin with"),
+    "no-answer": ("oasst1", {"text": "### Human: a"}, '"text" has no answer'),
+    "empty-answer": ("chip2", {"text": "<human>: a\n<bot>: "}, "is empty"),
+    "hh-no-answer": ("hh-rlhf", {"chosen": "\n\nHuman: a"}, '"chosen" has no answer'),
+    "messages-missing": ("chat", GOOD, '"messages" is missing'),
+    "messages-string": ("chat", {"messages": "a"}, '"messages" is a string; takes a list'),
+    "message-string": ("chat", {"messages": ["a"]}, "messages[0] is a string"),
+    "message-field": ("chat", {"messages": [{"role": "user"}]}, 'messages[0]: the field "content"'),
+    "role": ("chat", {"messages": [{"role": "bot", "content": "a"}]}, 'the role is "bot"'),
+    "no-assistant": ("chat", {"messages": [{"role": "user", "content": "a"}]}, "no turn of the"),
+    "empty-message": ("chat", {"messages": [{"role": "assistant", "content": ""}]}, "is empty"),
+}
+
+
+@pytest.mark.parametrize(("data_format", "line", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_line_is_named(
+    data_format: str, line: Any, message: str, jsonl: Callable[..., Path]
+) -> None:
+    path = jsonl(RECORDS[data_format][0], RECORDS[data_format][0], line)
+    with pytest.raises(UserError) as error:
+        read_conversations(path, data_format)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert message in str(error.value)
+
+
+def test_what_cannot_be_detected_is_an_error(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r":1: none of the known forms has the fields \['a'\]"):
+        detect_format(jsonl({"a": 1}))
+    with pytest.raises(UserError, match=":2: not JSON"):
+        detect_format(jsonl(b"", b"plain text in a .jsonl file"))
+    with pytest.raises(UserError, match="JSON Lines has one object a line"):
+        detect_format(jsonl(b"[", b'{"instruction": 1}', b"]"))
+    with pytest.raises(UserError, match="the file is empty"):
+        detect_format(jsonl(b"", b" "))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        detect_format(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        detect_format(tmp_path)
+    with pytest.raises(UserError, match="the file is empty"):
+        read_text(jsonl(b" ", b""))
+
+
+def _conversations(texts: list[str]) -> list[Conversation]:
+    return [
+        Conversation((Turn(U, text), Turn(A, text, is_target=True)), f"file:{i}")
+        for i, text in enumerate(texts, start=1)
+    ]
+
+
+def test_the_split_depends_on_content_only() -> None:
+    texts = [f"text {i}" for i in range(40)]
+    train, held_out = split_held_out(_conversations(texts), 0.1)
+    assert len(held_out) == 4
+    assert len(train) == 36
+    shuffled = texts[::-1] + texts[:7]  # with copies
+    train_again, held_out_again = split_held_out(_conversations(shuffled), 0.1)
+    assert {c.turns for c in held_out_again} == {c.turns for c in held_out}
+    assert not {c.turns for c in train_again} & {c.turns for c in held_out_again}
+    assert len(train_again) + len(held_out_again) == 47
+
+
+def test_the_split_leaves_neither_side_empty() -> None:
+    train, held_out = split_held_out(_conversations(["a", "b"]), 0.0)
+    assert (len(train), len(held_out)) == (1, 1)
+    train, held_out = split_held_out(_conversations(["a", "b"]), 0.999)
+    assert (len(train), len(held_out)) == (1, 1)
+    with pytest.raises(UserError, match="file:1: one distinct record"):
+        split_held_out(_conversations(["a", "a"]), 0.5)
+
+
+def test_held_out_topics_are_not_trained_on() -> None:
+    train, held_out = topic_conversations()
+    assert topic_conversations() == (train, held_out)
+    assert {c.origin for c in held_out} == {f"topic {topic}" for topic in HELD_OUT_TOPICS}
+    assert len(train) > 300
+    trained = " ".join(" ".join(turn.text for turn in c.turns) for c in train)
+    trained = " ".join(trained.split())
+    for conversation in held_out:
+        for paragraph in conversation.turns[-1].text.split("\n\n"):
+            words = " ".join(paragraph.split())
+            if len(words) >= 60:
+                assert words not in trained
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], source: int = 99, target: int = 99
+) -> tuple[Example, Truncation]:
+    truncation = Truncation()
+    conversation = Conversation(turns, "data.jsonl:7")
+    return encode(conversation, tokenizer, source, target, truncation), truncation
+
+
+def test_targets_are_the_answers_and_their_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (Turn(U, "one"), Turn(A, "two", True), Turn(U, "three"), Turn(A, "four", True))
+    example, truncation = _encode(tokenizer, turns)
+    parts = [("u:one<end>\na:", False), ("two<end>", True)]
+    parts += [("\nu:three<end>\na:", False), ("four<end>", True)]
+    assert render(turns, tokenizer) == parts
+    assert example.input_ids == _tokens(tokenizer, "".join(text for text, _ in parts))
+    expected = [t for text, t in parts for _ in _tokens(tokenizer, text)]
+    assert list(example.is_target) == expected
+    assert truncation == Truncation()
+
+
+def test_an_answer_without_loss_is_context(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (Turn(U, "one"), Turn(A, "two"), Turn(U, "three"), Turn(A, "four", True))
+    example, _ = _encode(tokenizer, turns)
+    assert sum(example.is_target) == len(_tokens(tokenizer, "four<end>"))
+
+
+def test_a_prompt_is_tokenised_as_in_training(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (Turn(U, "one"), Turn(A, "two", True))
+    example, _ = _encode(tokenizer, turns)
+    prompt = tuple(encode_prompt(turns[:1], tokenizer)[0].tolist())
+    assert prompt == example.input_ids[: len(prompt)]
+    assert example.is_target[len(prompt) - 1 : len(prompt) + 1] == (False, True)
+
+
+def test_truncation_keeps_the_end_of_the_source_and_is_counted(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    turns = (Turn(U, "question"), Turn(A, "answer", True))
+    example, truncation = _encode(tokenizer, turns, source=5, target=4)
+    assert tokenizer.decode(list(example.input_ids)) == "n<end>\na:answ"
+    assert sum(example.is_target) == 4
+    source, target = _tokens(tokenizer, "u:question<end>\na:"), _tokens(tokenizer, "answer<end>")
+    assert truncation == Truncation(1, len(source) - 5, 1, len(target) - 4)
+
+
+def test_without_a_chat_template_the_plain_form_is_used() -> None:
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"<end>": 0}, [])), eos_token="<end>"
+    )
+    turns = (Turn("system", "s"), Turn(U, "one"), Turn(A, "two", True), Turn(U, "three"))
+    assert render(turns, plain, ask=True) == [
+        ("s\n", False),
+        ("### Human: one\n", False),
+        ("### Assistant:", False),
+        (" two<end>", True),
+        ("### Human: three\n", False),
+        ("### Assistant:", False),
+    ]
+
+
+def test_a_template_that_refuses_or_rewrites_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = (Turn(U, "one"), Turn(A, "two", True), Turn(U, "three"), Turn(A, "four", True))
+    rewriting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", rewriting)
+    with pytest.raises(UserError, match=r"data.jsonl:7: .* rewrites earlier turns"):
+        _encode(tokenizer, turns)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system turns') }}")
+    with pytest.raises(UserError, match=r"data.jsonl:7: .* refuses .* no system turns"):
+        _encode(tokenizer, turns)
+
+
+def test_text_becomes_sequences_of_targets(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "0123456789" * 3 + "x"
+    examples = encode_text(text, tokenizer, 10)
+    assert [len(example) for example in examples] == [10, 10, 10]  # a lone token is left out
+    assert "".join(tokenizer.decode(list(e.input_ids)) for e in examples) == text[:30]
+    assert all(all(example.is_target) for example in examples)
+
+
+def test_collate_pads_and_masks() -> None:
+    examples = [Example((5, 6, 7), (False, True, True)), Example((8, 9), (False, True))]
+    batch = collate(examples, pad_id=1, train_on_source=False)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.labels.tolist() == [[IGNORE, 6, 7], [IGNORE, 9, IGNORE]]
+    assert (batch.tokens, batch.targets) == (5, 3)
+    batch = collate(examples, pad_id=1, train_on_source=True)
+    assert batch.labels.tolist() == [[5, 6, 7], [8, 9, IGNORE]]
+    assert batch.targets == 3  # nothing comes before the first token to predict it from
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_epochs_are_deterministic_permutations(group_by_length: bool) -> None:
+    lengths = torch.randint(1, 500, (1001,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def batches(seed: int, epoch: int) -> list[list[int]]:
+        return epoch_batches(lengths, 4, group_by_length=group_by_length, seed=seed, epoch=epoch)
+
+    first = batches(0, 0)
+    assert first == batches(0, 0)
+    assert first != batches(0, 1)
+    assert first != batches(1, 0)
+    assert sorted(i for batch in first for i in batch) == list(range(1001))
+    assert sorted(len(batch) for batch in first) == [1] + [4] * 250
+    padding = sum(
+        max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch)
+        for batch in first
+    )
+    if group_by_length:
+        assert padding < 0.05 * sum(lengths)
+    else:
+        assert padding > 0.3 * sum(lengths)

