@@ -6,26 +6,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkern.nn.linear import Linear4bit
+from qkern.io._common import Layer, linear_layers, plain, some, unwrapped, write_file
 from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
 from qkern.nn.model import replace_module
-
-_Layer = LoRALinear | Linear4bit | nn.Linear
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
-
-# Path components that wrappers of a module insert and that are no part of the model's own names.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 # Fields of PEFT's LoraConfig that do not change what loaded weights compute on a Linear.
 _NEUTRAL_FIELDS = frozenset(
@@ -91,7 +86,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    layers = {_plain(path): layer for path, layer in lora_layers(_unwrapped(model))}
+    layers = {plain(path): layer for path, layer in lora_layers(unwrapped(model))}
     if not layers:
         raise ValueError("model: has no LoRA layers to save")
     if base_model_name_or_path is None:
@@ -113,7 +108,7 @@ def save_adapter(
         "r": r,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": _target_modules(_unwrapped(model), layers),
+        "target_modules": _target_modules(unwrapped(model), layers),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": _same(layers, "use_rslora"),
@@ -124,12 +119,12 @@ def save_adapter(
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(
+    write_file(
         directory / WEIGHTS_FILE,
         lambda file: save_file(tensors, file, metadata={"format": "pt"}),
     )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _write(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_file(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def load_adapter(
@@ -149,8 +144,8 @@ def load_adapter(
     directory = Path(directory)
     config = _read_config(directory / CONFIG_FILE, dtype)
     adapters = _read_weights(directory / WEIGHTS_FILE)
-    inner = _unwrapped(model)
-    layers = _linear_layers(inner)
+    inner = unwrapped(model)
+    layers = linear_layers(inner)
     _check_paths(directory, adapters, layers)
     for path, (a, b) in adapters.items():
         _check_fits(path, a, b, layers[path][0], config)
@@ -168,24 +163,24 @@ def load_adapter(
 
 
 def _check_paths(
-    directory: Path, adapters: Iterable[str], layers: Mapping[str, tuple[_Layer, list[str]]]
+    directory: Path, adapters: Iterable[str], layers: Mapping[str, tuple[Layer, list[str]]]
 ) -> None:
     """The file's layers are the model's LoRA layers or, where it has none, any linear layers."""
     found = set(adapters)
-    existing = {_plain(paths[0]) for la, paths in layers.values() if isinstance(la, LoRALinear)}
+    existing = {plain(paths[0]) for la, paths in layers.values() if isinstance(la, LoRALinear)}
     if existing and found != existing:
         raise ValueError(
             f"{directory}: its layers are not the model's LoRA layers: "
-            f"missing {_some(existing - found)}; unknown {_some(found - existing)}"
+            f"missing {some(existing - found)}; unknown {some(found - existing)}"
         )
     if unknown := found - layers.keys():
-        raise ValueError(f"{directory}: the model has no linear layer {_some(unknown)}")
+        raise ValueError(f"{directory}: the model has no linear layer {some(unknown)}")
     for path in found:
-        if twice := found & {_plain(p) for p in layers[path][1]} - {path}:
-            raise ValueError(f"{directory}: {path} and {_some(twice)} are one layer of the model")
+        if twice := found & {plain(p) for p in layers[path][1]} - {path}:
+            raise ValueError(f"{directory}: {path} and {some(twice)} are one layer of the model")
 
 
-def _check_fits(path: str, a: Tensor, b: Tensor, layer: _Layer, config: LoRAConfig) -> None:
+def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfig) -> None:
     r = config.r_for(path)
     for name, tensor, shape in (
         ("lora_A", a, [r, layer.in_features]),
@@ -266,28 +261,13 @@ def _read_weights(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {path: (parts["A"], parts["B"]) for path, parts in halves.items()}
 
 
-def _linear_layers(model: nn.Module) -> dict[str, tuple[_Layer, list[str]]]:
-    """``{plain path: (layer, all its actual paths)}`` of the layers an adapter can be on."""
-    paths: dict[int, list[str]] = {}
-    layers: dict[str, tuple[_Layer, list[str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear | Linear4bit) or type(module) is nn.Linear:
-            paths.setdefault(id(module), []).append(path)
-            layers[_plain(path)] = (module, paths[id(module)])
-    return layers
-
-
 def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
     """Last components of the layers' paths, or whole paths where those would match more."""
     names = {path.rpartition(".")[2] for path in layers}
     inside = tuple(f"{path}." for path in layers)
     for path, _ in model.named_modules():
-        plain = _plain(path)
-        if (
-            plain.rpartition(".")[2] in names
-            and plain not in layers
-            and not plain.startswith(inside)
-        ):
+        own = plain(path)
+        if own.rpartition(".")[2] in names and own not in layers and not own.startswith(inside):
             return sorted(layers)
     return sorted(names)
 
@@ -303,36 +283,3 @@ def _same(layers: Mapping[str, LoRALinear], name: str) -> Any:
     if len(values) != 1:
         raise ValueError(f"model: LoRA layers differ in {name}; PEFT's files hold one for all")
     return values.pop()
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data-parallel wrappers."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _plain(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3] or ["nothing"]) + more
-
-
-def _write(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``target``, then rename it into place."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
