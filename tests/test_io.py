@@ -4,12 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from qkern import io
 from qkern import nn as qnn
@@ -327,3 +328,223 @@ class TestLoadAdapter:
         (tmp_path / "adapter_config.json").write_text("[]")
         with pytest.raises(ValueError, match="got list; takes a JSON object"):
             io.load_adapter(model, tmp_path)
+
+
+BNB_CASES = [
+    pytest.param("nf4", 64, True, torch.bfloat16, id="nf4-64-double-bf16"),
+    pytest.param("nf4", 128, False, torch.float32, id="nf4-128-single-fp32"),
+    pytest.param("fp4", 64, True, torch.float16, id="fp4-64-double-fp16"),
+    pytest.param("fp4", 256, False, torch.float32, id="fp4-256-single-fp32"),
+]
+# More than 256 blocks of 64 and a short last block.
+IN, OUT = 250, 101
+
+
+def bnb_layer(kind: str, block_size: int, nested: bool, dtype: torch.dtype) -> bnb.nn.Linear4bit:
+    """A layer quantised by bitsandbytes itself."""
+    torch.manual_seed(0)
+    dense = nn.Linear(IN, OUT, dtype=dtype)
+    layer = bnb.nn.Linear4bit(IN, OUT, compress_statistics=nested, quant_type=kind)
+    layer.weight = bnb.nn.Params4bit(
+        dense.weight.data,
+        requires_grad=False,
+        blocksize=block_size,
+        compress_statistics=nested,
+        quant_type=kind,
+    )
+    layer.bias = dense.bias
+    return layer.to("cpu")
+
+
+def bnb_dequantize(weight: torch.Tensor) -> torch.Tensor:
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def model_of(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(layer, nn.LayerNorm(OUT, dtype=layer.bias.dtype))
+
+
+def quantised_model(
+    kind: str = "nf4", block_size: int = 64, nested: bool = True, dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
+    return qnn.quantize_model(model_of(nn.Linear(IN, OUT, dtype=dtype)), kind, block_size, nested)
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+class TestBitsandbytes:
+    @pytest.mark.parametrize(("kind", "block_size", "nested", "dtype"), BNB_CASES)
+    def test_reads_and_rewrites_its_files_bit_for_bit(
+        self, kind, block_size, nested, dtype, tmp_path
+    ):
+        source = model_of(bnb_layer(kind, block_size, nested, dtype))
+        save_file(source.state_dict(), tmp_path / "theirs.safetensors")
+        model = model_of(nn.Linear(IN, OUT, dtype=dtype))
+        assert io.load_bnb(model, tmp_path / "theirs.safetensors") is model
+        qw = model[0].weight
+        assert (qw.format, qw.block_size, qw.double_quant, qw.dtype) == (
+            kind,
+            block_size,
+            nested,
+            dtype,
+        )
+        assert torch.equal(qw.dequantize(), bnb_dequantize(source[0].weight))
+        assert torch.equal(model[0].bias, source[0].bias)
+        io.save_bnb(model, tmp_path / "ours.safetensors")
+        assert_same_tensors(
+            load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors")
+        )
+
+    @pytest.mark.parametrize(("kind", "block_size", "nested", "dtype"), BNB_CASES)
+    def test_writes_what_it_reads(self, kind, block_size, nested, dtype, tmp_path):
+        model = quantised_model(kind, block_size, nested, dtype)
+        io.save_bnb(model, tmp_path / "model.safetensors")
+        tensors = load_file(tmp_path / "model.safetensors")
+        weight = bnb.nn.Params4bit.from_prequantized(
+            tensors["0.weight"],
+            {k.removeprefix("0."): v for k, v in tensors.items() if k.startswith("0.weight.")},
+            device="cpu",
+        )
+        assert torch.equal(bnb_dequantize(weight), model[0].weight.dequantize())
+        again = io.load_bnb(quantised_model(dtype=dtype), tmp_path)
+        assert_same_tensors(again.state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize("tie", [True, False])
+    def test_reads_a_transformers_checkpoint_onto_meta(self, tie, tmp_path):
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=128,
+            tie_word_embeddings=tie,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+        theirs = LlamaForCausalLM.from_pretrained(
+            tmp_path / "dense",
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            ),
+            device_map={"": "cpu"},
+            dtype=torch.float32,
+        )
+        # Small shards, so that the index is read.
+        theirs.save_pretrained(tmp_path / "4bit", max_shard_size="40KB")
+        assert len(list((tmp_path / "4bit").glob("*.safetensors"))) > 1
+
+        model = LlamaForCausalLM(config).eval()
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                held = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                setattr(module, name, held)
+        model.tie_weights()
+        io.load_bnb(model, tmp_path / "4bit")
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+
+        dense = LlamaForCausalLM(config).eval()
+        state = {
+            name: bnb_dequantize(parameter) if hasattr(parameter, "quant_state") else parameter
+            for name, parameter in theirs.named_parameters()
+        }
+        missing, unexpected = dense.load_state_dict(state, strict=False)
+        assert (missing, unexpected) == (["lm_head.weight"] if tie else [], [])
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+    def test_another_storage_dtype_is_the_same_bytes(self, tmp_path):
+        source = qnn.quantize_model(nn.Sequential(nn.Linear(64, 32)))
+        io.save_bnb(source, tmp_path / "source.safetensors")
+        tensors = load_file(tmp_path / "source.safetensors")
+        tensors["0.weight"] = tensors["0.weight"].view(-1).view(torch.bfloat16).view(-1, 1)
+        save_file(tensors, tmp_path / "source.safetensors")
+        again = io.load_bnb(nn.Sequential(nn.Linear(64, 32)), tmp_path / "source.safetensors")
+        assert_same_tensors(again.state_dict(), source.state_dict())
+
+    def test_lora_is_left_out_of_the_file(self, tmp_path):
+        model = quantised_model()
+        io.save_bnb(model, tmp_path / "base.safetensors")
+        qnn.add_lora(model, qnn.LoRAConfig(r=2))
+        io.save_bnb(model, tmp_path / "lora.safetensors")
+        assert_same_tensors(
+            load_file(tmp_path / "lora.safetensors"), load_file(tmp_path / "base.safetensors")
+        )
+        with pytest.raises(ValueError, match="has LoRA already, at 0"):
+            io.load_bnb(model, tmp_path / "base.safetensors")
+
+    def test_shared_weights_are_written_once_for_each_layer(self, tmp_path):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        model[1].weight = model[0].weight
+        qnn.quantize_model(model)
+        io.save_bnb(model, tmp_path / "model.safetensors")
+        again = io.load_bnb(
+            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), tmp_path / "model.safetensors"
+        )
+        assert_same_tensors(again.state_dict(), model.state_dict())
+
+    def test_what_it_has_no_layout_for(self, tmp_path):
+        custom = qnn.quantize_model(
+            nn.Sequential(nn.Linear(64, 32)), "custom", codebook=torch.linspace(-1, 1, 16)
+        )
+        with pytest.raises(ValueError, match=r"0: .* custom codebook"):
+            io.save_bnb(custom, tmp_path / "model.safetensors")
+        embedding = nn.Sequential(qnn.Embedding4bit.from_embedding(nn.Embedding(8, 64)))
+        with pytest.raises(ValueError, match=r"0: .* embeddings"):
+            io.save_bnb(embedding, tmp_path / "model.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"1.bias": None}, "has no 1.bias"),
+            ({"2.bias": torch.zeros(1)}, "the model has no 2.bias"),
+            ({"1.bias": torch.zeros(3)}, r"1.bias: got shape \[3\]; takes \[101\]"),
+            ({"0.weight.absmax": None}, "has no 0.weight.absmax"),
+            ({"0.weight.absmax": torch.zeros(3, dtype=torch.uint8)}, "0.weight: absmax: got shape"),
+            ({"0.weight.quant_map": torch.zeros(16)}, "0.weight.quant_map: differs"),
+            ({"0.weight.nested_quant_map": torch.zeros(256)}, "nested_quant_map: differs"),
+            ({"quant_type": "fp4"}, "quant_type: got 'fp4'"),
+            ({"shape": [IN, OUT]}, r"0.weight: got shape \(250, 101\); takes \(101, 250\)"),
+            ({"blocksize": 48}, "0.weight: block_size: got 48"),
+            ({"dtype": "float64"}, "0.weight: dtype: got torch.float64"),
+            ({"dtype": None}, "has no dtype"),
+            ({"nested_blocksize": 128}, r"got \(128, 'float32'\); takes \(256, 'float32'\)"),
+        ],
+    )
+    def test_files_that_do_not_fit(self, change, message, tmp_path):
+        io.save_bnb(quantised_model(), tmp_path / "model.safetensors")
+        tensors = load_file(tmp_path / "model.safetensors")
+        key = "0.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[key].tolist()))
+        for name, value in change.items():
+            target = tensors if "." in name else state
+            if value is None:
+                del target[name]
+            else:
+                target[name] = value
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        save_file(tensors, tmp_path / "model.safetensors")
+        model = model_of(nn.Linear(IN, OUT))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            io.load_bnb(model, tmp_path)
+        assert_same_tensors(model.state_dict(), before)
+
+    def test_no_file_and_no_4bit_weights(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
+            io.load_bnb(nn.Sequential(nn.Linear(64, 32)), tmp_path)
+        save_file(nn.Linear(64, 32).state_dict(), tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="holds no weight that bitsandbytes"):
+            io.load_bnb(nn.Sequential(nn.Linear(64, 32)), tmp_path)
+        io.save_bnb(quantised_model(), tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="the model has no linear layer 0"):
+            io.load_bnb(nn.Sequential(nn.LayerNorm(8)), tmp_path)
