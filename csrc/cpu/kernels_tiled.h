@@ -165,7 +165,7 @@ void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int6
       // Rows past the end repeat the last one; their results are never stored.
       const std::int64_t row = row0 + min64(g * kLanes + i, rows - 1);
       words[i] = weight.packed + row * row_bytes + k0 / 2;
-      float row_scales[kMaxBlocks];
+      float row_scales[kMaxBlocks + kLanes];  // room for a whole register
       load_scales(weight, row * row_blocks + block0, blocks, row_scales);
       for (std::int64_t b = 0; b < blocks; ++b) scales[b * kLanes + i] = row_scales[b];
     }

@@ -44,10 +44,13 @@ struct VectorKernel {
 
   Simd::F total[kStreams][kRows];
 
+  // Inlined by force: a call would take the sums through memory once a register of words.
   template <int kShift>
-  static void step(const Simd::I (&words)[kStreams], const Simd::Lut& lut, const float* x,
-                   std::int64_t x_stride, const Simd::F (&scale)[kStreams],
-                   Simd::F (&sum)[kStreams][kRows]) {
+  __attribute__((always_inline)) static void step(const Simd::I (&words)[kStreams],
+                                                  const Simd::Lut& lut, const float* x,
+                                                  std::int64_t x_stride,
+                                                  const Simd::F (&scale)[kStreams],
+                                                  Simd::F (&sum)[kStreams][kRows]) {
     Simd::F w[kStreams];
     for (int s = 0; s < kStreams; ++s) {
       w[s] = Simd::lookup(lut, Simd::shift_right<4 * kShift>(words[s]));
@@ -59,8 +62,9 @@ struct VectorKernel {
     }
   }
 
-  void chunk(const Simd::I (&words)[kStreams], const Simd::Lut& lut, const float* x,
-             std::int64_t x_stride, const Simd::F (&scale)[kStreams]) {
+  __attribute__((always_inline)) void chunk(const Simd::I (&words)[kStreams], const Simd::Lut& lut,
+                                            const float* x, std::int64_t x_stride,
+                                            const Simd::F (&scale)[kStreams]) {
     if constexpr (kScaleWeights) {
       step<0>(words, lut, x, x_stride, scale, total);
       step<1>(words, lut, x, x_stride, scale, total);
