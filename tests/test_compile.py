@@ -1,0 +1,176 @@
+"""torch.library's own checks of every op, and torch.compile of a LoRA layer on a 4-bit base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkern
+from qkern import testing
+from qkern.testing import OPS, Case, OpSpec, Target
+
+compiled_by = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+
+OPCHECK_CASES = {
+    "quantize_4bit": [Case((3, 70)), Case((5, 33), format="fp4", layout="transposed")],
+    "dequantize_4bit": [
+        Case((3, 70), double_quant=True),
+        Case((5, 33), torch.bfloat16, format="custom", codebook="unsorted"),
+    ],
+    "quantize_8bit": [Case((3, 70)), Case((5, 33), torch.float16, layout="step")],
+    "dequantize_8bit": [Case((3, 70)), Case((5, 33), torch.bfloat16, layout="transposed")],
+    "quantize_absmax": [Case((300,)), Case((3,), layout="step")],
+    "linear_4bit": [
+        Case((3, 37, 130), double_quant=True, bias=True),
+        Case((3, 37, 130), torch.bfloat16, format="custom", codebook="unsorted"),
+        Case((2, 5, 66), layout="transposed", batch_invariant=True),
+        Case((4, 5, 66), layout="expanded"),
+    ],
+    "linear_4bit_dx": [
+        Case((3, 37, 130), double_quant=True),
+        Case((4, 5, 66), torch.float16, layout="expanded"),
+    ],
+}
+
+
+@pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
+def test_opcheck(spec: OpSpec, target: Target, device: torch.device) -> None:
+    for case in OPCHECK_CASES[spec.name]:
+        inputs = spec.make_inputs(case, device, torch.Generator().manual_seed(0))
+        with target.activate():
+            torch.library.opcheck(getattr(torch.ops.qkern, spec.name), (), inputs)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double_quant"])
+def test_opcheck_of_dequantize_into_out(
+    target: Target, double_quant: bool, device: torch.device
+) -> None:
+    case = Case((5, 66), torch.bfloat16, double_quant=double_quant)
+    inputs = OPS["dequantize_4bit"].make_inputs(case, device, torch.Generator().manual_seed(0))
+    out = torch.zeros(inputs.pop("shape"), dtype=inputs.pop("dtype"), device=device)
+    with target.activate():
+        torch.library.opcheck(torch.ops.qkern.dequantize_4bit_out, (), inputs | {"out": out})
+
+
+class Block(nn.Module):
+    """A transformer's MLP: norm, LoRA on a 4-bit base, activation, a plain 4-bit linear."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        up, down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+        self.norm = nn.LayerNorm(64)
+        self.up = qkern.nn.LoRALinear(
+            qkern.nn.Linear4bit.from_linear(up), r=4, alpha=8, dropout=dropout
+        )
+        self.down = qkern.nn.Linear4bit.from_linear(down, format="fp4", double_quant=False)
+        nn.init.normal_(self.up.lora_b, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+
+
+def step(forward: Callable[[Tensor], Tensor], block: Block, x: Tensor) -> dict[str, Tensor]:
+    """Result and all gradients of one forward and backward."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    y.square().mean().backward()
+    grads = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@compiled_by
+def test_a_lora_block_compiles_without_a_break(backend: str) -> None:
+    block, x = Block(), torch.randn(2, 5, 64)
+    expected = step(block, block, x)
+    assert expected.keys() == {"y", "x", "norm.weight", "norm.bias", "up.lora_a", "up.lora_b"}
+    # Reading the report first: fullgraph would raise, but not say how many breaks there are.
+    report = torch._dynamo.explain(block)(x.clone().requires_grad_())
+    assert report.graph_break_count == 0, report.break_reasons
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    assert_close(step(compiled, block, x), expected)
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    block = Block()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((2, 5, 64), (3, 7, 64), (4, 9, 64), (6, 31, 64)):
+            x = torch.randn(shape)
+            assert_close(step(compiled, block, x), step(block, block, x))
+
+
+def test_functions_compile() -> None:
+    """Each public function that a model's forward may call, with metadata as constants."""
+    qw = qkern.quantize_4bit(torch.randn(40, 64))
+    lora_a, lora_b = torch.randn(4, 64) * 0.1, torch.randn(40, 4) * 0.1
+
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        codes, absmax = qkern.quantize_8bit(x)
+        return (
+            qkern.nf4_linear(x, qw),
+            qkern.lora_linear(x, qw, lora_a, lora_b, 0.5),
+            qkern.dequantize_4bit(qw),
+            qkern.dequantize_8bit(codes, absmax),
+        )
+
+    x = torch.randn(3, 64)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(x), forward(x), strict=True):
+        testing.assert_bitwise(actual, expected)
+
+
+def test_autocast_compiles() -> None:
+    block, x = Block(), torch.randn(2, 5, 64)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return block(x)
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    actual, expected = step(compiled, block, x), step(forward, block, x)
+    for name, value in expected.items():
+        error = (actual[name] - value).norm() / value.norm()
+        assert error < 2e-2, f"{name}: relative error {error:.2e}"
+
+
+def test_a_saved_graph_runs_on_the_backend_chosen_later() -> None:
+    """The backend is looked up when the op runs, not when the graph was made."""
+    targets = [t for t in testing.targets("cpu") if not t.reason]
+    if len(targets) < 2:
+        pytest.skip("only one backend runs here")
+    qw = qkern.quantize_4bit(torch.randn(40, 64))
+    compiled = torch.compile(lambda x: qkern.linear_4bit(x, qw), fullgraph=True, backend="eager")
+    x = torch.randn(300, 64)
+    for target in targets:
+        with target.activate():
+            testing.assert_bitwise(compiled(x), qkern.linear_4bit(x, qw), str(target))
+
+
+def test_export_keeps_the_ops() -> None:
+    qw = qkern.quantize_4bit(torch.randn(40, 64))
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return qkern.linear_4bit(x, qw)
+
+    x = torch.randn(3, 64)
+    program = torch.export.export(Layer(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("M")}})
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "qkern.linear_4bit.default" in names
+    other = torch.randn(9, 64)
+    testing.assert_bitwise(program.module()(other), qkern.linear_4bit(other, qw))
