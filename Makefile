@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Two threads a worker, because threading itself is under test. They wait passively: a thread that
+# Two threads a test worker, because threading itself is under test. They wait passively: a thread that
 # spins at a barrier would take the core from the other worker.
 WORKERS ?= 2
 TEST_THREADS ?= 2
@@ -13,7 +13,8 @@ RUN := $(BIN)/python
 NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
-PYTEST := OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest
+PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
+    $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow test-all test-asan lint format clean
