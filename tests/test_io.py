@@ -175,6 +175,14 @@ class TestSaveAdapter:
         assert after[0] == before[0]
         assert all(torch.equal(after[1][name], before[1][name]) for name in before[1])
 
+    def test_a_reader_of_the_old_file_keeps_it(self, tmp_path):
+        io.save_adapter(lora_llama(), tmp_path)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            os.link(tmp_path / name, tmp_path / f"{name}.old")
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.old")}
+        io.save_adapter(lora_llama(r=8), tmp_path)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.old")}
+
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match="has no LoRA layers"):
             io.save_adapter(tiny_llama(), tmp_path)
@@ -374,7 +382,10 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert found[name].shape == tensor.shape, name
+        # Bytes, since -0.0 equals +0.0.
+        own, other = (t.contiguous().view(-1).view(torch.uint8) for t in (found[name], tensor))
+        assert torch.equal(own, other), name
 
 
 class TestBitsandbytes:
@@ -469,6 +480,22 @@ class TestBitsandbytes:
         save_file(tensors, tmp_path / "source.safetensors")
         again = io.load_bnb(nn.Sequential(nn.Linear(64, 32)), tmp_path / "source.safetensors")
         assert_same_tensors(again.state_dict(), source.state_dict())
+
+    def test_tied_weights_are_written_once(self, tmp_path):
+        def make() -> nn.ModuleDict:
+            parts = {
+                "table": nn.Embedding(32, 64),
+                "up": nn.Linear(64, 64),
+                "head": nn.Linear(64, 32, bias=False),
+            }
+            parts["head"].weight = parts["table"].weight
+            return nn.ModuleDict(parts)
+
+        model = qnn.quantize_model(make())
+        io.save_bnb(model, tmp_path / "model.safetensors")
+        assert "head.weight" not in load_file(tmp_path / "model.safetensors")
+        again = io.load_bnb(make(), tmp_path)
+        assert_same_tensors(again.state_dict(), model.state_dict())
 
     def test_lora_is_left_out_of_the_file(self, tmp_path):
         model = quantised_model()

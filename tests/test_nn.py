@@ -468,8 +468,10 @@ class TestLoRALinear:
         x = torch.randn(4, 100, dtype=torch.bfloat16)
         y = layer(x)
         assert y.dtype == torch.bfloat16
-        assert layer._merged[0].bias is layer.bias
         assert torch.equal(copy.deepcopy(layer)(x), y)
+        layer.to("meta")
+        assert layer._merged[0].weight.device.type == "meta"
+        assert layer._merged[0].bias is layer.bias
 
     def test_merge_refuses_what_is_not_finite(self):
         for base in (quantized_linear(), nn.Linear(100, 70)):

@@ -85,8 +85,6 @@ def quantize_model(
                 replacement.train(linear.training)
             _move_hooks(linear, replacement)
             replace_module(model, layer_paths, replacement)
-            # The last reference: from here on the dense weight is gone.
-            del linear
     if lora is not None:
         add_lora(model, lora, skip=skip)
     return model
