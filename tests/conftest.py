@@ -22,7 +22,7 @@ settings.register_profile(
     "qkern",
     derandomize=True,
     deadline=None,
-    max_examples=60,
+    max_examples=200,
     database=None,
     # Fixtures here only choose a backend, which holds for all examples of a test.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
