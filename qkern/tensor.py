@@ -185,6 +185,21 @@ class QuantizedTensor:
         )
         return out
 
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Refuse torch's functions by name: none of them takes a 4-bit weight."""
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(
+            f"{name}: got a QuantizedTensor; takes a Tensor. Use qkern.linear_4bit(x, weight), or "
+            "weight.dequantize()"
+        )
+
     def __repr__(self) -> str:
         """Metadata only: printing never dequantises."""
         return (

@@ -929,3 +929,16 @@ class TestTraining:
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         ids = torch.randint(37, (2, 5))
         assert torch.equal(compiled(ids), layer(ids))
+
+
+def test_a_transformer_encoder_layer_keeps_off_its_dense_fast_path() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True).eval()
+    dense = copy.deepcopy(layer)
+    for name in ("linear1", "linear2"):
+        quantised = qkern.nn.Linear4bit.from_linear(getattr(layer, name))
+        setattr(layer, name, quantised)
+        getattr(dense, name).weight.data = quantised.weight.dequantize()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)

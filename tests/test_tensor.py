@@ -345,3 +345,13 @@ def test_torchs_default_device_and_dtype_change_nothing(
     for a, b in zip(found, expected, strict=True):
         assert a.device.type == "cpu"
         assert torch.equal(a, b)
+
+
+def test_torch_functions_are_refused_by_name() -> None:
+    weight = qkern.quantize_4bit(torch.randn(8, 64))
+    with pytest.raises(
+        TypeError, match=r"linear: got a QuantizedTensor; takes a Tensor.*linear_4bit"
+    ):
+        torch.nn.functional.linear(torch.randn(2, 64), weight)
+    with pytest.raises(TypeError, match="add: got a QuantizedTensor"):
+        torch.add(weight, 1)

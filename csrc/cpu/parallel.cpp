@@ -20,6 +20,12 @@ struct Runtime {
 
 std::atomic<bool> in_forked_child{false};
 
+#if defined(__unix__) || defined(__APPLE__)
+// At load, not at the first kernel: the threads that a child lacks may be torch's alone.
+[[maybe_unused]] const int atfork_registered =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
+#endif
+
 // Looked up rather than linked: a link would bring a second OpenMP runtime, with a second pool of
 // threads spinning against torch's. GOMP_parallel is what compilers emit for `omp parallel`;
 // LLVM's runtime exports it too.
@@ -28,7 +34,6 @@ Runtime find_runtime() {
 #if defined(__unix__) || defined(__APPLE__)
   found.parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   found.in_parallel = reinterpret_cast<OmpInParallel>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
-  pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
 #endif
   return found;
 }
