@@ -17,7 +17,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -48,6 +48,9 @@ test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gc
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QKERN_NATIVE_LIBRARY="$$(echo build/asan/qkern/_C*.so)" \
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+bench: setup  ## time qkern beside its peers (leave the machine quiet)
+	$(RUN) benchmarks/run.py
 
 lint: setup  ## check style, types, and that generated files are current
 	$(RUN) -m ruff check .
