@@ -225,52 +225,55 @@ struct VectorTask {
 };
 
 template <typename T, int kRows>
-Status linear_vector(const Linear4bitArgs& args, int num_threads) {
-  using Task = VectorTask<T, kRows>;
-  const Weight4bit& weight = args.weight;
-  // Segments start on whole blocks and whole registers of words.
-  constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
-  static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
-  const std::int64_t segment_length = min64(kSegment, weight.cols);
-  const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
-  const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
-  const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
-
-  const std::int64_t grain =
-      ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
-  WorkQueue queue(weight.rows, grain);
-  SharedStatus status;
-  auto body = [&] {
-    float* scratch =
-        static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
-    if (scratch == nullptr) return status.fail(kOutOfMemory);
-    const VectorScratch parts{scratch, scratch + x_floats,
-                              scratch + x_floats + kMaxStreams * scale_stride};
-    const Task task{args,
-                    code_values(weight.codes),
-                    weight.cols / weight.block_size,
-                    scale_stride,
-                    segment_length,
-                    parts};
-    if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
-    std::int64_t begin, end;
-    while (queue.next(&begin, &end)) task.run_rows(begin, end);
-  };
-  parallel(num_threads, body);
-  return status.get();
-}
-
-template <typename T, int kRows>
-struct VectorTable {
+struct ForwardVector {
   static Status run(const Linear4bitArgs& args, int num_threads) {
-    if (args.m == kRows) return linear_vector<T, kRows>(args, num_threads);
-    return VectorTable<T, kRows - 1>::run(args, num_threads);
+    using Task = VectorTask<T, kRows>;
+    const Weight4bit& weight = args.weight;
+    // Segments start on whole blocks and whole registers of words.
+    constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
+    static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
+    const std::int64_t segment_length = min64(kSegment, weight.cols);
+    const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
+    const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
+    const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
+
+    const std::int64_t grain =
+        ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
+    WorkQueue queue(weight.rows, grain);
+    SharedStatus status;
+    auto body = [&] {
+      float* scratch =
+          static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
+      if (scratch == nullptr) return status.fail(kOutOfMemory);
+      const VectorScratch parts{scratch, scratch + x_floats,
+                                scratch + x_floats + kMaxStreams * scale_stride};
+      const Task task{args,
+                      code_values(weight.codes),
+                      weight.cols / weight.block_size,
+                      scale_stride,
+                      segment_length,
+                      parts};
+      if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
+      std::int64_t begin, end;
+      while (queue.next(&begin, &end)) task.run_rows(begin, end);
+    };
+    parallel(num_threads, body);
+    return status.get();
   }
 };
-template <typename T>
-struct VectorTable<T, 1> {
+
+// The kernel for the number of rows at hand.
+template <template <typename, int> class Kernel, typename T, int kRows>
+struct VectorTable {
   static Status run(const Linear4bitArgs& args, int num_threads) {
-    return linear_vector<T, 1>(args, num_threads);
+    if (args.m == kRows) return Kernel<T, kRows>::run(args, num_threads);
+    return VectorTable<Kernel, T, kRows - 1>::run(args, num_threads);
+  }
+};
+template <template <typename, int> class Kernel, typename T>
+struct VectorTable<Kernel, T, 1> {
+  static Status run(const Linear4bitArgs& args, int num_threads) {
+    return Kernel<T, 1>::run(args, num_threads);
   }
 };
 
