@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_OUT ?= runs/bench
 # Two threads a test worker, because threading itself is under test. They wait passively: a thread that
 # spins at a barrier would take the core from the other worker.
 WORKERS ?= 2
@@ -50,7 +52,7 @@ test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gc
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
 
 bench: setup  ## time qkern beside its peers (leave the machine quiet)
-	$(RUN) benchmarks/run.py
+	$(RUN) benchmarks/run.py --json $(BENCH_OUT)/results.json --plot $(BENCH_OUT)/plots $(BENCH_ARGS)
 
 lint: setup  ## check style, types, and that generated files are current
 	$(RUN) -m ruff check .
