@@ -19,6 +19,13 @@ struct Segment {
   std::int64_t chunks;  // whole and partial
 };
 
+// Fetches what the next rows of W hold at the same place: rows are short, so the hardware, which
+// follows a stream to the end of a page, comes too late. The address may lie past the end.
+inline void prefetch(const std::uint8_t* p, std::int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) +
+                                                   static_cast<std::uintptr_t>(offset)));
+}
+
 // x in the order in which shifts expose the codes: [chunk][shift][lane], zeros past the end, so
 // that the weights need no shuffling beyond the lookup.
 template <typename T>
@@ -98,9 +105,9 @@ struct VectorKernel {
   }
 
   // out[s * kRows + r] += the sums over the segment.
-  static void run(const std::uint8_t* const* rows, const float* const* scales,
-                  std::int64_t block_size, const float* codes, const float* x,
-                  const Segment& segment, float* out) {
+  static void run(const std::uint8_t* const* rows, std::int64_t row_bytes,
+                  const float* const* scales, std::int64_t block_size, const float* codes,
+                  const float* x, const Segment& segment, float* out) {
     const Simd::Lut lut = Simd::make_lut(codes);
     const std::int64_t x_stride = segment.chunks * kChunk;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
@@ -119,7 +126,9 @@ struct VectorKernel {
       std::int64_t c = begin;
       for (; c < min64(end, whole); ++c) {
         for (int s = 0; s < kStreams; ++s) {
-          words[s] = Simd::load_words(rows[s] + c * (kChunk / 2));
+          const std::uint8_t* from = rows[s] + c * (kChunk / 2);
+          prefetch(from, kStreams * row_bytes);
+          words[s] = Simd::load_words(from);
           scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
         }
         kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
@@ -176,8 +185,8 @@ struct VectorTask {
       for (std::int64_t i = 0; i < kScalePadding; ++i) to[blocks + i] = 0.0f;
       scales[s] = to;
     }
-    VectorKernel<kRows, kCount>::run(rows, scales, weight.block_size, codes, scratch.x, segment,
-                                     out);
+    VectorKernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes,
+                                     scratch.x, segment, out);
   }
 
   void permute_x(const Segment& segment) const {

@@ -50,10 +50,7 @@ struct DxKernel {
       Simd::F factor[kStreams][kRows];
       for (int s = 0; s < kStreams; ++s) {
         const std::uint8_t* from = rows[s] + c / 2;
-        // The next rows' words lie a row apart, which the hardware does not foresee.
-        __builtin_prefetch(
-            reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) +
-                                          static_cast<std::uintptr_t>(kStreams * row_bytes)));
+        prefetch(from, kStreams * row_bytes);
         words[s] = left >= kLanes ? Simd::load_words(from)
                                   : Simd::load_words_partial(from, static_cast<int>(left));
         const Simd::F scale = Simd::expand_scales(scales[s] + (c >> shift), pattern);
