@@ -243,9 +243,13 @@ def test_run(quick_probes, tmp_path, capsys):
 
 def test_wrong_result_is_the_exit_status(quick_probes, monkeypatch, capsys):
     monkeypatch.setattr(peers.F, "linear", lambda x, w: torch.zeros(len(x), len(w)))
-    arguments = ["--op", "forward", "--shape", "64x64", "--m", "2", "--peer", "dense"]
-    assert run.main([*arguments, "--threads", "1", "--repeat", "1"]) == 1
-    assert "wrong result: dense, forward 64x64 float32 M=2" in capsys.readouterr().err
+    arguments = ["--op", "forward,dequantize", "--shape", "64x64", "--m", "2", "--peer", "dense"]
+    arguments += ["--dtype", "float32", "--threads", "1", "--repeat", "1"]
+    assert run.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "wrong result, not timed: dense, forward 64x64 float32 M=2" in out
+    assert "| dequantize |" in out  # the rest is timed all the same
+    assert "| forward " not in out
 
 
 def test_bad_arguments(capsys):
