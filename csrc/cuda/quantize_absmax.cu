@@ -14,7 +14,7 @@ constexpr int kLimbs = (kBins + 64) / 32 + 2;
 struct SumState {
   unsigned long long bins[kBins];  // two's complement
   std::uint32_t limbs[kLimbs];     // the whole sum in units of 2^-149, two's complement
-  int not_finite;
+  unsigned long long not_finite;   // how many terms
 };
 
 // A thread's sum of values whose exponents lie close together, as scales' do: exact in 64 bits.
@@ -24,13 +24,13 @@ class WindowSum {
     const unsigned bits = __float_as_uint(value);
     const int exponent = static_cast<int>((bits >> 23) & 0xffu);
     if (exponent == 0xff) {
-      state.not_finite = 1;  // every writer writes the same
+      atomicAdd(&state.not_finite, 1ull);
       return;
     }
     const long long mantissa =
         static_cast<long long>((bits & 0x7fffffu) | (exponent != 0 ? 0x800000u : 0u));
     const int bin = exponent != 0 ? exponent - 1 : 0;
-    // 48-bit terms, and at most 2^15 of them, leave the sum below 2^63.
+    // 47-bit terms, and at most 2^15 of them, leave the sum below 2^63.
     if (bin < first_ || bin >= first_ + kWindow || terms_ == kMaxTerms) {
       flush(state);
       first_ = bin < kWindow / 2 ? 0 : bin - kWindow / 2;
