@@ -12,6 +12,9 @@ struct Split {
   std::int64_t length;
 };
 
+// Rows of x that linear_vector takes at a time, so that its workspace stays small.
+constexpr std::int64_t kVectorLaunchRows = 64;
+
 // The paths. Each has the whole args and writes y; `split` is what its workspace was sized for.
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);
 Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream);

@@ -222,9 +222,6 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   }
 }
 
-// Rows of x in a launch: one grid.y of eight at most, so that the workspace stays small.
-constexpr std::int64_t kMaxLaunchRows = 64;
-
 template <typename T, int kRows, int kWarpRows>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
   const Weight4bit& weight = args.weight;
@@ -267,10 +264,10 @@ Status linear_vector(const Linear4bitArgs& args, const Split& split, void* strea
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     Linear4bitArgs some = args;
-    for (std::int64_t row = 0; row < args.m; row += kMaxLaunchRows) {
+    for (std::int64_t row = 0; row < args.m; row += kVectorLaunchRows) {
       some.x = static_cast<const T*>(args.x) + row * args.x_row_stride;
       some.y = static_cast<T*>(args.y) + row * args.weight.rows;
-      some.m = args.m - row < kMaxLaunchRows ? args.m - row : kMaxLaunchRows;
+      some.m = args.m - row < kVectorLaunchRows ? args.m - row : kVectorLaunchRows;
       Status status;
       if (some.m == 1) {
         status = launch_rows<T, 1, 4>(some, split, stream);

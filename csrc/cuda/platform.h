@@ -44,9 +44,10 @@ template <typename... Parameters, typename... Args>
 Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfig& config,
               const Args&... args) {
 #ifdef QKERN_CUDA_EMULATED
-  emulator::launch(config.grid, dim3(static_cast<unsigned>(config.threads)), config.shared_bytes,
-                   [&] { kernel(args...); });
-  return (void)what, Status::success();
+  const char* error =
+      emulator::launch(config.grid, dim3(static_cast<unsigned>(config.threads)),
+                       config.shared_bytes, [&] { kernel(args...); });
+  return error == nullptr ? Status::success() : Status::error(what, error);
 #else
   // A kernel takes more than this much shared memory only when told to.
   constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
@@ -63,6 +64,25 @@ Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfi
   return error == cudaSuccess ? Status::success()
                               : Status::error(what, cudaGetErrorString(error));
 #endif
+}
+
+// The current device's compute capability as major * 10 + minor.
+inline Status device_capability(int* capability) {
+#ifdef QKERN_CUDA_EMULATED
+  *capability = emulator::capability();
+#else
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  if (error != cudaSuccess) return Status::error("CUDA device", cudaGetErrorString(error));
+  *capability = major * 10 + minor;
+#endif
+  return Status::success();
 }
 
 }  // namespace qkern::cuda
