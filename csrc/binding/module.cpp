@@ -9,6 +9,7 @@
 #include "../cpu/parallel.h"
 #include "../cpu/scratch.h"
 #include "arguments.h"
+#include "cuda.h"
 
 namespace py = pybind11;
 
@@ -112,6 +113,11 @@ py::dict build_info() {
   info["compiler"] = QKERN_COMPILER;
   info["cxx_flags"] = QKERN_CXX_FLAGS;
   info["threads"] = qkern::cpu::parallel_runtime();
+#ifdef QKERN_HAVE_CUDA
+  info["cuda"] = QKERN_CUDA_BUILD;
+#else
+  info["cuda"] = py::none();
+#endif
   return info;
 }
 
@@ -127,6 +133,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_absmax", quantize_absmax);
   m.def("linear_4bit", linear_4bit);
   m.def("linear_4bit_dx", linear_4bit_dx);
+#ifdef QKERN_HAVE_CUDA
+  bind_cuda(m);
+#endif
   m.def("isa", isa, "Name of the instruction set in force.");
   m.def("available_isas", available_isas, "Names of those that this processor runs, worst first.");
   m.def("set_isa", set_isa, "Force an instruction set; '' goes back to the default.");
