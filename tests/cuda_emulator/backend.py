@@ -18,7 +18,8 @@ NAME = "cuda_emulated"
 def backend(library: ModuleType) -> ModuleType:
     """The functions of ``qkern.backends.native``, on the emulated kernels instead of ``_C``."""
     spec = importlib.util.spec_from_file_location(NAME, native.__file__)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.library = lambda: library  # type: ignore[attr-defined]
@@ -53,11 +54,12 @@ SCHEDULES = (
 class EmulatedTarget(Target):
     """A target of the conformance table: the emulated kernels under one schedule."""
 
-    __slots__ = ("library", "schedule")
+    __slots__ = ("library", "module", "schedule")
 
     def __init__(self, library: ModuleType, schedule: Schedule) -> None:
         super().__init__(NAME, str(schedule))
         object.__setattr__(self, "library", library)
+        object.__setattr__(self, "module", backend(library))
         object.__setattr__(self, "schedule", schedule)
 
     @contextlib.contextmanager
@@ -67,5 +69,5 @@ class EmulatedTarget(Target):
         self.library.set_schedule(
             schedule.order, schedule.seed, schedule.late_copies, schedule.capability
         )
-        with backends.use(backend(self.library)):
+        with backends.use(self.module):
             yield

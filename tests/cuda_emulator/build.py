@@ -1,4 +1,4 @@
-"""Builds the emulated CUDA kernels and the emulator's test program, once for each state of the code.
+"""Builds the emulated CUDA kernels and the emulator's test program, once per state of the code.
 
 As a program: ``python tests/cuda_emulator/build.py [VARIANT ...]``. A build lies in
 ``build/cuda_emulator/<variant>``; a file beside it holds the hash of everything it was made from.
