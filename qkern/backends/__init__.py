@@ -3,6 +3,7 @@
 A backend is a module with one function per op, of the op's signature:
 
 ``cpu``        native kernels (``qkern._C``) on CPU tensors; the default there when built
+``cuda``       native kernels on CUDA tensors; the default there when built
 ``reference``  plain PyTorch (``qkern.reference``) on any device; the default otherwise
 
 ``QKERN_BACKEND`` forces one for the process, ``use`` for a ``with`` block.
@@ -18,14 +19,14 @@ from types import ModuleType
 import torch
 
 from qkern import reference
-from qkern.backends import native
+from qkern.backends import cuda, native
 
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Backends of each device type, the preferred first; any other type has the reference only."""
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-_MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": cuda, "reference": reference}
 
 _forced: str | ModuleType | None = None
 _selected: dict[torch.device, ModuleType] = {}
@@ -36,6 +37,8 @@ def _missing(name: str) -> str | None:
     """Why the backend cannot run, or None."""
     if name == "cpu":
         return native.missing_reason
+    if name == "cuda":
+        return cuda.missing_reason
     return None if name in _MODULES else "not part of this version"
 
 
