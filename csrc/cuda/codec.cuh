@@ -145,6 +145,27 @@ QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) {
   return (word >> (4 * (i ^ 1))) & 15u;
 }
 
+// The eight codes of a word as offsets in bytes into a CodeTable: four at a time are shifted and
+// masked, so that each costs one byte-permute more.
+struct WordOffsets {
+  std::uint32_t first;   // of elements 0, 2, 4, 6: the high nibbles
+  std::uint32_t second;  // of elements 1, 3, 5, 7
+
+  QKERN_DEVICE explicit WordOffsets(std::uint32_t word)
+      : first((word >> 2) & 0x3c3c3c3cu), second((word << 2) & 0x3c3c3c3cu) {}
+
+  QKERN_DEVICE float value(const CodeTable& table, int i) const {
+    // Byte i / 2, zeros above.
+    const unsigned offset = __byte_perm(i % 2 == 0 ? first : second, 0, 0x4440u + i / 2);
+#ifdef QKERN_CODEC_SELECT
+    return code_value(table, offset / 4);
+#else
+    return *reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(table.values) +
+                                           offset);
+#endif
+  }
+};
+
 QKERN_DEVICE unsigned packed_code(const std::uint8_t* packed, std::int64_t element) {
   return (packed[element >> 1] >> ((element & 1) != 0 ? 0 : 4)) & 15u;
 }

@@ -34,11 +34,12 @@ QKERN_DEVICE void store_word(const CodeTable& table, std::uint32_t word, float s
                              T* quad_out) {
   const int position = lane & 3;
   if constexpr (sizeof(T) == 2) {
+    const WordOffsets offsets(word);
     std::uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pairs[i] = pack_pair<T>(__fmul_rn(code_value(table, word_code(word, 2 * i)), scale),
-                              __fmul_rn(code_value(table, word_code(word, 2 * i + 1)), scale));
+      pairs[i] = pack_pair<T>(__fmul_rn(offsets.value(table, 2 * i), scale),
+                              __fmul_rn(offsets.value(table, 2 * i + 1), scale));
     }
     store_global16(quad_out + 8 * position, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
   } else {

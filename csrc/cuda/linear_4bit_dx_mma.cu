@@ -3,8 +3,8 @@
 //
 // The contraction runs down W's rows, so a fragment's register pairs codes of two rows. Lane (g, t),
 // g = lane / 4 and t = lane % 4, takes rows 8t...8t+7 of 32 (dy is read in the same order) and in
-// each the four neighbouring codes 4g...4g+3: one 16-bit load. Code c of the four goes to fragment
-// c, which makes column g of fragment c the warp's column 4g + c and leaves a lane with eight
+// each the four neighbouring codes 4g...4g+3: one 16-bit load. W is the mma's first operand: rows g
+// and g + 8 of fragment f are the warp's columns 4g + 2f and 4g + 2f + 1, which leaves a lane with
 // neighbouring results. Rounding packs the two rows' products, so no transpose is needed.
 #include "linear.cuh"
 
@@ -13,8 +13,9 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFragments = 4;                 // 8 columns each, of a warp
-constexpr int kWarpColumns = 8 * kFragments;  // the least block: one scale a row and warp
+constexpr int kFragments = 2;                  // 16 columns each, of a warp
+constexpr int kLaneCodes = 2 * kFragments;     // of a row of W
+constexpr int kWarpColumns = 16 * kFragments;  // the least block: one scale a row and warp
 constexpr int kTileColumns = kWarpColumns * kWarps;
 constexpr int kTileDepth = 64;                // rows of W
 constexpr int kChunk = 8;                     // 16-bit values in 16 bytes
@@ -46,8 +47,7 @@ struct DxArgs {
   CodeSource source;
   std::int64_t rows, cols;  // of W
   std::int64_t split_length;
-  T* dx;
-  float* parts;  // instead of dx where the contraction is split
+  MmaOutput<T> output;
 };
 
 template <typename T, int kTileM, int kStages>
@@ -116,14 +116,14 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
     for (int i = 0; i < 2; ++i) shared.scales[tile % 2][warp][i * kWarp + lane] = in[i];
   };
 
-  constexpr int kFragmentsM = kTileM / 16;
+  constexpr int kFragmentsM = kTileM / 8;
   float sum[kFragmentsM][kFragments][4];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-    for (int c = 0; c < kFragments; ++c) {
+    for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][c][e] = 0.0f;
+      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
     }
   }
 
@@ -144,8 +144,8 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row0 = 32 * half + 8 * t;
-      // Two steps of four rows; w[step][c] is fragment c.
-      std::uint32_t w[2][kFragments][2];
+      // Two steps of four rows, as two pairs; w[step][pair][c] is column 4g + c.
+      std::uint32_t w[2][2][kLaneCodes];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         unsigned codes[2];
@@ -159,22 +159,24 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
           scales[i] = shared.scales[tile % 2][warp][row];
         }
 #pragma unroll
-        for (int c = 0; c < kFragments; ++c) {
-          w[pair / 2][c][pair % 2] =
+        for (int c = 0; c < kLaneCodes; ++c) {
+          w[pair / 2][pair % 2][c] =
               pack_pair<T>(__fmul_rn(code_value(shared.table, word_code(codes[0], c)), scales[0]),
                            __fmul_rn(code_value(shared.table, word_code(codes[1], c)), scales[1]));
         }
       }
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
-        const uint4 upper = shared.dy[stage][dy_position(16 * i + g, t, half)];
-        const uint4 lower = shared.dy[stage][dy_position(16 * i + 8 + g, t, half)];
-        const std::uint32_t dy[2][4] = {{upper.x, lower.x, upper.y, lower.y},
-                                        {upper.z, lower.z, upper.w, lower.w}};
+        const uint4 values = shared.dy[stage][dy_position(8 * i + g, t, half)];
+        const std::uint32_t dy[2][2] = {{values.x, values.y}, {values.z, values.w}};
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
 #pragma unroll
-          for (int c = 0; c < kFragments; ++c) mma_16x8x16<T>(sum[i][c], dy[step], w[step][c]);
+          for (int f = 0; f < kFragments; ++f) {
+            const std::uint32_t columns[4] = {w[step][0][2 * f], w[step][0][2 * f + 1],
+                                              w[step][1][2 * f], w[step][1][2 * f + 1]};
+            mma_16x8x16<T>(sum[i][f], columns, dy[step]);
+          }
         }
       }
     }
@@ -182,27 +184,11 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
     store_scales(tile + 1, next_scales);
   }
 
-  // sum[i][c][2 * half + odd] is row 16i + 8 * half + g, column 8t + 4 * odd + c.
-  const std::int64_t column = k0 + warp * kWarpColumns + 8 * t;
+  const std::int64_t column = k0 + warp * kWarpColumns;
   if (column >= args.cols) return;
-  const bool aligned = is_aligned16(args.dx);
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t row = m0 + 16 * i + 8 * half + g;
-      if (row >= args.m) continue;
-      float values[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) values[c] = sum[i][c % 4][2 * half + c / 4];
-      if (args.parts != nullptr) {
-        float* const out = args.parts + (blockIdx.z * args.m + row) * args.cols + column;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) out[c] = values[c];
-      } else {
-        store8(values, args.dx + row * args.cols, column, args.cols, aligned);
-      }
-    }
+    store_fragments(args.output, sum[i], m0 + 8 * i, column, lane);
   }
 }
 
@@ -221,8 +207,8 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                               weight.rows,
                               weight.cols,
                               split.length,
-                              static_cast<T*>(args.y),
-                              split.count > 1 ? args.workspace : nullptr};
+                              {nullptr, static_cast<T*>(args.y),
+                               split.count > 1 ? args.workspace : nullptr, args.m, weight.cols}};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                  static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
                                  static_cast<unsigned>(split.count)),

@@ -1,11 +1,11 @@
 // y = x W^T + bias on tensor cores. A block takes kTileM rows of x and 128 rows of W; its warps
 // split the rows of W, so each code is decoded once a block, straight into a fragment.
 //
-// The contraction is permuted within a tile of 128: the fragment of lane (g, t), g = lane / 4 and
-// t = lane % 4, holds elements 32t...32t+31 of a row, four of them a step. One 128-bit load is then
+// The contraction is permuted within a tile of 128: the fragments of lane (g, t), g = lane / 4 and
+// t = lane % 4, hold elements 32t...32t+31 of a row, four of them a step. One 128-bit load is then
 // a lane's codes of a row for the whole tile, and those lie in one quantisation block. x is read in
-// the same order. Likewise column g of a warp's fragment j is row 4g + j of W, which leaves a lane
-// with eight neighbouring results.
+// the same order. W is the mma's first operand: rows g and g + 8 of a warp's fragment f are rows
+// 4g + 2f and 4g + 2f + 1 of its part of W, which leaves a lane with neighbouring results.
 #include "linear.cuh"
 
 namespace qkern::cuda {
@@ -13,8 +13,9 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFragments = 4;                  // 8 columns each, of a warp
-constexpr int kWarpN = 8 * kFragments;         // rows of W, columns of y
+constexpr int kFragments = 2;                  // 16 rows of W each, of a warp
+constexpr int kLaneRows = 2 * kFragments;      // of W
+constexpr int kWarpN = 16 * kFragments;        // rows of W, columns of y
 constexpr int kTileN = kWarpN * kWarps;
 constexpr int kLaneCodes = 32;
 constexpr int kTileK = 4 * kLaneCodes;
@@ -26,7 +27,7 @@ struct MmaShared {
   CodeTable table;
   uint4 x[kStages][kTileM * kRowChunks];
   // What a thread put there, only it takes out: no barrier, no conflict.
-  uint4 codes[kStages][kFragments][kThreads];
+  uint4 codes[kStages][kLaneRows][kThreads];
 };
 
 // Where chunk 4t + s of a row of x lies: a linear map of the bits, such that both the lanes that
@@ -46,9 +47,7 @@ struct MmaArgs {
   CodeSource source;
   std::int64_t rows, cols;  // of W
   std::int64_t split_length;
-  const T* bias;
-  T* y;
-  float* parts;  // instead of y where the contraction is split
+  MmaOutput<T> output;
 };
 
 template <typename T, int kTileM, int kStages>
@@ -70,7 +69,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
   const int tiles = static_cast<int>((end - begin + kTileK - 1) / kTileK);
 
-  // Element (row of fragment j, this lane's first of the contraction at `begin`) of W.
+  // Of W: the lane's first row, and its first element there at `begin`.
   const std::int64_t first_row = n0 + 4 * g;
   const std::int64_t first_element = first_row * args.cols + begin + t * kLaneCodes;
 
@@ -90,7 +89,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       }
       const bool in_range = k0 + t * kLaneCodes < end;
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
+      for (int j = 0; j < kLaneRows; ++j) {
         const bool exists = in_range && first_row + j < args.rows;
         const std::int64_t element =
             first_element + j * args.cols + static_cast<std::int64_t>(tile) * kTileK;
@@ -101,11 +100,11 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     // Also where there is no tile, so that the count of groups is the same in every round.
     cp_async_commit();
   };
-  // The lane's scale of each fragment; 0 where there are no weights.
-  auto load_scales = [&](int tile, float (&out)[kFragments]) {
+  // The scales of the lane's rows; 0 where there are no weights.
+  auto load_scales = [&](int tile, float (&out)[kLaneRows]) {
     const std::int64_t k = begin + static_cast<std::int64_t>(tile) * kTileK + t * kLaneCodes;
 #pragma unroll
-    for (int j = 0; j < kFragments; ++j) {
+    for (int j = 0; j < kLaneRows; ++j) {
       out[j] = 0.0f;
       if (k < end && first_row + j < args.rows) {
         const std::int64_t element =
@@ -115,18 +114,18 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     }
   };
 
-  constexpr int kFragmentsM = kTileM / 16;
+  constexpr int kFragmentsM = kTileM / 8;
   float sum[kFragmentsM][kFragments][4];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-    for (int j = 0; j < kFragments; ++j) {
+    for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
+      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
     }
   }
 
-  float scales[kFragments];
+  float scales[kLaneRows];
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
   load_scales(0, scales);
@@ -138,10 +137,10 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     start_loads(tile + kStages - 1);
 
     const int stage = tile % kStages;
-    ScaledTable<T> tables[kFragments];
-    uint4 codes[kFragments];
+    ScaledTable<T> tables[kLaneRows];
+    uint4 codes[kLaneRows];
 #pragma unroll
-    for (int j = 0; j < kFragments; ++j) {
+    for (int j = 0; j < kLaneRows; ++j) {
       tables[j].fill(shared.table, scales[j]);
       codes[j] = shared.codes[stage][j][thread];
     }
@@ -149,10 +148,10 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
 
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      // Eight codes of each fragment: two steps of four.
-      std::uint32_t w[kFragments][4];
+      // Eight codes of each row: two steps of four.
+      std::uint32_t w[kLaneRows][4];
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
+      for (int j = 0; j < kLaneRows; ++j) {
         tables[j].decode8(s == 0   ? codes[j].x
                           : s == 1 ? codes[j].y
                           : s == 2 ? codes[j].z
@@ -161,52 +160,24 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       }
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
-        const uint4 upper = shared.x[stage][x_position(16 * i + g, t, s)];
-        const uint4 lower = shared.x[stage][x_position(16 * i + 8 + g, t, s)];
-        const std::uint32_t x[2][4] = {{upper.x, lower.x, upper.y, lower.y},
-                                       {upper.z, lower.z, upper.w, lower.w}};
+        const uint4 values = shared.x[stage][x_position(8 * i + g, t, s)];
+        const std::uint32_t x[2][2] = {{values.x, values.y}, {values.z, values.w}};
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
 #pragma unroll
-          for (int j = 0; j < kFragments; ++j) {
-            const std::uint32_t pair[2] = {w[j][2 * step], w[j][2 * step + 1]};
-            mma_16x8x16<T>(sum[i][j], x[step], pair);
+          for (int f = 0; f < kFragments; ++f) {
+            const std::uint32_t rows[4] = {w[2 * f][2 * step], w[2 * f + 1][2 * step],
+                                           w[2 * f][2 * step + 1], w[2 * f + 1][2 * step + 1]};
+            mma_16x8x16<T>(sum[i][f], rows, x[step]);
           }
         }
       }
     }
   }
 
-  // sum[i][j][2 * half + odd] is row 16i + 8 * half + g, column 8t + 4 * odd + j.
-  const std::int64_t column = n0 + 8 * t;
-  const bool aligned = is_aligned16(args.y) && args.rows % 8 == 0;
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t row = m0 + 16 * i + 8 * half + g;
-      if (row >= args.m) continue;
-      float values[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) values[c] = sum[i][c % 4][2 * half + c / 4];
-      if (args.parts != nullptr) {
-        float* const out = args.parts + (blockIdx.z * args.m + row) * args.rows;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (column + c < args.rows) out[column + c] = values[c];
-        }
-        continue;
-      }
-      if (args.bias != nullptr) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if (column + c < args.rows) {
-            values[c] = __fadd_rn(values[c], to_float(args.bias[column + c]));
-          }
-        }
-      }
-      store8(values, args.y + row * args.rows, column, args.rows, aligned);
-    }
+    store_fragments(args.output, sum[i], m0 + 8 * i, n0, lane);
   }
 }
 
@@ -222,9 +193,8 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                                weight.rows,
                                weight.cols,
                                split.length,
-                               static_cast<const T*>(args.bias),
-                               static_cast<T*>(args.y),
-                               split.count > 1 ? args.workspace : nullptr};
+                               {static_cast<const T*>(args.bias), static_cast<T*>(args.y),
+                                split.count > 1 ? args.workspace : nullptr, args.m, weight.rows}};
   const LaunchConfig config{
       dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
            static_cast<unsigned>(ceil_div(weight.rows, kTileN)),

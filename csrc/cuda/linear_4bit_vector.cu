@@ -159,8 +159,9 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
                                      : group == 1 ? words[r].y
                                      : group == 2 ? words[r].z
                                                   : words[r].w;
+          const WordOffsets offsets(word);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) w[r][i] = code_value(shared.table, word_code(word, i));
+          for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
         } else {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {

@@ -13,8 +13,12 @@ namespace qkern::cuda {
 // 16 bytes from global memory that no kernel writes; `p` is 16-aligned.
 QKERN_DEVICE uint4 load_global16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 
-// 16 bytes to global memory; `p` is 16-aligned.
-QKERN_DEVICE void store_global16(void* p, uint4 value) { *static_cast<uint4*>(p) = value; }
+// 16 bytes to global memory; `p` is 16-aligned. An assignment may become four stores.
+QKERN_DEVICE void store_global16(void* p, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(p)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
 
 // Copies 16 bytes from global to shared memory, both 16-aligned, without a register in between;
 // zeros where not `valid`, and then `source` is not read. Done after cp_async_wait. Before sm_80 the
