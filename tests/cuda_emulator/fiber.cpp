@@ -45,7 +45,7 @@ char* allocate_stack() {
 // A stack's next user is ordered by nothing after its last, and what both do to it is no race.
 // ThreadSanitizer offers to forget an address range only to virtual machines, for their heaps.
 void forget_accesses(char* stack) {
-  constexpr std::size_t kMostUsed = 64 << 10;
+  constexpr std::size_t kMostUsed = 32 << 10;
   const auto begin = reinterpret_cast<unsigned long>(stack + kStackSize - kMostUsed);
   __tsan_java_free(begin, kMostUsed);
   __tsan_java_alloc(begin, kMostUsed);
