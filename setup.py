@@ -23,7 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FORWARDED_OPTIONS = ("QKERN_CUDA", "QKERN_SANITIZE", "QKERN_WERROR")
+FORWARDED_OPTIONS = ("QKERN_CUDA", "QKERN_CUDA_ARCHS", "QKERN_SANITIZE", "QKERN_WERROR")
 HINT = "\n\nTo install qkern without its native kernels (slow), set QKERN_NATIVE=OFF."
 
 

@@ -3,6 +3,7 @@
 A backend is a module with one function per op, of the op's signature:
 
 ``cpu``        native kernels (``qkern._C``) on CPU tensors; the default there when built
+``cuda``       native kernels on CUDA tensors; the default there when built
 ``reference``  plain PyTorch (``qkern.reference``) on any device; the default otherwise
 
 ``QKERN_BACKEND`` forces one for the process, ``use`` for a ``with`` block.
@@ -18,16 +19,16 @@ from types import ModuleType
 import torch
 
 from qkern import reference
-from qkern.backends import native
+from qkern.backends import cuda, native
 
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Backends of each device type, the preferred first; any other type has the reference only."""
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-_MODULES: dict[str, ModuleType] = {"cpu": native, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": cuda, "reference": reference}
 
-_forced: str | None = None
+_forced: str | ModuleType | None = None
 _selected: dict[torch.device, ModuleType] = {}
 """The choice per device, so that a call costs one look-up; a device's type costs more to ask."""
 
@@ -36,6 +37,8 @@ def _missing(name: str) -> str | None:
     """Why the backend cannot run, or None."""
     if name == "cpu":
         return native.missing_reason
+    if name == "cuda":
+        return cuda.missing_reason
     return None if name in _MODULES else "not part of this version"
 
 
@@ -59,10 +62,13 @@ def select(device: torch.device) -> ModuleType:
 def selected_name(device_type: str = "cpu") -> str:
     """The name of the backend that ``select`` gives for ``device_type``."""
     module = select(torch.device(device_type))
-    return next(name for name, candidate in _MODULES.items() if candidate is module)
+    names = (name for name, candidate in _MODULES.items() if candidate is module)
+    return next(names, module.__name__)
 
 
 def _choose(device_type: str) -> ModuleType:
+    if isinstance(_forced, ModuleType):
+        return _forced
     reasons = available(device_type)
     name = _forced or os.environ.get("QKERN_BACKEND")
     if not name:
@@ -85,17 +91,19 @@ def _check_name(argument: str, name: str) -> None:
 
 
 @contextmanager
-def use(name: str, isa: str | None = None) -> Iterator[None]:
+def use(name: str | ModuleType, isa: str | None = None) -> Iterator[None]:
     """Run every qkern op in the block on the backend ``name``, in all threads.
 
+    A module of your own is taken too: one function per op, as ``qkern.reference`` has them.
     ``isa`` makes the ``cpu`` backend take an instruction set, for example ``"avx2"``.
     Raises ``ValueError`` for an unknown name or instruction set, ``RuntimeError`` when the backend
     is missing.
     """
     global _forced
-    _check_name("name", name)
-    if reason := _missing(name):
-        raise RuntimeError(f"name: the backend {name!r} is missing: {reason}")
+    if isinstance(name, str):
+        _check_name("name", name)
+        if reason := _missing(name):
+            raise RuntimeError(f"name: the backend {name!r} is missing: {reason}")
     if isa is not None and name != "cpu":
         raise ValueError(f'isa: got {isa!r} with the backend {name!r}; only "cpu" takes one')
     previous, previous_isa = _forced, None

@@ -22,19 +22,33 @@ num_threads = torch.get_num_threads
 """How many threads a kernel takes: always torch's own setting."""
 
 
-def pointer(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
-    """The address of a contiguous CPU tensor of exactly ``numel`` elements of ``dtype``."""
+def _is_on(tensor: Tensor, device: torch.device | None) -> bool:
+    """Whether the tensor is on ``device``; on the CPU for None, which is quicker to ask."""
+    return tensor.is_cpu if device is None else tensor.device == device
+
+
+def pointer(
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    numel: int,
+    device: torch.device | None = None,
+) -> int:
+    """The address of a contiguous tensor of exactly ``numel`` elements of ``dtype``.
+
+    On ``device``; None is the CPU.
+    """
     if (
         tensor.dtype is dtype
-        and tensor.is_cpu
+        and _is_on(tensor, device)
         and tensor.numel() == numel
         and tensor.is_contiguous()
     ):
         return tensor.data_ptr()
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype}")
-    if not tensor.is_cpu:
-        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on cpu")
+    if not _is_on(tensor, device):
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device or 'cpu'}")
     if tensor.numel() != numel:
         raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
     raise ValueError(f"{name}: got strides {list(tensor.stride())}; takes a contiguous tensor")
@@ -48,7 +62,9 @@ def dtype_id(name: str, dtype: torch.dtype) -> int:
     return found
 
 
-def format_args(format: str, codebook: Tensor | None) -> tuple[int, int]:
+def format_args(
+    format: str, codebook: Tensor | None, device: torch.device | None = None
+) -> tuple[int, int]:
     """The format's number and the codebook's address."""
     format_id = _FORMAT_IDS.get(format)
     if format_id is None or (codebook is None) == (format == "custom"):
@@ -56,7 +72,7 @@ def format_args(format: str, codebook: Tensor | None) -> tuple[int, int]:
         raise AssertionError("unreachable: check_format raises")
     if codebook is None:
         return format_id, 0
-    return format_id, pointer("codebook", codebook, torch.float32, 16)
+    return format_id, pointer("codebook", codebook, torch.float32, 16, device)
 
 
 def block_size_arg(block_size: int) -> int:
@@ -75,36 +91,39 @@ def weight(
     format: str,
     block_size: int,
     numel: int,
+    device: torch.device | None = None,
 ) -> WeightPointers:
     """The pointers of a 4-bit weight of ``numel`` elements."""
-    format_id, codebook_ptr = format_args(format, codebook)
+    format_id, codebook_ptr = format_args(format, codebook, device)
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
-    packed_ptr = pointer("packed", packed, torch.uint8, (numel + 1) // 2)
+    packed_ptr = pointer("packed", packed, torch.uint8, (numel + 1) // 2, device)
     if nested_absmax is None or nested_offset is None:
         if nested_absmax is not nested_offset:
             raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
-        absmax_ptr = pointer("absmax", absmax, torch.float32, blocks)
+        absmax_ptr = pointer("absmax", absmax, torch.float32, blocks, device)
         return packed_ptr, absmax_ptr, 0, 0, format_id, codebook_ptr, block_size
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
     return (
         packed_ptr,
-        pointer("absmax", absmax, torch.uint8, blocks),
-        pointer("nested_absmax", nested_absmax, torch.float32, groups),
-        pointer("nested_offset", nested_offset, torch.float32, 1),
+        pointer("absmax", absmax, torch.uint8, blocks, device),
+        pointer("nested_absmax", nested_absmax, torch.float32, groups, device),
+        pointer("nested_offset", nested_offset, torch.float32, 1, device),
         format_id,
         codebook_ptr,
         block_size,
     )
 
 
-def rows(name: str, x: Tensor, width: int) -> tuple[Tensor, int, int]:
+def rows(
+    name: str, x: Tensor, width: int, device: torch.device | None = None
+) -> tuple[Tensor, int, int]:
     """``(matrix, rows, row stride)`` of ``x``'s trailing dimension over all the others.
 
     The matrix has unit inner stride and is ``x``'s own memory where its strides allow that; keep it
     alive while its address is in use. A row stride may be 0 (an expanded ``x``).
     """
-    if not x.is_cpu:
-        raise ValueError(f"{name}: got a tensor on {x.device}; takes one on cpu")
+    if not _is_on(x, device):
+        raise ValueError(f"{name}: got a tensor on {x.device}; takes one on {device or 'cpu'}")
     if x.dim() != 2:
         x = x.reshape(-1, width)
     if x.stride(1) != 1 and width > 1:

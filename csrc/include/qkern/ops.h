@@ -81,6 +81,7 @@ struct Linear4bitArgs {
   const void* bias = nullptr;  // [rows], forward only
   void* y = nullptr;           // contiguous
   bool batch_invariant = false;
+  float* workspace = nullptr;  // CUDA: as many bytes as the op's _workspace says
 };
 
 namespace cpu {
@@ -94,4 +95,22 @@ Status linear_4bit(const Linear4bitArgs& args, int num_threads);
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
 
 }  // namespace cpu
+
+// Each only starts work on `stream` (a cudaStream_t; nullptr is the default stream) of the current
+// device: no allocation, no wait. Pointers are device memory.
+namespace cuda {
+
+Status quantize_4bit(const Quantize4bitArgs& args, void* stream);
+Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream);
+Status quantize_8bit(const Quantize8bitArgs& args, void* stream);
+Status dequantize_8bit(const Dequantize8bitArgs& args, void* stream);
+Status quantize_absmax(const QuantizeAbsmaxArgs& args, void* stream);
+Status linear_4bit(const Linear4bitArgs& args, void* stream);
+Status linear_4bit_dx(const Linear4bitArgs& args, void* stream);
+
+// The scratch that the op wants for these args on the current device; 0 for none.
+Status linear_4bit_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
+Status linear_4bit_dx_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
+
+}  // namespace cuda
 }  // namespace qkern

@@ -1,0 +1,281 @@
+// What a code stands for: conversions, the 16 values, the scales, and the two decoders (a float32
+// table in shared memory; a scaled 16-bit table in registers).
+#pragma once
+
+#include "ptx.h"
+#include "qkern/codes.h"
+#include "qkern/ops.h"
+
+namespace qkern::cuda {
+namespace {
+
+// ---- Conversions. Storage types are bits; float32 is what is computed in.
+
+template <typename T>
+QKERN_DEVICE float to_float(T value);
+template <>
+QKERN_DEVICE float to_float<float>(float value) {
+  return value;
+}
+template <>
+QKERN_DEVICE float to_float<BFloat16>(BFloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
+}
+template <>
+QKERN_DEVICE float to_float<Float16>(Float16 value) {
+  return __half2float(__ushort_as_half(value.bits));
+}
+
+template <typename T>
+QKERN_DEVICE T from_float(float value);
+template <>
+QKERN_DEVICE float from_float<float>(float value) {
+  return value;
+}
+template <>
+QKERN_DEVICE BFloat16 from_float<BFloat16>(float value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+template <>
+QKERN_DEVICE Float16 from_float<Float16>(float value) {
+  return {__half_as_ushort(__float2half_rn(value))};
+}
+
+// Two values in one register, `low` in the low half.
+template <typename T>
+QKERN_DEVICE std::uint32_t pack_pair(float low, float high);
+template <>
+QKERN_DEVICE std::uint32_t pack_pair<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.x)) |
+         static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+}
+template <>
+QKERN_DEVICE std::uint32_t pack_pair<Float16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return static_cast<std::uint32_t>(__half_as_ushort(pair.x)) |
+         static_cast<std::uint32_t>(__half_as_ushort(pair.y)) << 16;
+}
+
+template <typename T>
+QKERN_DEVICE void unpack_pair(std::uint32_t pair, float* out) {
+  out[0] = to_float<T>(T{static_cast<std::uint16_t>(pair & 0xffffu)});
+  out[1] = to_float<T>(T{static_cast<std::uint16_t>(pair >> 16)});
+}
+
+// Eight values of T from 16-aligned memory that no kernel writes.
+template <typename T>
+QKERN_DEVICE void load_global8(const T* from, float (&out)[8]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 bits = load_global16(from + 4 * half);
+      out[4 * half + 0] = __uint_as_float(bits.x);
+      out[4 * half + 1] = __uint_as_float(bits.y);
+      out[4 * half + 2] = __uint_as_float(bits.z);
+      out[4 * half + 3] = __uint_as_float(bits.w);
+    }
+  } else {
+    const uint4 bits = load_global16(from);
+    unpack_pair<T>(bits.x, out + 0);
+    unpack_pair<T>(bits.y, out + 2);
+    unpack_pair<T>(bits.z, out + 4);
+    unpack_pair<T>(bits.w, out + 6);
+  }
+}
+
+QKERN_DEVICE bool is_aligned16(const void* p) {
+  return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0;
+}
+
+// ---- The 16 values of a format.
+
+// Where the values come from: nf4's and fp4's travel with the launch; a custom codebook lies in
+// device memory, which the host must not read.
+struct CodeSource {
+  float values[16];
+  const float* custom;
+};
+
+inline CodeSource code_source(const Codebook& codes) {
+  CodeSource source{};
+  if (codes.format == kFormatCustom) {
+    source.custom = codes.codebook;
+    return source;
+  }
+  for (int i = 0; i < 16; ++i) {
+    source.values[i] = codes.format == kFormatNf4 ? kNf4Codes[i] : kFp4Codes[i];
+  }
+  return source;
+}
+
+struct CodeTable {
+  float values[16];
+};
+
+// The first 16 threads fill the table; the caller synchronises. Constant indices: a computed one
+// would copy the launch's parameters to the stack.
+QKERN_DEVICE void stage_codes(const CodeSource& source, CodeTable& table) {
+  if (source.custom != nullptr) {
+    if (threadIdx.x < 16) table.values[threadIdx.x] = source.custom[threadIdx.x];
+    return;
+  }
+#pragma unroll
+  for (unsigned i = 0; i < 16; ++i) {
+    if (threadIdx.x == i) table.values[i] = source.values[i];
+  }
+}
+
+// Sixteen words lie in sixteen banks and equal addresses are one access: no look-up conflicts,
+// whatever the codes. The select form has no address that depends on data, which is what
+// provers of race-freedom can follow.
+QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
+#ifdef QKERN_CODEC_SELECT
+  float value = table.values[0];
+#pragma unroll
+  for (unsigned i = 1; i < 16; ++i) value = code == i ? table.values[i] : value;
+  return value;
+#else
+  return table.values[code];
+#endif
+}
+
+// Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
+QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) {
+  return (word >> (4 * (i ^ 1))) & 15u;
+}
+
+// The eight codes of a word as offsets in bytes into a CodeTable: four at a time are shifted and
+// masked, so that each costs one byte-permute more.
+struct WordOffsets {
+  std::uint32_t first;   // of elements 0, 2, 4, 6: the high nibbles
+  std::uint32_t second;  // of elements 1, 3, 5, 7
+
+  QKERN_DEVICE explicit WordOffsets(std::uint32_t word)
+      : first((word >> 2) & 0x3c3c3c3cu), second((word << 2) & 0x3c3c3c3cu) {}
+
+  QKERN_DEVICE float value(const CodeTable& table, int i) const {
+    // Byte i / 2, zeros above.
+    const unsigned offset = __byte_perm(i % 2 == 0 ? first : second, 0, 0x4440u + i / 2);
+#ifdef QKERN_CODEC_SELECT
+    return code_value(table, offset / 4);
+#else
+    return *reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(table.values) +
+                                           offset);
+#endif
+  }
+};
+
+QKERN_DEVICE unsigned packed_code(const std::uint8_t* packed, std::int64_t element) {
+  return (packed[element >> 1] >> ((element & 1) != 0 ? 0 : 4)) & 15u;
+}
+
+// ---- Scales, float32 or double-quantised.
+
+struct DynamicMap {
+  float values[256];
+};
+
+constexpr DynamicMap dynamic_map_signed() {
+  DynamicMap map{};
+  for (int i = 0; i < 256; ++i) map.values[i] = kDynamicMapSigned[i];
+  return map;
+}
+
+[[maybe_unused]] __device__ const DynamicMap kDeviceMapSigned = dynamic_map_signed();
+
+struct Scales {
+  const void* absmax;
+  const float* nested_absmax;
+  const float* nested_offset;
+  int block_shift;
+};
+
+inline int log2_of(std::int64_t power) {
+  int shift = 0;
+  while ((std::int64_t{1} << shift) < power) ++shift;
+  return shift;
+}
+
+inline Scales scales_of(const Weight4bit& weight) {
+  return {weight.absmax, weight.nested_absmax, weight.nested_offset, log2_of(weight.block_size)};
+}
+
+// The scale of a block; two roundings where it is double-quantised, never a fused multiply-add.
+QKERN_DEVICE float load_scale(const Scales& scales, std::int64_t block) {
+  if (scales.nested_absmax == nullptr) return __ldg(static_cast<const float*>(scales.absmax) + block);
+  const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
+  const float value = __ldg(kDeviceMapSigned.values + code);
+  return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))),
+                   __ldg(scales.nested_offset));
+}
+
+// ---- Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,
+// as two planes of bytes in eight registers. A permute takes nibbles as selectors, so four packed
+// codes are looked up at once and no memory is touched.
+template <typename T>
+struct ScaledTable {
+  std::uint32_t low[4];   // low bytes of products 4i...4i+3
+  std::uint32_t high[4];  // high bytes
+
+  QKERN_DEVICE void fill(const CodeTable& table, float scale) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t first = pack_pair<T>(__fmul_rn(table.values[4 * i + 0], scale),
+                                               __fmul_rn(table.values[4 * i + 1], scale));
+      const std::uint32_t second = pack_pair<T>(__fmul_rn(table.values[4 * i + 2], scale),
+                                                __fmul_rn(table.values[4 * i + 3], scale));
+      low[i] = __byte_perm(first, second, 0x6420);
+      high[i] = __byte_perm(first, second, 0x7531);
+    }
+  }
+
+  // Byte i of the result is the plane's byte for nibble i of the selectors' low half. `index` has
+  // the codes' lower three bits; `side` picks, for each, the lower or upper eight entries.
+  QKERN_DEVICE static std::uint32_t pick(const std::uint32_t (&plane)[4], std::uint32_t index,
+                                         std::uint32_t side) {
+    const std::uint32_t lower = __byte_perm(plane[0], plane[1], index);
+    const std::uint32_t upper = __byte_perm(plane[2], plane[3], index);
+    return __byte_perm(lower, upper, side);
+  }
+
+  // out[i] holds elements 2i (low half) and 2i + 1 of the word's eight.
+  QKERN_DEVICE void decode8(std::uint32_t word, std::uint32_t (&out)[4]) const {
+    const std::uint32_t index = word & 0x77777777u;
+    const std::uint32_t side = ((word >> 1) & 0x44444444u) | 0x32103210u;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::uint32_t low_bytes = pick(low, index >> (16 * half), side >> (16 * half));
+      const std::uint32_t high_bytes = pick(high, index >> (16 * half), side >> (16 * half));
+      // Nibbles 0 and 1 are elements 1 and 0: the interleaving swaps them back.
+      out[2 * half] = __byte_perm(low_bytes, high_bytes, 0x4051);
+      out[2 * half + 1] = __byte_perm(low_bytes, high_bytes, 0x6273);
+    }
+  }
+};
+
+// ---- Host: run time to compile time.
+
+// Calls fn(T{}) with the storage type of `dtype`.
+template <typename Fn>
+Status with_dtype(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return fn(BFloat16{});
+    case DType::kFloat16:
+      return fn(Float16{});
+    default:
+      return fn(float{});
+  }
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a grid whose threads stride over the work: enough for any GPU, within its limits.
+inline dim3 strided_grid(std::int64_t blocks) {
+  constexpr std::int64_t kMaxBlocks = 1 << 20;
+  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+}
+
+}  // namespace
+}  // namespace qkern::cuda

@@ -1,0 +1,119 @@
+// dequantize_4bit: packed codes and scales straight to float32, bfloat16 or float16.
+#include "codec.cuh"
+
+namespace qkern::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLaneCodes = 32;  // one 128-bit load; within one block, whose least size it is
+constexpr int kWarpCodes = kLaneCodes * kWarp;
+
+// A 4x4 transpose of words among four neighbouring lanes: afterwards words[s] is what was
+// words[lane % 4] of the quad's lane s. It lets a quad write 64 neighbouring bytes at a time where
+// each lane alone would write 16 bytes, 64 apart.
+QKERN_DEVICE void transpose_quad(std::uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      std::uint32_t& first = words[i];
+      std::uint32_t& second = words[i + step];
+      const std::uint32_t received =
+          __shfl_xor_sync(kAllLanes, upper ? first : second, step);
+      first = upper ? received : first;
+      second = upper ? second : received;
+    }
+  }
+}
+
+// Eight 16-bit values, 16 bytes: the quad's lanes write neighbouring 16 bytes.
+template <typename T>
+QKERN_DEVICE void store_word(const CodeTable& table, std::uint32_t word, float scale, int lane,
+                             T* quad_out) {
+  const int position = lane & 3;
+  if constexpr (sizeof(T) == 2) {
+    const WordOffsets offsets(word);
+    std::uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = pack_pair<T>(__fmul_rn(offsets.value(table, 2 * i), scale),
+                              __fmul_rn(offsets.value(table, 2 * i + 1), scale));
+    }
+    store_global16(quad_out + 8 * position, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+  } else {
+    // Two neighbours' words are 64 bytes: each lane takes two of the four 16-byte parts such that
+    // one store writes the first two, the other the last two.
+    const bool odd = (lane & 1) != 0;
+    const std::uint32_t received = __shfl_xor_sync(kAllLanes, odd ? word : word >> 16, 1);
+    const std::uint32_t first = odd ? received : word;
+    const std::uint32_t second = odd ? word >> 16 : received;
+    T* const pair_out = quad_out + 8 * (position & ~1) + 4 * (odd ? 1 : 0);
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const std::uint32_t codes = part == 0 ? first : second;
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = __fmul_rn(code_value(table, word_code(codes, i)), scale);
+      }
+      store_global16(pair_out + 8 * part,
+                     uint4{__float_as_uint(values[0]), __float_as_uint(values[1]),
+                           __float_as_uint(values[2]), __float_as_uint(values[3])});
+    }
+  }
+}
+
+template <typename T>
+QKERN_KERNEL(kThreads, 1)
+dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, CodeSource source,
+                       std::int64_t numel, T* __restrict__ out) {
+  QKERN_SHARED(CodeTable, table);
+  stage_codes(source, table);
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (kThreads / kWarp);
+  const std::int64_t first_warp =
+      static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const bool aligned = is_aligned16(packed) && is_aligned16(out);
+  for (std::int64_t begin = first_warp * kWarpCodes; begin < numel; begin += warps * kWarpCodes) {
+    const std::int64_t mine = begin + lane * kLaneCodes;
+    if (aligned && begin + kWarpCodes <= numel) {
+      const uint4 load = load_global16(packed + mine / 2);
+      const float scale = load_scale(scales, mine >> scales.block_shift);
+      std::uint32_t words[4] = {load.x, load.y, load.z, load.w};
+      transpose_quad(words, lane);
+      const int quad = lane & ~3;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const float owner_scale = __shfl_sync(kAllLanes, scale, quad + s);
+        store_word(table, words[s], owner_scale, lane, out + begin + (quad + s) * kLaneCodes);
+      }
+    } else {
+      // Neighbouring lanes take neighbouring elements.
+      const std::int64_t end = begin + kWarpCodes < numel ? begin + kWarpCodes : numel;
+      for (std::int64_t i = begin + lane; i < end; i += kWarp) {
+        const float value = code_value(table, packed_code(packed, i));
+        out[i] = from_float<T>(__fmul_rn(value, load_scale(scales, i >> scales.block_shift)));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream) {
+  const std::int64_t numel = args.weight.rows * args.weight.cols;
+  if (numel == 0) return Status::success();
+  constexpr std::int64_t kBlockCodes = kThreads / kWarp * kWarpCodes;
+  const LaunchConfig config{strided_grid(ceil_div(numel, kBlockCodes)), kThreads, 0, stream};
+  return with_dtype(args.out_dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return launch("dequantize_4bit_kernel", dequantize_4bit_kernel<T>, config, args.weight.packed,
+                  scales_of(args.weight), code_source(args.weight.codes), numel,
+                  static_cast<T*>(args.out));
+  });
+}
+
+}  // namespace qkern::cuda

@@ -1,0 +1,119 @@
+// What the matmul files share: the paths and the sum over a split contraction.
+#pragma once
+
+#include "codec.cuh"
+
+namespace qkern::cuda {
+
+// A contraction cut into `count` parts of `length` each (the last may be shorter), one per grid.z.
+// Their sums go to the workspace as float32 [count][m][columns] and are added in order.
+struct Split {
+  int count;
+  std::int64_t length;
+};
+
+// Rows of x that linear_vector takes at a time, so that its workspace stays small.
+constexpr std::int64_t kVectorLaunchRows = 64;
+
+// The paths. Each has the whole args and writes y; `split` is what its workspace was sized for.
+Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);
+Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream);
+Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, void* stream);
+Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream);
+
+// y = sum of the parts + bias, rounded once to T.
+Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, void* stream);
+
+Split linear_vector_split(const Linear4bitArgs& args);
+Split linear_mma_split(const Linear4bitArgs& args);
+Split linear_dx_mma_split(const Linear4bitArgs& args);
+
+namespace {
+
+// Parts so that about `wanted` blocks run where `blocks` would, of a multiple of `step` each.
+inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t blocks,
+                       std::int64_t wanted, int max_parts) {
+  const std::int64_t steps = ceil_div(length, step);
+  std::int64_t parts = wanted / blocks;
+  if (parts > max_parts) parts = max_parts;
+  if (parts > steps) parts = steps;
+  if (parts < 1) parts = 1;
+  const std::int64_t part_steps = ceil_div(steps, parts);
+  return {static_cast<int>(ceil_div(steps, part_steps)), part_steps * step};
+}
+
+// Where a tensor-core kernel leaves its results. W is the mma's first operand, 16 rows of its
+// result, and x the second, so that x's fragments are registers as a 128-bit load leaves them. A
+// warp's two fragments are 32 columns of y: lane (g, t), g = lane / 4 and t = lane % 4, holds columns
+// 4g...4g+3 of rows 2t and 2t + 1.
+template <typename T>
+struct MmaOutput {
+  const T* bias;
+  T* y;          // [m, columns]
+  float* parts;  // [parts, m, columns] instead of y where the contraction is split
+  std::int64_t m, columns;
+};
+
+// Stores eight rows from `row0`, 32 columns from `column0`; all lanes of the warp call it.
+template <typename T>
+QKERN_DEVICE void store_fragments(const MmaOutput<T>& output, const float (&sum)[2][4],
+                                  std::int64_t row0, std::int64_t column0, int lane) {
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const std::int64_t mine = column0 + 4 * g;
+  if (output.parts != nullptr) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const std::int64_t row = row0 + 2 * t + e;
+      float* const out = output.parts + (blockIdx.z * output.m + row) * output.columns;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (row < output.m && mine + c < output.columns) out[mine + c] = sum[c / 2][2 * (c % 2) + e];
+      }
+    }
+    return;
+  }
+  std::uint32_t pairs[2][2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float values[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      values[c] = sum[c / 2][2 * (c % 2) + e];
+      if (output.bias != nullptr && mine + c < output.columns) {
+        values[c] = __fadd_rn(values[c], to_float(output.bias[mine + c]));
+      }
+    }
+    pairs[e][0] = pack_pair<T>(values[0], values[1]);
+    pairs[e][1] = pack_pair<T>(values[2], values[3]);
+  }
+  // Lanes with even g take the even row, eight columns of it, and give their part of the odd one.
+  const bool odd = (g & 1) != 0;
+  std::uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t received =
+        __shfl_xor_sync(kAllLanes, odd ? pairs[0][i] : pairs[1][i], 4);
+    words[i] = odd ? received : pairs[0][i];
+    words[2 + i] = odd ? pairs[1][i] : received;
+  }
+  const std::int64_t row = row0 + 2 * t + (odd ? 1 : 0);
+  const std::int64_t column = column0 + 4 * (g & ~1);
+  if (row >= output.m) return;
+  T* const out = output.y + row * output.columns + column;
+  if (output.columns % 8 == 0 && is_aligned16(output.y)) {
+    if (column < output.columns) {
+      store_global16(out, uint4{words[0], words[1], words[2], words[3]});
+    }
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    if (column + c < output.columns) {
+      out[c] = T{static_cast<std::uint16_t>(words[c / 2] >> (16 * (c % 2)))};
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qkern::cuda

@@ -1,0 +1,240 @@
+// dx = dy W on tensor cores. A block takes kTileM rows of dy and 128 columns of W; its warps split
+// the columns, so each code is decoded once a block, straight into a fragment.
+//
+// The contraction runs down W's rows, so a fragment's register pairs codes of two rows. Lane (g, t),
+// g = lane / 4 and t = lane % 4, takes rows 8t...8t+7 of 32 (dy is read in the same order) and in
+// each the four neighbouring codes 4g...4g+3: one 16-bit load. W is the mma's first operand: rows g
+// and g + 8 of fragment f are the warp's columns 4g + 2f and 4g + 2f + 1, which leaves a lane with
+// neighbouring results. Rounding packs the two rows' products, so no transpose is needed.
+#include "linear.cuh"
+
+namespace qkern::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kFragments = 2;                  // 16 columns each, of a warp
+constexpr int kLaneCodes = 2 * kFragments;     // of a row of W
+constexpr int kWarpColumns = 16 * kFragments;  // the least block: one scale a row and warp
+constexpr int kTileColumns = kWarpColumns * kWarps;
+constexpr int kTileDepth = 64;                // rows of W
+constexpr int kChunk = 8;                     // 16-bit values in 16 bytes
+constexpr int kRowChunks = kTileDepth / kChunk;
+
+template <int kTileM, int kStages>
+struct DxShared {
+  CodeTable table;
+  uint4 dy[kStages][kTileM * kRowChunks];
+  uint4 codes[kStages][kTileDepth * kWarps];  // 16 bytes a row and warp
+  float scales[2][kWarps][kTileDepth];
+};
+
+// Rows of one parity share banks, so odd rows swap the two halves of 32: a read (two rows, four t)
+// meets eight different groups of banks.
+QKERN_DEVICE int dy_position(int row, int t, int half) {
+  return row * kRowChunks + ((half ^ (row & 1)) << 2 | t);
+}
+
+// The lanes' rows are eight apart, which is the same bank: the warps' chunks rotate instead.
+QKERN_DEVICE int code_position(int row, int warp) { return row * kWarps + (warp ^ ((row >> 3) & 3)); }
+
+template <typename T>
+struct DxArgs {
+  const T* dy;
+  std::int64_t m, dy_row_stride;
+  const std::uint8_t* packed;
+  Scales scales;
+  CodeSource source;
+  std::int64_t rows, cols;  // of W
+  std::int64_t split_length;
+  MmaOutput<T> output;
+};
+
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL(kThreads, 3)
+linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
+  using Shared = DxShared<kTileM, kStages>;
+  QKERN_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  stage_codes(args.source, shared.table);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
+  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.y) * kTileColumns;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t end =
+      begin + args.split_length < args.rows ? begin + args.split_length : args.rows;
+  const int tiles = static_cast<int>((end - begin + kTileDepth - 1) / kTileDepth);
+
+  auto start_loads = [&](int tile) {
+    if (tile < tiles) {
+      const int stage = tile % kStages;
+      const std::int64_t n0 = begin + static_cast<std::int64_t>(tile) * kTileDepth;
+#pragma unroll
+      for (int i = 0; i < kTileM * kRowChunks / kThreads; ++i) {
+        const int index = i * kThreads + thread;
+        const int row = index / kRowChunks;
+        const int chunk = index % kRowChunks;
+        const std::int64_t n = n0 + chunk * kChunk;
+        const bool exists = m0 + row < args.m && n < end;
+        cp_async16(&shared.dy[stage][dy_position(row, chunk % 4, chunk / 4)],
+                   exists ? args.dy + (m0 + row) * args.dy_row_stride + n : args.dy, exists);
+      }
+#pragma unroll
+      for (int i = 0; i < kTileDepth * kWarps / kThreads; ++i) {
+        const int index = i * kThreads + thread;
+        const int row = index / kWarps;
+        const int chunk = index % kWarps;
+        const std::int64_t column = k0 + chunk * kWarpColumns;
+        const bool exists = n0 + row < end && column < args.cols;
+        const std::int64_t element = (n0 + row) * args.cols + column;
+        cp_async16(&shared.codes[stage][code_position(row, chunk)],
+                   exists ? args.packed + element / 2 : args.packed, exists);
+      }
+    }
+    // Also where there is no tile, so that the count of groups is the same in every round.
+    cp_async_commit();
+  };
+  // Each lane fetches the scales of two rows for its warp's columns; 0 where there are no weights.
+  auto load_scales = [&](int tile, float (&out)[2]) {
+    const std::int64_t column = k0 + warp * kWarpColumns;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t n = begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
+      out[i] = 0.0f;
+      if (n < end && column < args.cols) {
+        out[i] = load_scale(args.scales, (n * args.cols + column) >> args.scales.block_shift);
+      }
+    }
+  };
+  auto store_scales = [&](int tile, const float (&in)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) shared.scales[tile % 2][warp][i * kWarp + lane] = in[i];
+  };
+
+  constexpr int kFragmentsM = kTileM / 8;
+  float sum[kFragmentsM][kFragments][4];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
+    }
+  }
+
+  float next_scales[2];
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
+  load_scales(0, next_scales);
+  store_scales(0, next_scales);
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    cp_async_wait<kStages - 2>();
+    // This tile is there for all, and all are done with the stage that is filled next.
+    __syncthreads();
+    start_loads(tile + kStages - 1);
+    load_scales(tile + 1, next_scales);
+
+    const int stage = tile % kStages;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row0 = 32 * half + 8 * t;
+      // Two steps of four rows, as two pairs; w[step][pair][c] is column 4g + c.
+      std::uint32_t w[2][2][kLaneCodes];
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        unsigned codes[2];
+        float scales[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = row0 + 2 * pair + i;
+          const auto* chunk = reinterpret_cast<const std::uint16_t*>(
+              &shared.codes[stage][code_position(row, warp)]);
+          codes[i] = chunk[g];
+          scales[i] = shared.scales[tile % 2][warp][row];
+        }
+#pragma unroll
+        for (int c = 0; c < kLaneCodes; ++c) {
+          w[pair / 2][pair % 2][c] =
+              pack_pair<T>(__fmul_rn(code_value(shared.table, word_code(codes[0], c)), scales[0]),
+                           __fmul_rn(code_value(shared.table, word_code(codes[1], c)), scales[1]));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+        const uint4 values = shared.dy[stage][dy_position(8 * i + g, t, half)];
+        const std::uint32_t dy[2][2] = {{values.x, values.y}, {values.z, values.w}};
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+          for (int f = 0; f < kFragments; ++f) {
+            const std::uint32_t columns[4] = {w[step][0][2 * f], w[step][0][2 * f + 1],
+                                              w[step][1][2 * f], w[step][1][2 * f + 1]};
+            mma_16x8x16<T>(sum[i][f], columns, dy[step]);
+          }
+        }
+      }
+    }
+    // Read last before this round's barrier, and next after the following one.
+    store_scales(tile + 1, next_scales);
+  }
+
+  const std::int64_t column = k0 + warp * kWarpColumns;
+  if (column >= args.cols) return;
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+    store_fragments(args.output, sum[i], m0 + 8 * i, column, lane);
+  }
+}
+
+constexpr int kTileM = 64;
+constexpr int kStages = 3;
+
+template <typename T>
+Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
+  const Weight4bit& weight = args.weight;
+  const DxArgs<T> launch_args{static_cast<const T*>(args.x),
+                              args.m,
+                              args.x_row_stride,
+                              weight.packed,
+                              scales_of(weight),
+                              code_source(weight.codes),
+                              weight.rows,
+                              weight.cols,
+                              split.length,
+                              {nullptr, static_cast<T*>(args.y),
+                               split.count > 1 ? args.workspace : nullptr, args.m, weight.cols}};
+  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
+                                 static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
+                                 static_cast<unsigned>(split.count)),
+                            kThreads, sizeof(DxShared<kTileM, kStages>), stream};
+  const Status status =
+      launch("linear_4bit_dx_mma_kernel", linear_4bit_dx_mma_kernel<T, kTileM, kStages>, config,
+             launch_args);
+  if (!status.ok() || split.count == 1) return status;
+  return sum_splits(args, split.count, weight.cols, stream);
+}
+
+}  // namespace
+
+Split linear_dx_mma_split(const Linear4bitArgs& args) {
+  // Without a split, a row of dx depends on its row of dy alone.
+  if (args.batch_invariant) return {1, args.weight.rows};
+  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
+  constexpr int kMaxParts = 8;
+  const std::int64_t blocks =
+      ceil_div(args.m, kTileM) * ceil_div(args.weight.cols, kTileColumns);
+  return split_for(args.weight.rows, 8 * kTileDepth, blocks, kWanted, kMaxParts);
+}
+
+Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, void* stream) {
+  return args.dtype == DType::kFloat16 ? launch_tiles<Float16>(args, split, stream)
+                                       : launch_tiles<BFloat16>(args, split, stream);
+}
+
+}  // namespace qkern::cuda

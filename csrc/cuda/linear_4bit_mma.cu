@@ -1,0 +1,231 @@
+// y = x W^T + bias on tensor cores. A block takes kTileM rows of x and 128 rows of W; its warps
+// split the rows of W, so each code is decoded once a block, straight into a fragment.
+//
+// The contraction is permuted within a tile of 128: the fragments of lane (g, t), g = lane / 4 and
+// t = lane % 4, hold elements 32t...32t+31 of a row, four of them a step. One 128-bit load is then
+// a lane's codes of a row for the whole tile, and those lie in one quantisation block. x is read in
+// the same order. W is the mma's first operand: rows g and g + 8 of a warp's fragment f are rows
+// 4g + 2f and 4g + 2f + 1 of its part of W, which leaves a lane with neighbouring results.
+#include "linear.cuh"
+
+namespace qkern::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kFragments = 2;                  // 16 rows of W each, of a warp
+constexpr int kLaneRows = 2 * kFragments;      // of W
+constexpr int kWarpN = 16 * kFragments;        // rows of W, columns of y
+constexpr int kTileN = kWarpN * kWarps;
+constexpr int kLaneCodes = 32;
+constexpr int kTileK = 4 * kLaneCodes;
+constexpr int kChunk = 8;                      // 16-bit values in 16 bytes
+constexpr int kRowChunks = kTileK / kChunk;
+
+template <int kTileM, int kStages>
+struct MmaShared {
+  CodeTable table;
+  uint4 x[kStages][kTileM * kRowChunks];
+  // What a thread put there, only it takes out: no barrier, no conflict.
+  uint4 codes[kStages][kLaneRows][kThreads];
+};
+
+// Where chunk 4t + s of a row of x lies: a linear map of the bits, such that both the lanes that
+// read (fixed s; two rows, four t) and those that write (neighbouring chunks) meet eight different
+// groups of banks.
+QKERN_DEVICE int x_position(int row, int t, int s) {
+  const int low = (t & 1) | ((((t >> 1) ^ s) & 1) << 1) | ((((s >> 1) ^ row) & 1) << 2);
+  return row * kRowChunks + ((t >> 1) << 3 | low);
+}
+
+template <typename T>
+struct MmaArgs {
+  const T* x;
+  std::int64_t m, x_row_stride;
+  const std::uint8_t* packed;
+  Scales scales;
+  CodeSource source;
+  std::int64_t rows, cols;  // of W
+  std::int64_t split_length;
+  MmaOutput<T> output;
+};
+
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL(kThreads, kTileM <= 16 ? 3 : 2)
+linear_4bit_mma_kernel(const MmaArgs<T> args) {
+  using Shared = MmaShared<kTileM, kStages>;
+  QKERN_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  stage_codes(args.source, shared.table);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
+  const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN + thread / kWarp * kWarpN;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t end =
+      begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
+  const int tiles = static_cast<int>((end - begin + kTileK - 1) / kTileK);
+
+  // Of W: the lane's first row, and its first element there at `begin`.
+  const std::int64_t first_row = n0 + 4 * g;
+  const std::int64_t first_element = first_row * args.cols + begin + t * kLaneCodes;
+
+  auto start_loads = [&](int tile) {
+    if (tile < tiles) {
+      const int stage = tile % kStages;
+      const std::int64_t k0 = begin + static_cast<std::int64_t>(tile) * kTileK;
+#pragma unroll
+      for (int i = 0; i < kTileM * kRowChunks / kThreads; ++i) {
+        const int index = i * kThreads + thread;
+        const int row = index / kRowChunks;
+        const int chunk = index % kRowChunks;
+        const std::int64_t k = k0 + chunk * kChunk;
+        const bool exists = m0 + row < args.m && k < end;
+        cp_async16(&shared.x[stage][x_position(row, chunk / 4, chunk % 4)],
+                   exists ? args.x + (m0 + row) * args.x_row_stride + k : args.x, exists);
+      }
+      const bool in_range = k0 + t * kLaneCodes < end;
+#pragma unroll
+      for (int j = 0; j < kLaneRows; ++j) {
+        const bool exists = in_range && first_row + j < args.rows;
+        const std::int64_t element =
+            first_element + j * args.cols + static_cast<std::int64_t>(tile) * kTileK;
+        cp_async16(&shared.codes[stage][j][thread],
+                   exists ? args.packed + element / 2 : args.packed, exists);
+      }
+    }
+    // Also where there is no tile, so that the count of groups is the same in every round.
+    cp_async_commit();
+  };
+  // The scales of the lane's rows; 0 where there are no weights.
+  auto load_scales = [&](int tile, float (&out)[kLaneRows]) {
+    const std::int64_t k = begin + static_cast<std::int64_t>(tile) * kTileK + t * kLaneCodes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      out[j] = 0.0f;
+      if (k < end && first_row + j < args.rows) {
+        const std::int64_t element =
+            first_element + j * args.cols + static_cast<std::int64_t>(tile) * kTileK;
+        out[j] = load_scale(args.scales, element >> args.scales.block_shift);
+      }
+    }
+  };
+
+  constexpr int kFragmentsM = kTileM / 8;
+  float sum[kFragmentsM][kFragments][4];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
+    }
+  }
+
+  float scales[kLaneRows];
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
+  load_scales(0, scales);
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    cp_async_wait<kStages - 2>();
+    // This tile is there for all, and all are done with the stage that is filled next.
+    __syncthreads();
+    start_loads(tile + kStages - 1);
+
+    const int stage = tile % kStages;
+    ScaledTable<T> tables[kLaneRows];
+    uint4 codes[kLaneRows];
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      tables[j].fill(shared.table, scales[j]);
+      codes[j] = shared.codes[stage][j][thread];
+    }
+    load_scales(tile + 1, scales);
+
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      // Eight codes of each row: two steps of four.
+      std::uint32_t w[kLaneRows][4];
+#pragma unroll
+      for (int j = 0; j < kLaneRows; ++j) {
+        tables[j].decode8(s == 0   ? codes[j].x
+                          : s == 1 ? codes[j].y
+                          : s == 2 ? codes[j].z
+                                   : codes[j].w,
+                          w[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+        const uint4 values = shared.x[stage][x_position(8 * i + g, t, s)];
+        const std::uint32_t x[2][2] = {{values.x, values.y}, {values.z, values.w}};
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+          for (int f = 0; f < kFragments; ++f) {
+            const std::uint32_t rows[4] = {w[2 * f][2 * step], w[2 * f + 1][2 * step],
+                                           w[2 * f][2 * step + 1], w[2 * f + 1][2 * step + 1]};
+            mma_16x8x16<T>(sum[i][f], rows, x[step]);
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+    store_fragments(args.output, sum[i], m0 + 8 * i, n0, lane);
+  }
+}
+
+template <typename T, int kTileM, int kStages>
+Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
+  const Weight4bit& weight = args.weight;
+  const MmaArgs<T> launch_args{static_cast<const T*>(args.x),
+                               args.m,
+                               args.x_row_stride,
+                               weight.packed,
+                               scales_of(weight),
+                               code_source(weight.codes),
+                               weight.rows,
+                               weight.cols,
+                               split.length,
+                               {static_cast<const T*>(args.bias), static_cast<T*>(args.y),
+                                split.count > 1 ? args.workspace : nullptr, args.m, weight.rows}};
+  const LaunchConfig config{
+      dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
+           static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
+           static_cast<unsigned>(split.count)),
+      kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
+  const Status status = launch("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>,
+                               config, launch_args);
+  if (!status.ok() || split.count == 1) return status;
+  return sum_splits(args, split.count, weight.rows, stream);
+}
+
+template <typename T>
+Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, void* stream) {
+  if (args.m <= 16) return launch_tiles<T, 16, 4>(args, split, stream);
+  // Two stages of 64 rows fit the 64 KiB of sm_75, and twice into what later ones have.
+  return launch_tiles<T, 64, 2>(args, split, stream);
+}
+
+}  // namespace
+
+Split linear_mma_split(const Linear4bitArgs& args) {
+  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
+  constexpr int kMaxParts = 8;
+  const std::int64_t tile_m = args.m <= 16 ? 16 : 64;
+  const std::int64_t blocks = ceil_div(args.m, tile_m) * ceil_div(args.weight.rows, kTileN);
+  return split_for(args.weight.cols, 4 * kTileK, blocks, kWanted, kMaxParts);
+}
+
+Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream) {
+  return args.dtype == DType::kFloat16 ? linear_mma_typed<Float16>(args, split, stream)
+                                       : linear_mma_typed<BFloat16>(args, split, stream);
+}
+
+}  // namespace qkern::cuda

@@ -1,0 +1,133 @@
+// The matmuls that no tensor core serves (float32 activations, bfloat16 before sm_80) or whose
+// shapes do not divide (K % 32, N % 8): float32 tiles, any shape, one element at a time.
+#include "linear.cuh"
+
+namespace qkern::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTileM = 64;
+constexpr int kTileN = 64;   // columns of the result
+constexpr int kDepth = 32;   // of the contraction
+constexpr int kThreadM = 4;  // results of a thread
+constexpr int kThreadN = 4;
+
+struct TiledShared {
+  CodeTable table;
+  // Transposed, so that a thread reads neighbours; the padding keeps the transposing writes of a
+  // warp in different banks.
+  float x[kDepth][kTileM + 1];
+  float w[kDepth][kTileN + 1];
+};
+
+template <typename T>
+struct TiledArgs {
+  const T* x;
+  std::int64_t m, x_row_stride;
+  const std::uint8_t* packed;
+  Scales scales;
+  CodeSource source;
+  std::int64_t rows, cols;  // of W
+  const T* bias;
+  T* y;
+};
+
+// y = x W^T + bias, or y = x W where kInputGradient.
+template <typename T, bool kInputGradient>
+QKERN_KERNEL(kThreads, 2)
+linear_4bit_tiled_kernel(const TiledArgs<T> args) {
+  QKERN_SHARED(TiledShared, shared);
+  stage_codes(args.source, shared.table);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
+  const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN;
+  const std::int64_t depth = kInputGradient ? args.rows : args.cols;
+  const std::int64_t columns = kInputGradient ? args.cols : args.rows;
+  const int thread_m = thread / (kTileN / kThreadN);
+  const int thread_n = thread % (kTileN / kThreadN);
+
+  float sum[kThreadM][kThreadN];
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) sum[i][j] = 0.0f;
+  }
+  for (std::int64_t d0 = 0; d0 < depth; d0 += kDepth) {
+    __syncthreads();
+    for (int i = thread; i < kTileM * kDepth; i += kThreads) {
+      const std::int64_t row = m0 + i / kDepth;
+      const std::int64_t d = d0 + i % kDepth;
+      const bool exists = row < args.m && d < depth;
+      shared.x[i % kDepth][i / kDepth] =
+          exists ? to_float(args.x[row * args.x_row_stride + d]) : 0.0f;
+    }
+    for (int i = thread; i < kTileN * kDepth; i += kThreads) {
+      // Neighbouring threads read neighbouring codes of a row of W.
+      const int column = kInputGradient ? i % kTileN : i / kDepth;
+      const int d = kInputGradient ? i / kTileN : i % kDepth;
+      float value = 0.0f;
+      if (n0 + column < columns && d0 + d < depth) {
+        const std::int64_t element = kInputGradient ? (d0 + d) * args.cols + n0 + column
+                                                    : (n0 + column) * args.cols + d0 + d;
+        value = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                          load_scale(args.scales, element >> args.scales.block_shift));
+      }
+      shared.w[d][column] = value;
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int d = 0; d < kDepth; ++d) {
+      float x[kThreadM];
+      float w[kThreadN];
+#pragma unroll
+      for (int i = 0; i < kThreadM; ++i) x[i] = shared.x[d][thread_m * kThreadM + i];
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j) w[j] = shared.w[d][thread_n + j * (kTileN / kThreadN)];
+#pragma unroll
+      for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadN; ++j) sum[i][j] = __fmaf_rn(x[i], w[j], sum[i][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kThreadN; ++j) {
+      const std::int64_t row = m0 + thread_m * kThreadM + i;
+      const std::int64_t column = n0 + thread_n + j * (kTileN / kThreadN);
+      if (row >= args.m || column >= columns) continue;
+      float value = sum[i][j];
+      if (args.bias != nullptr) value = __fadd_rn(value, to_float(args.bias[column]));
+      args.y[row * columns + column] = from_float<T>(value);
+    }
+  }
+}
+
+}  // namespace
+
+Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream) {
+  const Weight4bit& weight = args.weight;
+  const std::int64_t columns = input_gradient ? weight.cols : weight.rows;
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const TiledArgs<T> launch_args{static_cast<const T*>(args.x),
+                                   args.m,
+                                   args.x_row_stride,
+                                   weight.packed,
+                                   scales_of(weight),
+                                   code_source(weight.codes),
+                                   weight.rows,
+                                   weight.cols,
+                                   static_cast<const T*>(args.bias),
+                                   static_cast<T*>(args.y)};
+    const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
+                                   static_cast<unsigned>(ceil_div(columns, kTileN))),
+                              kThreads, 0, stream};
+    const auto kernel = input_gradient ? linear_4bit_tiled_kernel<T, true>
+                                       : linear_4bit_tiled_kernel<T, false>;
+    return launch("linear_4bit_tiled_kernel", kernel, config, launch_args);
+  });
+}
+
+}  // namespace qkern::cuda

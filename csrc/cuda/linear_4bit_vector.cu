@@ -1,0 +1,288 @@
+// y = x W^T + bias for a few rows of x, as dot products in float32: a warp takes a few rows of W,
+// its lanes 32 neighbouring codes each. A row of y depends on its row of x alone: neither the split
+// nor the order of its sums follows from how many rows there are.
+#include "linear.cuh"
+
+namespace qkern::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kLaneCodes = 32;  // one 128-bit load; within one block where K % 32 == 0
+constexpr int kTile = kWarp * kLaneCodes;
+
+// x's tile in 16-byte chunks, such that the lanes' chunks j are neighbours: physical chunk
+// j * 32 + (lane ^ j * 8 / kChunks). Neither the reads (fixed j) nor the writes (neighbouring
+// chunks of x) conflict.
+template <typename T, int kRows>
+struct VectorShared {
+  static constexpr int kChunks = kLaneCodes * static_cast<int>(sizeof(T)) / 16;  // of a lane
+  static constexpr int kChunkValues = 16 / static_cast<int>(sizeof(T));
+
+  CodeTable table;
+  uint4 x[kRows][kChunks * kWarp];
+
+  QKERN_DEVICE static int position(int lane, int j) {
+    return j * kWarp + (lane ^ (j * (8 / kChunks)));
+  }
+};
+
+template <typename T>
+struct VectorArgs {
+  const T* x;
+  std::int64_t m, x_row_stride;
+  const std::uint8_t* packed;
+  Scales scales;
+  CodeSource source;
+  std::int64_t rows, cols;  // of W
+  std::int64_t split_length;
+  const T* bias;
+  T* y;
+  float* parts;  // instead of y where the contraction is split
+};
+
+// Eight values of a lane from the staged tile.
+template <typename T, int kRows>
+QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int row, int lane, int group,
+                          float (&out)[8]) {
+  if constexpr (sizeof(T) == 2) {
+    const uint4 bits = shared.x[row][shared.position(lane, group)];
+    unpack_pair<T>(bits.x, out + 0);
+    unpack_pair<T>(bits.y, out + 2);
+    unpack_pair<T>(bits.z, out + 4);
+    unpack_pair<T>(bits.w, out + 6);
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 bits = shared.x[row][shared.position(lane, 2 * group + half)];
+      out[4 * half + 0] = __uint_as_float(bits.x);
+      out[4 * half + 1] = __uint_as_float(bits.y);
+      out[4 * half + 2] = __uint_as_float(bits.z);
+      out[4 * half + 3] = __uint_as_float(bits.w);
+    }
+  }
+}
+
+// Copies x[row0 ..., k0 ... k0 + kTile) with zeros past the ends.
+template <typename T, int kRows>
+QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
+                          VectorShared<T, kRows>& shared) {
+  using Shared = VectorShared<T, kRows>;
+  constexpr int kValues = Shared::kChunkValues;
+  constexpr int kRowChunks = Shared::kChunks * kWarp;
+  const bool aligned = is_aligned16(args.x) && args.x_row_stride % kValues == 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kRowChunks; i += kThreads) {
+    const int row = i / kRowChunks;
+    const int chunk = i % kRowChunks;
+    const std::int64_t k = k0 + static_cast<std::int64_t>(chunk) * kValues;
+    const T* from = args.x + (row0 + row) * args.x_row_stride + k;
+    uint4 bits{0, 0, 0, 0};
+    if (row0 + row < args.m) {
+      if (aligned && k + kValues <= args.cols) {
+        bits = load_global16(from);
+      } else {
+        std::uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) {
+          if (k + v >= args.cols) continue;
+          if constexpr (sizeof(T) == 2) {
+            words[v / 2] |= static_cast<std::uint32_t>(from[v].bits) << (16 * (v % 2));
+          } else {
+            words[v] = __float_as_uint(from[v]);
+          }
+        }
+        bits = uint4{words[0], words[1], words[2], words[3]};
+      }
+    }
+    shared.x[row][Shared::position(chunk / Shared::kChunks, chunk % Shared::kChunks)] = bits;
+  }
+}
+
+// kWhole: every lane's 32 codes are 16 aligned bytes in one block. Otherwise K is odd or such that
+// rows of W start anywhere, and codes and scales are fetched one by one.
+template <typename T, int kRows, int kWarpRows, bool kWhole>
+QKERN_KERNEL(kThreads, 4)
+linear_4bit_vector_kernel(const VectorArgs<T> args) {
+  using Shared = VectorShared<T, kRows>;
+  QKERN_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  stage_codes(args.source, shared.table);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const std::int64_t n0 =
+      (static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kWarpRows;
+  const std::int64_t row0 = static_cast<std::int64_t>(blockIdx.y) * kRows;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t end =
+      begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
+
+  float total[kWarpRows][kRows];
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) total[r][m] = 0.0f;
+  }
+
+  for (std::int64_t k0 = begin; k0 < end; k0 += kTile) {
+    const std::int64_t k = k0 + lane * kLaneCodes;
+    uint4 words[kWarpRows];
+    float scale[kWarpRows];
+    if constexpr (kWhole) {
+      // Before x is staged, so that the loads overlap.
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+        words[r] = uint4{0, 0, 0, 0};
+        scale[r] = 0.0f;
+        if (k < end && n0 + r < args.rows) {
+          const std::int64_t element = (n0 + r) * args.cols + k;
+          words[r] = load_global16(args.packed + element / 2);
+          scale[r] = load_scale(args.scales, element >> args.scales.block_shift);
+        }
+      }
+    }
+    __syncthreads();
+    stage_x(args, row0, k0, shared);
+    __syncthreads();
+
+    float sum[kWarpRows][kRows];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
+    }
+#pragma unroll
+    for (int group = 0; group < kLaneCodes / 8; ++group) {
+      float w[kWarpRows][8];
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+        if constexpr (kWhole) {
+          const std::uint32_t word = group == 0   ? words[r].x
+                                     : group == 1 ? words[r].y
+                                     : group == 2 ? words[r].z
+                                                  : words[r].w;
+          const WordOffsets offsets(word);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const std::int64_t column = k + 8 * group + i;
+            const std::int64_t element = (n0 + r) * args.cols + column;
+            w[r][i] = 0.0f;
+            if (column < end && n0 + r < args.rows) {
+              w[r][i] = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                                  load_scale(args.scales, element >> args.scales.block_shift));
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        float x[8];
+        staged8(shared, m, lane, group, x);
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
+        }
+      }
+    }
+    // The scale enters once a lane's 32 codes.
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        total[r][m] = kWhole ? __fmaf_rn(sum[r][m], scale[r], total[r][m])
+                             : __fadd_rn(total[r][m], sum[r][m]);
+      }
+    }
+  }
+
+  // Lane r * kRows + m keeps the sum for row n0 + r of W and row m of x.
+  static_assert(kWarpRows * kRows <= kWarp, "a lane for each result");
+  float mine = 0.0f;
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      float value = total[r][m];
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
+      }
+      if (lane == r * kRows + m) mine = value;
+    }
+  }
+  const std::int64_t n = n0 + lane / kRows;
+  const std::int64_t row = row0 + lane % kRows;
+  if (lane >= kWarpRows * kRows || n >= args.rows || row >= args.m) return;
+  if (args.parts != nullptr) {
+    args.parts[(blockIdx.z * args.m + row) * args.rows + n] = mine;
+  } else {
+    if (args.bias != nullptr) mine = __fadd_rn(mine, to_float(args.bias[n]));
+    args.y[row * args.rows + n] = from_float<T>(mine);
+  }
+}
+
+template <typename T, int kRows, int kWarpRows>
+Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
+  const Weight4bit& weight = args.weight;
+  const bool whole = weight.cols % kLaneCodes == 0 &&
+                     (reinterpret_cast<std::uintptr_t>(weight.packed) & 15u) == 0;
+  const auto kernel = whole ? linear_4bit_vector_kernel<T, kRows, kWarpRows, true>
+                            : linear_4bit_vector_kernel<T, kRows, kWarpRows, false>;
+  const VectorArgs<T> launch_args{static_cast<const T*>(args.x),
+                                  args.m,
+                                  args.x_row_stride,
+                                  weight.packed,
+                                  scales_of(weight),
+                                  code_source(weight.codes),
+                                  weight.rows,
+                                  weight.cols,
+                                  split.length,
+                                  static_cast<const T*>(args.bias),
+                                  static_cast<T*>(args.y),
+                                  split.count > 1 ? args.workspace : nullptr};
+  const LaunchConfig config{
+      dim3(static_cast<unsigned>(ceil_div(weight.rows, kWarps * kWarpRows)),
+           static_cast<unsigned>(ceil_div(args.m, kRows)), static_cast<unsigned>(split.count)),
+      kThreads, sizeof(VectorShared<T, kRows>), stream};
+  const Status status = launch("linear_4bit_vector_kernel", kernel, config, launch_args);
+  if (!status.ok() || split.count == 1) return status;
+  return sum_splits(args, split.count, weight.rows, stream);
+}
+
+}  // namespace
+
+Split linear_vector_split(const Linear4bitArgs& args) {
+  constexpr std::int64_t kWanted = 512;  // blocks: about four for each of a large GPU's processors
+  constexpr std::int64_t kBlockRows = 16;
+  constexpr int kMaxParts = 16;
+  return split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows), kWanted,
+                   kMaxParts);
+}
+
+Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
+  return with_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Linear4bitArgs some = args;
+    for (std::int64_t row = 0; row < args.m; row += kVectorLaunchRows) {
+      some.x = static_cast<const T*>(args.x) + row * args.x_row_stride;
+      some.y = static_cast<T*>(args.y) + row * args.weight.rows;
+      some.m = args.m - row < kVectorLaunchRows ? args.m - row : kVectorLaunchRows;
+      Status status;
+      if (some.m == 1) {
+        status = launch_rows<T, 1, 4>(some, split, stream);
+      } else if (some.m == 2) {
+        status = launch_rows<T, 2, 4>(some, split, stream);
+      } else if (some.m <= 4) {
+        status = launch_rows<T, 4, 4>(some, split, stream);
+      } else {
+        status = launch_rows<T, 8, 2>(some, split, stream);
+      }
+      if (!status.ok()) return status;
+    }
+    return Status::success();
+  });
+}
+
+}  // namespace qkern::cuda

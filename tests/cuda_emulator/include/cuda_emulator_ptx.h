@@ -1,0 +1,44 @@
+#pragma once
+
+#include "cuda_emulator.h"
+#include "cuda_emulator/mma.h"
+#include "qkern/dtype.h"
+
+// The emulator's bodies of csrc/cuda/ptx.h.
+namespace qkern::cuda {
+
+inline uint4 load_global16(const void* p, QKERN_EMULATOR_SITE) {
+  return emulator::load<uint4>(p, {"load_global16", file, line});
+}
+
+inline void store_global16(void* p, uint4 value, QKERN_EMULATOR_SITE) {
+  emulator::store(p, value, {"store_global16", file, line});
+}
+
+inline void cp_async16(void* shared, const void* source, bool valid, QKERN_EMULATOR_SITE) {
+  emulator::cp_async16(shared, valid ? source : nullptr, {"cp_async16", file, line});
+}
+
+inline void cp_async_commit() { emulator::commit_copies(); }
+
+template <int kPending>
+void cp_async_wait() {
+  emulator::wait_copies(kPending);
+}
+
+template <typename T>
+void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                 QKERN_EMULATOR_SITE) {
+  static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
+  constexpr auto kType =
+      std::is_same_v<T, Float16> ? emulator::MmaType::kFloat16 : emulator::MmaType::kBFloat16;
+  const emulator::Site site{"mma_16x8x16", file, line};
+  if (emulator::capability() >= 80) {
+    emulator::mma<16>(kType, d, a, b, site);
+    return;
+  }
+  emulator::mma<8>(kType, d, {a[0], a[1]}, {b[0]}, site);
+  emulator::mma<8>(kType, d, {a[2], a[3]}, {b[1]}, site);
+}
+
+}  // namespace qkern::cuda

@@ -1,0 +1,39 @@
+"""Runs the op table on the emulated kernels of one build; made for a process under a sanitizer.
+
+``run_table.py FOLDER SCHEDULE STRIDE LARGEST``: every STRIDE-th case of at most LARGEST
+multiply-adds or elements, under ``backend.SCHEDULES[SCHEDULE]``. Prints the case at work, so that
+the last line names the one at which a sanitizer ended the process; at the end, their number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cuda_emulator import backend, build
+
+from qkern import testing
+
+
+def cases(stride: int, largest: int) -> Iterator[tuple[testing.OpSpec, testing.Case]]:
+    """The part of the table that is run."""
+    for spec in testing.OPS.values():
+        for case in [c for c in spec.cases if c.numel <= largest][::stride]:
+            yield spec, case
+
+
+def main(folder: str, schedule: str, stride: str, largest: str) -> None:
+    target = backend.EmulatedTarget(build.load(Path(folder)), backend.SCHEDULES[int(schedule)])
+    count = 0
+    for spec, case in cases(int(stride), int(largest)):
+        print(spec.id(case, target), flush=True)
+        testing.check(spec, case, target)
+        count += 1
+    print(f"{count} cases")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
