@@ -226,8 +226,8 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
 template <typename T, int kRows, int kWarpRows>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
   const Weight4bit& weight = args.weight;
-  const bool whole = weight.cols % kLaneCodes == 0 &&
-                     (reinterpret_cast<std::uintptr_t>(weight.packed) & 15u) == 0;
+  const bool whole =
+      weight.cols % kLaneCodes == 0 && (reinterpret_cast<std::uintptr_t>(weight.packed) & 15u) == 0;
   const auto kernel = whole ? linear_4bit_vector_kernel<T, kRows, kWarpRows, true>
                             : linear_4bit_vector_kernel<T, kRows, kWarpRows, false>;
   const VectorArgs<T> launch_args{static_cast<const T*>(args.x),
