@@ -13,7 +13,7 @@ TEST_THREADS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
 PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
     $(RUN) -m pytest
