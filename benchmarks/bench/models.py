@@ -41,9 +41,12 @@ PEERS = ("bitsandbytes", "dense")
 
 _PROMPT_TOKENS = 32
 _LEARNING_RATE = 2e-4
-_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.03}
-"""Relative error of gradients and logits against float32: rounding accumulates over the layers."""
-_BITSANDBYTES_BF16_TOLERANCE = 0.15  # its inference layout computes in bfloat16 with such scales
+_MAX_LOSS_ERROR = 0.02
+_ROUNDING_MARGIN = {"qkern": 2.0, "dense": 2.0, "bitsandbytes": 4.0}
+"""How often the dense model's own error in a dtype, against float32, a candidate's may be."""
+_FLOOR = {"qkern": 1e-3, "dense": 1e-3, "bitsandbytes": 0.02}
+"""What is allowed besides, which in float32 is all. bitsandbytes' scales differ a little."""
+_EVAL_FLOOR = 0.15  # bitsandbytes' layout for inference computes in bfloat16 with such scales
 
 
 @dataclass(frozen=True)
@@ -186,21 +189,33 @@ def _tokens(model: Any, batch: int, length: int) -> Tensor:
 
 
 @cache
-def _exact_gradients(workload: Workload) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the float32 dense model on the dequantised weights."""
+def _dense_gradients(workload: Workload, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """Loss and gradients of the dense model on the dequantised weights; exact in float32."""
     model = qnn.add_lora(
-        _with_dequantized_weights(_load(workload, torch.float32)),
+        _with_dequantized_weights(_load(workload, dtype)),
         qnn.LoRAConfig(r=LORA_RANK, alpha=LORA_RANK),
     )
     _same_adapters(model)
-    return TrainingStep(model, workload).gradients()
+    loss, gradients = TrainingStep(model, workload).gradients()
+    return loss, _flat(gradients)
 
 
 @cache
-def _exact_logits(workload: Workload) -> Tensor:
-    model = build("dense", workload, torch.float32, lora=False)
+def _dense_logits(workload: Workload, dtype: torch.dtype) -> Tensor:
+    model = build("dense", workload, dtype, lora=False)
     with torch.inference_mode():
         return model(_tokens(model, 1, _PROMPT_TOKENS)).logits
+
+
+def _assert_as_exact(name: str, what: str, value: Tensor, dense: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless `value`'s error is like that of `dense`, of the same dtype.
+
+    In bfloat16 the rounding of every layer adds up to several percent, however exact a kernel is.
+    """
+    floor = _EVAL_FLOOR if (name, what) == ("bitsandbytes", "logits") else _FLOOR[name]
+    allowed = _ROUNDING_MARGIN[name] * _relative_error(dense, exact) + floor
+    error = _relative_error(value, exact)
+    assert error <= allowed, f"relative error {error:.3g} of the {what}, above {allowed:.3g}"
 
 
 def training_contest(
@@ -212,18 +227,17 @@ def training_contest(
         model = build(name, workload, dtype, lora=True)
         _same_adapters(model)
         step = TrainingStep(model, workload)
-        loss, gradients = step.gradients()
+        loss, by_name = step.gradients()
+        gradients = _flat(by_name)
         step.optimizer.zero_grad(set_to_none=True)
 
         def check(_: float) -> None:
-            exact_loss, exact = _exact_gradients(workload)
-            tolerance = _TOLERANCE[dtype]
-            assert abs(loss - exact_loss) <= tolerance * exact_loss / 10, (
+            exact_loss, exact = _dense_gradients(workload, torch.float32)
+            _, dense = _dense_gradients(workload, dtype)
+            assert abs(loss / exact_loss - 1) <= _MAX_LOSS_ERROR, (
                 f"loss {loss:.4f}, exactly {exact_loss:.4f}"
             )
-            assert gradients.keys() == exact.keys(), "its adapters are other layers'"
-            error = _relative_error(_flat(gradients), _flat(exact))
-            assert error <= tolerance, f"relative error {error:.3g} of the gradients"
+            _assert_as_exact(name, "gradients", gradients, dense, exact)
 
         return Candidate(name, lambda: step, check)
 
@@ -251,11 +265,8 @@ def generation_contest(
         def check(ids: Tensor) -> None:
             expected = _PROMPT_TOKENS + workload.new_tokens
             assert ids.shape == (1, expected), f"{ids.shape[1]} tokens, not {expected}"
-            tolerance = _TOLERANCE[dtype]
-            if name == "bitsandbytes":
-                tolerance = max(tolerance, _BITSANDBYTES_BF16_TOLERANCE)
-            error = _relative_error(logits, _exact_logits(workload))
-            assert error <= tolerance, f"relative error {error:.3g} of the prompt's logits"
+            exact = _dense_logits(workload, torch.float32)
+            _assert_as_exact(name, "logits", logits, _dense_logits(workload, dtype), exact)
 
         return Candidate(name, lambda: partial(generate, model, prompt, workload.new_tokens), check)
 
