@@ -24,14 +24,15 @@ bool has_f16c() {
 #endif
 
 #if defined(QKERN_HAVE_AMX)
-// Tiles, their bfloat16 product and AVX512-BF16, and the kernel's leave to use the tiles, which
-// Linux gives a process on request.
+// Tiles, their bfloat16 product, AVX512-VBMI and AVX512-BF16, and the kernel's leave to use the
+// tiles, which Linux gives a process on request.
 bool amx_usable() {
 #if defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
-  if ((edx & kTileAndBf16) != kTileAndBf16) return false;
+  constexpr unsigned kVbmi = 1u << 1;
+  if ((edx & kTileAndBf16) != kTileAndBf16 || (ecx & kVbmi) == 0) return false;
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & 1u << 5) == 0) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;

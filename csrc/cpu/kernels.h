@@ -12,6 +12,7 @@
 #include "scratch.h"
 
 #include "kernels_elementwise.h"
+#include "kernels_panel.h"
 #include "kernels_tiled.h"
 #include "kernels_vector.h"
 #include "kernels_vector_dx.h"

@@ -1,23 +1,10 @@
 // Matmuls over 4-bit weights by tiles: y = x W^T + bias and dx = dy W. A panel of W is decoded into
-// cached scratch, used for every row of the tile and dropped, so W never exists dequantised.
-// Included once per instruction set, after kernels_elementwise.h.
+// the first-level cache, used for every row of the tile and dropped, so W never exists dequantised.
+// Included once per instruction set, after kernels_panel.h.
 #pragma once
 
 namespace qkern::cpu {
 namespace {
-
-constexpr int kLanes = Simd::kLanes;
-constexpr int kTileCols = 2 * kLanes;  // columns of a panel
-constexpr std::int64_t kMaxTileRows = 240;
-constexpr std::int64_t kMaxTileCols = 256;
-constexpr std::int64_t kWordCodes = 8;
-constexpr std::int64_t kChunk = kWordCodes * kLanes;  // weights in one register of words
-
-static_assert(kMaxTileCols % kTileCols == 0, "a tile is made of whole panels");
-static_assert(kTileCols <= kMinBlockSize, "a panel's columns share one scale in a row of W");
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // Collects the first failure of a parallel region.
 struct SharedStatus {
@@ -29,31 +16,6 @@ struct SharedStatus {
 
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";
 
-// Rows start on a whole block (and so on a whole byte and word): the fast paths need it.
-inline bool rows_are_blocks(const Weight4bit& weight) {
-  return weight.cols % weight.block_size == 0;
-}
-
-// Weights [start, start + n) of the flat tensor, wherever blocks and bytes begin.
-inline void decode_flat(const Weight4bit& weight, std::int64_t start, std::int64_t n, float* out) {
-  const float* codes = code_values(weight.codes);
-  while (n > 0) {
-    const std::int64_t block = start / weight.block_size;
-    const std::int64_t take = min64(n, (block + 1) * weight.block_size - start);
-    float scale;
-    load_scales(weight, block, 1, &scale);
-    std::int64_t done = 0;
-    if (start % 2 != 0) {
-      out[0] = codes[weight.packed[start / 2] & 15] * scale;
-      done = 1;
-    }
-    decode_scaled(weight.packed + (start + done) / 2, take - done, codes, scale, out + done);
-    start += take;
-    out += take;
-    n -= take;
-  }
-}
-
 template <typename T>
 void convert_row(const T* from, std::int64_t n, float* to) {
   std::int64_t i = 0;
@@ -64,11 +26,11 @@ void convert_row(const T* from, std::int64_t n, float* to) {
   }
 }
 
-// c[kRows][kTileCols] += a[kRows][depth] * panel[depth][kTileCols]. Sums start anew in each panel:
-// short chains of additions lose less than one chain over the whole contraction.
+// c[kRows][kTileCols] = or += a[kRows][depth] * panel[depth][kTileCols]. Sums start anew in each
+// panel: short chains of additions lose less than one chain over the whole contraction.
 template <int kRows, int kRowStride>
 void multiply_tile(const float* a, const float* panel, std::int64_t depth, float* c,
-                   std::int64_t c_stride) {
+                   bool accumulate) {
   Simd::F sum[kRows][2];
   for (int i = 0; i < kRows; ++i) {
     sum[i][0] = Simd::zero();
@@ -83,14 +45,19 @@ void multiply_tile(const float* a, const float* panel, std::int64_t depth, float
       sum[i][1] = Simd::fma(x, w1, sum[i][1]);
     }
   }
+  if (accumulate) {
+    for (int i = 0; i < kRows; ++i) {
+      sum[i][0] = Simd::add(Simd::loadu(c + i * kTileCols), sum[i][0]);
+      sum[i][1] = Simd::add(Simd::loadu(c + i * kTileCols + kLanes), sum[i][1]);
+    }
+  }
   for (int i = 0; i < kRows; ++i) {
-    float* to = c + i * c_stride;
-    Simd::storeu(to, Simd::add(Simd::loadu(to), sum[i][0]));
-    Simd::storeu(to + kLanes, Simd::add(Simd::loadu(to + kLanes), sum[i][1]));
+    Simd::storeu(c + i * kTileCols, sum[i][0]);
+    Simd::storeu(c + i * kTileCols + kLanes, sum[i][1]);
   }
 }
 
-using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, std::int64_t);
+using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, bool);
 
 template <int kRows, int kRowStride>
 struct MultiplyTable {
@@ -105,195 +72,109 @@ struct MultiplyTable<0, kRowStride> {
 };
 
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is
-// [column / kTileCols][step / kInterleave][kTileCols][kInterleave] elements, steps being those of
-// the contraction; its copy of x is [row][kRowStride].
+// [step / kInterleave][kTileCols][kInterleave] elements, steps being those of the contraction; its
+// copy of x is [row][row_stride].
 struct FloatEngine {
   using Element = float;
-  static constexpr std::int64_t kDepth = 256;  // steps that a panel holds
+  static constexpr std::int64_t kDepth = 256;  // the most steps that a panel holds
   static constexpr int kInterleave = 1;
-  static constexpr int kRowMultiple = 1;    // rows of a tile come in multiples of this
+  static constexpr std::int64_t kStripRows = Simd::kTileRows;  // multiplied at a time
+  static constexpr int kRowMultiple = 1;                       // strips come in multiples of this
   static constexpr int kDepthMultiple = 1;  // so do steps; what lies past the end is zero
+  static constexpr std::int64_t kMaxTileRows = 384;
+  static constexpr std::int64_t kMaxTileCols = 384;
   // A stride of a power of two would send the rows of x to the same cache sets.
   static constexpr int kRowStride = kDepth + 16;
 
-  MultiplyFn multiply[Simd::kTileRows + 1] = {};
+  MultiplyFn multiply[kStripRows + 1] = {};
 
-  FloatEngine() { MultiplyTable<Simd::kTileRows, kRowStride>::fill(multiply); }
+  FloatEngine() { MultiplyTable<kStripRows, kRowStride>::fill(multiply); }
 
+  static constexpr std::int64_t row_stride(std::int64_t) { return kRowStride; }
+  template <typename T>
+  static bool takes_in_place(const T*, std::int64_t, std::int64_t) {
+    return false;
+  }
   static Element element(float value) { return value; }
   static void store_steps(Element* panel, Simd::F first, Simd::F second) {
     Simd::storeu(panel, first);
     Simd::storeu(panel + kTileCols, second);
   }
+  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second, Simd::Lut lut,
+                          float first_scale, float second_scale, Element* to) {
+    const Simd::Lut first_lut = Simd::scale_lut(lut, first_scale);
+    const Simd::Lut second_lut = Simd::scale_lut(lut, second_scale);
+    for (int half = 0; half < 2; ++half) {
+      store_steps(to + half * kLanes, Simd::natural(first + half * kLanes / 2, first_lut),
+                  Simd::natural(second + half * kLanes / 2, second_lut));
+    }
+  }
   template <typename T>
   static void copy_row(const T* from, std::int64_t n, Element* to) {
     convert_row(from, n, to);
   }
-
-  void run(const Element* a, std::int64_t rows, const Element* panels, std::int64_t cols,
-           std::int64_t depth, float* c, std::int64_t c_stride) const {
-    // Registers are filled evenly: 16 rows go as 8 + 8, not as 14 + 2.
-    const std::int64_t strips = ceil_div(rows, Simd::kTileRows);
-    for (std::int64_t n = 0; n < cols; n += kTileCols) {
-      for (std::int64_t s = 0; s < strips; ++s) {
-        const std::int64_t begin = s * rows / strips;
-        const std::int64_t end = (s + 1) * rows / strips;
-        multiply[end - begin](a + begin * kRowStride, panels + n * kDepth, depth,
-                              c + begin * c_stride + n, c_stride);
-      }
-    }
+  void run_strip(const Element* a, std::int64_t, std::int64_t rows, const Element* panel,
+                 std::int64_t depth, float* c, bool accumulate) const {
+    multiply[rows](a, panel, depth, c, accumulate);
   }
 };
 
-// Forward: output columns are rows of W, so lanes run over rows. Words of kLanes rows are
-// transposed in registers, after which each shift exposes one step for all of them.
-template <typename Engine>
-void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int64_t rows,
-                          std::int64_t k0, std::int64_t depth, typename Engine::Element* panel) {
-  static_assert(Engine::kDepth % kChunk == 0, "a panel is made of whole registers of words");
-  constexpr std::int64_t kMaxBlocks = Engine::kDepth / kMinBlockSize;
-  const Simd::Lut lut = Simd::make_lut(code_values(weight.codes));
-  const std::int64_t row_bytes = weight.cols / 2;
-  const std::int64_t row_blocks = weight.cols / weight.block_size;
-  const std::int64_t block0 = k0 / weight.block_size;
-  const std::int64_t blocks = ceil_div(k0 + depth, weight.block_size) - block0;
-  const std::int64_t groups = ceil_div(rows, kTileCols) * 2;
-  for (std::int64_t g = 0; g < groups; ++g) {
-    const std::uint8_t* words[kLanes];
-    float scales[kMaxBlocks * kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      // Rows past the end repeat the last one; their results are never stored.
-      const std::int64_t row = row0 + min64(g * kLanes + i, rows - 1);
-      words[i] = weight.packed + row * row_bytes + k0 / 2;
-      float row_scales[kMaxBlocks + kLanes];  // room for a whole register
-      load_scales(weight, row * row_blocks + block0, blocks, row_scales);
-      for (std::int64_t b = 0; b < blocks; ++b) scales[b * kLanes + i] = row_scales[b];
-    }
-    auto* out =
-        panel + (g / 2) * Engine::kDepth * kTileCols + (g % 2) * kLanes * Engine::kInterleave;
-    for (std::int64_t k = 0; k < depth; k += kChunk) {
-      const std::int64_t left = (depth - k) / kWordCodes;
-      Simd::I chunk[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        chunk[i] = left >= kLanes
-                       ? Simd::load_words(words[i] + k / 2)
-                       : Simd::load_words_partial(words[i] + k / 2, static_cast<int>(left));
-      }
-      Simd::transpose(chunk);
-      const int count = left < kLanes ? static_cast<int>(left) : kLanes;
-      for (int w = 0; w < count; ++w) {
-        const std::int64_t step = k + w * kWordCodes;
-        const Simd::F scale =
-            Simd::loadu(scales + ((k0 + step) / weight.block_size - block0) * kLanes);
-        const Simd::I codes = chunk[w];
-        const auto value = [&](Simd::I shifted) {
-          return Simd::mul(Simd::lookup(lut, shifted), scale);
-        };
-        // Element 2j is the high nibble of byte j, element 2j + 1 the low one.
-        auto* to = out + step * kTileCols;
-        Engine::store_steps(to, value(Simd::shift_right<4>(codes)), value(codes));
-        Engine::store_steps(to + 2 * kTileCols, value(Simd::shift_right<12>(codes)),
-                            value(Simd::shift_right<8>(codes)));
-        Engine::store_steps(to + 4 * kTileCols, value(Simd::shift_right<20>(codes)),
-                            value(Simd::shift_right<16>(codes)));
-        Engine::store_steps(to + 6 * kTileCols, value(Simd::shift_right<28>(codes)),
-                            value(Simd::shift_right<24>(codes)));
-      }
-    }
-  }
-}
-
-// Input gradient: output columns are columns of W, so lanes run along a row as it is packed, and
-// rows are the steps, taken two at a time.
-template <typename Engine>
-void decode_panel_dx(const Weight4bit& weight, std::int64_t row0, std::int64_t rows,
-                     std::int64_t col0, std::int64_t cols, typename Engine::Element* panel) {
-  const Simd::Lut lut = Simd::make_lut(code_values(weight.codes));
-  const std::int64_t row_bytes = weight.cols / 2;
-  const std::int64_t row_blocks = weight.cols / weight.block_size;
-  const std::int64_t block0 = col0 / weight.block_size;
-  const std::int64_t blocks = ceil_div(col0 + cols, weight.block_size) - block0;
-  float scales[2][kMaxTileCols / kMinBlockSize + 1];
-  for (std::int64_t r = 0; r < rows; r += 2) {
-    const bool pair = r + 1 < rows;
-    const std::uint8_t* packed[2];
-    for (int i = 0; i < 2; ++i) {
-      const std::int64_t row = row0 + r + (pair ? i : 0);
-      packed[i] = weight.packed + row * row_bytes + col0 / 2;
-      load_scales(weight, row * row_blocks + block0, blocks, scales[i]);
-    }
-    for (std::int64_t c = 0; c < cols; c += kTileCols) {
-      const std::int64_t block = (col0 + c) / weight.block_size - block0;
-      const Simd::Lut first = Simd::scale_lut(lut, scales[0][block]);
-      const Simd::Lut second = Simd::scale_lut(lut, scales[1][block]);
-      auto* to = panel + (c / kTileCols) * Engine::kDepth * kTileCols + r * kTileCols;
-      for (int half = 0; half < 2; ++half) {
-        const std::int64_t byte = (c + half * kLanes) / 2;
-        Engine::store_steps(to + half * kLanes * Engine::kInterleave,
-                            Simd::natural(packed[0] + byte, first),
-                            pair ? Simd::natural(packed[1] + byte, second) : Simd::zero());
-      }
-    }
-  }
-}
-
-// Any layout: rows of W decoded one by one, then placed. Forward places a row of W as a column.
-template <typename Engine, bool kForward>
-void decode_panel_any(const Weight4bit& weight, std::int64_t row0, std::int64_t rows,
-                      std::int64_t col0, std::int64_t cols, typename Engine::Element* panel) {
-  constexpr int kInterleave = Engine::kInterleave;
-  float values[Engine::kDepth > kMaxTileCols ? Engine::kDepth : kMaxTileCols];
-  for (std::int64_t r = 0; r < rows; ++r) {
-    decode_flat(weight, (row0 + r) * weight.cols + col0, cols, values);
-    for (std::int64_t c = 0; c < cols; ++c) {
-      const std::int64_t column = kForward ? r : c;
-      const std::int64_t step = kForward ? c : r;
-      panel[(column / kTileCols) * Engine::kDepth * kTileCols +
-            (step / kInterleave * kTileCols + column % kTileCols) * kInterleave +
-            step % kInterleave] = Engine::element(values[c]);
-    }
-  }
-}
-
-template <typename Engine, bool kForward>
-void decode_panel(const Weight4bit& weight, std::int64_t col0, std::int64_t cols,
-                  std::int64_t step0, std::int64_t depth, typename Engine::Element* panel) {
-  const std::int64_t row0 = kForward ? col0 : step0;
-  const std::int64_t rows = kForward ? cols : depth;
-  const std::int64_t wcol0 = kForward ? step0 : col0;
-  const std::int64_t wcols = kForward ? depth : cols;
-  const bool fast = rows_are_blocks(weight);
-  const std::int64_t padded = round_up(depth, Engine::kDepthMultiple);
-  if (!fast || padded != depth) {
-    for (std::int64_t c = 0; c < cols; c += kTileCols) {
-      std::memset(panel + c * Engine::kDepth, 0,
-                  static_cast<std::size_t>(padded * kTileCols) * sizeof(*panel));
-    }
-  }
-  if (!fast) {
-    decode_panel_any<Engine, kForward>(weight, row0, rows, wcol0, wcols, panel);
-  } else if constexpr (kForward) {
-    decode_panel_forward<Engine>(weight, row0, rows, wcol0, wcols, panel);
-  } else {
-    decode_panel_dx<Engine>(weight, row0, rows, wcol0, wcols, panel);
-  }
-}
-
+// Output [m, cols], contraction over depth. A tile of the output goes through the contraction in
+// slices: x's part of a slice stays in the second-level cache while panel after panel passes.
 struct TilePlan {
-  std::int64_t m, cols, depth;  // output [m, cols], contraction over depth
+  std::int64_t m, cols, depth;
+  bool in_place;  // x is read where it lies; only the last, partial strip of rows is copied
+  std::int64_t slice;
   std::int64_t tile_rows, tile_cols;
   std::int64_t row_tiles, col_tiles;
 };
 
-inline TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, int num_threads) {
-  TilePlan plan{m, cols, depth, 0, 0, 0, 0};
-  plan.row_tiles = ceil_div(m, kMaxTileRows);
-  plan.tile_rows = ceil_div(m, plan.row_tiles);
+// Where a thread's tile lives in its scratch.
+template <typename Engine>
+struct TileScratch {
+  std::int64_t panel_elements, x_elements, c_floats, scale_floats;
+
+  TileScratch(const TilePlan& plan, std::int64_t tile_rows)
+      : panel_elements(plan.slice * kTileCols),
+        x_elements((plan.in_place ? Engine::kStripRows : tile_rows) *
+                   Engine::row_stride(plan.slice)),
+        c_floats(tile_rows * plan.tile_cols),
+        scale_floats(plan.slice * scale_stride(plan) + kLanes) {}
+
+  // Scales in a row of W within a tile of the input gradient.
+  static std::int64_t scale_stride(const TilePlan& plan) {
+    return plan.tile_cols / kMinBlockSize + 2;
+  }
+  std::size_t bytes() const {
+    return static_cast<std::size_t>(panel_elements + x_elements) *
+               sizeof(typename Engine::Element) +
+           static_cast<std::size_t>(c_floats + scale_floats) * sizeof(float);
+  }
+};
+
+template <typename Engine>
+TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, bool in_place,
+                    int num_threads) {
+  TilePlan plan{m, cols, depth, in_place, 0, 0, 0, 0, 0};
+  const std::int64_t slices = depth == 0 ? 1 : ceil_div(depth, Engine::kDepth);
+  plan.slice = round_up(ceil_div(depth, slices), kMinBlockSize);
   // As many column tiles as divide evenly among the threads.
   const std::int64_t share = ceil_div(cols, num_threads);
-  const std::int64_t per_thread = ceil_div(share, kMaxTileCols);
+  const std::int64_t per_thread = ceil_div(share, Engine::kMaxTileCols);
   plan.tile_cols = round_up(ceil_div(share, per_thread), kTileCols);
   plan.col_tiles = ceil_div(cols, plan.tile_cols);
+  // Tall tiles, since W is decoded once for each.
+  const std::size_t fixed = TileScratch<Engine>(plan, 0).bytes();
+  const std::size_t per_row = TileScratch<Engine>(plan, 1).bytes() - fixed;
+  const auto fit = static_cast<std::int64_t>((kScratchLimit - fixed) / per_row);
+  const std::int64_t most =
+      min64(fit, Engine::kMaxTileRows) / Engine::kRowMultiple * Engine::kRowMultiple;
+  const std::int64_t idle = ceil_div(num_threads, plan.col_tiles);
+  const std::int64_t wanted = min64(idle, ceil_div(m, Engine::kStripRows));
+  const std::int64_t needed = ceil_div(m, most);
+  plan.row_tiles = needed > wanted ? needed : wanted;
+  plan.tile_rows = round_up(ceil_div(m, plan.row_tiles), Engine::kRowMultiple);
+  plan.row_tiles = ceil_div(m, plan.tile_rows);
   return plan;
 }
 
@@ -313,76 +194,160 @@ void store_row(const float* from, const T* bias, std::int64_t n, T* to) {
   }
 }
 
-// Where a thread's tile lives in its scratch: sums, a panel of W, the rows of x.
-template <typename Engine>
-struct TileScratch {
-  std::int64_t c_floats, panel_elements, x_elements;
+template <typename Engine, typename T, bool kForward>
+class TileTask {
+ public:
+  using Element = typename Engine::Element;
 
-  constexpr TileScratch(std::int64_t tile_rows, std::int64_t tile_cols)
-      : c_floats((tile_rows + Engine::kRowMultiple - 1) / Engine::kRowMultiple *
-                 Engine::kRowMultiple * tile_cols),
-        panel_elements(tile_cols * Engine::kDepth),
-        x_elements((tile_rows + Engine::kRowMultiple - 1) / Engine::kRowMultiple *
-                   Engine::kRowMultiple * Engine::kRowStride) {}
+  TileTask(const Linear4bitArgs& args, const TilePlan& plan, void* scratch)
+      : args_(args), plan_(plan), fast_(rows_are_blocks(args.weight)) {
+    const TileScratch<Engine> layout(plan, plan.tile_rows);
+    panel_ = static_cast<Element*>(scratch);
+    copy_ = panel_ + layout.panel_elements;
+    c_ = reinterpret_cast<float*>(copy_ + layout.x_elements);
+    scales_ = c_ + layout.c_floats;
+  }
 
-  constexpr std::size_t bytes() const {
-    return static_cast<std::size_t>(c_floats) * sizeof(float) +
-           static_cast<std::size_t>(panel_elements + x_elements) * sizeof(typename Engine::Element);
+  void compute(std::int64_t tile) {
+    // Tiles of the same rows follow each other: those rows of x are in the cache then.
+    row0_ = tile / plan_.col_tiles * plan_.tile_rows;
+    rows_ = min64(plan_.tile_rows, plan_.m - row0_);
+    const std::int64_t col0 = tile % plan_.col_tiles * plan_.tile_cols;
+    const std::int64_t cols = min64(plan_.tile_cols, plan_.cols - col0);
+    std::int64_t k = 0;
+    do {
+      const std::int64_t depth = min64(plan_.slice, plan_.depth - k);
+      const std::int64_t padded = round_up(depth, Engine::kDepthMultiple);
+      copy_x(k, depth, padded);
+      if (!kForward && fast_) restore_scales(k, depth, col0, cols);
+      for (std::int64_t n = 0; n < cols; n += kTileCols) {
+        const std::int64_t panel_cols = min64(kTileCols, cols - n);
+        decode(col0, n, panel_cols, k, depth, padded);
+        prefetch_x(k + plan_.slice, n, cols);
+        multiply(col0, n, panel_cols, k, padded);
+      }
+      k += plan_.slice;
+    } while (k < plan_.depth);
+  }
+
+ private:
+  const Linear4bitArgs& args_;
+  const TilePlan& plan_;
+  const Engine engine_;
+  bool fast_;
+  Element* panel_;  // [slice / kInterleave][kTileCols][kInterleave]
+  Element* copy_;   // [rows][row_stride]
+  float* c_;        // [tile_cols / kTileCols][tile_rows][kTileCols]
+  float* scales_;   // [slice][scale_stride]; input gradient only
+  std::int64_t row0_ = 0, rows_ = 0;
+
+  const T* x() const { return static_cast<const T*>(args_.x) + row0_ * args_.x_row_stride; }
+  // Rows from here on are copied.
+  std::int64_t first_copied() const {
+    return plan_.in_place ? rows_ / Engine::kStripRows * Engine::kStripRows : 0;
+  }
+
+  void copy_x(std::int64_t k, std::int64_t depth, std::int64_t padded) const {
+    Element* to = copy_;
+    for (std::int64_t r = first_copied(); r < rows_; ++r) {
+      Engine::copy_row(x() + r * args_.x_row_stride + k, depth, to);
+      for (std::int64_t i = depth; i < padded; ++i) to[i] = Engine::element(0.0f);
+      to += Engine::row_stride(plan_.slice);
+    }
+  }
+
+  // A share of x's next slice for each panel of this one.
+  void prefetch_x(std::int64_t k, std::int64_t n, std::int64_t cols) const {
+    constexpr std::int64_t kLine = 64 / sizeof(T);
+    const std::int64_t depth = min64(plan_.slice, plan_.depth - k);
+    const std::int64_t end = rows_ * min64(n + kTileCols, cols) / cols;
+    for (std::int64_t r = rows_ * n / cols; r < end; ++r) {
+      for (std::int64_t i = 0; i < depth; i += kLine) {
+        __builtin_prefetch(x() + r * args_.x_row_stride + k + i, 0, 2);
+      }
+    }
+  }
+
+  void restore_scales(std::int64_t row0, std::int64_t rows, std::int64_t col0,
+                      std::int64_t cols) const {
+    const Weight4bit& weight = args_.weight;
+    const std::int64_t row_blocks = weight.cols / weight.block_size;
+    const std::int64_t block0 = col0 / weight.block_size;
+    const std::int64_t blocks = ceil_div(col0 + cols, weight.block_size) - block0;
+    const std::int64_t stride = TileScratch<Engine>::scale_stride(plan_);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      load_scales(weight, (row0 + r) * row_blocks + block0, blocks, scales_ + r * stride);
+    }
+  }
+
+  // Columns [col0 + n, col0 + n + cols) of the output, steps [k, k + depth).
+  void decode(std::int64_t col0, std::int64_t n, std::int64_t cols, std::int64_t k,
+              std::int64_t depth, std::int64_t padded) const {
+    const Weight4bit& weight = args_.weight;
+    if (!fast_ || padded != depth) {
+      std::memset(panel_, 0, static_cast<std::size_t>(padded * kTileCols) * sizeof(Element));
+    }
+    if (!fast_) {
+      kForward ? decode_panel_any<Engine, true>(weight, col0 + n, cols, k, depth, panel_)
+               : decode_panel_any<Engine, false>(weight, k, depth, col0 + n, cols, panel_);
+    } else if constexpr (kForward) {
+      decode_panel_forward<Engine>(weight, col0 + n, cols, k, depth, panel_);
+    } else {
+      const std::int64_t block = (col0 + n) / weight.block_size - col0 / weight.block_size;
+      decode_panel_dx<Engine>(weight, k, depth, col0 + n, scales_ + block,
+                              TileScratch<Engine>::scale_stride(plan_), panel_);
+    }
+  }
+
+  void multiply(std::int64_t col0, std::int64_t n, std::int64_t cols, std::int64_t k,
+                std::int64_t padded) const {
+    const T* bias = static_cast<const T*>(args_.bias);
+    T* y = static_cast<T*>(args_.y) + row0_ * plan_.cols + col0 + n;
+    if (bias != nullptr) bias += col0 + n;
+    const bool last = k + plan_.slice >= plan_.depth;
+    // Registers are filled evenly: 16 rows go as 8 + 8, not as 14 + 2.
+    const std::int64_t strips = ceil_div(rows_, Engine::kStripRows);
+    for (std::int64_t s = 0; s < strips; ++s) {
+      const std::int64_t begin = strip_begin(s, strips), end = strip_begin(s + 1, strips);
+      float* c = c_ + (n / kTileCols * plan_.tile_rows + begin) * kTileCols;
+      const std::int64_t copied = begin - first_copied();
+      if (plan_.in_place && copied < 0) {
+        // Only where T is Element.
+        const auto* from = reinterpret_cast<const Element*>(x() + begin * args_.x_row_stride + k);
+        engine_.run_strip(from, args_.x_row_stride, end - begin, panel_, padded, c, k > 0);
+      } else {
+        const std::int64_t stride = Engine::row_stride(plan_.slice);
+        engine_.run_strip(copy_ + copied * stride, stride, end - begin, panel_, padded, c, k > 0);
+      }
+      if (!last) continue;
+      for (std::int64_t r = begin; r < end; ++r) {
+        store_row(c + (r - begin) * kTileCols, bias, cols, y + r * plan_.cols);
+      }
+    }
+  }
+
+  std::int64_t strip_begin(std::int64_t strip, std::int64_t strips) const {
+    return Engine::kRowMultiple == 1 ? strip * rows_ / strips
+                                     : min64(strip * Engine::kStripRows, rows_);
   }
 };
 
 template <typename Engine, typename T, bool kForward>
-void compute_tile(const Linear4bitArgs& args, const TilePlan& plan, const Engine& engine,
-                  std::int64_t tile, void* scratch) {
-  using Element = typename Engine::Element;
-  const std::int64_t row0 = (tile % plan.row_tiles) * plan.tile_rows;
-  const std::int64_t col0 = (tile / plan.row_tiles) * plan.tile_cols;
-  const std::int64_t rows = min64(plan.tile_rows, plan.m - row0);
-  const std::int64_t cols = min64(plan.tile_cols, plan.cols - col0);
-  const std::int64_t c_stride = plan.tile_cols;
-  const TileScratch<Engine> layout(plan.tile_rows, plan.tile_cols);
-  float* c = static_cast<float*>(scratch);
-  Element* panel = reinterpret_cast<Element*>(c + layout.c_floats);
-  Element* a = panel + layout.panel_elements;
-  const T* x = static_cast<const T*>(args.x) + row0 * args.x_row_stride;
-
-  std::memset(c, 0, static_cast<std::size_t>(layout.c_floats) * sizeof(float));
-  for (std::int64_t k = 0; k < plan.depth; k += Engine::kDepth) {
-    const std::int64_t depth = min64(Engine::kDepth, plan.depth - k);
-    const std::int64_t padded = round_up(depth, Engine::kDepthMultiple);
-    decode_panel<Engine, kForward>(args.weight, col0, cols, k, depth, panel);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      Element* to = a + r * Engine::kRowStride;
-      Engine::copy_row(x + r * args.x_row_stride + k, depth, to);
-      for (std::int64_t i = depth; i < padded; ++i) to[i] = Engine::element(0.0f);
-    }
-    engine.run(a, rows, panel, cols, padded, c, c_stride);
-  }
-  const T* bias = static_cast<const T*>(args.bias);
-  T* y = static_cast<T*>(args.y) + row0 * plan.cols + col0;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    store_row(c + r * c_stride, bias != nullptr ? bias + col0 : nullptr, cols, y + r * plan.cols);
-  }
-}
-
-template <typename Engine, typename T, bool kForward>
 Status linear_tiled(const Linear4bitArgs& args, int num_threads) {
-  static_assert(TileScratch<Engine>(kMaxTileRows, kMaxTileCols).bytes() <= kScratchLimit,
-                "the largest tile fits in the scratch");
   const std::int64_t cols = kForward ? args.weight.rows : args.weight.cols;
   const std::int64_t depth = kForward ? args.weight.cols : args.weight.rows;
-  const TilePlan plan = plan_tiles(args.m, cols, depth, num_threads);
-  const std::size_t bytes = TileScratch<Engine>(plan.tile_rows, plan.tile_cols).bytes();
+  const bool in_place =
+      Engine::takes_in_place(static_cast<const T*>(args.x), args.x_row_stride, depth);
+  const TilePlan plan = plan_tiles<Engine>(args.m, cols, depth, in_place, num_threads);
+  const std::size_t bytes = TileScratch<Engine>(plan, plan.tile_rows).bytes();
   WorkQueue queue(plan.row_tiles * plan.col_tiles, 1);
   SharedStatus status;
   auto body = [&] {
     void* scratch = thread_scratch(bytes);
     if (scratch == nullptr) return status.fail(kOutOfMemory);
-    const Engine engine;
+    TileTask<Engine, T, kForward> task(args, plan, scratch);
     std::int64_t begin, end;
-    while (queue.next(&begin, &end)) {
-      compute_tile<Engine, T, kForward>(args, plan, engine, begin, scratch);
-    }
+    while (queue.next(&begin, &end)) task.compute(begin);
   };
   parallel(num_threads, body);
   return status.get();

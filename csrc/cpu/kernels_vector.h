@@ -19,13 +19,6 @@ struct Segment {
   std::int64_t chunks;  // whole and partial
 };
 
-// Fetches what the next rows of W hold at the same place: rows are short, so the hardware, which
-// follows a stream to the end of a page, comes too late. The address may lie past the end.
-inline void prefetch(const std::uint8_t* p, std::int64_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) +
-                                                   static_cast<std::uintptr_t>(offset)));
-}
-
 // x in the order in which shifts expose the codes: [chunk][shift][lane], zeros past the end, so
 // that the weights need no shuffling beyond the lookup.
 template <typename T>
