@@ -110,3 +110,71 @@ class Linear4bitDx(Function):
             args = (ddx, *ctx.saved_tensors, None, *ctx.static)
             ddy = Linear4bit.apply(*args) if torch.is_grad_enabled() else _linear_4bit(*args)
         return ddy, None, None, None, None, None, None, None, None, None
+
+
+class LoRALinear4bit(Function):
+    """``x @ W.T + bias + scaling * h @ lora_b.T`` with ``h = adapter_input @ lora_a.T``.
+
+    One Function for base and adapter, so that both add to one result and, in backward, to one
+    gradient of ``x``: no temporary of either's size is made. Matrices ``x`` and ``adapter_input``
+    of ``[rows, in_features]``; ``adapter_input`` None stands for ``x`` (no dropout). All in one
+    dtype; the weight's arguments as in `Linear4bit`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        adapter_input: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        packed: Tensor,
+        absmax: Tensor,
+        nested_absmax: Tensor | None,
+        nested_offset: Tensor | None,
+        codebook: Tensor | None,
+        bias: Tensor | None,
+        format: str,
+        block_size: int,
+        out_features: int,
+        batch_invariant: bool,
+    ) -> Tensor:
+        """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
+        weight = (packed, absmax, nested_absmax, nested_offset, codebook)
+        y = _linear_4bit(x, *weight, bias, format, block_size, out_features, batch_invariant)
+        kept = x if adapter_input is None else adapter_input
+        hidden = kept @ lora_a.t()
+        ctx.save_for_backward(kept, hidden, lora_a, lora_b, *weight)
+        ctx.static = (format, block_size, x.shape[-1], batch_invariant)
+        ctx.scaling, ctx.shared_input = scaling, adapter_input is None
+        return y.addmm_(hidden, lora_b.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
+        kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
+        needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
+        dx = dinput = da = db = dbias = None
+        if ctx.needs_input_grad[10]:
+            dbias = dy.sum(0)
+        args = (dy, *weight, *ctx.static)
+        if torch.is_grad_enabled():  # under create_graph=True
+            if needs_x:
+                dx = Linear4bitDx.apply(*args)
+            hidden = kept @ lora_a.t()  # the saved one is no function of its factors
+        elif needs_x:
+            dx = _linear_4bit_dx(*args)
+        if needs_b:
+            # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
+            db = (hidden.t() @ dy * ctx.scaling).t().contiguous()
+        if needs_x or needs_input or needs_a:
+            dhidden = dy @ lora_b * ctx.scaling
+            if needs_a:
+                da = dhidden.t() @ kept
+            if needs_input:
+                dinput = dhidden @ lora_a
+            elif dx is not None and ctx.shared_input:
+                graph = torch.is_grad_enabled()
+                dx = dx.addmm(dhidden, lora_a) if graph else dx.addmm_(dhidden, lora_a)
+        return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None

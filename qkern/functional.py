@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
-from torch.nn.functional import linear as _dense_linear
 
 from qkern import _errors, formats
-from qkern.autograd import Linear4bit
+from qkern.autograd import Linear4bit, LoRALinear4bit
 from qkern.tensor import QuantizedTensor
 
 _linear_4bit = torch.ops.qkern.linear_4bit.default
@@ -220,8 +219,15 @@ def _checked_input(
 
 def _linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """``linear_4bit`` of checked arguments."""
-    args = (
-        x,
+    args = (x, *_weight_arguments(qw, bias))
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return Linear4bit.apply(*args)
+    return _linear_4bit(*args)
+
+
+def _weight_arguments(qw: QuantizedTensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """What follows ``x`` in the op ``linear_4bit``."""
+    return (
         qw.packed,
         qw.absmax,
         qw.nested_absmax,
@@ -233,9 +239,6 @@ def _linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor:
         qw.shape[0],
         _batch_invariant,
     )
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return Linear4bit.apply(*args)
-    return _linear_4bit(*args)
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -326,12 +329,15 @@ def lora_linear(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
     matrix = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
-    y = _linear(matrix, qw, bias)
-    adapter_input = _dropout(matrix, dropout_p) if dropout_p else matrix
-    hidden = _dense_linear(adapter_input, lora_a.to(x.dtype))
-    # In place, because y is this function's own and no backward needs it; by addmm, because that
-    # makes no [rows, out_features] temporary and rounds once, in backward too.
-    y.addmm_(hidden, lora_b.to(x.dtype).t(), alpha=scaling)
+    adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
+    y = LoRALinear4bit.apply(
+        matrix,
+        adapter_input,
+        lora_a.to(x.dtype),
+        lora_b.to(x.dtype),
+        scaling,
+        *_weight_arguments(qw, bias),
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 

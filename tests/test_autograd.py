@@ -330,3 +330,45 @@ def test_lora_adapter_keeps_its_dtype() -> None:
     y.sum().backward()
     assert lora_a.grad.dtype == lora_b.grad.dtype == torch.float32
     assert low.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_lora_double_backward(dropped: bool) -> None:
+    x, qw, lora_a, lora_b, bias = lora_problem(torch.float32)
+    w64 = qw.dequantize(torch.float32).double()
+
+    def ours(*leaves: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return qkern.lora_linear(
+            leaves[0], qw, leaves[1], leaves[2], 0.5, leaves[3], dropout_p=0.3 if dropped else 0.0
+        )
+
+    def exact(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        mask = dropout(torch.ones(12, 130), 0.3) if dropped else torch.ones(12, 130)
+        return linear(x, w64, bias) + 0.5 * (x * mask.view_as(x)) @ a.mT @ b.mT
+
+    def penalty(forward: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
+        loss = forward(*leaves).tanh().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    leaves = (x, lora_a, lora_b, bias)
+    doubles = (t.detach().double().requires_grad_() for t in leaves)
+    for actual, expected in zip(penalty(ours, *leaves), penalty(exact, *doubles), strict=True):
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 1e-5, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("wanted", ["x", "a", "b", "bias"])
+def test_lora_gradient_of_one_alone(wanted: str) -> None:
+    x, qw, *rest = lora_problem(torch.float32)
+    leaves = dict(zip(("x", "a", "b", "bias"), (x, *rest), strict=True))
+
+    def gradient(names: tuple[str, ...]) -> Tensor:
+        part = {name: t.detach().requires_grad_(name in names) for name, t in leaves.items()}
+        y = qkern.lora_linear(part["x"], qw, part["a"], part["b"], 0.5, part["bias"])
+        (found,) = torch.autograd.grad(y.square().sum(), part[wanted])
+        return found
+
+    testing.assert_bitwise(gradient((wanted,)), gradient(tuple(leaves)))
