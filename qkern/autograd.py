@@ -116,9 +116,10 @@ class LoRALinear4bit(Function):
     """``x @ W.T + bias + scaling * h @ lora_b.T`` with ``h = adapter_input @ lora_a.T``.
 
     One Function for base and adapter, so that both add to one result and, in backward, to one
-    gradient of ``x``: no temporary of either's size is made. Matrices ``x`` and ``adapter_input``
-    of ``[rows, in_features]``; ``adapter_input`` None stands for ``x`` (no dropout). All in one
-    dtype; the weight's arguments as in `Linear4bit`.
+    gradient of ``x``. Matrices ``x`` and ``adapter_input`` of ``[rows, in_features]``, of one
+    dtype; ``adapter_input`` None stands for ``x`` (no dropout). The adapter is computed in the
+    dtype of ``lora_a`` and ``lora_b``, which is ``x``'s or a wider one. The weight's arguments are
+    as in `Linear4bit`.
     """
 
     @staticmethod
@@ -144,37 +145,47 @@ class LoRALinear4bit(Function):
         weight = (packed, absmax, nested_absmax, nested_offset, codebook)
         y = _linear_4bit(x, *weight, bias, format, block_size, out_features, batch_invariant)
         kept = x if adapter_input is None else adapter_input
-        hidden = kept @ lora_a.t()
+        hidden = kept.to(lora_a.dtype) @ lora_a.t()
         ctx.save_for_backward(kept, hidden, lora_a, lora_b, *weight)
         ctx.static = (format, block_size, x.shape[-1], batch_invariant)
         ctx.scaling, ctx.shared_input = scaling, adapter_input is None
-        return y.addmm_(hidden, lora_b.t(), alpha=scaling)
+        return _add_product(y, hidden, lora_b.t(), scaling)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
         kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
         needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
+        graph = torch.is_grad_enabled()  # under create_graph=True
         dx = dinput = da = db = dbias = None
         if ctx.needs_input_grad[10]:
             dbias = dy.sum(0)
-        args = (dy, *weight, *ctx.static)
-        if torch.is_grad_enabled():  # under create_graph=True
-            if needs_x:
-                dx = Linear4bitDx.apply(*args)
-            hidden = kept @ lora_a.t()  # the saved one is no function of its factors
-        elif needs_x:
-            dx = _linear_4bit_dx(*args)
+        if needs_x:
+            args = (dy, *weight, *ctx.static)
+            dx = Linear4bitDx.apply(*args) if graph else _linear_4bit_dx(*args)
+        if not (needs_x or needs_input or needs_a or needs_b):
+            return (None,) * 10 + (dbias,) + (None,) * 4
+        dtype = lora_a.dtype
+        wide_dy = dy.to(dtype)
         if needs_b:
+            if graph:
+                hidden = kept.to(dtype) @ lora_a.t()  # the saved one is no function of its factors
             # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
-            db = (hidden.t() @ dy * ctx.scaling).t().contiguous()
-        if needs_x or needs_input or needs_a:
-            dhidden = dy @ lora_b * ctx.scaling
-            if needs_a:
-                da = dhidden.t() @ kept
-            if needs_input:
-                dinput = dhidden @ lora_a
-            elif dx is not None and ctx.shared_input:
-                graph = torch.is_grad_enabled()
-                dx = dx.addmm(dhidden, lora_a) if graph else dx.addmm_(dhidden, lora_a)
+            db = (hidden.t() @ wide_dy * ctx.scaling).t().contiguous()
+        dhidden = wide_dy @ lora_b * ctx.scaling
+        if needs_a:
+            da = dhidden.t() @ kept.to(dtype)
+        if needs_input:
+            dinput = (dhidden @ lora_a).to(kept.dtype)
+        elif dx is not None and ctx.shared_input:
+            dx = (
+                dx + (dhidden @ lora_a).to(dx.dtype) if graph else _add_product(dx, dhidden, lora_a)
+            )
         return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """``total += alpha * a @ b``, in place and, in one dtype, without a temporary."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b, alpha=alpha)
+    return total.add_((a @ b).to(total.dtype), alpha=alpha)

@@ -12,6 +12,7 @@ from torch.nn.functional import dropout as _dropout
 
 from qkern import _errors, formats
 from qkern.autograd import Linear4bit, LoRALinear4bit
+from qkern.backends import native
 from qkern.tensor import QuantizedTensor
 
 _linear_4bit = torch.ops.qkern.linear_4bit.default
@@ -313,8 +314,8 @@ def lora_linear(
         as for ``linear_4bit``.
     ``lora_a``, ``lora_b``
         the adapter, ``[r, in_features]`` and ``[out_features, r]``, as in PEFT; float32, bfloat16
-        or float16. Where their dtype is not ``x``'s they are cast to it; their gradients come back
-        in their own dtype.
+        or float16. It is computed in ``x``'s dtype; on a CPU that only emulates matmuls in that
+        dtype, in float32. Gradients come back in the adapter's own dtype.
     ``dropout_p``
         probability to drop an element of the adapter's input: pass 0.0 when not training.
 
@@ -330,15 +331,28 @@ def lora_linear(
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
     matrix = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
     adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
+    adapter_dtype = x.dtype
+    if x.is_cpu and x.dtype != torch.float32 and not _autocast_enabled(x):
+        adapter_dtype = _cpu_adapter_dtype(x.dtype)
     y = LoRALinear4bit.apply(
         matrix,
         adapter_input,
-        lora_a.to(x.dtype),
-        lora_b.to(x.dtype),
+        lora_a.to(adapter_dtype),
+        lora_b.to(adapter_dtype),
         scaling,
         *_weight_arguments(qw, bias),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+@torch.compiler.assume_constant_result
+def _cpu_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for an adapter on a CPU: torch emulates 16-bit matmuls where no AMX does them.
+
+    Emulated, each of the adapter's narrow products takes five times as long as in float32.
+    """
+    has_amx = native.missing_reason is None and native.isa() == "amx"
+    return dtype if has_amx and dtype == torch.bfloat16 else torch.float32
 
 
 def _check_adapter(name: str, value: Any, x: Tensor, shape: tuple[int | None, int]) -> None:

@@ -9,6 +9,7 @@ constexpr int kGroup = 32;  // the smallest block: 16 packed bytes
 constexpr int kGroupRegisters = kGroup / Simd::kLanes;
 
 inline std::int64_t min64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t max64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 // Magnitudes compare as integers in every float format, and a NaN above infinity.
 inline std::uint32_t magnitude_bits(float v) { return float_bits(v) & 0x7fffffffu; }

@@ -158,10 +158,11 @@ TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, bool 
   TilePlan plan{m, cols, depth, in_place, 0, 0, 0, 0, 0};
   const std::int64_t slices = depth == 0 ? 1 : ceil_div(depth, Engine::kDepth);
   plan.slice = round_up(ceil_div(depth, slices), kMinBlockSize);
-  // As many column tiles as divide evenly among the threads.
-  const std::int64_t share = ceil_div(cols, num_threads);
-  const std::int64_t per_thread = ceil_div(share, Engine::kMaxTileCols);
-  plan.tile_cols = round_up(ceil_div(share, per_thread), kTileCols);
+  // As many column tiles as divide evenly among the threads; but x is copied once for each, so with
+  // many threads rows are divided too.
+  const std::int64_t share = max64(ceil_div(cols, num_threads), min64(cols, 4 * kMinBlockSize));
+  const std::int64_t tiles = ceil_div(cols, share) * ceil_div(share, Engine::kMaxTileCols);
+  plan.tile_cols = round_up(ceil_div(cols, tiles), kTileCols);
   plan.col_tiles = ceil_div(cols, plan.tile_cols);
   // Tall tiles, since W is decoded once for each.
   const std::size_t fixed = TileScratch<Engine>(plan, 0).bytes();
@@ -171,8 +172,7 @@ TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, bool 
       min64(fit, Engine::kMaxTileRows) / Engine::kRowMultiple * Engine::kRowMultiple;
   const std::int64_t idle = ceil_div(num_threads, plan.col_tiles);
   const std::int64_t wanted = min64(idle, ceil_div(m, Engine::kStripRows));
-  const std::int64_t needed = ceil_div(m, most);
-  plan.row_tiles = needed > wanted ? needed : wanted;
+  plan.row_tiles = max64(ceil_div(m, most), wanted);
   plan.tile_rows = round_up(ceil_div(m, plan.row_tiles), Engine::kRowMultiple);
   plan.row_tiles = ceil_div(m, plan.tile_rows);
   return plan;

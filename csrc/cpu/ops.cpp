@@ -10,10 +10,7 @@
 #include "kernel_table.h"
 #include "parallel.h"
 #include "qkern/codes.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "subnormals.h"
 
 namespace qkern::cpu {
 namespace {
@@ -78,27 +75,10 @@ EncodeTable make_encode_table(const Codebook& codes) {
 // The kernels for `index` = a dtype, or an error where QKERN_CPU_ISA names nothing usable.
 template <typename Fn>
 Status with_kernels(const Fn& fn) {
+  [[maybe_unused]] const KeepSubnormals keep;
   const KernelTable* table = active_kernels();
   return table == nullptr ? Status::error(kUnknownIsa) : fn(*table);
 }
-
-// Subnormal numbers keep their values while this lives, whatever torch.set_flush_denormal said: it
-// acts on the calling thread alone, so codes would depend on the thread.
-class KeepSubnormals {
- public:
-#if defined(__SSE2__)
-  KeepSubnormals() : saved_(_mm_getcsr()) {
-    constexpr unsigned kFlushToZero = 1u << 15, kSubnormalsAreZero = 1u << 6;
-    _mm_setcsr(saved_ & ~(kFlushToZero | kSubnormalsAreZero));
-  }
-  ~KeepSubnormals() { _mm_setcsr(saved_); }
-  KeepSubnormals(const KeepSubnormals&) = delete;
-  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
-
- private:
-  unsigned saved_;
-#endif
-};
 
 // Splits blocks among threads in runs of about kRunElements, so that a short tensor stays on the
 // calling thread.
@@ -109,7 +89,6 @@ Status for_blocks(std::int64_t numel, std::int64_t block_size, int num_threads, 
   const std::int64_t grain = std::max<std::int64_t>(1, kRunElements / block_size);
   WorkQueue queue(blocks, grain);
   auto body = [&] {
-    [[maybe_unused]] const KeepSubnormals keep;
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) fn(BlockRange{numel, block_size, begin, end});
   };

@@ -2,6 +2,8 @@
 
 #include <atomic>
 
+#include "subnormals.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #include <pthread.h>
@@ -43,16 +45,28 @@ const Runtime& runtime() {
   return found;
 }
 
+struct Region {
+  void (*body)(void*);
+  void* context;
+};
+
+void run_region(void* data) {
+  [[maybe_unused]] const KeepSubnormals keep;
+  const Region& region = *static_cast<const Region*>(data);
+  region.body(region.context);
+}
+
 }  // namespace
 
 void run_parallel(int num_threads, void (*body)(void*), void* context) {
   const Runtime& omp = runtime();
   const bool serial = num_threads <= 1 || omp.parallel == nullptr || in_forked_child.load() ||
                       (omp.in_parallel != nullptr && omp.in_parallel() != 0);
+  Region region{body, context};
   if (serial) {
-    body(context);
+    run_region(&region);
   } else {
-    omp.parallel(body, context, static_cast<unsigned>(num_threads), 0);
+    omp.parallel(run_region, &region, static_cast<unsigned>(num_threads), 0);
   }
 }
 

@@ -103,8 +103,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of activations and unquantised weights; auto: bfloat16 where the GPU computes in "
-        "it, else float32 (Guanaco: bfloat16)",
+        help="of activations and unquantised weights; auto: bfloat16 where the GPU or the CPU "
+        "computes in it, else float32 (Guanaco: bfloat16)",
     )
     group.add_argument("--threads", type=_positive_int, help="CPU threads (default: torch's)")
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import qkern.env
 import qkern.nn
 
 from . import UserError
@@ -32,8 +33,11 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
     if config.dtype != "auto":
         return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    # Emulated bfloat16 is slower than float32, on CPUs and on GPUs before Ampere.
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Where bfloat16 is emulated, on most CPUs and on GPUs before Ampere, float32 is faster.
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = qkern.env.report()["native"].get("instruction_set") == "amx"
     return device, torch.bfloat16 if native else torch.float32
 
 

@@ -105,6 +105,7 @@ class LoRALinear(nn.Module):
     :class:`Linear4bit` or an ``nn.Linear``. A and B are cast to the dtype of the base's result,
     which is x's or autocast's; their gradients arrive in their own. So float32 adapters on a
     bfloat16 model behave as under autocast with PEFT, with no float32 copy of x kept for backward.
+    (On a CPU that only emulates matmuls in that dtype, the adapter is computed in float32.)
 
     After :meth:`merge` the forward uses one merged weight, which lies beside the base's: the base
     and the state dict stay as they were, so :meth:`unmerge` is exact and saving is always of the

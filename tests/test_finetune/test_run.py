@@ -55,6 +55,7 @@ def data(tmp_path: Path) -> Path:
 def arguments(tiny_model: Path, data: Path) -> list[str]:
     return [
         *("--model", str(tiny_model), "--data", str(data), "--device", "cpu", "--threads", "1"),
+        *("--dtype", "float32"),
         *("--lora-r", "4", "--learning-rate", "0.003", "--warmup-ratio", "0.9"),
         *("--batch-size", "2", "--accumulation", "2", "--max-steps", "8", "--save-steps", "3"),
         *("--eval-steps", "4", "--sample-tokens", "4"),
@@ -183,7 +184,7 @@ def test_every_setting_of_the_recipe_reaches_the_numbers(run: Finetune, tmp_path
         *("--lora-r=2", "--lora-alpha=3", "--lora-dropout=0", "--lora-targets=q_proj"),
         *("--learning-rate=0.01", "--warmup-ratio=0", "--adam-beta2=0.5", "--max-grad-norm=0.001"),
         *("--train-on-source", "--no-group-by-length", "--format=fp4", "--block-size=32"),
-        *("--no-double-quant", "--source-max-len=5", "--target-max-len=5"),
+        *("--no-double-quant", "--source-max-len=5", "--target-max-len=5", "--dtype=bfloat16"),
     ):
         assert run(setting, *quick, setting) == 0
         steps[setting] = _result(tmp_path / setting)["history"]["steps"]

@@ -1,0 +1,30 @@
+#pragma once
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace qkern::cpu {
+namespace {
+
+// Subnormal numbers keep their values on this thread while this lives, whatever
+// torch.set_flush_denormal said: it acts on the calling thread alone, so that results would depend
+// on the thread.
+class KeepSubnormals {
+ public:
+#if defined(__SSE2__)
+  KeepSubnormals() : saved_(_mm_getcsr()) {
+    constexpr unsigned kFlushToZero = 1u << 15, kSubnormalsAreZero = 1u << 6;
+    _mm_setcsr(saved_ & ~(kFlushToZero | kSubnormalsAreZero));
+  }
+  ~KeepSubnormals() { _mm_setcsr(saved_); }
+  KeepSubnormals(const KeepSubnormals&) = delete;
+  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+}  // namespace qkern::cpu
