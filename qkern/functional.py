@@ -349,7 +349,7 @@ def lora_linear(
 def _cpu_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for an adapter on a CPU: torch emulates 16-bit matmuls where no AMX does them.
 
-    Emulated, each of the adapter's narrow products takes five times as long as in float32.
+    Emulated, the adapter's narrow products take several times as long as in float32.
     """
     has_amx = native.missing_reason is None and native.isa() == "amx"
     return dtype if has_amx and dtype == torch.bfloat16 else torch.float32
