@@ -75,11 +75,10 @@ void linear_4bit_dx(Pointer dy, int dtype, Size m, Size dy_row_stride, Pointer p
 // Bytes of workspace that linear_4bit (or linear_4bit_dx, whose x is dy) takes on the current
 // device. Which path runs depends on x's and packed's alignment, so they are the call's own.
 Size linear_workspace(bool input_gradient, Pointer x, int dtype, Size m, Size x_row_stride,
-                      Pointer packed, Size block_size, Size rows, Size cols,
-                      bool batch_invariant) {
-  const Linear4bitArgs args = linear_4bit_args(x, dtype, m, x_row_stride, packed, 0, 0, 0,
-                                               kFormatNf4, 0, block_size, rows, cols, 0, 0,
-                                               batch_invariant);
+                      Pointer packed, Size block_size, Size rows, Size cols, bool batch_invariant) {
+  const Linear4bitArgs args =
+      linear_4bit_args(x, dtype, m, x_row_stride, packed, 0, 0, 0, kFormatNf4, 0, block_size, rows,
+                       cols, 0, 0, batch_invariant);
   Size bytes = 0;
   raise_on_error("linear_4bit", input_gradient ? cuda::linear_4bit_dx_workspace(args, &bytes)
                                                : cuda::linear_4bit_workspace(args, &bytes));

@@ -52,8 +52,8 @@ struct BlockPlan {
   std::int64_t numel;
   std::int64_t units;
   int block_shift;
-  int passes;      // of the warp over a unit
-  int block_lanes; // lanes that share a block in a pass
+  int passes;       // of the warp over a unit
+  int block_lanes;  // lanes that share a block in a pass
 };
 
 inline BlockPlan block_plan(std::int64_t numel, std::int64_t block_size) {
@@ -67,8 +67,8 @@ inline dim3 quantize_grid(const BlockPlan& plan) {
   return strided_grid(ceil_div(plan.units, kQuantizeThreads / kWarp));
 }
 
-// `values.load(start, out)` gives the input; `encoder.store(start, count, values, reciprocal)` takes
-// eight elements, of which `count` exist.
+// `values.load(start, out)` gives the input; `encoder.store(start, count, values, reciprocal)`
+// takes eight elements, of which `count` exist.
 template <typename Values, typename Encoder>
 QKERN_DEVICE void quantize_blocks(const BlockPlan& plan, const Values& values,
                                   const Encoder& encoder, float* absmax) {

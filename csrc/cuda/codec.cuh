@@ -141,9 +141,7 @@ QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
 }
 
 // Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
-QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) {
-  return (word >> (4 * (i ^ 1))) & 15u;
-}
+QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) { return (word >> (4 * (i ^ 1))) & 15u; }
 
 // The eight codes of a word as offsets in bytes into a CodeTable: four at a time are shifted and
 // masked, so that each costs one byte-permute more.
@@ -203,7 +201,8 @@ inline Scales scales_of(const Weight4bit& weight) {
 
 // The scale of a block; two roundings where it is double-quantised, never a fused multiply-add.
 QKERN_DEVICE float load_scale(const Scales& scales, std::int64_t block) {
-  if (scales.nested_absmax == nullptr) return __ldg(static_cast<const float*>(scales.absmax) + block);
+  if (scales.nested_absmax == nullptr)
+    return __ldg(static_cast<const float*>(scales.absmax) + block);
   const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
   const float value = __ldg(kDeviceMapSigned.values + code);
   return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))),

@@ -20,8 +20,7 @@ QKERN_DEVICE void transpose_quad(std::uint32_t (&words)[4], int lane) {
       if ((i & step) != 0) continue;
       std::uint32_t& first = words[i];
       std::uint32_t& second = words[i + step];
-      const std::uint32_t received =
-          __shfl_xor_sync(kAllLanes, upper ? first : second, step);
+      const std::uint32_t received = __shfl_xor_sync(kAllLanes, upper ? first : second, step);
       first = upper ? received : first;
       second = upper ? second : received;
     }

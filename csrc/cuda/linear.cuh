@@ -44,8 +44,8 @@ inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t bloc
 
 // Where a tensor-core kernel leaves its results. W is the mma's first operand, 16 rows of its
 // result, and x the second, so that x's fragments are registers as a 128-bit load leaves them. A
-// warp's two fragments are 32 columns of y: lane (g, t), g = lane / 4 and t = lane % 4, holds columns
-// 4g...4g+3 of rows 2t and 2t + 1.
+// warp's two fragments are 32 columns of y: lane (g, t), g = lane / 4 and t = lane % 4, holds
+// columns 4g...4g+3 of rows 2t and 2t + 1.
 template <typename T>
 struct MmaOutput {
   const T* bias;
@@ -68,7 +68,8 @@ QKERN_DEVICE void store_fragments(const MmaOutput<T>& output, const float (&sum)
       float* const out = output.parts + (blockIdx.z * output.m + row) * output.columns;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        if (row < output.m && mine + c < output.columns) out[mine + c] = sum[c / 2][2 * (c % 2) + e];
+        if (row < output.m && mine + c < output.columns)
+          out[mine + c] = sum[c / 2][2 * (c % 2) + e];
       }
     }
     return;
@@ -92,8 +93,7 @@ QKERN_DEVICE void store_fragments(const MmaOutput<T>& output, const float (&sum)
   std::uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const std::uint32_t received =
-        __shfl_xor_sync(kAllLanes, odd ? pairs[0][i] : pairs[1][i], 4);
+    const std::uint32_t received = __shfl_xor_sync(kAllLanes, odd ? pairs[0][i] : pairs[1][i], 4);
     words[i] = odd ? received : pairs[0][i];
     words[2 + i] = odd ? pairs[1][i] : received;
   }

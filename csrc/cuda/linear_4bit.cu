@@ -44,7 +44,8 @@ bool mma_takes(const Linear4bitArgs& args, std::int64_t depth, int capability) {
 }
 
 std::int64_t parts_bytes(const Split& split, std::int64_t m, std::int64_t columns) {
-  return split.count == 1 ? 0 : split.count * m * columns * static_cast<std::int64_t>(sizeof(float));
+  return split.count == 1 ? 0
+                          : split.count * m * columns * static_cast<std::int64_t>(sizeof(float));
 }
 
 Plan forward_plan(const Linear4bitArgs& args, int capability) {

@@ -1,11 +1,11 @@
 // dx = dy W on tensor cores. A block takes kTileM rows of dy and 128 columns of W; its warps split
 // the columns, so each code is decoded once a block, straight into a fragment.
 //
-// The contraction runs down W's rows, so a fragment's register pairs codes of two rows. Lane (g, t),
-// g = lane / 4 and t = lane % 4, takes rows 8t...8t+7 of 32 (dy is read in the same order) and in
-// each the four neighbouring codes 4g...4g+3: one 16-bit load. W is the mma's first operand: rows g
-// and g + 8 of fragment f are the warp's columns 4g + 2f and 4g + 2f + 1, which leaves a lane with
-// neighbouring results. Rounding packs the two rows' products, so no transpose is needed.
+// The contraction runs down W's rows, so a fragment's register pairs codes of two rows. Lane (g,
+// t), g = lane / 4 and t = lane % 4, takes rows 8t...8t+7 of 32 (dy is read in the same order) and
+// in each the four neighbouring codes 4g...4g+3: one 16-bit load. W is the mma's first operand:
+// rows g and g + 8 of fragment f are the warp's columns 4g + 2f and 4g + 2f + 1, which leaves a
+// lane with neighbouring results. Rounding packs the two rows' products, so no transpose is needed.
 #include "linear.cuh"
 
 namespace qkern::cuda {
@@ -17,8 +17,8 @@ constexpr int kFragments = 2;                  // 16 columns each, of a warp
 constexpr int kLaneCodes = 2 * kFragments;     // of a row of W
 constexpr int kWarpColumns = 16 * kFragments;  // the least block: one scale a row and warp
 constexpr int kTileColumns = kWarpColumns * kWarps;
-constexpr int kTileDepth = 64;                // rows of W
-constexpr int kChunk = 8;                     // 16-bit values in 16 bytes
+constexpr int kTileDepth = 64;  // rows of W
+constexpr int kChunk = 8;       // 16-bit values in 16 bytes
 constexpr int kRowChunks = kTileDepth / kChunk;
 
 template <int kTileM, int kStages>
@@ -36,7 +36,9 @@ QKERN_DEVICE int dy_position(int row, int t, int half) {
 }
 
 // The lanes' rows are eight apart, which is the same bank: the warps' chunks rotate instead.
-QKERN_DEVICE int code_position(int row, int warp) { return row * kWarps + (warp ^ ((row >> 3) & 3)); }
+QKERN_DEVICE int code_position(int row, int warp) {
+  return row * kWarps + (warp ^ ((row >> 3) & 3));
+}
 
 template <typename T>
 struct DxArgs {
@@ -104,7 +106,8 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
     const std::int64_t column = k0 + warp * kWarpColumns;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t n = begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
+      const std::int64_t n =
+          begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
       out[i] = 0.0f;
       if (n < end && column < args.cols) {
         out[i] = load_scale(args.scales, (n * args.cols + column) >> args.scales.block_shift);
@@ -213,9 +216,8 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                                  static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
                                  static_cast<unsigned>(split.count)),
                             kThreads, sizeof(DxShared<kTileM, kStages>), stream};
-  const Status status =
-      launch("linear_4bit_dx_mma_kernel", linear_4bit_dx_mma_kernel<T, kTileM, kStages>, config,
-             launch_args);
+  const Status status = launch("linear_4bit_dx_mma_kernel",
+                               linear_4bit_dx_mma_kernel<T, kTileM, kStages>, config, launch_args);
   if (!status.ok() || split.count == 1) return status;
   return sum_splits(args, split.count, weight.cols, stream);
 }
@@ -227,8 +229,7 @@ Split linear_dx_mma_split(const Linear4bitArgs& args) {
   if (args.batch_invariant) return {1, args.weight.rows};
   constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
   constexpr int kMaxParts = 8;
-  const std::int64_t blocks =
-      ceil_div(args.m, kTileM) * ceil_div(args.weight.cols, kTileColumns);
+  const std::int64_t blocks = ceil_div(args.m, kTileM) * ceil_div(args.weight.cols, kTileColumns);
   return split_for(args.weight.rows, 8 * kTileDepth, blocks, kWanted, kMaxParts);
 }
 

@@ -13,13 +13,13 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFragments = 2;                  // 16 rows of W each, of a warp
-constexpr int kLaneRows = 2 * kFragments;      // of W
-constexpr int kWarpN = 16 * kFragments;        // rows of W, columns of y
+constexpr int kFragments = 2;              // 16 rows of W each, of a warp
+constexpr int kLaneRows = 2 * kFragments;  // of W
+constexpr int kWarpN = 16 * kFragments;    // rows of W, columns of y
 constexpr int kTileN = kWarpN * kWarps;
 constexpr int kLaneCodes = 32;
 constexpr int kTileK = 4 * kLaneCodes;
-constexpr int kChunk = 8;                      // 16-bit values in 16 bytes
+constexpr int kChunk = 8;  // 16-bit values in 16 bytes
 constexpr int kRowChunks = kTileK / kChunk;
 
 template <int kTileM, int kStages>
@@ -195,11 +195,10 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                                split.length,
                                {static_cast<const T*>(args.bias), static_cast<T*>(args.y),
                                 split.count > 1 ? args.workspace : nullptr, args.m, weight.rows}};
-  const LaunchConfig config{
-      dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-           static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
-           static_cast<unsigned>(split.count)),
-      kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
+  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
+                                 static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
+                                 static_cast<unsigned>(split.count)),
+                            kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
   const Status status = launch("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>,
                                config, launch_args);
   if (!status.ok() || split.count == 1) return status;

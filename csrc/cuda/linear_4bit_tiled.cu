@@ -124,8 +124,8 @@ Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* strea
     const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                    static_cast<unsigned>(ceil_div(columns, kTileN))),
                               kThreads, 0, stream};
-    const auto kernel = input_gradient ? linear_4bit_tiled_kernel<T, true>
-                                       : linear_4bit_tiled_kernel<T, false>;
+    const auto kernel =
+        input_gradient ? linear_4bit_tiled_kernel<T, true> : linear_4bit_tiled_kernel<T, false>;
     return launch("linear_4bit_tiled_kernel", kernel, config, launch_args);
   });
 }

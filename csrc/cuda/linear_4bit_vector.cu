@@ -223,13 +223,9 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   }
 }
 
-template <typename T, int kRows, int kWarpRows>
+template <typename T, int kRows, int kWarpRows, bool kWhole>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
   const Weight4bit& weight = args.weight;
-  const bool whole = weight.cols % kLaneCodes == 0 &&
-                     (reinterpret_cast<std::uintptr_t>(weight.packed) & 15u) == 0;
-  const auto kernel = whole ? linear_4bit_vector_kernel<T, kRows, kWarpRows, true>
-                            : linear_4bit_vector_kernel<T, kRows, kWarpRows, false>;
   const VectorArgs<T> launch_args{static_cast<const T*>(args.x),
                                   args.m,
                                   args.x_row_stride,
@@ -246,7 +242,9 @@ Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream)
       dim3(static_cast<unsigned>(ceil_div(weight.rows, kWarps * kWarpRows)),
            static_cast<unsigned>(ceil_div(args.m, kRows)), static_cast<unsigned>(split.count)),
       kThreads, sizeof(VectorShared<T, kRows>), stream};
-  const Status status = launch("linear_4bit_vector_kernel", kernel, config, launch_args);
+  const Status status =
+      launch("linear_4bit_vector_kernel", linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>,
+             config, launch_args);
   if (!status.ok() || split.count == 1) return status;
   return sum_splits(args, split.count, weight.rows, stream);
 }
@@ -262,6 +260,8 @@ Split linear_vector_split(const Linear4bitArgs& args) {
 }
 
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
+  const bool whole = args.weight.cols % kLaneCodes == 0 &&
+                     (reinterpret_cast<std::uintptr_t>(args.weight.packed) & 15u) == 0;
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     Linear4bitArgs some = args;
@@ -270,14 +270,17 @@ Status linear_vector(const Linear4bitArgs& args, const Split& split, void* strea
       some.y = static_cast<T*>(args.y) + row * args.weight.rows;
       some.m = args.m - row < kVectorLaunchRows ? args.m - row : kVectorLaunchRows;
       Status status;
-      if (some.m == 1) {
-        status = launch_rows<T, 1, 4>(some, split, stream);
+      if (!whole) {
+        // One kernel for any number of rows: such shapes are rare.
+        status = launch_rows<T, 4, 4, false>(some, split, stream);
+      } else if (some.m == 1) {
+        status = launch_rows<T, 1, 4, true>(some, split, stream);
       } else if (some.m == 2) {
-        status = launch_rows<T, 2, 4>(some, split, stream);
+        status = launch_rows<T, 2, 4, true>(some, split, stream);
       } else if (some.m <= 4) {
-        status = launch_rows<T, 4, 4>(some, split, stream);
+        status = launch_rows<T, 4, 4, true>(some, split, stream);
       } else {
-        status = launch_rows<T, 8, 2>(some, split, stream);
+        status = launch_rows<T, 8, 2, true>(some, split, stream);
       }
       if (!status.ok()) return status;
     }

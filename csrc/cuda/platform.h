@@ -44,25 +44,22 @@ template <typename... Parameters, typename... Args>
 Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfig& config,
               const Args&... args) {
 #ifdef QKERN_CUDA_EMULATED
-  const char* error =
-      emulator::launch(config.grid, dim3(static_cast<unsigned>(config.threads)),
-                       config.shared_bytes, [&] { kernel(args...); });
+  const char* error = emulator::launch(config.grid, dim3(static_cast<unsigned>(config.threads)),
+                                       config.shared_bytes, [&] { kernel(args...); });
   return error == nullptr ? Status::success() : Status::error(what, error);
 #else
   // A kernel takes more than this much shared memory only when told to.
   constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
   if (config.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.shared_bytes));
     if (error != cudaSuccess) return Status::error(what, cudaGetErrorString(error));
   }
   kernel<<<config.grid, static_cast<unsigned>(config.threads), config.shared_bytes,
            static_cast<cudaStream_t>(config.stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? Status::success()
-                              : Status::error(what, cudaGetErrorString(error));
+  return error == cudaSuccess ? Status::success() : Status::error(what, cudaGetErrorString(error));
 #endif
 }
 

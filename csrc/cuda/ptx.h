@@ -21,8 +21,8 @@ QKERN_DEVICE void store_global16(void* p, uint4 value) {
 }
 
 // Copies 16 bytes from global to shared memory, both 16-aligned, without a register in between;
-// zeros where not `valid`, and then `source` is not read. Done after cp_async_wait. Before sm_80 the
-// copy is done at once.
+// zeros where not `valid`, and then `source` is not read. Done after cp_async_wait. Before sm_80
+// the copy is done at once.
 QKERN_DEVICE void cp_async16(void* shared, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));

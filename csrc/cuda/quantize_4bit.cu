@@ -12,14 +12,13 @@ struct EncodeTable {
 };
 
 QKERN_DEVICE void stage_fp4(EncodeTable& table) {
-  constexpr float kThresholds[7] = {
-      kFp4MagnitudeMidpoints[0], kFp4MagnitudeMidpoints[1], kFp4MagnitudeMidpoints[2],
-      kFp4MagnitudeMidpoints[3], kFp4MagnitudeMidpoints[4], kFp4MagnitudeMidpoints[5],
-      kFp4MagnitudeMidpoints[6]};
-  constexpr unsigned kCodes[8] = {kFp4MagnitudeCodes[0], kFp4MagnitudeCodes[1],
-                                  kFp4MagnitudeCodes[2], kFp4MagnitudeCodes[3],
-                                  kFp4MagnitudeCodes[4], kFp4MagnitudeCodes[5],
-                                  kFp4MagnitudeCodes[6], kFp4MagnitudeCodes[7]};
+  constexpr float kThresholds[7] = {kFp4MagnitudeMidpoints[0], kFp4MagnitudeMidpoints[1],
+                                    kFp4MagnitudeMidpoints[2], kFp4MagnitudeMidpoints[3],
+                                    kFp4MagnitudeMidpoints[4], kFp4MagnitudeMidpoints[5],
+                                    kFp4MagnitudeMidpoints[6]};
+  constexpr unsigned kCodes[8] = {
+      kFp4MagnitudeCodes[0], kFp4MagnitudeCodes[1], kFp4MagnitudeCodes[2], kFp4MagnitudeCodes[3],
+      kFp4MagnitudeCodes[4], kFp4MagnitudeCodes[5], kFp4MagnitudeCodes[6], kFp4MagnitudeCodes[7]};
 #pragma unroll
   for (unsigned i = 0; i < 8; ++i) {
     if (threadIdx.x != i) continue;
@@ -44,8 +43,7 @@ QKERN_DEVICE void stage_sorted(const CodeTable& values, CodeTable& sorted, Encod
   }
   __syncthreads();
   if (i < 15) {
-    table.thresholds[i] =
-        __fmul_rn(__fadd_rn(sorted.values[i], sorted.values[i + 1]), 0.5f);
+    table.thresholds[i] = __fmul_rn(__fadd_rn(sorted.values[i], sorted.values[i + 1]), 0.5f);
   }
 }
 
