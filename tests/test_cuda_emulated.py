@@ -1,7 +1,7 @@
 """Every CUDA op on the emulated kernels, by the op table: see cuda_emulator/README.md.
 
 Quick tests take every third case, each under one of the schedules; slow ones the whole table, every
-schedule, and the builds with sanitizers and with contraction.
+schedule, and the builds with sanitizers.
 """
 
 from __future__ import annotations
@@ -85,11 +85,6 @@ every_schedule = pytest.mark.parametrize(
 @every_schedule
 def test_whole_table(schedule: int) -> None:
     run_table("plain", schedule, 1, 1 << 30)
-
-
-@pytest.mark.slow
-def test_whole_table_where_the_compiler_fuses_multiply_and_add() -> None:
-    run_table("contract", 0, 1, 1 << 30)
 
 
 @pytest.mark.slow

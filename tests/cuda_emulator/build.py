@@ -5,7 +5,6 @@ As a program: ``python tests/cuda_emulator/build.py [VARIANT ...]``. A build lie
 
 Variants:
     plain      no instrumentation
-    contract   a*b+c is fused wherever the compiler can, as nvcc does unless told otherwise
     address    AddressSanitizer and UndefinedBehaviorSanitizer
     thread     ThreadSanitizer; every CUDA thread is one of its threads
 """
@@ -25,7 +24,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-VARIANTS = ("plain", "contract", "address", "thread")
+VARIANTS = ("plain", "address", "thread")
 _SOURCES = ("tests/cuda_emulator", "csrc/cuda", "csrc/include", "csrc/binding")
 _SUFFIXES = (".cu", ".cuh", ".h", ".cpp", ".txt")
 
