@@ -63,6 +63,14 @@ QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int row, int lan
   }
 }
 
+// One value of a lane from the staged tile.
+template <typename T, int kRows>
+QKERN_DEVICE float staged1(const VectorShared<T, kRows>& shared, int row, int lane, int i) {
+  using Shared = VectorShared<T, kRows>;
+  const uint4* chunk = &shared.x[row][Shared::position(lane, i / Shared::kChunkValues)];
+  return to_float(reinterpret_cast<const T*>(chunk)[i % Shared::kChunkValues]);
+}
+
 // Copies x[row0 ..., k0 ... k0 + kTile) with zeros past the ends.
 template <typename T, int kRows>
 QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
@@ -149,40 +157,48 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
     }
+    if constexpr (kWhole) {
 #pragma unroll
-    for (int group = 0; group < kLaneCodes / 8; ++group) {
-      float w[kWarpRows][8];
+      for (int group = 0; group < kLaneCodes / 8; ++group) {
+        float w[kWarpRows][8];
 #pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-        if constexpr (kWhole) {
-          const std::uint32_t word = group == 0   ? words[r].x
-                                     : group == 1 ? words[r].y
-                                     : group == 2 ? words[r].z
-                                                  : words[r].w;
-          const WordOffsets offsets(word);
+        for (int r = 0; r < kWarpRows; ++r) {
+          const WordOffsets offsets(group == 0   ? words[r].x
+                                    : group == 1 ? words[r].y
+                                    : group == 2 ? words[r].z
+                                                 : words[r].w);
 #pragma unroll
           for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
-        } else {
+        }
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const std::int64_t column = k + 8 * group + i;
-            const std::int64_t element = (n0 + r) * args.cols + column;
-            w[r][i] = 0.0f;
-            if (column < end && n0 + r < args.rows) {
-              w[r][i] = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                                  load_scale(args.scales, element >> args.scales.block_shift));
-            }
+        for (int m = 0; m < kRows; ++m) {
+          float x[8];
+          staged8(shared, m, lane, group, x);
+#pragma unroll
+          for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
           }
         }
       }
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        float x[8];
-        staged8(shared, m, lane, group, x);
+    } else {
+      // Not unrolled: 32 copies of the address arithmetic take minutes to compile.
+#pragma unroll 1
+      for (int i = 0; i < kLaneCodes && k + i < end; ++i) {
+        float w[kWarpRows];
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
+          const std::int64_t element = (n0 + r) * args.cols + k + i;
+          w[r] = n0 + r < args.rows
+                     ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                                 load_scale(args.scales, element >> args.scales.block_shift))
+                     : 0.0f;
+        }
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
+        for (int m = 0; m < kRows; ++m) {
+          const float x = staged1(shared, m, lane, i);
+#pragma unroll
+          for (int r = 0; r < kWarpRows; ++r) sum[r][m] = __fmaf_rn(w[r], x, sum[r][m]);
         }
       }
     }
