@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_OUT ?= runs/bench
 # Two threads a test worker, because threading itself is under test. They wait passively: a thread that
 # spins at a barrier would take the core from the other worker.
 WORKERS ?= 2
@@ -11,13 +13,13 @@ TEST_THREADS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
 PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -48,6 +50,9 @@ test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gc
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QKERN_NATIVE_LIBRARY="$$(echo build/asan/qkern/_C*.so)" \
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+bench: setup  ## time qkern beside its peers (leave the machine quiet)
+	$(RUN) benchmarks/run.py --json $(BENCH_OUT)/results.json --plot $(BENCH_OUT)/plots $(BENCH_ARGS)
 
 lint: setup  ## check style, types, and that generated files are current
 	$(RUN) -m ruff check .

@@ -113,7 +113,9 @@ def run(config: Config) -> int:
     tokens_per_second = sum(record.tokens for record in history.steps) / training_seconds
     with atomic_directory(config.output / "adapter") as path:
         qkern.io.save_adapter(model, path, name, task_type="CAUSAL_LM")
-    plot_losses(config.output / "loss.png", history, f"{name}, {config.format}")
+    plot_losses(
+        config.output / "loss.png", history, f"{name}, {config.format}, LoRA rank {config.lora_r}"
+    )
     write_json(
         config.output / "run.json",
         {

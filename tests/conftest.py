@@ -28,7 +28,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile(
-    "thorough", settings.get_profile("qkern"), derandomize=False, max_examples=5000
+    "thorough", settings.get_profile("qkern"), derandomize=False, max_examples=2000
 )
 settings.load_profile(os.environ.get("QKERN_HYPOTHESIS_PROFILE", "qkern"))
 

@@ -4,14 +4,24 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(QKERN_HAVE_AMX) && defined(__linux__)
+#if defined(QKERN_HAVE_AVX2)
 #include <cpuid.h>
+#endif
+#if defined(QKERN_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace qkern::cpu {
 namespace {
+
+#if defined(QKERN_HAVE_AVX2)
+// Half-precision conversions, by number: not all compilers know the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
+}
+#endif
 
 #if defined(QKERN_HAVE_AMX)
 // Tiles, their bfloat16 product and AVX512-BF16, and the kernel's leave to use the tiles, which
@@ -37,8 +47,7 @@ int available_tables(const KernelTable** tables) {
   tables[count++] = &kernels_scalar();
 #if defined(QKERN_HAVE_AVX2)
   // __builtin_cpu_supports also asks whether the operating system saves the registers.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     tables[count++] = &kernels_avx2();
   }
 #endif

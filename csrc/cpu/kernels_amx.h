@@ -30,6 +30,8 @@ struct AmxEngine {
       std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
     static_assert(sizeof(config) == 64, "the layout that the instruction reads");
+    // GCC before 14 believes that the instruction reads 8 bytes and may drop the other stores.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~AmxEngine() { _tile_release(); }
@@ -74,6 +76,8 @@ struct AmxEngine {
     constexpr int kStrideB = kTileCols * kInterleave * sizeof(Element);
     const std::int64_t stride_c = c_stride * static_cast<std::int64_t>(sizeof(float));
     float* lower = c + kTile * c_stride;
+    // Nor does it know that the loads below read what was stored to the scratch.
+    __asm__ volatile("" : : : "memory");
     _tile_loadd(0, c, stride_c);
     _tile_loadd(1, c + kTile, stride_c);
     if (kRowTiles == 2) {

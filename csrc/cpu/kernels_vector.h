@@ -19,6 +19,13 @@ struct Segment {
   std::int64_t chunks;  // whole and partial
 };
 
+// Fetches what the next rows of W hold at the same place: rows are short, so the hardware, which
+// follows a stream to the end of a page, comes too late. The address may lie past the end.
+inline void prefetch(const std::uint8_t* p, std::int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) +
+                                                   static_cast<std::uintptr_t>(offset)));
+}
+
 // x in the order in which shifts expose the codes: [chunk][shift][lane], zeros past the end, so
 // that the weights need no shuffling beyond the lookup.
 template <typename T>
@@ -98,9 +105,9 @@ struct VectorKernel {
   }
 
   // out[s * kRows + r] += the sums over the segment.
-  static void run(const std::uint8_t* const* rows, const float* const* scales,
-                  std::int64_t block_size, const float* codes, const float* x,
-                  const Segment& segment, float* out) {
+  static void run(const std::uint8_t* const* rows, std::int64_t row_bytes,
+                  const float* const* scales, std::int64_t block_size, const float* codes,
+                  const float* x, const Segment& segment, float* out) {
     const Simd::Lut lut = Simd::make_lut(codes);
     const std::int64_t x_stride = segment.chunks * kChunk;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
@@ -119,7 +126,9 @@ struct VectorKernel {
       std::int64_t c = begin;
       for (; c < min64(end, whole); ++c) {
         for (int s = 0; s < kStreams; ++s) {
-          words[s] = Simd::load_words(rows[s] + c * (kChunk / 2));
+          const std::uint8_t* from = rows[s] + c * (kChunk / 2);
+          prefetch(from, kStreams * row_bytes);
+          words[s] = Simd::load_words(from);
           scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
         }
         kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
@@ -176,8 +185,8 @@ struct VectorTask {
       for (std::int64_t i = 0; i < kScalePadding; ++i) to[blocks + i] = 0.0f;
       scales[s] = to;
     }
-    VectorKernel<kRows, kCount>::run(rows, scales, weight.block_size, codes, scratch.x, segment,
-                                     out);
+    VectorKernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes,
+                                     scratch.x, segment, out);
   }
 
   void permute_x(const Segment& segment) const {
@@ -225,52 +234,55 @@ struct VectorTask {
 };
 
 template <typename T, int kRows>
-Status linear_vector(const Linear4bitArgs& args, int num_threads) {
-  using Task = VectorTask<T, kRows>;
-  const Weight4bit& weight = args.weight;
-  // Segments start on whole blocks and whole registers of words.
-  constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
-  static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
-  const std::int64_t segment_length = min64(kSegment, weight.cols);
-  const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
-  const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
-  const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
-
-  const std::int64_t grain =
-      ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
-  WorkQueue queue(weight.rows, grain);
-  SharedStatus status;
-  auto body = [&] {
-    float* scratch =
-        static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
-    if (scratch == nullptr) return status.fail(kOutOfMemory);
-    const VectorScratch parts{scratch, scratch + x_floats,
-                              scratch + x_floats + kMaxStreams * scale_stride};
-    const Task task{args,
-                    code_values(weight.codes),
-                    weight.cols / weight.block_size,
-                    scale_stride,
-                    segment_length,
-                    parts};
-    if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
-    std::int64_t begin, end;
-    while (queue.next(&begin, &end)) task.run_rows(begin, end);
-  };
-  parallel(num_threads, body);
-  return status.get();
-}
-
-template <typename T, int kRows>
-struct VectorTable {
+struct ForwardVector {
   static Status run(const Linear4bitArgs& args, int num_threads) {
-    if (args.m == kRows) return linear_vector<T, kRows>(args, num_threads);
-    return VectorTable<T, kRows - 1>::run(args, num_threads);
+    using Task = VectorTask<T, kRows>;
+    const Weight4bit& weight = args.weight;
+    // Segments start on whole blocks and whole registers of words.
+    constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
+    static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
+    const std::int64_t segment_length = min64(kSegment, weight.cols);
+    const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
+    const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
+    const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
+
+    const std::int64_t grain =
+        ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
+    WorkQueue queue(weight.rows, grain);
+    SharedStatus status;
+    auto body = [&] {
+      float* scratch =
+          static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
+      if (scratch == nullptr) return status.fail(kOutOfMemory);
+      const VectorScratch parts{scratch, scratch + x_floats,
+                                scratch + x_floats + kMaxStreams * scale_stride};
+      const Task task{args,
+                      code_values(weight.codes),
+                      weight.cols / weight.block_size,
+                      scale_stride,
+                      segment_length,
+                      parts};
+      if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
+      std::int64_t begin, end;
+      while (queue.next(&begin, &end)) task.run_rows(begin, end);
+    };
+    parallel(num_threads, body);
+    return status.get();
   }
 };
-template <typename T>
-struct VectorTable<T, 1> {
+
+// The kernel for the number of rows at hand.
+template <template <typename, int> class Kernel, typename T, int kRows>
+struct VectorTable {
   static Status run(const Linear4bitArgs& args, int num_threads) {
-    return linear_vector<T, 1>(args, num_threads);
+    if (args.m == kRows) return Kernel<T, kRows>::run(args, num_threads);
+    return VectorTable<Kernel, T, kRows - 1>::run(args, num_threads);
+  }
+};
+template <template <typename, int> class Kernel, typename T>
+struct VectorTable<Kernel, T, 1> {
+  static Status run(const Linear4bitArgs& args, int num_threads) {
+    return Kernel<T, 1>::run(args, num_threads);
   }
 };
 

@@ -11,6 +11,10 @@
 #include "parallel.h"
 #include "qkern/codes.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace qkern::cpu {
 namespace {
 
@@ -78,6 +82,24 @@ Status with_kernels(const Fn& fn) {
   return table == nullptr ? Status::error(kUnknownIsa) : fn(*table);
 }
 
+// Subnormal numbers keep their values while this lives, whatever torch.set_flush_denormal said: it
+// acts on the calling thread alone, so codes would depend on the thread.
+class KeepSubnormals {
+ public:
+#if defined(__SSE2__)
+  KeepSubnormals() : saved_(_mm_getcsr()) {
+    constexpr unsigned kFlushToZero = 1u << 15, kSubnormalsAreZero = 1u << 6;
+    _mm_setcsr(saved_ & ~(kFlushToZero | kSubnormalsAreZero));
+  }
+  ~KeepSubnormals() { _mm_setcsr(saved_); }
+  KeepSubnormals(const KeepSubnormals&) = delete;
+  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
 // Splits blocks among threads in runs of about kRunElements, so that a short tensor stays on the
 // calling thread.
 template <typename Fn>
@@ -87,6 +109,7 @@ Status for_blocks(std::int64_t numel, std::int64_t block_size, int num_threads, 
   const std::int64_t grain = std::max<std::int64_t>(1, kRunElements / block_size);
   WorkQueue queue(blocks, grain);
   auto body = [&] {
+    [[maybe_unused]] const KeepSubnormals keep;
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) fn(BlockRange{numel, block_size, begin, end});
   };
@@ -260,6 +283,7 @@ Status dequantize_8bit(const Dequantize8bitArgs& args, int num_threads) {
 }
 
 Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads) {
+  [[maybe_unused]] const KeepSubnormals keep;
   const double mean = args.numel == 0 ? 0.0
                                       : exact_sum(args.absmax, args.numel, num_threads) /
                                             static_cast<double>(args.numel);

@@ -56,6 +56,8 @@ void run_parallel(int num_threads, void (*body)(void*), void* context) {
   }
 }
 
+WorkQueue::WorkQueue(std::int64_t total, std::int64_t grain) : total_(total), grain_(grain) {}
+
 bool WorkQueue::next(std::int64_t* begin, std::int64_t* end) {
   *begin = __atomic_fetch_add(&next_, grain_, __ATOMIC_RELAXED);
   if (*begin >= total_) return false;

@@ -23,7 +23,7 @@ void parallel(int num_threads, Body& body) {
 // results must not depend on it.
 class WorkQueue {
  public:
-  WorkQueue(std::int64_t total, std::int64_t grain) : total_(total), grain_(grain) {}
+  WorkQueue(std::int64_t total, std::int64_t grain);
 
   bool next(std::int64_t* begin, std::int64_t* end);
 

@@ -17,6 +17,8 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
   static constexpr int kVectorAccumulators = 9;
+  // Factors (rows of W times rows of dy) that its input gradient may hold.
+  static constexpr int kVectorFactors = 6;
 
   using F = __m256;
   using I = __m256i;

@@ -19,6 +19,8 @@ struct Simd {
   static constexpr int kTileRows = 14;
   // Accumulators that the matrix-vector kernel may hold.
   static constexpr int kVectorAccumulators = 24;
+  // Factors (rows of W times rows of dy) that its input gradient may hold.
+  static constexpr int kVectorFactors = 16;
 
   using F = __m512;
   using I = __m512i;

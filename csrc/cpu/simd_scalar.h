@@ -16,6 +16,8 @@ struct Simd {
   static constexpr int kLanes = 4;
   static constexpr int kTileRows = 4;
   static constexpr int kVectorAccumulators = 6;
+  // Factors (rows of W times rows of dy) that its input gradient may hold.
+  static constexpr int kVectorFactors = 4;
 
   struct F {
     float lane[kLanes];

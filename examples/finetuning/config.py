@@ -172,9 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     group.add_argument(
         "--max-grad-norm", type=_positive_float, default=0.3, help="gradients are clipped to it"
     )
-    group.add_argument(
-        "--batch-size", type=_positive_int, default=4, help="sequences at a time (Guanaco: 1)"
-    )
+    group.add_argument("--batch-size", type=_positive_int, default=1, help="sequences at a time")
     group.add_argument(
         "--accumulation", type=_positive_int, default=1, help="batches a step (Guanaco: 16)"
     )
@@ -220,7 +218,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     group.add_argument(
         "--eval-steps",
         type=_positive_int,
-        default=40,
+        default=50,
         help="a held-out loss every so many steps, for the curve",
     )
     group.add_argument(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 import transformers
 from matplotlib.figure import Figure
 
 import qkern.backends
+import qkern.env
 
 from .checkpoint import write_atomic
 
@@ -42,17 +41,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, so that a run can be repeated."""
+    """Versions, hardware and kernels, so that a run can be repeated."""
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "qkern": qkern.__version__,
-        "torch": torch.__version__,
+        **qkern.env.report(),
         "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": qkern.backends.selected_name(device.type),
-        "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
     }
 

@@ -25,6 +25,7 @@ from finetuning.checkpoint import (
     set_rng_state,
     write_atomic,
 )
+from finetuning.config import parse_args
 from finetuning.loss import TargetLoss
 from finetuning.sequences import IGNORE, Batch
 from finetuning.training import Trainer, _stop_request
@@ -54,14 +55,17 @@ def data(tmp_path: Path) -> Path:
 def arguments(tiny_model: Path, data: Path) -> list[str]:
     return [
         *("--model", str(tiny_model), "--data", str(data), "--device", "cpu", "--threads", "1"),
-        *("--lora-r", "4", "--learning-rate", "0.003", "--warmup-ratio", "0"),
+        *("--lora-r", "4", "--learning-rate", "0.003", "--warmup-ratio", "0.9"),
         *("--batch-size", "2", "--accumulation", "2", "--max-steps", "8", "--save-steps", "3"),
         *("--eval-steps", "4", "--sample-tokens", "4"),
     ]
 
 
 @pytest.fixture
-def run(arguments: list[str], tmp_path: Path) -> Finetune:
+def run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finetune:
+    # Half the time of a tiny run; one test draws the figure.
+    monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
+
     def run(output: str, *more: str) -> int:
         return finetune.main([*arguments, "--output", str(tmp_path / output), *more])
 
@@ -89,10 +93,10 @@ def _assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_a_run_writes_what_it_promises(
-    run: Finetune, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("out") == 0
     out = tmp_path / "out"
+    assert finetune.main([*arguments, "--output", str(out)]) == 0
     result = _result(out)
     assert result["config"]["lora_r"] == 4
     assert result["config"]["seed"] == 0
@@ -158,6 +162,38 @@ def test_text_and_switches(run: Finetune, tmp_path: Path, data: Path) -> None:
     assert adapter["target_modules"] == ["q_proj", "v_proj"]
 
 
+def test_the_recipe_is_guanacos() -> None:
+    config = parse_args([])
+    assert (config.format, config.block_size, config.double_quant) == ("nf4", 64, True)
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (64, 16, 0.1)
+    assert config.lora_targets == ["all-linear"]
+    assert (config.learning_rate, config.warmup_ratio) == (2e-4, 0.03)
+    assert (config.adam_beta2, config.max_grad_norm) == (0.999, 0.3)
+    assert config.source_max_len + config.target_max_len == 512
+    assert config.group_by_length
+    assert config.gradient_checkpointing
+    assert not config.train_on_source
+
+
+def test_every_setting_of_the_recipe_reaches_the_numbers(run: Finetune, tmp_path: Path) -> None:
+    quick = ["--max-steps", "4", "--eval-steps", "100"]
+    assert run("base", *quick) == 0
+    steps = {"base": _result(tmp_path / "base")["history"]["steps"]}
+    for setting in (
+        *("--lora-r=2", "--lora-alpha=3", "--lora-dropout=0", "--lora-targets=q_proj"),
+        *("--learning-rate=0.01", "--warmup-ratio=0", "--adam-beta2=0.5", "--max-grad-norm=0.001"),
+        *("--train-on-source", "--no-group-by-length", "--format=fp4", "--block-size=32"),
+        *("--no-double-quant", "--source-max-len=5", "--target-max-len=5"),
+    ):
+        assert run(setting, *quick, setting) == 0
+        steps[setting] = _result(tmp_path / setting)["history"]["steps"]
+    losses = {name: tuple(step["loss"] for step in found) for name, found in steps.items()}
+    assert len(set(losses.values())) == len(losses)
+    rates = [step["learning_rate"] for step in steps["base"]]
+    assert rates == pytest.approx([0.003 * step / 4 for step in (1, 2, 3, 4)])
+    assert {step["learning_rate"] for step in steps["--warmup-ratio=0"]} == {0.003}
+
+
 def test_checkpointing_activations_changes_nothing(run: Finetune, tmp_path: Path) -> None:
     assert run("on", "--gradient-checkpointing") == 0
     assert run("off", "--no-gradient-checkpointing") == 0
@@ -173,9 +209,9 @@ def test_kill_9_loses_at_most_one_interval(
     arguments: list[str], run: Finetune, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
-    endless = ["--max-steps", "1000000", "--save-steps", "2", "--output", str(killed)]
+    endless = ["--max-steps", "1000000", "--save-steps", "2", "--warmup-ratio", "0"]
     process = subprocess.Popen(
-        [sys.executable, finetune.__file__, *arguments, *endless],
+        [sys.executable, finetune.__file__, *arguments, *endless, "--output", str(killed)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -194,7 +230,7 @@ def test_kill_9_loses_at_most_one_interval(
         process.communicate()
     step = int(checkpoints(killed / "checkpoints")[-1].name.rpartition("-")[2])
     assert step % 2 == 0
-    total = ["--max-steps", str(step + 5), "--save-steps", "2"]
+    total = ["--max-steps", str(step + 5), "--save-steps", "2", "--warmup-ratio", "0"]
     assert run("killed", *total, "--resume") == 0
     assert run("whole", *total) == 0
     _assert_same_run(killed, tmp_path / "whole")
@@ -253,9 +289,10 @@ def test_overwrite_starts_again(
 
 
 def test_a_finished_run_can_be_extended(run: Finetune, tmp_path: Path) -> None:
-    assert run("out", "--max-steps", "4") == 0
-    assert run("out", "--max-steps", "8", "--resume") == 0
-    assert run("whole", "--max-steps", "8") == 0
+    assert run("out", "--max-steps", "4", "--warmup-ratio", "0.9") == 0
+    # The warm-up stays the four steps of the beginning.
+    assert run("out", "--max-steps", "8", "--warmup-ratio", "0.9", "--resume") == 0
+    assert run("whole", "--max-steps", "8", "--warmup-ratio", "0.5") == 0
     _assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/run.py``: probes, contests, timing, tables and plots."""

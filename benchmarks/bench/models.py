@@ -1,0 +1,360 @@
+"""Contests of a whole model: a LoRA training step, generation, and a step's peak memory.
+
+The model is the same for all: its linear layers (the head excepted) hold NF4 weights with double
+quantisation in qkern and in bitsandbytes, and those weights' dequantised values in the dense peer,
+so losses, gradients and logits must agree before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import gc
+import importlib
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+import qkern
+from qkern import nn as qnn
+
+from . import peers
+from .timing import Candidate, Problem, SkippedError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BUNDLED_MODEL = "smollm2"
+LORA_RANK = 16
+OPS = ("train_step", "generate", "memory")
+PEERS = ("bitsandbytes", "dense")
+
+_PROMPT_TOKENS = 32
+_LEARNING_RATE = 2e-4
+_MAX_LOSS_ERROR = 0.02
+_ROUNDING_MARGIN = {"qkern": 2.0, "dense": 2.0, "bitsandbytes": 4.0}
+"""How often the dense model's own error in a dtype, against float32, a candidate's may be."""
+_FLOOR = {"qkern": 1e-3, "dense": 1e-3, "bitsandbytes": 0.02}
+"""What is allowed besides, which in float32 is all. bitsandbytes' scales differ a little."""
+_EVAL_FLOOR = 0.15  # bitsandbytes' layout for inference computes in bfloat16 with such scales
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The model's path and the sizes of a step and of a generation."""
+
+    model: str = BUNDLED_MODEL
+    batch: int = 4
+    sequence: int = 256
+    new_tokens: int = 32
+    hide_bf16: bool = False
+
+
+@cache
+def model_path(model: str) -> Path:
+    """The Hugging Face directory of `model`, which is one, or ``smollm2``."""
+    if model != BUNDLED_MODEL:
+        return Path(model)
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from smollm2 import smollm2_dir
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return smollm2_dir()
+
+
+def _load(workload: Workload, dtype: torch.dtype, **keywords: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = model_path(workload.model)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, **keywords
+    ).eval()
+
+
+def build(name: str, workload: Workload, dtype: torch.dtype, lora: bool) -> nn.Module:
+    """The model as `name`'s users build it: ``qkern``, ``bitsandbytes`` or ``dense``."""
+    if name == "qkern":
+        config = qnn.LoRAConfig(r=LORA_RANK, alpha=LORA_RANK) if lora else None
+        return qnn.quantize_model(_load(workload, dtype), lora=config)
+    if name == "bitsandbytes":
+        peers.bitsandbytes(workload.hide_bf16)
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        model = _load(workload, dtype, quantization_config=quantization, device_map="cpu")
+    else:
+        model = _with_dequantized_weights(_load(workload, dtype))
+    return _with_peft(model) if lora else model
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [m for name, m in model.named_modules() if type(m) is nn.Linear and name != "lm_head"]
+
+
+@torch.no_grad()
+def _with_dequantized_weights(model: nn.Module) -> nn.Module:
+    for linear in _linears(model):
+        weight = linear.weight
+        weight.copy_(qkern.quantize_4bit(weight).dequantize(weight.dtype))
+    return model
+
+
+def _with_peft(model: nn.Module) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SkippedError(f"PEFT cannot be imported: {error}") from None
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+        return get_peft_model(model, config)
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every A and B by one name for qkern and PEFT, ``<layer>.a`` and ``<layer>.b``."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = name.removeprefix("base_model.model.").replace(".default.weight", "")
+            found[re.sub(r"lora_([ABab])$", lambda m: m[1].lower(), plain)] = parameter
+    return found
+
+
+@torch.no_grad()
+def _same_adapters(model: nn.Module) -> None:
+    """Draw A and B by name and shape: equal in all models, and B not zero, so that A learns."""
+    for name, parameter in sorted(adapters(model).items()):
+        generator = torch.Generator().manual_seed(0)
+        scale = 0.1 if name.endswith(".b") else 1.0
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(drawn * scale / parameter.shape[1] ** 0.5)
+
+
+class TrainingStep:
+    """Forward, backward, AdamW on the adapters; returns the loss."""
+
+    def __init__(self, model: nn.Module, workload: Workload) -> None:
+        self.model = model.train()
+        self.ids = _tokens(model, workload.batch, workload.sequence)
+        self.parameters = adapters(model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+
+    def gradients(self) -> tuple[float, dict[str, Tensor]]:
+        """The loss and the adapters' gradients, which stay in place."""
+        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        found = {}
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            found[name] = parameter.grad.float().clone()
+        return loss.item(), found
+
+    def __call__(self) -> float:
+        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def _tokens(model: Any, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+@cache
+def _dense_gradients(workload: Workload, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """Loss and gradients of the dense model on the dequantised weights; exact in float32."""
+    model = qnn.add_lora(
+        _with_dequantized_weights(_load(workload, dtype)),
+        qnn.LoRAConfig(r=LORA_RANK, alpha=LORA_RANK),
+    )
+    _same_adapters(model)
+    loss, gradients = TrainingStep(model, workload).gradients()
+    return loss, _flat(gradients)
+
+
+@cache
+def _dense_logits(workload: Workload, dtype: torch.dtype) -> Tensor:
+    model = build("dense", workload, dtype, lora=False)
+    with torch.inference_mode():
+        return model(_tokens(model, 1, _PROMPT_TOKENS)).logits
+
+
+def _assert_as_exact(name: str, what: str, value: Tensor, dense: Tensor, exact: Tensor) -> None:
+    """Raise AssertionError unless `value`'s error is like that of `dense`, of the same dtype.
+
+    In bfloat16 the rounding of every layer adds up to several percent, however exact a kernel is.
+    """
+    floor = _EVAL_FLOOR if (name, what) == ("bitsandbytes", "logits") else _FLOOR[name]
+    allowed = _ROUNDING_MARGIN[name] * _relative_error(dense, exact) + floor
+    error = _relative_error(value, exact)
+    assert error <= allowed, f"relative error {error:.3g} of the {what}, above {allowed:.3g}"
+
+
+def training_contest(
+    workload: Workload, dtype: torch.dtype, chosen: tuple[str, ...]
+) -> tuple[Problem, list[Candidate], list[str]]:
+    """One step of ``batch x sequence`` tokens. Work is tokens."""
+
+    def candidate(name: str) -> Candidate:
+        model = build(name, workload, dtype, lora=True)
+        _same_adapters(model)
+        step = TrainingStep(model, workload)
+        loss, by_name = step.gradients()
+        gradients = _flat(by_name)
+        step.optimizer.zero_grad(set_to_none=True)
+
+        def check(_: float) -> None:
+            exact_loss, exact = _dense_gradients(workload, torch.float32)
+            _, dense = _dense_gradients(workload, dtype)
+            assert abs(loss / exact_loss - 1) <= _MAX_LOSS_ERROR, (
+                f"loss {loss:.4f}, exactly {exact_loss:.4f}"
+            )
+            _assert_as_exact(name, "gradients", gradients, dense, exact)
+
+        return Candidate(name, lambda: step, check)
+
+    problem = Problem(
+        "train_step",
+        dtype,
+        (workload.batch, workload.sequence),
+        work=workload.batch * workload.sequence,
+        unit="tokens/s",
+    )
+    return problem, *_available(candidate, chosen)
+
+
+def generation_contest(
+    workload: Workload, dtype: torch.dtype, chosen: tuple[str, ...]
+) -> tuple[Problem, list[Candidate], list[str]]:
+    """Greedy generation of ``new_tokens`` after a prompt, batch 1, with the cache of keys."""
+
+    def candidate(name: str) -> Candidate:
+        model = build(name, workload, dtype, lora=False)
+        prompt = _tokens(model, 1, _PROMPT_TOKENS)
+        with torch.inference_mode():
+            logits = model(prompt).logits
+
+        def check(ids: Tensor) -> None:
+            expected = _PROMPT_TOKENS + workload.new_tokens
+            assert ids.shape == (1, expected), f"{ids.shape[1]} tokens, not {expected}"
+            exact = _dense_logits(workload, torch.float32)
+            _assert_as_exact(name, "logits", logits, _dense_logits(workload, dtype), exact)
+
+        return Candidate(name, lambda: partial(generate, model, prompt, workload.new_tokens), check)
+
+    problem = Problem(
+        "generate", dtype, (1, _PROMPT_TOKENS), work=workload.new_tokens, unit="tokens/s"
+    )
+    return problem, *_available(candidate, chosen)
+
+
+def names(chosen: Collection[str]) -> list[str]:
+    """qkern, then those of `chosen` that are models' peers."""
+    return ["qkern", *(peer for peer in PEERS if peer in chosen)]
+
+
+def _available(
+    make: Callable[[str], Candidate], chosen: tuple[str, ...]
+) -> tuple[list[Candidate], list[str]]:
+    attempts = [_attempt(make, name) for name in names(chosen)]
+    found = [attempt for attempt in attempts if isinstance(attempt, Candidate)]
+    return found, [attempt for attempt in attempts if isinstance(attempt, str)]
+
+
+def _attempt(make: Callable[[str], Candidate], name: str) -> Candidate | str:
+    try:
+        return make(name)
+    except SkippedError as error:
+        return f"{name}: {error}"
+
+
+@torch.inference_mode()
+def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
+    """The prompt's ids and exactly `new_tokens` more."""
+    ids = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert isinstance(ids, Tensor)
+    return ids
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact.double()).norm().item() / exact.double().norm().item()
+
+
+def peak_memory(name: str, workload: Workload, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of this process: ``model`` before a step, ``peak`` during two; run it in a fresh one.
+
+    The peers' libraries are loaded in any case, so that their own size is in every figure.
+    Raises `SkippedError` where the system does not tell a peak that can be reset.
+    """
+    for library in ("bitsandbytes", "peft"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    step = TrainingStep(build(name, workload, dtype, lora=True), workload)
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc only; elsewhere freed memory may linger
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError as error:
+        raise SkippedError(f"peak memory cannot be reset: {error}") from None
+    before = psutil.Process().memory_info().rss
+    for _ in range(2):  # the first makes the optimizer's state
+        step()
+    status = Path("/proc/self/status").read_text()
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert peak is not None
+    return {"model": before, "peak": int(peak[1]) * 1024}
+
+
+def peak_memory_in_subprocess(
+    name: str, workload: Workload, dtype: torch.dtype, threads: int, arguments: list[str]
+) -> dict[str, int]:
+    """`peak_memory` in a fresh process, which ``run.py --memory-of`` is."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "--memory-of", name]
+    command += ["--dtype", str(dtype).removeprefix("torch."), "--threads", str(threads)]
+    command += ["--model", workload.model, "--batch", str(workload.batch)]
+    command += ["--sequence", str(workload.sequence), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SkippedError((finished.stderr.strip().splitlines() or ["it failed"])[-1])
+    result: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
+    return result

@@ -1,0 +1,155 @@
+"""Contests: candidates that do the same work, checked first, then timed call by call in turn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+Call = Callable[[], Any]
+
+_MIN_ROUNDS = 5
+_MAX_COPIES = 256  # of a small weight, which in a real model would share the cache with others too
+_MEMORY_SHARE = 0.25  # of what is free, that one candidate's copies may take
+
+
+class WrongResultError(Exception):
+    """A candidate's result is not what it must be, so its time means nothing."""
+
+
+class SkippedError(Exception):
+    """A candidate that cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed: the columns of the table that say so.
+
+    `shape` is the weight's ``[out_features, in_features]``, `m` the rows of activations.
+    """
+
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+    m: int | None = None
+    flops: int = 0
+    work: float = 0.0
+    unit: str = ""
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        parts = [self.op, "x".join(map(str, self.shape)), self.dtype_name]
+        return " ".join(part for part in parts if part) + ("" if self.m is None else f" M={self.m}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation.
+
+    `prepare` makes a fresh copy of the large tensors that a call reads or writes, `footprint`
+    bytes of them, and returns the call. `bytes` is the least a call must move. `check` raises
+    AssertionError on a wrong result. `before` runs untimed before every timed call.
+    """
+
+    name: str
+    prepare: Callable[[], Call]
+    check: Callable[[Any], None]
+    bytes: int = 0
+    footprint: int = 0
+    before: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how cold: `cache_bytes` is the size of the last-level cache.
+
+    With `cold`, a candidate goes through copies of its memory, of twice the cache together.
+    """
+
+    repeat: int = 50
+    max_seconds: float = 20.0
+    min_rounds: int = _MIN_ROUNDS
+    cold: bool = True
+    cache_bytes: int = 0
+
+
+@dataclass
+class Sample:
+    """A candidate's times in seconds, with the copies of its memory they went through."""
+
+    candidate: Candidate
+    copies: int
+    cache: str
+    seconds: list[float] = field(default_factory=list)
+
+    def percentile(self, percent: float) -> float:
+        return percentile(self.seconds, percent)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest of `values`."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def copies_needed(candidate: Candidate, settings: Settings) -> tuple[int, str]:
+    """How many copies to go through, and in which state that leaves the cache.
+
+    ``cold``: every line was evicted since its last use, as in a model larger than the cache.
+    ``partly cold``: there were not so many copies. ``warm``: one copy, which a large cache holds.
+    """
+    if not settings.cold or not candidate.footprint:
+        return 1, "warm"
+    wanted = max(1, math.ceil(2 * settings.cache_bytes / candidate.footprint))
+    affordable = int(_MEMORY_SHARE * psutil.virtual_memory().available / candidate.footprint)
+    copies = max(1, min(wanted, affordable, _MAX_COPIES))
+    return copies, "cold" if copies == wanted else "partly cold"
+
+
+def run_contest(
+    problem: Problem, candidates: Sequence[Candidate], settings: Settings
+) -> list[Sample]:
+    """Check every candidate, then time them in turn, the first one changing from round to round.
+
+    Raises `WrongResultError` before anything is timed when a check fails.
+    """
+    prepared: list[tuple[Sample, list[Call]]] = []
+    for candidate in candidates:
+        copies, cache = copies_needed(candidate, settings)
+        calls = [candidate.prepare() for _ in range(copies)]
+        _check(problem, candidate, calls[0])
+        prepared.append((Sample(candidate, copies, cache), calls))
+    start = time.perf_counter()
+    for number in range(settings.repeat):
+        enough = number >= settings.min_rounds
+        if enough and time.perf_counter() - start > settings.max_seconds:
+            break
+        first = number % len(prepared)
+        for sample, calls in prepared[first:] + prepared[:first]:
+            call = calls[number % len(calls)]
+            if sample.candidate.before is not None:
+                sample.candidate.before()
+            begin = time.perf_counter()
+            call()
+            sample.seconds.append(time.perf_counter() - begin)
+    return [sample for sample, _ in prepared]
+
+
+def _check(problem: Problem, candidate: Candidate, call: Call) -> None:
+    if candidate.before is not None:
+        candidate.before()
+    try:
+        candidate.check(call())
+    except AssertionError as error:
+        raise WrongResultError(f"{candidate.name}, {problem}: {error}") from error
