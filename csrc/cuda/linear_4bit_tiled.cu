@@ -11,6 +11,10 @@ constexpr int kTileN = 64;   // columns of the result
 constexpr int kDepth = 32;   // of the contraction
 constexpr int kThreadM = 4;  // results of a thread
 constexpr int kThreadN = 4;
+// A sum restarts after so many products and joins a second one: the rounding error of a chain of
+// additions grows with its length.
+constexpr int kChain = 256;
+static_assert(kChain % kDepth == 0, "chains end with a tile");
 
 struct TiledShared {
   CodeTable table;
@@ -46,11 +50,12 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
   const int thread_m = thread / (kTileN / kThreadN);
   const int thread_n = thread % (kTileN / kThreadN);
 
+  float total[kThreadM][kThreadN];
   float sum[kThreadM][kThreadN];
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
 #pragma unroll
-    for (int j = 0; j < kThreadN; ++j) sum[i][j] = 0.0f;
+    for (int j = 0; j < kThreadN; ++j) total[i][j] = sum[i][j] = 0.0f;
   }
   for (std::int64_t d0 = 0; d0 < depth; d0 += kDepth) {
     __syncthreads();
@@ -89,6 +94,15 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
         for (int j = 0; j < kThreadN; ++j) sum[i][j] = __fmaf_rn(x[i], w[j], sum[i][j]);
       }
     }
+    if ((d0 + kDepth) % kChain != 0 && d0 + kDepth < depth) continue;
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j) {
+        total[i][j] = __fadd_rn(total[i][j], sum[i][j]);
+        sum[i][j] = 0.0f;
+      }
+    }
   }
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
@@ -97,7 +111,7 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       const std::int64_t row = m0 + thread_m * kThreadM + i;
       const std::int64_t column = n0 + thread_n + j * (kTileN / kThreadN);
       if (row >= args.m || column >= columns) continue;
-      float value = sum[i][j];
+      float value = total[i][j];
       if (args.bias != nullptr) value = __fadd_rn(value, to_float(args.bias[column]));
       args.y[row * columns + column] = from_float<T>(value);
     }
