@@ -64,10 +64,23 @@ QKERN_DEVICE void store_word(const CodeTable& table, std::uint32_t word, float s
   }
 }
 
+// The weight's element that is the region's element i.
+QKERN_DEVICE std::int64_t element_of(const Region& region, std::int64_t i) {
+  const std::int64_t element = region.first + i;
+  if (region.row_skip == 0) return element;
+  // 32-bit division costs a fraction of the 64-bit one.
+  constexpr std::int64_t kMax32 = 0xffffffff;
+  const std::int64_t row =
+      i <= kMax32 && region.row_length <= kMax32
+          ? static_cast<std::uint32_t>(i) / static_cast<std::uint32_t>(region.row_length)
+          : i / region.row_length;
+  return element + row * region.row_skip;
+}
+
 template <typename T>
 QKERN_KERNEL(kThreads, 1)
 dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, CodeSource source,
-                       std::int64_t numel, T* __restrict__ out) {
+                       Region region, std::int64_t numel, T* __restrict__ out) {
   QKERN_SHARED(CodeTable, table);
   stage_codes(source, table);
   __syncthreads();
@@ -75,10 +88,14 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (kThreads / kWarp);
   const std::int64_t first_warp =
       static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const bool aligned = is_aligned16(packed) && is_aligned16(out);
+  // A lane's codes are then 16 aligned bytes of one row and one block.
+  const bool aligned = is_aligned16(packed) && is_aligned16(out) &&
+                       region.first % kLaneCodes == 0 &&
+                       (region.row_skip == 0 ||
+                        (region.row_length % kLaneCodes == 0 && region.row_skip % kLaneCodes == 0));
   for (std::int64_t begin = first_warp * kWarpCodes; begin < numel; begin += warps * kWarpCodes) {
-    const std::int64_t mine = begin + lane * kLaneCodes;
     if (aligned && begin + kWarpCodes <= numel) {
+      const std::int64_t mine = element_of(region, begin + lane * kLaneCodes);
       const uint4 load = load_global16(packed + mine / 2);
       const float scale = load_scale(scales, mine >> scales.block_shift);
       std::uint32_t words[4] = {load.x, load.y, load.z, load.w};
@@ -93,8 +110,9 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
       // Neighbouring lanes take neighbouring elements.
       const std::int64_t end = begin + kWarpCodes < numel ? begin + kWarpCodes : numel;
       for (std::int64_t i = begin + lane; i < end; i += kWarp) {
-        const float value = code_value(table, packed_code(packed, i));
-        out[i] = from_float<T>(__fmul_rn(value, load_scale(scales, i >> scales.block_shift)));
+        const std::int64_t element = element_of(region, i);
+        const float value = code_value(table, packed_code(packed, element));
+        out[i] = from_float<T>(__fmul_rn(value, load_scale(scales, element >> scales.block_shift)));
       }
     }
   }
@@ -102,7 +120,7 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
 
 }  // namespace
 
-Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream) {
+Status dequantize_4bit_region(const Dequantize4bitArgs& args, const Region& region, void* stream) {
   const std::int64_t numel = args.weight.rows * args.weight.cols;
   if (numel == 0) return Status::success();
   constexpr std::int64_t kBlockCodes = kThreads / kWarp * kWarpCodes;
@@ -110,9 +128,13 @@ Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream) {
   return with_dtype(args.out_dtype, [&](auto zero) {
     using T = decltype(zero);
     return launch("dequantize_4bit_kernel", dequantize_4bit_kernel<T>, config, args.weight.packed,
-                  scales_of(args.weight), code_source(args.weight.codes), numel,
+                  scales_of(args.weight), code_source(args.weight.codes), region, numel,
                   static_cast<T*>(args.out));
   });
+}
+
+Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream) {
+  return dequantize_4bit_region(args, Region{}, stream);
 }
 
 }  // namespace qkern::cuda

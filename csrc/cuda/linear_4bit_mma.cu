@@ -215,6 +215,8 @@ Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, void* st
 }  // namespace
 
 Split linear_mma_split(const Linear4bitArgs& args) {
+  // Without a split, a row of y depends on its row of x alone.
+  if (args.batch_invariant) return {1, args.weight.cols};
   constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
   constexpr int kMaxParts = 8;
   const std::int64_t tile_m = args.m <= 16 ? 16 : 64;
