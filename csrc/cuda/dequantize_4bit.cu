@@ -84,6 +84,7 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
   QKERN_SHARED(CodeTable, table);
   stage_codes(source, table);
   __syncthreads();
+  const float nested_offset = load_nested_offset(scales);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (kThreads / kWarp);
   const std::int64_t first_warp =
@@ -97,7 +98,7 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
     if (aligned && begin + kWarpCodes <= numel) {
       const std::int64_t mine = element_of(region, begin + lane * kLaneCodes);
       const uint4 load = load_global16(packed + mine / 2);
-      const float scale = load_scale(scales, mine >> scales.block_shift);
+      const float scale = load_scale(scales, nested_offset, mine >> scales.block_shift);
       std::uint32_t words[4] = {load.x, load.y, load.z, load.w};
       transpose_quad(words, lane);
       const int quad = lane & ~3;
@@ -112,7 +113,8 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
       for (std::int64_t i = begin + lane; i < end; i += kWarp) {
         const std::int64_t element = element_of(region, i);
         const float value = code_value(table, packed_code(packed, element));
-        out[i] = from_float<T>(__fmul_rn(value, load_scale(scales, element >> scales.block_shift)));
+        out[i] = from_float<T>(
+            __fmul_rn(value, load_scale(scales, nested_offset, element >> scales.block_shift)));
       }
     }
   }

@@ -59,6 +59,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
@@ -110,7 +111,8 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
           begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
       out[i] = 0.0f;
       if (n < end && column < args.cols) {
-        out[i] = load_scale(args.scales, (n * args.cols + column) >> args.scales.block_shift);
+        out[i] = load_scale(args.scales, nested_offset,
+                            (n * args.cols + column) >> args.scales.block_shift);
       }
     }
   };

@@ -42,6 +42,7 @@ QKERN_KERNEL(kThreads, 2)
 linear_4bit_tiled_kernel(const TiledArgs<T> args) {
   QKERN_SHARED(TiledShared, shared);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
   const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN;
@@ -74,8 +75,9 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       if (n0 + column < columns && d0 + d < depth) {
         const std::int64_t element = kInputGradient ? (d0 + d) * args.cols + n0 + column
                                                     : (n0 + column) * args.cols + d0 + d;
-        value = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                          load_scale(args.scales, element >> args.scales.block_shift));
+        value =
+            __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                      load_scale(args.scales, nested_offset, element >> args.scales.block_shift));
       }
       shared.w[d][column] = value;
     }
