@@ -50,22 +50,8 @@ def test_op(spec: OpSpec, case: Case, schedule: backend.Schedule, library: Modul
 
 def run_table(variant: str, schedule: int, stride: int, largest: int) -> None:
     """`run_table.py` on a build, in a process of its own that has the sanitizer's runtime."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ASAN_OPTIONS": "detect_leaks=0"}
-    libraries = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
-    environment["LD_PRELOAD"] = " ".join(
-        subprocess.run(
-            [build.compiler() or "g++", f"-print-file-name={name}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for name in libraries.get(variant, ())
-    )
-    # Only what the kernels do is of interest, not torch's threads.
-    environment["TSAN_OPTIONS"] = "ignore_noninstrumented_modules=1 halt_on_error=1"
-    environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
-    # ThreadSanitizer wants the address space it was made for.
-    command = ["setarch", "-R"] if variant == "thread" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | build.environment(variant)
+    command = build.command_prefix(variant)
     command += [sys.executable, str(build.HERE / "run_table.py"), str(build.build(variant))]
     command += [str(schedule), str(stride), str(largest)]
     done = subprocess.run(
