@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from cuda_emulator import backend, build
 
-from qkern import ops, testing
+from qkern import testing
 from qkern.testing import Case
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -81,7 +81,7 @@ def huge_stride(target: testing.Target) -> None:
     """Two rows of x that lie more than 2**31 elements apart: memory that is reserved, not used."""
     rows, columns = 8, 1024
     weight = torch.randn(rows, columns)
-    packed, absmax = ops.quantize_4bit(weight, "nf4", 64, None)
+    packed, absmax = torch.ops.qkern.quantize_4bit(weight, "nf4", 64, None)
     stride = 2**31 + 64
     memory = torch.empty(stride + columns, dtype=torch.bfloat16)
     x = memory.as_strided((2, columns), (stride, 1))
