@@ -126,18 +126,24 @@ QKERN_DEVICE void stage_codes(const CodeSource& source, CodeTable& table) {
   }
 }
 
-// Sixteen words lie in sixteen banks and equal addresses are one access: no look-up conflicts,
-// whatever the codes. The select form has no address that depends on data, which is what
-// provers of race-freedom can follow.
-QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
+// table[index]. With QKERN_CODEC_SELECT every entry is read and one is kept: no address depends on
+// data then, which is what provers of race-freedom can follow.
+template <typename T>
+QKERN_DEVICE T look_up(const T* table, unsigned count, unsigned index) {
 #ifdef QKERN_CODEC_SELECT
-  float value = table.values[0];
-#pragma unroll
-  for (unsigned i = 1; i < 16; ++i) value = code == i ? table.values[i] : value;
+  T value = table[0];
+  for (unsigned i = 1; i < count; ++i) value = index == i ? table[i] : value;
   return value;
 #else
-  return table.values[code];
+  (void)count;
+  return table[index];
 #endif
+}
+
+// Sixteen words lie in sixteen banks and equal addresses are one access: no look-up conflicts,
+// whatever the codes.
+QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
+  return look_up(table.values, 16, code);
 }
 
 // Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
@@ -209,7 +215,7 @@ QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::in
   if (scales.nested_absmax == nullptr)
     return __ldg(static_cast<const float*>(scales.absmax) + block);
   const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
-  const float value = __ldg(kDeviceMapSigned.values + code);
+  const float value = __ldg(address_of(kDeviceMapSigned.values, code));
   return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))), nested_offset);
 }
 

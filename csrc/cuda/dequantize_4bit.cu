@@ -27,11 +27,20 @@ QKERN_DEVICE void transpose_quad(std::uint32_t (&words)[4], int lane) {
   }
 }
 
-// Eight 16-bit values, 16 bytes: the quad's lanes write neighbouring 16 bytes.
+// Where a lane stores its part of a quad's words: 16-bit values are 16
+// neighbouring bytes a word; of float32, two neighbours' words are 64 bytes, of which each lane
+// takes two of the four 16-byte parts, such that one store writes the first two, the other the last
+// two.
+template <typename T>
+QKERN_DEVICE int first_value(int lane) {
+  const int position = lane & 3;
+  return sizeof(T) == 2 ? 8 * position : 8 * (position & ~1) + 4 * (position & 1);
+}
+
+// Decodes a word and stores it at `out`, which is `first_value` past the quad's first.
 template <typename T>
 QKERN_DEVICE void store_word(const CodeTable& table, std::uint32_t word, float scale, int lane,
-                             T* quad_out) {
-  const int position = lane & 3;
+                             T* out) {
   if constexpr (sizeof(T) == 2) {
     const WordOffsets offsets(word);
     std::uint32_t pairs[4];
@@ -40,26 +49,19 @@ QKERN_DEVICE void store_word(const CodeTable& table, std::uint32_t word, float s
       pairs[i] = pack_pair<T>(__fmul_rn(offsets.value(table, 2 * i), scale),
                               __fmul_rn(offsets.value(table, 2 * i + 1), scale));
     }
-    store_global16(quad_out + 8 * position, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+    store_global16(out, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
   } else {
-    // Two neighbours' words are 64 bytes: each lane takes two of the four 16-byte parts such that
-    // one store writes the first two, the other the last two.
-    const bool odd = (lane & 1) != 0;
-    const std::uint32_t received = __shfl_xor_sync(kAllLanes, odd ? word : word >> 16, 1);
-    const std::uint32_t first = odd ? received : word;
-    const std::uint32_t second = odd ? word >> 16 : received;
-    T* const pair_out = quad_out + 8 * (position & ~1) + 4 * (odd ? 1 : 0);
+    // The first four codes of both words, or the last four.
+    const std::uint32_t received = __shfl_xor_sync(kAllLanes, word, 1);
+    const WordOffsets offsets(__byte_perm(word, received, (lane & 1) != 0 ? 0x3276 : 0x5410));
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const std::uint32_t codes = part == 0 ? first : second;
-      float values[4];
+      std::uint32_t bits[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        values[i] = __fmul_rn(code_value(table, word_code(codes, i)), scale);
+        bits[i] = __float_as_uint(__fmul_rn(offsets.value(table, 4 * part + i), scale));
       }
-      store_global16(pair_out + 8 * part,
-                     uint4{__float_as_uint(values[0]), __float_as_uint(values[1]),
-                           __float_as_uint(values[2]), __float_as_uint(values[3])});
+      store_global16(out + 8 * part, uint4{bits[0], bits[1], bits[2], bits[3]});
     }
   }
 }
@@ -102,10 +104,11 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
       std::uint32_t words[4] = {load.x, load.y, load.z, load.w};
       transpose_quad(words, lane);
       const int quad = lane & ~3;
+      T* const quad_out = out + begin + quad * kLaneCodes + first_value<T>(lane);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const float owner_scale = __shfl_sync(kAllLanes, scale, quad + s);
-        store_word(table, words[s], owner_scale, lane, out + begin + (quad + s) * kLaneCodes);
+        store_word(table, words[s], owner_scale, lane, quad_out + s * kLaneCodes);
       }
     } else {
       // Neighbouring lanes take neighbouring elements.

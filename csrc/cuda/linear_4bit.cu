@@ -9,14 +9,13 @@ constexpr int kThreads = 256;
 template <typename T>
 QKERN_KERNEL(kThreads, 1)
 sum_splits_kernel(const float* __restrict__ parts, int count, std::int64_t m, std::int64_t columns,
-                  const T* __restrict__ bias, T* __restrict__ y) {
+                  Epilogue<T> epilogue, T* __restrict__ y) {
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        i < m * columns; i += stride) {
     float sum = parts[i];
     for (int part = 1; part < count; ++part) sum = __fadd_rn(sum, parts[part * m * columns + i]);
-    if (bias != nullptr) sum = __fadd_rn(sum, to_float(bias[i % columns]));
-    y[i] = from_float<T>(sum);
+    y[i] = from_float<T>(epilogue(sum, i / columns, i % columns));
   }
 }
 
@@ -36,8 +35,8 @@ Status check_mma(const Linear4bitArgs& args, std::int64_t depth) {
   if (args.dtype == DType::kFloat32 || limits.capability < least) {
     return Status::error("path mma: takes float16 from sm_75 and bfloat16 from sm_80 on");
   }
-  if (args.weight.cols % 32 != 0 || depth % 8 != 0 || args.x_row_stride % 8 != 0 ||
-      !aligned16(args.x) || !aligned16(args.weight.packed)) {
+  if (args.weight.cols % 32 != 0 || args.weight.cols > kLongestRow || depth % 8 != 0 ||
+      args.x_row_stride % 8 != 0 || !aligned16(args.x) || !aligned16(args.weight.packed)) {
     return Status::error("path mma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned");
   }
   return Status::success();
@@ -84,7 +83,7 @@ Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, v
     using T = decltype(zero);
     return launch("sum_splits_kernel", sum_splits_kernel<T>, config,
                   static_cast<const float*>(args.workspace), parts, args.m, columns,
-                  static_cast<const T*>(args.bias), static_cast<T*>(args.y));
+                  Epilogue<T>{static_cast<const T*>(args.bias)}, static_cast<T*>(args.y));
   });
 }
 

@@ -212,8 +212,11 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                               weight.rows,
                               weight.cols,
                               split.length,
-                              {nullptr, static_cast<T*>(args.y),
-                               split.count > 1 ? args.workspace : nullptr, args.m, weight.cols}};
+                              {{nullptr},
+                               static_cast<T*>(args.y),
+                               split.count > 1 ? args.workspace : nullptr,
+                               args.m,
+                               weight.cols}};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                  static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
                                  static_cast<unsigned>(split.count)),

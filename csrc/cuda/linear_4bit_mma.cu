@@ -217,8 +217,11 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                                weight.rows,
                                weight.cols,
                                split.length,
-                               {static_cast<const T*>(args.bias), static_cast<T*>(args.y),
-                                split.count > 1 ? args.workspace : nullptr, args.m, weight.rows}};
+                               {{static_cast<const T*>(args.bias)},
+                                static_cast<T*>(args.y),
+                                split.count > 1 ? args.workspace : nullptr,
+                                args.m,
+                                weight.rows}};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                  static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
                                  static_cast<unsigned>(split.count)),

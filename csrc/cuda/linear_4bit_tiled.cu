@@ -32,7 +32,7 @@ struct TiledArgs {
   Scales scales;
   CodeSource source;
   std::int64_t rows, cols;  // of W
-  const T* bias;
+  Epilogue<T> epilogue;
   T* y;
 };
 
@@ -113,9 +113,7 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       const std::int64_t row = m0 + thread_m * kThreadM + i;
       const std::int64_t column = n0 + thread_n + j * (kTileN / kThreadN);
       if (row >= args.m || column >= columns) continue;
-      float value = total[i][j];
-      if (args.bias != nullptr) value = __fadd_rn(value, to_float(args.bias[column]));
-      args.y[row * columns + column] = from_float<T>(value);
+      args.y[row * columns + column] = from_float<T>(args.epilogue(total[i][j], row, column));
     }
   }
 }
@@ -135,7 +133,7 @@ Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* strea
                                    code_source(weight.codes),
                                    weight.rows,
                                    weight.cols,
-                                   static_cast<const T*>(args.bias),
+                                   {static_cast<const T*>(args.bias)},
                                    static_cast<T*>(args.y)};
     const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                    static_cast<unsigned>(ceil_div(columns, kTileN))),

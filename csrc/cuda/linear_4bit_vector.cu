@@ -10,9 +10,8 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLaneCodes = 32;  // one 128-bit load; within one block where K % 32 == 0
 constexpr int kTile = kWarp * kLaneCodes;
-// Offsets within a part of the contraction, and to the last of a warp's rows, fit 32 bits.
+// Offsets within a part of the contraction fit 32 bits.
 constexpr std::int64_t kLongestPart = 1 << 30;
-constexpr std::int64_t kLongestRow = 1 << 29;
 
 template <typename T>
 constexpr int kChunkValues = 16 / static_cast<int>(sizeof(T));
@@ -45,7 +44,7 @@ struct VectorArgs {
   CodeSource source;
   std::int64_t rows, cols;  // of W
   std::int64_t split_length;
-  const T* bias;
+  Epilogue<T> epilogue;
   T* y;
   float* parts;  // instead of y where the contraction is split
 };
@@ -273,8 +272,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   if (args.parts != nullptr) {
     args.parts[(blockIdx.z * args.m + row) * args.rows + n] = mine;
   } else {
-    if (args.bias != nullptr) mine = __fadd_rn(mine, to_float(args.bias[n]));
-    args.y[row * args.rows + n] = from_float<T>(mine);
+    args.y[row * args.rows + n] = from_float<T>(args.epilogue(mine, row, n));
   }
 }
 
@@ -290,7 +288,7 @@ Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream)
                                   weight.rows,
                                   weight.cols,
                                   split.length,
-                                  static_cast<const T*>(args.bias),
+                                  {static_cast<const T*>(args.bias)},
                                   static_cast<T*>(args.y),
                                   split.count > 1 ? args.workspace : nullptr};
   const LaunchConfig config{

@@ -5,6 +5,7 @@ As a program: ``python tests/cuda_emulator/build.py [VARIANT ...]``. A build lie
 
 Variants:
     plain      no instrumentation
+    select     plain, with the select form of the tables (`QKERN_CODEC_SELECT`)
     address    AddressSanitizer and UndefinedBehaviorSanitizer
     thread     ThreadSanitizer; every CUDA thread is one of its threads
 """
@@ -24,7 +25,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-VARIANTS = ("plain", "address", "thread")
+VARIANTS = ("plain", "select", "address", "thread")
 _SOURCES = ("tests/cuda_emulator", "csrc/cuda", "csrc/include", "csrc/binding")
 _SUFFIXES = (".cu", ".cuh", ".h", ".cpp", ".txt")
 
