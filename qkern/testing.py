@@ -107,7 +107,8 @@ class Case:
     for the matmuls (M rows of activations, a weight of N × K). `codebook` names an entry of
     `CODEBOOKS` and goes with ``format="custom"``. `values` picks the distribution: ``normal``,
     ``special`` (zeros of both signs, subnormals, the largest floats), ``ties`` (each decision
-    point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities).
+    point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), and for the
+    matmuls' activations ``special`` (rows and columns of very different size) and ``large``.
     """
 
     shape: tuple[int, ...]
@@ -487,6 +488,9 @@ def _matmul_inputs(
         # Rows of very different size, and columns of outliers, as real activations have.
         x = x * torch.exp2(4 * _normal((rows, 1), generator)).clamp(2**-8, 2**6)
         x[:, ::37] *= 50
+    elif case.values == "large":
+        # Near the end of the dtype's range, which sums of unscaled products would leave.
+        x = x.clamp(-2, 2) * (torch.finfo(case.dtype).max / 128)
     inputs: Inputs = {main: x.to(case.dtype)}
     inputs |= _weight(replace(case, values="normal"), out_features * in_features, generator)
     inputs |= {size: outer, "batch_invariant": case.batch_invariant}
@@ -551,6 +555,18 @@ WEIGHT_SHAPES = (
     *((1, 64), (1, 1), (3, 7), (64, 1), (33, 65), (64, 64)),
     *((65, 127), (16, 1000), (130, 33), (128, 256), (100, 385)),
 )
+# Rows of whole blocks, as real models have: kernels may take a faster path there.
+ALIGNED_SHAPES = (
+    *((5, 32), (13, 96), (40, 160), (37, 384), (3, 416), (66, 640), (7, 1056), (2, 4224)),
+    *((384, 32), (1057, 64), (4100, 32)),
+)
+# Around the tiles of tensor-core kernels: (rows, N, K), whole tiles and parts of them.
+TILE_SHAPES = (
+    *((17, 128, 128), (64, 256, 384), (128, 128, 256), (129, 384, 128), (130, 136, 160)),
+    *((33, 120, 224), (65, 264, 96), (100, 520, 64), (128, 130, 288), (63, 72, 544)),
+)
+# Longer and wider than any panel or segment that a kernel is likely to keep.
+LONG_SHAPES = ((2, 3, 132_096), (8, 260, 16_448), (3, 16_448, 96), (8, 66_000, 32))
 
 
 def _table_formats() -> tuple[Case, ...]:
@@ -646,13 +662,26 @@ def _matmul_cases(with_bias: bool) -> tuple[Case, ...]:
         for (n, k), rows in itertools.product(WEIGHT_SHAPES, (1, 4, 21)):
             cases.append(replace(next(variants), shape=(rows, n, k), dtype=dtype))
         for layout, rows in itertools.product(LAYOUTS[1:], (1, 6, 40)):
-            cases.append(replace(next(variants), shape=(rows, 35, 99), dtype=dtype, layout=layout))
+            case = replace(next(variants), dtype=dtype, layout=layout)
+            cases.append(replace(case, shape=(rows, 35, 99)))
+            cases.append(replace(case, shape=(rows, 35, 192), block_size=64))
+        for index, (n, k) in enumerate(ALIGNED_SHAPES):
+            for rows in (1 + index % 8, 1 + (index + 3) % 8, 1 + (index + 5) % 8, 21):
+                block_size = 64 if k % 64 == 0 and index % 2 else 32
+                case = replace(next(variants), shape=(rows, n, k), dtype=dtype)
+                cases.append(replace(case, block_size=block_size))
+        cases += [
+            Case(shape, dtype, block_size=32, double_quant=dq)
+            for shape, dq in zip(LONG_SHAPES, (True, False, True, False), strict=True)
+        ]
+        cases += [replace(next(variants), shape=shape, dtype=dtype) for shape in TILE_SHAPES]
         cases += [
             Case((7, 48, 520), dtype, block_size, double_quant=True)
             for block_size in formats.BLOCK_SIZES
         ]
-        for rows in (1, 9, 70):
+        for rows in (1, 4, 9, 70):
             cases.append(Case((rows, 96, 512), dtype, values="special", bias=with_bias))
+            cases.append(Case((rows, 96, 512), dtype, values="large"))
             cases.append(Case((rows, 37, 130), dtype, batch_invariant=True, bias=with_bias))
     return _unique(cases)
 

@@ -321,10 +321,13 @@ def test_quantize_absmax() -> None:
 
 def test_the_mean_of_absmax_is_rounded_once() -> None:
     """Sums that lose small terms, or round twice, in plain float64 accumulation."""
-    big, tiny = 2.0**100, 2.0**-140
-    cancel_free = torch.tensor([big] + [2.0**46] * 127 + [tiny] * 300)
-    half_way = torch.tensor([1.0, 2.0**-24, 2.0**-149])
-    for absmax in (cancel_free, cancel_free.flip(0), half_way, torch.full((3,), 3.4e38)):
+    wide = torch.tensor([2.0**100] + [2.0**46] * 127 + [2.0**-140] * 300)
+    # Each mean lies next to the middle of two floats; the last bit of the float64 sum decides.
+    above_half = torch.tensor([1.0, 2.0**-24, 2.0**-53, 2.0**-60])
+    half = torch.tensor([1.0, 2.0**-24, 2.0**-53, 0.0])
+    half_to_even = torch.tensor([1.0, 2.0**-24, 2.0**-52, 2.0**-53])
+    sums = (wide, above_half, half, half_to_even, torch.full((3,), 3.4e38))
+    for absmax in (*sums, *(values.flip(0) for values in sums)):
         offset = torch.tensor(np.float32(math.fsum(absmax.tolist()) / len(absmax)))
         assert reference.quantize_absmax(absmax)[2].item() == offset.item()
         compare_everywhere("quantize_absmax", {"absmax": absmax})

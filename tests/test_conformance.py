@@ -14,6 +14,7 @@ from qkern import testing
 from qkern.testing import DTYPES, OPS, Case, OpSpec, Target
 
 MATMULS = tuple(spec for spec in OPS.values() if spec.comparison == "matmul")
+BITWISE = tuple(spec for spec in OPS.values() if spec.comparison == "bitwise")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 matmuls = pytest.mark.parametrize("spec", MATMULS, ids=[spec.name for spec in MATMULS])
 WEIGHT_ARGUMENTS = (
@@ -211,6 +212,21 @@ def test_float16_overflow_is_infinite_not_wrapped(
     inputs["packed"] = torch.full_like(inputs["packed"], 0xFF)
     (y,) = run(spec, inputs, target)
     assert (y == torch.inf).all()
+
+
+@pytest.mark.parametrize("spec", BITWISE, ids=[spec.name for spec in BITWISE])
+def test_flushing_subnormals_to_zero_changes_no_bits(spec: OpSpec, isa: str) -> None:
+    """`torch.set_flush_denormal` holds for the calling thread alone: kernels must not heed it."""
+    inputs = inputs_of(spec, Case((300_001,), values="special"), torch.device("cpu"))
+    torch.set_num_threads(2)
+    expected = spec.run(inputs)
+    try:
+        assert torch.set_flush_denormal(True)
+        flushed = spec.run(inputs)
+    finally:
+        torch.set_flush_denormal(False)
+    for actual, wanted in zip(flushed, expected, strict=True):
+        testing.assert_bitwise(actual, wanted)
 
 
 def test_unchecked_nan_block_has_the_canonical_nan(target: Target, device: torch.device) -> None:

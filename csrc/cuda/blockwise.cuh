@@ -114,10 +114,14 @@ QKERN_DEVICE void quantize_blocks(const BlockPlan& plan, const Values& values,
 template <int kCount>
 QKERN_DEVICE unsigned count_below(const float* thresholds, float t) {
   unsigned count = 0;
+#ifdef QKERN_CODEC_SELECT
+  for (unsigned i = 0; i < kCount; ++i) count += t > thresholds[i] ? 1 : 0;
+#else
 #pragma unroll
   for (unsigned step = (kCount + 1) / 2; step > 0; step /= 2) {
     count += t > thresholds[count + step - 1] ? step : 0;
   }
+#endif
   return count;
 }
 

@@ -126,18 +126,24 @@ QKERN_DEVICE void stage_codes(const CodeSource& source, CodeTable& table) {
   }
 }
 
-// Sixteen words lie in sixteen banks and equal addresses are one access: no look-up conflicts,
-// whatever the codes. The select form has no address that depends on data, which is what
-// provers of race-freedom can follow.
-QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
+// table[index]. With QKERN_CODEC_SELECT every entry is read and one is kept: no address depends on
+// data then, which is what provers of race-freedom can follow.
+template <typename T>
+QKERN_DEVICE T look_up(const T* table, unsigned count, unsigned index) {
 #ifdef QKERN_CODEC_SELECT
-  float value = table.values[0];
-#pragma unroll
-  for (unsigned i = 1; i < 16; ++i) value = code == i ? table.values[i] : value;
+  T value = table[0];
+  for (unsigned i = 1; i < count; ++i) value = index == i ? table[i] : value;
   return value;
 #else
-  return table.values[code];
+  (void)count;
+  return table[index];
 #endif
+}
+
+// Sixteen words lie in sixteen banks and equal addresses are one access: no look-up conflicts,
+// whatever the codes.
+QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
+  return look_up(table.values, 16, code);
 }
 
 // Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
@@ -199,14 +205,59 @@ inline Scales scales_of(const Weight4bit& weight) {
   return {weight.absmax, weight.nested_absmax, weight.nested_offset, log2_of(weight.block_size)};
 }
 
+// What is added to every double-quantised scale; kernels load it once.
+QKERN_DEVICE float load_nested_offset(const Scales& scales) {
+  return scales.nested_offset == nullptr ? 0.0f : __ldg(scales.nested_offset);
+}
+
 // The scale of a block; two roundings where it is double-quantised, never a fused multiply-add.
-QKERN_DEVICE float load_scale(const Scales& scales, std::int64_t block) {
+QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::int64_t block) {
   if (scales.nested_absmax == nullptr)
     return __ldg(static_cast<const float*>(scales.absmax) + block);
   const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
-  const float value = __ldg(kDeviceMapSigned.values + code);
-  return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))),
-                   __ldg(scales.nested_offset));
+  const float value = __ldg(address_of(kDeviceMapSigned.values, code));
+  return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))), nested_offset);
+}
+
+// The scales of a run of weights, by 32-bit positions: 64-bit indices would cost a hot loop more
+// instructions than the loads do. A position counts elements from the start of the 256 blocks,
+// those of one nested scale, among which the run begins; `first` is that of the run's first
+// element.
+struct ScaleRun {
+  const unsigned char* absmax;  // of those blocks: float32, or codes of a byte
+  const float* nested_absmax;
+  unsigned first;
+
+  QKERN_DEVICE void start(const Scales& scales, std::int64_t element) {
+    const std::int64_t group = element >> (scales.block_shift + 8);
+    const bool nested = scales.nested_absmax != nullptr;
+    absmax = static_cast<const unsigned char*>(scales.absmax) + group * (nested ? 256 : 4 * 256);
+    nested_absmax = nested ? scales.nested_absmax + group : nullptr;
+    first = static_cast<unsigned>(element - (group << (scales.block_shift + 8)));
+  }
+};
+
+// `out[i]` is the scale at `positions[i]`: one branch for all.
+template <int kCount>
+QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
+                              const unsigned (&positions)[kCount], float nested_offset,
+                              float (&out)[kCount]) {
+  if (scales.nested_absmax == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      out[i] =
+          __ldg(reinterpret_cast<const float*>(run.absmax) + (positions[i] >> scales.block_shift));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned block = positions[i] >> scales.block_shift;
+    const unsigned code = __ldg(run.absmax + block);
+    const float value = __ldg(address_of(kDeviceMapSigned.values, code));
+    const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
+    out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+  }
 }
 
 // ---- Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,

@@ -15,6 +15,9 @@ struct Split {
 // Rows of x that linear_vector takes at a time, so that its workspace stays small.
 constexpr std::int64_t kVectorLaunchRows = 64;
 
+// Columns of W up to which a lane's offsets to its few rows fit 32 bits.
+constexpr std::int64_t kLongestRow = 1 << 29;
+
 // The paths. Each has the whole args and writes y; `split` is what its workspace was sized for.
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);
 Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream);
@@ -42,13 +45,25 @@ inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t bloc
   return {static_cast<int>(ceil_div(steps, part_steps)), part_steps * step};
 }
 
+// What is done to a sum before it is rounded: the one place for whatever is fused behind a matmul.
+// Every kernel that writes results has one; those that write parts leave it to sum_splits.
+template <typename T>
+struct Epilogue {
+  const T* bias;  // [columns], or nullptr
+
+  QKERN_DEVICE float operator()(float sum, std::int64_t row, std::int64_t column) const {
+    (void)row;
+    return bias == nullptr ? sum : __fadd_rn(sum, to_float(bias[column]));
+  }
+};
+
 // Where a tensor-core kernel leaves its results. W is the mma's first operand, 16 rows of its
 // result, and x the second, so that x's fragments are registers as a 128-bit load leaves them. A
 // warp's two fragments are 32 columns of y: lane (g, t), g = lane / 4 and t = lane % 4, holds
 // columns 4g...4g+3 of rows 2t and 2t + 1.
 template <typename T>
 struct MmaOutput {
-  const T* bias;
+  Epilogue<T> epilogue;
   T* y;          // [m, columns]
   float* parts;  // [parts, m, columns] instead of y where the contraction is split
   std::int64_t m, columns;
@@ -81,8 +96,8 @@ QKERN_DEVICE void store_fragments(const MmaOutput<T>& output, const float (&sum)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       values[c] = sum[c / 2][2 * (c % 2) + e];
-      if (output.bias != nullptr && mine + c < output.columns) {
-        values[c] = __fadd_rn(values[c], to_float(output.bias[mine + c]));
+      if (mine + c < output.columns) {
+        values[c] = output.epilogue(values[c], row0 + 2 * t + e, mine + c);
       }
     }
     pairs[e][0] = pack_pair<T>(values[0], values[1]);

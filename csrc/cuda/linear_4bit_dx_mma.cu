@@ -59,6 +59,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
@@ -110,7 +111,8 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
           begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
       out[i] = 0.0f;
       if (n < end && column < args.cols) {
-        out[i] = load_scale(args.scales, (n * args.cols + column) >> args.scales.block_shift);
+        out[i] = load_scale(args.scales, nested_offset,
+                            (n * args.cols + column) >> args.scales.block_shift);
       }
     }
   };
@@ -210,8 +212,11 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                               weight.rows,
                               weight.cols,
                               split.length,
-                              {nullptr, static_cast<T*>(args.y),
-                               split.count > 1 ? args.workspace : nullptr, args.m, weight.cols}};
+                              {{nullptr},
+                               static_cast<T*>(args.y),
+                               split.count > 1 ? args.workspace : nullptr,
+                               args.m,
+                               weight.cols}};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                  static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
                                  static_cast<unsigned>(split.count)),

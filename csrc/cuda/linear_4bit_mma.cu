@@ -57,6 +57,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
@@ -69,49 +70,72 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
   const int tiles = static_cast<int>((end - begin + kTileK - 1) / kTileK);
 
-  // Of W: the lane's first row, and its first element there at `begin`.
+  // A thread copies the same chunk of every kCopyRows-th row of x.
+  constexpr int kCopyRows = kThreads / kRowChunks;
+  const int copy_row = thread / kRowChunks;
+  const int copy_chunk = thread % kRowChunks;
+  const T* const x_from =
+      args.x + (m0 + copy_row) * args.x_row_stride + begin + copy_chunk * kChunk;
+  const std::int64_t copy_step = kCopyRows * args.x_row_stride;
+  const int copies = args.m - m0 - copy_row > 0
+                         ? static_cast<int>((args.m - m0 - copy_row + kCopyRows - 1) / kCopyRows)
+                         : 0;
+  const int x_to = x_position(copy_row, copy_chunk / 4, copy_chunk % 4);
+  static_assert(kCopyRows % 2 == 0, "x_position of copied rows differs by whole rows");
+
+  // Of W: the lane's rows, from its first code at `begin` on; a row past the end does not exist.
   const std::int64_t first_row = n0 + 4 * g;
-  const std::int64_t first_element = first_row * args.cols + begin + t * kLaneCodes;
+  const int lane_rows = args.rows - first_row > kLaneRows
+                            ? kLaneRows
+                            : static_cast<int>(args.rows > first_row ? args.rows - first_row : 0);
+  const std::int64_t first_element =
+      (lane_rows > 0 ? first_row : 0) * args.cols + begin + t * kLaneCodes;
+  const std::uint8_t* const codes_from = args.packed + first_element / 2;
+  const std::int64_t row_bytes = args.cols / 2;
+  ScaleRun run;
+  run.start(args.scales, first_element);
+  // A row that does not exist has codes of 0 and the last one's scale: its result is not stored.
+  unsigned row_position[kLaneRows];
+  row_position[0] = run.first;
+#pragma unroll
+  for (int j = 1; j < kLaneRows; ++j) {
+    row_position[j] = row_position[j - 1] + (j < lane_rows ? static_cast<unsigned>(args.cols) : 0);
+  }
 
   auto start_loads = [&](int tile) {
     if (tile < tiles) {
       const int stage = tile % kStages;
-      const std::int64_t k0 = begin + static_cast<std::int64_t>(tile) * kTileK;
+      const int k0 = tile * kTileK;
+      // What lies past the end of the split is not read.
+      const bool x_in_range = begin + k0 + copy_chunk * kChunk < end;
+      const T* from = x_from + k0;
 #pragma unroll
-      for (int i = 0; i < kTileM * kRowChunks / kThreads; ++i) {
-        const int index = i * kThreads + thread;
-        const int row = index / kRowChunks;
-        const int chunk = index % kRowChunks;
-        const std::int64_t k = k0 + chunk * kChunk;
-        const bool exists = m0 + row < args.m && k < end;
-        cp_async16(&shared.x[stage][x_position(row, chunk / 4, chunk % 4)],
-                   exists ? args.x + (m0 + row) * args.x_row_stride + k : args.x, exists);
+      for (int i = 0; i < kTileM / kCopyRows; ++i) {
+        cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from,
+                   x_in_range && i < copies);
+        from += copy_step;
       }
-      const bool in_range = k0 + t * kLaneCodes < end;
+      const bool in_range = begin + k0 + t * kLaneCodes < end;
+      const std::uint8_t* codes = codes_from + k0 / 2;
 #pragma unroll
       for (int j = 0; j < kLaneRows; ++j) {
-        const bool exists = in_range && first_row + j < args.rows;
-        const std::int64_t element =
-            first_element + j * args.cols + static_cast<std::int64_t>(tile) * kTileK;
-        cp_async16(&shared.codes[stage][j][thread],
-                   exists ? args.packed + element / 2 : args.packed, exists);
+        cp_async16(&shared.codes[stage][j][thread], codes, in_range && j < lane_rows);
+        codes += row_bytes;
       }
     }
     // Also where there is no tile, so that the count of groups is the same in every round.
     cp_async_commit();
   };
   // The scales of the lane's rows; 0 where there are no weights.
-  auto load_scales = [&](int tile, float (&out)[kLaneRows]) {
-    const std::int64_t k = begin + static_cast<std::int64_t>(tile) * kTileK + t * kLaneCodes;
+  auto load_tile_scales = [&](int tile, float (&out)[kLaneRows]) {
+    const int k0 = tile * kTileK;
 #pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-      out[j] = 0.0f;
-      if (k < end && first_row + j < args.rows) {
-        const std::int64_t element =
-            first_element + j * args.cols + static_cast<std::int64_t>(tile) * kTileK;
-        out[j] = load_scale(args.scales, element >> args.scales.block_shift);
-      }
-    }
+    for (int j = 0; j < kLaneRows; ++j) out[j] = 0.0f;
+    if (begin + k0 + t * kLaneCodes >= end || lane_rows == 0) return;
+    unsigned positions[kLaneRows];
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) positions[j] = row_position[j] + k0;
+    load_scales(args.scales, run, positions, nested_offset, out);
   };
 
   constexpr int kFragmentsM = kTileM / 8;
@@ -128,7 +152,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   float scales[kLaneRows];
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
-  load_scales(0, scales);
+  load_tile_scales(0, scales);
 
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
@@ -144,7 +168,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       tables[j].fill(shared.table, scales[j]);
       codes[j] = shared.codes[stage][j][thread];
     }
-    load_scales(tile + 1, scales);
+    load_tile_scales(tile + 1, scales);
 
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -193,8 +217,11 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                                weight.rows,
                                weight.cols,
                                split.length,
-                               {static_cast<const T*>(args.bias), static_cast<T*>(args.y),
-                                split.count > 1 ? args.workspace : nullptr, args.m, weight.rows}};
+                               {{static_cast<const T*>(args.bias)},
+                                static_cast<T*>(args.y),
+                                split.count > 1 ? args.workspace : nullptr,
+                                args.m,
+                                weight.rows}};
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                  static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
                                  static_cast<unsigned>(split.count)),
@@ -215,6 +242,8 @@ Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, void* st
 }  // namespace
 
 Split linear_mma_split(const Linear4bitArgs& args) {
+  // Without a split, a row of y depends on its row of x alone.
+  if (args.batch_invariant) return {1, args.weight.cols};
   constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
   constexpr int kMaxParts = 8;
   const std::int64_t tile_m = args.m <= 16 ? 16 : 64;

@@ -11,6 +11,10 @@ constexpr int kTileN = 64;   // columns of the result
 constexpr int kDepth = 32;   // of the contraction
 constexpr int kThreadM = 4;  // results of a thread
 constexpr int kThreadN = 4;
+// A sum restarts after so many products and joins a second one: the rounding error of a chain of
+// additions grows with its length.
+constexpr int kChain = 256;
+static_assert(kChain % kDepth == 0, "chains end with a tile");
 
 struct TiledShared {
   CodeTable table;
@@ -28,7 +32,7 @@ struct TiledArgs {
   Scales scales;
   CodeSource source;
   std::int64_t rows, cols;  // of W
-  const T* bias;
+  Epilogue<T> epilogue;
   T* y;
 };
 
@@ -38,6 +42,7 @@ QKERN_KERNEL(kThreads, 2)
 linear_4bit_tiled_kernel(const TiledArgs<T> args) {
   QKERN_SHARED(TiledShared, shared);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
   const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN;
@@ -46,11 +51,12 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
   const int thread_m = thread / (kTileN / kThreadN);
   const int thread_n = thread % (kTileN / kThreadN);
 
+  float total[kThreadM][kThreadN];
   float sum[kThreadM][kThreadN];
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
 #pragma unroll
-    for (int j = 0; j < kThreadN; ++j) sum[i][j] = 0.0f;
+    for (int j = 0; j < kThreadN; ++j) total[i][j] = sum[i][j] = 0.0f;
   }
   for (std::int64_t d0 = 0; d0 < depth; d0 += kDepth) {
     __syncthreads();
@@ -69,8 +75,9 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       if (n0 + column < columns && d0 + d < depth) {
         const std::int64_t element = kInputGradient ? (d0 + d) * args.cols + n0 + column
                                                     : (n0 + column) * args.cols + d0 + d;
-        value = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                          load_scale(args.scales, element >> args.scales.block_shift));
+        value =
+            __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                      load_scale(args.scales, nested_offset, element >> args.scales.block_shift));
       }
       shared.w[d][column] = value;
     }
@@ -89,6 +96,15 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
         for (int j = 0; j < kThreadN; ++j) sum[i][j] = __fmaf_rn(x[i], w[j], sum[i][j]);
       }
     }
+    if ((d0 + kDepth) % kChain != 0 && d0 + kDepth < depth) continue;
+#pragma unroll
+    for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kThreadN; ++j) {
+        total[i][j] = __fadd_rn(total[i][j], sum[i][j]);
+        sum[i][j] = 0.0f;
+      }
+    }
   }
 #pragma unroll
   for (int i = 0; i < kThreadM; ++i) {
@@ -97,9 +113,7 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       const std::int64_t row = m0 + thread_m * kThreadM + i;
       const std::int64_t column = n0 + thread_n + j * (kTileN / kThreadN);
       if (row >= args.m || column >= columns) continue;
-      float value = sum[i][j];
-      if (args.bias != nullptr) value = __fadd_rn(value, to_float(args.bias[column]));
-      args.y[row * columns + column] = from_float<T>(value);
+      args.y[row * columns + column] = from_float<T>(args.epilogue(total[i][j], row, column));
     }
   }
 }
@@ -119,7 +133,7 @@ Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* strea
                                    code_source(weight.codes),
                                    weight.rows,
                                    weight.cols,
-                                   static_cast<const T*>(args.bias),
+                                   {static_cast<const T*>(args.bias)},
                                    static_cast<T*>(args.y)};
     const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                    static_cast<unsigned>(ceil_div(columns, kTileN))),

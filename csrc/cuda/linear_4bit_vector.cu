@@ -10,17 +10,25 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLaneCodes = 32;  // one 128-bit load; within one block where K % 32 == 0
 constexpr int kTile = kWarp * kLaneCodes;
+// Offsets within a part of the contraction fit 32 bits.
+constexpr std::int64_t kLongestPart = 1 << 30;
 
-// x's tile in 16-byte chunks, such that the lanes' chunks j are neighbours: physical chunk
-// j * 32 + (lane ^ j * 8 / kChunks). Neither the reads (fixed j) nor the writes (neighbouring
-// chunks of x) conflict.
+template <typename T>
+constexpr int kChunkValues = 16 / static_cast<int>(sizeof(T));
+
+// Some tiles of x in 16-byte chunks, such that the lanes' chunks j of a tile are neighbours:
+// physical chunk j * 32 + (lane ^ j * 8 / kChunks). Neither the reads (fixed j) nor the writes
+// (neighbouring chunks of x) conflict.
 template <typename T, int kRows>
 struct VectorShared {
   static constexpr int kChunks = kLaneCodes * static_cast<int>(sizeof(T)) / 16;  // of a lane
-  static constexpr int kChunkValues = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kTileChunks = kChunks * kWarp;
+  // So that few barriers are met, within 16 KiB, which leave room for blocks beside this one.
+  static constexpr int kMaxTiles = 1024 / (kRows * kTileChunks);
+  static constexpr int kTiles = kMaxTiles > 0 ? kMaxTiles : 1;
 
   CodeTable table;
-  uint4 x[kRows][kChunks * kWarp];
+  uint4 x[kTiles][kRows][kTileChunks];
 
   QKERN_DEVICE static int position(int lane, int j) {
     return j * kWarp + (lane ^ (j * (8 / kChunks)));
@@ -36,17 +44,17 @@ struct VectorArgs {
   CodeSource source;
   std::int64_t rows, cols;  // of W
   std::int64_t split_length;
-  const T* bias;
+  Epilogue<T> epilogue;
   T* y;
   float* parts;  // instead of y where the contraction is split
 };
 
 // Eight values of a lane from the staged tile.
 template <typename T, int kRows>
-QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int row, int lane, int group,
-                          float (&out)[8]) {
+QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int tile, int row, int lane,
+                          int group, float (&out)[8]) {
   if constexpr (sizeof(T) == 2) {
-    const uint4 bits = shared.x[row][shared.position(lane, group)];
+    const uint4 bits = shared.x[tile][row][shared.position(lane, group)];
     unpack_pair<T>(bits.x, out + 0);
     unpack_pair<T>(bits.y, out + 2);
     unpack_pair<T>(bits.z, out + 4);
@@ -54,7 +62,7 @@ QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int row, int lan
   } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint4 bits = shared.x[row][shared.position(lane, 2 * group + half)];
+      const uint4 bits = shared.x[tile][row][shared.position(lane, 2 * group + half)];
       out[4 * half + 0] = __uint_as_float(bits.x);
       out[4 * half + 1] = __uint_as_float(bits.y);
       out[4 * half + 2] = __uint_as_float(bits.z);
@@ -63,14 +71,24 @@ QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int row, int lan
   }
 }
 
-// Copies x[row0 ..., k0 ... k0 + kTile) with zeros past the ends.
+// One value of a lane from the staged tile.
 template <typename T, int kRows>
+QKERN_DEVICE float staged1(const VectorShared<T, kRows>& shared, int tile, int row, int lane,
+                           int i) {
+  using Shared = VectorShared<T, kRows>;
+  const uint4* chunk = &shared.x[tile][row][Shared::position(lane, i / kChunkValues<T>)];
+  return to_float(reinterpret_cast<const T*>(chunk)[i % kChunkValues<T>]);
+}
+
+// Copies x[row0 ..., k0 ... k0 + kTile) with zeros past the ends; kPieces: x comes in 16-byte
+// pieces.
+template <bool kPieces, typename T, int kRows>
 QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
                           VectorShared<T, kRows>& shared) {
   using Shared = VectorShared<T, kRows>;
-  constexpr int kValues = Shared::kChunkValues;
-  constexpr int kRowChunks = Shared::kChunks * kWarp;
-  const bool aligned = is_aligned16(args.x) && args.x_row_stride % kValues == 0;
+  constexpr int kValues = kChunkValues<T>;
+  constexpr int kTileChunks = Shared::kTileChunks;
+  constexpr int kRowChunks = Shared::kTiles * kTileChunks;
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kRowChunks; i += kThreads) {
     const int row = i / kRowChunks;
     const int chunk = i % kRowChunks;
@@ -78,8 +96,8 @@ QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int
     const T* from = args.x + (row0 + row) * args.x_row_stride + k;
     uint4 bits{0, 0, 0, 0};
     if (row0 + row < args.m) {
-      if (aligned && k + kValues <= args.cols) {
-        bits = load_global16(from);
+      if constexpr (kPieces) {
+        if (k < args.cols) bits = load_global16(from);
       } else {
         std::uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -94,19 +112,23 @@ QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int
         bits = uint4{words[0], words[1], words[2], words[3]};
       }
     }
-    shared.x[row][Shared::position(chunk / Shared::kChunks, chunk % Shared::kChunks)] = bits;
+    const int in_tile = chunk % kTileChunks;
+    shared.x[chunk / kTileChunks][row]
+            [Shared::position(in_tile / Shared::kChunks, in_tile % Shared::kChunks)] = bits;
   }
 }
 
-// kWhole: every lane's 32 codes are 16 aligned bytes in one block. Otherwise K is odd or such that
-// rows of W start anywhere, and codes and scales are fetched one by one.
+// kWhole: every lane's 32 codes are 16 aligned bytes in one block, and x comes in 16-byte pieces.
+// Otherwise rows of W start anywhere, and codes and scales are fetched one by one.
 template <typename T, int kRows, int kWarpRows, bool kWhole>
 QKERN_KERNEL(kThreads, 4)
 linear_4bit_vector_kernel(const VectorArgs<T> args) {
   using Shared = VectorShared<T, kRows>;
+  constexpr unsigned kStage = Shared::kTiles * kTile;
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t n0 =
       (static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kWarpRows;
@@ -114,6 +136,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
   const std::int64_t end =
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
+  const unsigned length = static_cast<unsigned>(end - begin);
 
   float total[kWarpRows][kRows];
 #pragma unroll
@@ -122,77 +145,108 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
     for (int m = 0; m < kRows; ++m) total[r][m] = 0.0f;
   }
 
-  for (std::int64_t k0 = begin; k0 < end; k0 += kTile) {
-    const std::int64_t k = k0 + lane * kLaneCodes;
-    uint4 words[kWarpRows];
-    float scale[kWarpRows];
-    if constexpr (kWhole) {
-      // Before x is staged, so that the loads overlap.
+  // At the lane's first code of the first row of W, and from there to the other rows', which fits
+  // 32 bits too. A row past the end is the last one again, unused.
+  const std::uint8_t* codes = nullptr;
+  ScaleRun run{};
+  unsigned row_bytes[kWarpRows] = {};
+  unsigned row_position[kWarpRows] = {};
+  if constexpr (kWhole) {
+    const std::int64_t first = n0 < args.rows ? n0 : args.rows - 1;
+    const std::int64_t element = first * args.cols + begin + lane * kLaneCodes;
+    codes = args.packed + element / 2;
+    run.start(args.scales, element);
+    row_position[0] = run.first;
 #pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-        words[r] = uint4{0, 0, 0, 0};
-        scale[r] = 0.0f;
-        if (k < end && n0 + r < args.rows) {
-          const std::int64_t element = (n0 + r) * args.cols + k;
-          words[r] = load_global16(args.packed + element / 2);
-          scale[r] = load_scale(args.scales, element >> args.scales.block_shift);
-        }
-      }
+    for (int r = 1; r < kWarpRows; ++r) {
+      const unsigned step = first + r < args.rows ? static_cast<unsigned>(args.cols) : 0;
+      row_bytes[r] = row_bytes[r - 1] + step / 2;
+      row_position[r] = row_position[r - 1] + step;
     }
-    __syncthreads();
-    stage_x(args, row0, k0, shared);
-    __syncthreads();
+  }
 
-    float sum[kWarpRows][kRows];
+  for (unsigned stage = 0; stage < length; stage += kStage) {
+    __syncthreads();
+    stage_x<kWhole>(args, row0, begin + stage, shared);
+    __syncthreads();
+#pragma unroll 1
+    for (int tile = 0; tile < Shared::kTiles; ++tile) {
+      const unsigned k0 = stage + tile * kTile;
+      const unsigned k = k0 + lane * kLaneCodes;
+      if (k >= length) break;
+      uint4 words[kWarpRows];
+      float scale[kWarpRows];
+      if constexpr (kWhole) {
+        unsigned positions[kWarpRows];
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
-    }
-#pragma unroll
-    for (int group = 0; group < kLaneCodes / 8; ++group) {
-      float w[kWarpRows][8];
+        for (int r = 0; r < kWarpRows; ++r) {
+          words[r] = load_global16(codes + row_bytes[r]);
+          positions[r] = row_position[r] + k0;
+        }
+        codes += kTile / 2;
+        load_scales(args.scales, run, positions, nested_offset, scale);
+      }
+
+      float sum[kWarpRows][kRows];
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
-        if constexpr (kWhole) {
-          const std::uint32_t word = group == 0   ? words[r].x
-                                     : group == 1 ? words[r].y
-                                     : group == 2 ? words[r].z
-                                                  : words[r].w;
-          const WordOffsets offsets(word);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
-        } else {
+        for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
+      }
+      if constexpr (kWhole) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const std::int64_t column = k + 8 * group + i;
-            const std::int64_t element = (n0 + r) * args.cols + column;
-            w[r][i] = 0.0f;
-            if (column < end && n0 + r < args.rows) {
-              w[r][i] = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                                  load_scale(args.scales, element >> args.scales.block_shift));
+        for (int group = 0; group < kLaneCodes / 8; ++group) {
+          float w[kWarpRows][8];
+#pragma unroll
+          for (int r = 0; r < kWarpRows; ++r) {
+            const WordOffsets offsets(group == 0   ? words[r].x
+                                      : group == 1 ? words[r].y
+                                      : group == 2 ? words[r].z
+                                                   : words[r].w);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
+          }
+#pragma unroll
+          for (int m = 0; m < kRows; ++m) {
+            float x[8];
+            staged8(shared, tile, m, lane, group, x);
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+              for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
             }
           }
         }
-      }
+      } else {
+        // Not unrolled: 32 copies of the address arithmetic take minutes to compile.
+#pragma unroll 1
+        for (int i = 0; i < kLaneCodes && k + i < length; ++i) {
+          float w[kWarpRows];
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        float x[8];
-        staged8(shared, m, lane, group, x);
+          for (int r = 0; r < kWarpRows; ++r) {
+            const std::int64_t element = (n0 + r) * args.cols + begin + k + i;
+            w[r] = n0 + r < args.rows
+                       ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                                   load_scale(args.scales, nested_offset,
+                                              element >> args.scales.block_shift))
+                       : 0.0f;
+          }
 #pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
+          for (int m = 0; m < kRows; ++m) {
+            const float x = staged1(shared, tile, m, lane, i);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
+            for (int r = 0; r < kWarpRows; ++r) sum[r][m] = __fmaf_rn(w[r], x, sum[r][m]);
+          }
         }
       }
-    }
-    // The scale enters once a lane's 32 codes.
+      // The scale enters once a lane's 32 codes.
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
+      for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        total[r][m] = kWhole ? __fmaf_rn(sum[r][m], scale[r], total[r][m])
-                             : __fadd_rn(total[r][m], sum[r][m]);
+        for (int m = 0; m < kRows; ++m) {
+          total[r][m] = kWhole ? __fmaf_rn(sum[r][m], scale[r], total[r][m])
+                               : __fadd_rn(total[r][m], sum[r][m]);
+        }
       }
     }
   }
@@ -218,18 +272,13 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   if (args.parts != nullptr) {
     args.parts[(blockIdx.z * args.m + row) * args.rows + n] = mine;
   } else {
-    if (args.bias != nullptr) mine = __fadd_rn(mine, to_float(args.bias[n]));
-    args.y[row * args.rows + n] = from_float<T>(mine);
+    args.y[row * args.rows + n] = from_float<T>(args.epilogue(mine, row, n));
   }
 }
 
-template <typename T, int kRows, int kWarpRows>
+template <typename T, int kRows, int kWarpRows, bool kWhole>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
   const Weight4bit& weight = args.weight;
-  const bool whole =
-      weight.cols % kLaneCodes == 0 && (reinterpret_cast<std::uintptr_t>(weight.packed) & 15u) == 0;
-  const auto kernel = whole ? linear_4bit_vector_kernel<T, kRows, kWarpRows, true>
-                            : linear_4bit_vector_kernel<T, kRows, kWarpRows, false>;
   const VectorArgs<T> launch_args{static_cast<const T*>(args.x),
                                   args.m,
                                   args.x_row_stride,
@@ -239,14 +288,16 @@ Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream)
                                   weight.rows,
                                   weight.cols,
                                   split.length,
-                                  static_cast<const T*>(args.bias),
+                                  {static_cast<const T*>(args.bias)},
                                   static_cast<T*>(args.y),
                                   split.count > 1 ? args.workspace : nullptr};
   const LaunchConfig config{
       dim3(static_cast<unsigned>(ceil_div(weight.rows, kWarps * kWarpRows)),
            static_cast<unsigned>(ceil_div(args.m, kRows)), static_cast<unsigned>(split.count)),
       kThreads, sizeof(VectorShared<T, kRows>), stream};
-  const Status status = launch("linear_4bit_vector_kernel", kernel, config, launch_args);
+  const Status status =
+      launch("linear_4bit_vector_kernel", linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>,
+             config, launch_args);
   if (!status.ok() || split.count == 1) return status;
   return sum_splits(args, split.count, weight.rows, stream);
 }
@@ -257,27 +308,38 @@ Split linear_vector_split(const Linear4bitArgs& args) {
   constexpr std::int64_t kWanted = 512;  // blocks: about four for each of a large GPU's processors
   constexpr std::int64_t kBlockRows = 16;
   constexpr int kMaxParts = 16;
-  return split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows), kWanted,
-                   kMaxParts);
+  const Split split = split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows),
+                                kWanted, kMaxParts);
+  if (split.length <= kLongestPart) return split;
+  return {static_cast<int>(ceil_div(args.weight.cols, kLongestPart)), kLongestPart};
 }
 
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const auto in_pieces = [](const void* p) {
+      return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+    };
+    const bool whole = args.weight.cols % kLaneCodes == 0 && in_pieces(args.weight.packed) &&
+                       args.weight.cols <= kLongestRow && in_pieces(args.x) &&
+                       args.x_row_stride * sizeof(T) % 16 == 0;
     Linear4bitArgs some = args;
     for (std::int64_t row = 0; row < args.m; row += kVectorLaunchRows) {
       some.x = static_cast<const T*>(args.x) + row * args.x_row_stride;
       some.y = static_cast<T*>(args.y) + row * args.weight.rows;
       some.m = args.m - row < kVectorLaunchRows ? args.m - row : kVectorLaunchRows;
       Status status;
-      if (some.m == 1) {
-        status = launch_rows<T, 1, 4>(some, split, stream);
+      if (!whole) {
+        // One kernel for any number of rows: such shapes are rare.
+        status = launch_rows<T, 4, 4, false>(some, split, stream);
+      } else if (some.m == 1) {
+        status = launch_rows<T, 1, 4, true>(some, split, stream);
       } else if (some.m == 2) {
-        status = launch_rows<T, 2, 4>(some, split, stream);
+        status = launch_rows<T, 2, 4, true>(some, split, stream);
       } else if (some.m <= 4) {
-        status = launch_rows<T, 4, 4>(some, split, stream);
+        status = launch_rows<T, 4, 4, true>(some, split, stream);
       } else {
-        status = launch_rows<T, 8, 2>(some, split, stream);
+        status = launch_rows<T, 8, 2, true>(some, split, stream);
       }
       if (!status.ok()) return status;
     }

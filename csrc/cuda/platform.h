@@ -63,23 +63,4 @@ Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfi
 #endif
 }
 
-// The current device's compute capability as major * 10 + minor.
-inline Status device_capability(int* capability) {
-#ifdef QKERN_CUDA_EMULATED
-  *capability = emulator::capability();
-#else
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  if (error != cudaSuccess) return Status::error("CUDA device", cudaGetErrorString(error));
-  *capability = major * 10 + minor;
-#endif
-  return Status::success();
-}
-
 }  // namespace qkern::cuda

@@ -56,10 +56,11 @@ struct NibbleEncoder {
   QKERN_DEVICE unsigned encode(float x, float reciprocal) const {
     const float t = __fmul_rn(x, reciprocal);
     if constexpr (kFp4) {
-      const unsigned magnitude = table.codes[count_below<7>(table.thresholds, fabsf(t))];
+      const unsigned count = count_below<7>(table.thresholds, fabsf(t));
+      const unsigned magnitude = look_up(table.codes, 8, count);
       return magnitude | (x < 0.0f ? 8u : 0u);
     } else {
-      return table.codes[count_below<15>(table.thresholds, t)];
+      return look_up(table.codes, 16, count_below<15>(table.thresholds, t));
     }
   }
 

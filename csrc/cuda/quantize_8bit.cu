@@ -44,7 +44,8 @@ dequantize_8bit_kernel(const std::uint8_t* __restrict__ codes, const float* __re
       float values[kValues];
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        values[i] = __fmul_rn(table.values[(words[i / 4] >> (8 * (i % 4))) & 255u], scale);
+        values[i] =
+            __fmul_rn(look_up(table.values, 256, (words[i / 4] >> (8 * (i % 4))) & 255u), scale);
       }
       std::uint32_t bits[4];
 #pragma unroll
@@ -58,7 +59,7 @@ dequantize_8bit_kernel(const std::uint8_t* __restrict__ codes, const float* __re
       store_global16(out + start, uint4{bits[0], bits[1], bits[2], bits[3]});
     } else {
       for (std::int64_t i = start; i < start + kValues && i < numel; ++i) {
-        out[i] = from_float<T>(__fmul_rn(table.values[codes[i]], scale));
+        out[i] = from_float<T>(__fmul_rn(look_up(table.values, 256, codes[i]), scale));
       }
     }
   }

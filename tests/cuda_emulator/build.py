@@ -5,7 +5,7 @@ As a program: ``python tests/cuda_emulator/build.py [VARIANT ...]``. A build lie
 
 Variants:
     plain      no instrumentation
-    contract   a*b+c is fused wherever the compiler can, as nvcc does unless told otherwise
+    select     plain, with the select form of the tables (`QKERN_CODEC_SELECT`)
     address    AddressSanitizer and UndefinedBehaviorSanitizer
     thread     ThreadSanitizer; every CUDA thread is one of its threads
 """
@@ -25,7 +25,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-VARIANTS = ("plain", "contract", "address", "thread")
+VARIANTS = ("plain", "select", "address", "thread")
 _SOURCES = ("tests/cuda_emulator", "csrc/cuda", "csrc/include", "csrc/binding")
 _SUFFIXES = (".cu", ".cuh", ".h", ".cpp", ".txt")
 
@@ -88,6 +88,61 @@ def build(variant: str = "plain", kernels: Path | None = None, into: Path | None
                 raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         stamp.write_text(expected)
     return folder
+
+
+def commands(folder: Path) -> list[str]:
+    """The commands that made a build, to be run in its folder."""
+    done = subprocess.run(
+        [_tool("ninja"), "-C", str(folder), "-t", "commands"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def environment(variant: str) -> dict[str, str]:
+    """What a Python that loads a build with a sanitizer needs in its environment."""
+    libraries = {"address": ("libasan.so", "libstdc++.so"), "thread": ("libtsan.so",)}
+    paths = [
+        subprocess.run(
+            [compiler() or "g++", f"-print-file-name={name}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for name in libraries.get(variant, ())
+    ]
+    return {
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        # Only what the kernels do is of interest, not torch's threads.
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def command_prefix(variant: str) -> list[str]:
+    """What goes before a program: ThreadSanitizer wants the address space it was made for."""
+    return ["setarch", "-R"] if variant == "thread" else []
+
+
+def run_layouts(kernel: str, kernels: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Builds and runs the program of ``tests/cuda_layouts`` for a kernel file of ``kernels``."""
+    layouts = HERE.parent / "cuda_layouts"
+    program = folder / f"layouts_{kernel}"
+    include = [layouts, HERE / "include", kernels, ROOT / "csrc" / "include"]
+    command = [compiler() or "g++", "-std=c++17", "-w", "-DQKERN_CUDA_EMULATED=1"]
+    command += ["-fno-strict-aliasing", *(f"-I{path}" for path in include), "-o", str(program)]
+    command += ["-x", "c++", str(layouts / f"{kernel}.cpp")]
+    # The launchers in the file call functions of the others.
+    base = build("plain")
+    others = [p for p in base.rglob("*.cu.o") if p.name != f"{kernel}.cu.o"]
+    command += ["-x", "none", *map(str, others), str(base / "libcuda_emulator.a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr}")
+    return subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
 
 
 def load(folder: Path) -> ModuleType:

@@ -43,6 +43,14 @@ struct Dequantize4bitArgs {
   DType out_dtype = DType::kFloat32;
 };
 
+// A rectangle of a row-major weight, read in rows: its element i is the weight's element
+// first + i + i / row_length * row_skip.
+struct Region {
+  std::int64_t first = 0;
+  std::int64_t row_length = 1;
+  std::int64_t row_skip = 0;  // elements between the end of a row and the start of the next
+};
+
 struct Quantize8bitArgs {
   const void* x = nullptr;
   DType x_dtype = DType::kFloat32;
@@ -71,6 +79,13 @@ struct QuantizeAbsmaxArgs {
   float* nested_offset = nullptr;
 };
 
+// How a CUDA matmul is computed; qkern/backends/_cuda_paths.py chooses.
+enum class CudaPath {
+  kVector = 0,  // float32 dot products; forward only
+  kMma = 1,     // tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0
+  kTiled = 2,   // float32 tiles; takes anything
+};
+
 // y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
 struct Linear4bitArgs {
   const void* x = nullptr;  // [m, cols] forward, [m, rows] input gradient; unit inner stride
@@ -81,6 +96,7 @@ struct Linear4bitArgs {
   const void* bias = nullptr;  // [rows], forward only
   void* y = nullptr;           // contiguous
   bool batch_invariant = false;
+  CudaPath path = CudaPath::kTiled;
   float* workspace = nullptr;  // CUDA: as many bytes as the op's _workspace says
 };
 
@@ -102,11 +118,21 @@ namespace cuda {
 
 Status quantize_4bit(const Quantize4bitArgs& args, void* stream);
 Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream);
+// `args.weight.cols` elements of `region`; the weight's pointers are those of its beginning.
+Status dequantize_4bit_region(const Dequantize4bitArgs& args, const Region& region, void* stream);
 Status quantize_8bit(const Quantize8bitArgs& args, void* stream);
 Status dequantize_8bit(const Dequantize8bitArgs& args, void* stream);
 Status quantize_absmax(const QuantizeAbsmaxArgs& args, void* stream);
 Status linear_4bit(const Linear4bitArgs& args, void* stream);
 Status linear_4bit_dx(const Linear4bitArgs& args, void* stream);
+
+// What paths are chosen by, of the current device.
+struct DeviceLimits {
+  int capability = 0;  // major * 10 + minor
+  int processors = 0;  // streaming multiprocessors
+  std::int64_t l2_bytes = 0;
+};
+Status device_limits(DeviceLimits* limits);
 
 // The scratch that the op wants for these args on the current device; 0 for none.
 Status linear_4bit_workspace(const Linear4bitArgs& args, std::int64_t* bytes);

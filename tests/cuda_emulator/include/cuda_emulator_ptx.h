@@ -15,6 +15,8 @@ inline void store_global16(void* p, uint4 value, QKERN_EMULATOR_SITE) {
   emulator::store(p, value, {"store_global16", file, line});
 }
 
+inline const float* address_of(const float* base, unsigned index) { return base + index; }
+
 inline void cp_async16(void* shared, const void* source, bool valid, QKERN_EMULATOR_SITE) {
   emulator::cp_async16(shared, valid ? source : nullptr, {"cp_async16", file, line});
 }

@@ -1,0 +1,484 @@
+"""Asks sentryward whether a kernel's PTX is free of races for one launch.
+
+A branch that depends on where a tensor lies (its alignment), which sentryward does not know, is
+decided both ways: each way must be proved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from cuda_static import figures, toolchain
+
+POINTER = ctypes.c_uint64
+INT = ctypes.c_int32
+LONG = ctypes.c_int64
+SELECT = ("QKERN_CODEC_SELECT",)
+"""sentryward refuses a table in shared memory that data index: the select form of the table."""
+
+
+class Scales(ctypes.Structure):
+    _fields_ = (
+        *(("absmax", POINTER), ("nested_absmax", POINTER), ("nested_offset", POINTER)),
+        ("block_shift", INT),
+    )
+
+
+class CodeSource(ctypes.Structure):
+    _fields_ = (("values", ctypes.c_float * 16), ("custom", POINTER))
+
+
+class Region(ctypes.Structure):
+    _fields_ = (("first", LONG), ("row_length", LONG), ("row_skip", LONG))
+
+
+class BlockPlan(ctypes.Structure):
+    _fields_ = (
+        *(("numel", LONG), ("units", LONG)),
+        *(("block_shift", INT), ("passes", INT), ("block_lanes", INT)),
+    )
+
+
+class MmaOutput(ctypes.Structure):
+    _fields_ = (
+        *(("bias", POINTER), ("y", POINTER), ("parts", POINTER)),
+        *(("m", LONG), ("columns", LONG)),
+    )
+
+
+class MmaArgs(ctypes.Structure):
+    """Of linear_4bit_mma_kernel, and DxArgs of linear_4bit_dx_mma_kernel."""
+
+    _fields_ = (
+        *(("x", POINTER), ("m", LONG), ("x_row_stride", LONG), ("packed", POINTER)),
+        *(("scales", Scales), ("source", CodeSource), ("rows", LONG), ("cols", LONG)),
+        *(("split_length", LONG), ("output", MmaOutput)),
+    )
+
+
+class VectorArgs(ctypes.Structure):
+    _fields_ = (
+        *(("x", POINTER), ("m", LONG), ("x_row_stride", LONG), ("packed", POINTER)),
+        *(("scales", Scales), ("source", CodeSource), ("rows", LONG), ("cols", LONG)),
+        *(("split_length", LONG), ("bias", POINTER), ("y", POINTER), ("parts", POINTER)),
+    )
+
+
+class TiledArgs(ctypes.Structure):
+    _fields_ = (
+        *(("x", POINTER), ("m", LONG), ("x_row_stride", LONG), ("packed", POINTER)),
+        *(("scales", Scales), ("source", CodeSource), ("rows", LONG), ("cols", LONG)),
+        *(("bias", POINTER), ("y", POINTER)),
+    )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A kernel, a launch, and its arguments by ``parameter`` or ``parameter.field.field``.
+
+    A string is a tensor of that name, None the null pointer.
+    """
+
+    kernel: str
+    source: str
+    grid: tuple[int, int, int]
+    threads: int
+    parameters: tuple[type, ...]
+    arguments: Mapping[str, str | int | None]
+    shared: str | None = None
+    """C++ type whose size is the dynamic shared memory."""
+    name: str = ""
+    timeout_s: int = 240
+
+    def __str__(self) -> str:
+        return self.name or self.kernel
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What sentryward answered: ``race_free`` only if it did for every way of the branches."""
+
+    result: str
+    ways: int
+    """Decisions of branches that were tried."""
+    message: str = ""
+    decisions: tuple[tuple[int, bool], ...] = field(default=())
+
+
+def _offset(type_: type, path: list[str]) -> tuple[int, type]:
+    offset = 0
+    for name in path:
+        offset += getattr(type_, name).offset
+        type_ = dict(type_._fields_)[name]  # type: ignore[attr-defined]
+    return offset, type_
+
+
+_SCALARS = {LONG: "u64", INT: "u32", POINTER: "u64"}
+
+
+def _input(proof: Proof, entry: str, shared_bytes: int) -> dict[str, object]:
+    declarations, arguments = [], []
+    for path, value in proof.arguments.items():
+        index, *fields = path.split(".")
+        offset, type_ = _offset(proof.parameters[int(index)], fields)
+        place: dict[str, object] = {"parameter": int(index)}
+        if fields:
+            place["offset"] = offset
+        if isinstance(value, str):
+            kind = {"type": "pointer", "space": "global", "object": value}
+            declarations.append(place | kind)
+        else:
+            arguments.append(place | {"type": _SCALARS[type_], "value": value or 0})
+    # The map of double quantisation, which the PTX text takes as one more parameter.
+    map_ = {"type": "pointer", "space": "global", "object": "dynamic_map"}
+    declarations.append({"parameter": len(proof.parameters)} | map_)
+    launch: dict[str, object] = {"grid_dim": list(proof.grid), "block_dim": [proof.threads, 1, 1]}
+    if shared_bytes:
+        launch["dynamic_shared_bytes"] = shared_bytes
+    return {
+        "schema": "spverify.kernel-input/v1",
+        "entry": entry,
+        "launch": launch,
+        "declarations": declarations,
+        "arguments": arguments,
+    }
+
+
+def kernel_text(proof: Proof, architecture: int) -> tuple[str, str]:
+    """The PTX of the one kernel, and its entry's name.
+
+    sentryward does not know arrays in device memory that are not parameters: the map of double
+    quantisation becomes the last parameter, which the kernel reads where it read the array.
+    """
+    path = toolchain.compile_kernels(
+        toolchain.KERNELS / proof.source, architecture, "ptx", defines=SELECT
+    )
+    text = path.read_text()
+    parts = re.split(r"(?m)^(?=(?:\.visible )?(?:\.weak )?\.entry )", text)
+    entries = [re.search(r"\.entry\s+(\w+)", part) for part in parts[1:]]
+    names = [found[1] for found in entries if found]
+    short = figures.demangle(names)
+    index = short.index(proof.kernel)
+    entry, body = names[index], parts[1 + index]
+    # What follows the kernel's closing brace belongs to the file.
+    body = body[: body.index("\n}") + 3]
+    head, _, rest = body.partition(")")
+    sizes = [int(size) for size in re.findall(r"\.b8 \w+\[(\d+)\]", head)]
+    structures = [p for p in proof.parameters if issubclass(p, ctypes.Structure)]
+    assert sizes == [ctypes.sizeof(p) for p in structures], f"{proof.kernel}: {sizes}"
+    body = f"{head.rstrip()},\n\t.param .u64 {entry}_map\n){rest}"
+    body = re.sub(
+        r"mov\.u64\s+(%rd\d+), \w*kDeviceMapSigned\w*;",
+        rf"ld.param.u64 \1, [{entry}_map];\n\tcvta.to.global.u64 \1, \1;",
+        body,
+    )
+    assert "kDeviceMapSigned" not in body
+    return parts[0] + body, entry
+
+
+_DEFINITION = re.compile(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+(?:\|%\w+)?)\s*,")
+
+
+def depends_on_data(text: str, line: int) -> bool:
+    """Whether the branch at a line of PTX follows from what was loaded, or from another lane.
+
+    Then its threads may part, and deciding it once for all of them would prove nothing.
+    """
+    lines = text.splitlines()
+    definitions: dict[str, list[str]] = {}
+    for statement in lines:
+        found = _DEFINITION.match(statement)
+        for register in re.findall(r"%\w+", found[1]) if found else ():
+            definitions.setdefault(register, []).append(statement)
+    condition = re.match(r"\s*@!?(%p\d+)\s+bra", lines[line - 1])
+    if condition is None:
+        return True
+    todo, seen = [condition[1]], set()
+    while todo:
+        register = todo.pop()
+        if register in seen:
+            continue
+        seen.add(register)
+        for statement in definitions.get(register, ()):
+            operation = re.sub(r"^\s*@!?%p\d+\s+", "", statement).split()[0]
+            other = operation.startswith(("ld.", "atom.", "shfl.", "vote."))
+            if other and not operation.startswith("ld.param"):
+                return True
+            todo += re.findall(r"%(?:r|rd|p|rs|f|fd|b)\d+", statement)
+    return False
+
+
+def prove(proof: Proof, architecture: int) -> Verdict:
+    """Sentryward's answer."""
+    from sentryward import verify
+
+    text, entry = kernel_text(proof, architecture)
+    shared = 0
+    if proof.shared is not None:
+        source = toolchain.KERNELS / proof.source
+        shared = figures.struct_sizes(source, [proof.shared])[proof.shared]
+    question = _input(proof, entry, shared)
+    ways = [()]
+    tried = 0
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, asked = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
+        ptx.write_text(text)
+        while ways:
+            decisions = ways.pop()
+            taken = [{"line": line, "taken": way} for line, way in decisions]
+            asked.write_text(json.dumps(question | {"branch_decisions": taken}))
+            answer = verify(
+                str(ptx),
+                input=str(asked),
+                timeout_seconds=proof.timeout_s,
+                memory_limit_mib=6000,
+            )
+            diagnostics = answer.get("diagnostics") or [{}]
+            first = diagnostics[0]
+            if first.get("code") == "control_predicate_not_static":
+                line = first["details"]["location"]["line"]
+                if line not in dict(decisions) and not depends_on_data(text, line):
+                    ways += [(*decisions, (line, way)) for way in (True, False)]
+                    continue
+            tried += 1
+            if answer["result"] != "race_free":
+                where = first.get("details", {}).get("location", {}).get("line")
+                line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"
+                message = f"{first.get('code')}: {first.get('message')}{line}"
+                return Verdict(answer["result"], tried, message, decisions)
+    return Verdict("race_free", tried)
+
+
+def _scales(prefix: str, nested: bool) -> dict[str, str | int | None]:
+    return {
+        f"{prefix}.absmax": "absmax",
+        f"{prefix}.nested_absmax": "nested_absmax" if nested else None,
+        f"{prefix}.nested_offset": "nested_offset" if nested else None,
+        f"{prefix}.block_shift": 6,
+    }
+
+
+def _matmul(m: int, rows: int, cols: int, split: int, nested: bool) -> dict[str, str | int | None]:
+    return {
+        "0.x": "x",
+        "0.m": m,
+        "0.packed": "packed",
+        "0.rows": rows,
+        "0.cols": cols,
+        "0.split_length": split,
+        "0.source.custom": None,
+        **_scales("0.scales", nested),
+    }
+
+
+def _mma_output(m: int, columns: int) -> dict[str, str | int | None]:
+    return {
+        "0.output.bias": "bias",
+        "0.output.y": "y",
+        "0.output.parts": None,
+        "0.output.m": m,
+        "0.output.columns": columns,
+    }
+
+
+PROOFS = (
+    Proof(
+        "dequantize_4bit_kernel<BFloat16>",
+        "dequantize_4bit.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, Scales, CodeSource, Region, LONG, POINTER),
+        {
+            "0": "packed",
+            **_scales("1", True),
+            "2.custom": None,
+            "3.first": 0,
+            "3.row_length": 2048,
+            "3.row_skip": 0,
+            "4": 2048,
+            "5": "out",
+        },
+    ),
+    Proof(
+        "quantize_4bit_kernel<float, false>",
+        "quantize_4bit.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
+        {
+            "0": "x",
+            "1.numel": 2048,
+            "1.units": 8,
+            "1.block_shift": 6,
+            "1.passes": 1,
+            "1.block_lanes": 8,
+            "2.custom": None,
+            "3": "packed",
+            "4": "absmax",
+        },
+    ),
+    Proof(
+        "quantize_4bit_kernel<BFloat16, true>",
+        "quantize_4bit.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
+        {
+            "0": "x",
+            "1.numel": 2048,
+            "1.units": 8,
+            "1.block_shift": 6,
+            "1.passes": 1,
+            "1.block_lanes": 8,
+            "2.custom": None,
+            "3": "packed",
+            "4": "absmax",
+        },
+    ),
+    Proof(
+        "quantize_8bit_kernel<float>",
+        "quantize_8bit.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, BlockPlan, POINTER, POINTER, POINTER),
+        {
+            "0": "x",
+            "1.numel": 2048,
+            "1.units": 8,
+            "1.block_shift": 8,
+            "1.passes": 1,
+            "1.block_lanes": 32,
+            "2": "map",
+            "3": "codes",
+            "4": "absmax",
+        },
+    ),
+    Proof(
+        "dequantize_8bit_kernel<BFloat16>",
+        "quantize_8bit.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, POINTER, POINTER, INT, LONG, POINTER),
+        {"0": "codes", "1": "absmax", "2": "map", "3": 8, "4": 2048, "5": "out"},
+    ),
+    Proof(
+        "absmax_mean_kernel",
+        "quantize_absmax.cu",
+        (1, 1, 1),
+        1024,
+        (POINTER, LONG, POINTER),
+        {"0": "absmax", "1": 4096, "2": "nested_offset"},
+    ),
+    Proof(
+        "quantize_absmax_kernel",
+        "quantize_absmax.cu",
+        (1, 1, 1),
+        256,
+        (POINTER, BlockPlan, POINTER, POINTER, POINTER),
+        {
+            "0": "absmax",
+            "1.numel": 2048,
+            "1.units": 8,
+            "1.block_shift": 8,
+            "1.passes": 1,
+            "1.block_lanes": 32,
+            "2": "nested_offset",
+            "3": "codes",
+            "4": "nested_absmax",
+        },
+    ),
+    Proof(
+        "linear_4bit_vector_kernel<BFloat16, 1, 4, true>",
+        "linear_4bit_vector.cu",
+        (1, 1, 1),
+        128,
+        (VectorArgs,),
+        {
+            **_matmul(1, 16, 1024, 1024, False),
+            "0.x_row_stride": 1024,
+            "0.bias": "bias",
+            "0.y": "y",
+            "0.parts": None,
+        },
+        "VectorShared<BFloat16, 1>",
+    ),
+    Proof(
+        "linear_4bit_tiled_kernel<float, false>",
+        "linear_4bit_tiled.cu",
+        (1, 1, 1),
+        256,
+        (TiledArgs,),
+        {
+            "0.x": "x",
+            "0.m": 64,
+            "0.x_row_stride": 64,
+            "0.packed": "packed",
+            "0.rows": 64,
+            "0.cols": 64,
+            "0.source.custom": None,
+            "0.bias": "bias",
+            "0.y": "y",
+            **_scales("0.scales", False),
+        },
+    ),
+    Proof(
+        "linear_4bit_mma_kernel<BFloat16, 16, 4>",
+        "linear_4bit_mma.cu",
+        (1, 1, 1),
+        128,
+        (MmaArgs,),
+        {**_matmul(16, 128, 256, 256, False), "0.x_row_stride": 256, **_mma_output(16, 128)},
+        "MmaShared<16, 4>",
+    ),
+    Proof(
+        "linear_4bit_mma_kernel<BFloat16, 64, 2>",
+        "linear_4bit_mma.cu",
+        (1, 1, 1),
+        128,
+        (MmaArgs,),
+        {**_matmul(64, 128, 256, 256, False), "0.x_row_stride": 256, **_mma_output(64, 128)},
+        "MmaShared<64, 2>",
+    ),
+    Proof(
+        "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>",
+        "linear_4bit_dx_mma.cu",
+        (1, 1, 1),
+        128,
+        (MmaArgs,),
+        {**_matmul(64, 128, 128, 128, False), "0.x_row_stride": 128, **_mma_output(64, 128)},
+        "DxShared<64, 3>",
+    ),
+    Proof(
+        "sum_splits_kernel<BFloat16>",
+        "linear_4bit.cu",
+        (2, 1, 1),
+        256,
+        (POINTER, INT, LONG, LONG, POINTER, POINTER),
+        {"0": "parts", "1": 3, "2": 4, "3": 128, "4": "bias", "5": "y"},
+    ),
+)
+
+
+def main() -> None:
+    """``cuda_proofs.py ARCHITECTURE [PART OF A NAME ...]`` prints what sentryward answers."""
+    architecture, *parts = sys.argv[1:]
+    for proof in PROOFS:
+        if not parts or any(part in proof.kernel for part in parts):
+            start = time.monotonic()
+            verdict = prove(proof, int(architecture))
+            seconds = time.monotonic() - start
+            print(f"sm_{architecture} {proof}: {verdict} {seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
