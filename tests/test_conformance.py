@@ -14,7 +14,6 @@ from qkern import testing
 from qkern.testing import DTYPES, OPS, Case, OpSpec, Target
 
 MATMULS = tuple(spec for spec in OPS.values() if spec.comparison == "matmul")
-BITWISE = tuple(spec for spec in OPS.values() if spec.comparison == "bitwise")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 matmuls = pytest.mark.parametrize("spec", MATMULS, ids=[spec.name for spec in MATMULS])
 WEIGHT_ARGUMENTS = (
@@ -214,12 +213,26 @@ def test_float16_overflow_is_infinite_not_wrapped(
     assert (y == torch.inf).all()
 
 
-@pytest.mark.parametrize("spec", BITWISE, ids=[spec.name for spec in BITWISE])
-def test_flushing_subnormals_to_zero_changes_no_bits(spec: OpSpec, isa: str) -> None:
+SUBNORMAL_CASES = [
+    *((spec, (300_001,)) for spec in OPS.values() if spec.comparison == "bitwise"),
+    *((spec, (rows, 300, 384)) for spec in MATMULS for rows in (1, 21)),
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"), SUBNORMAL_CASES, ids=[f"{s.name}-{shape[0]}" for s, shape in SUBNORMAL_CASES]
+)
+def test_flushing_subnormals_to_zero_changes_no_bits(
+    spec: OpSpec, shape: tuple[int, ...], isa: str
+) -> None:
     """`torch.set_flush_denormal` holds for the calling thread alone: kernels must not heed it."""
-    inputs = inputs_of(spec, Case((300_001,), values="special"), torch.device("cpu"))
+    inputs = inputs_of(spec, Case(shape, values="special"), torch.device("cpu"))
+    if spec in MATMULS:
+        main = "x" if spec.name == "linear_4bit" else "dy"
+        inputs[main] = torch.randn_like(inputs[main]) * 1e-39
     torch.set_num_threads(2)
     expected = spec.run(inputs)
+    assert all((result != 0).any() for result in expected)
     try:
         assert torch.set_flush_denormal(True)
         flushed = spec.run(inputs)
