@@ -61,6 +61,8 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         (
             Case((1, 37, 2112), HALF, 64, double_quant=True, bias=True),
             Case((3, 20, 1056), FLOAT, 32),
+            # x is staged twice in each part of the split.
+            Case((3, 2, 18 * 1024), FLOAT, 64),
             Case((1, 9, 130), BFLOAT, 64),
         ),
     ),

@@ -159,7 +159,7 @@ MUTANTS = (
         "    const int stage = tile % kStages;\n    ScaledTable",
         "    const int stage = (tile + 1) % kStages;\n    ScaledTable",
         "linear_4bit_mma",
-        "numbers",
+        "poison",
     ),
     # Fragments, codes, scales.
     Mutant(
