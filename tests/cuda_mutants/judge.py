@@ -109,7 +109,7 @@ def judge(folder: str, op: str, schedules: list[int]) -> None:
                 testing.check(testing.OPS[name], case, target, "cpu")
         except AssertionError as wrong:
             nan = re.search(r"\bnan\b|is not finite", str(wrong))
-            what = "poison" if nan else "numbers" if schedule == ORDERLY else "schedule"
+            what = "schedule" if schedule != ORDERLY else "poison" if nan else "numbers"
             print(f"caught by {what}: {at}: {str(wrong).splitlines()[0]}")
             sys.exit(CAUGHT)
         except (RuntimeError, ValueError) as refused:
