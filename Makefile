@@ -13,13 +13,15 @@ TEST_THREADS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py
+GPU_TESTS := tests/test_conformance.py
+COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
 PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan bench lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan test-gpu bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -50,6 +52,16 @@ test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gc
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QKERN_NATIVE_LIBRARY="$$(echo build/asan/qkern/_C*.so)" \
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+# Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
+test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-sanitizer
+	$(PYTEST) --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
+	@command -v $(COMPUTE_SANITIZER) >/dev/null || \
+	    { echo '$(COMPUTE_SANITIZER) not found: it is part of the CUDA toolkit'; exit 1; }
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(RUN) tests/run_on_gpu.py || exit 1; \
+	done
 
 bench: setup  ## time qkern beside its peers (leave the machine quiet)
 	$(RUN) benchmarks/run.py --json $(BENCH_OUT)/results.json --plot $(BENCH_OUT)/plots $(BENCH_ARGS)

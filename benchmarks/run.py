@@ -57,6 +57,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=["bitsandbytes", "dense"],
         help="bitsandbytes, dense, torchao, or none",
     )
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: time on the current CUDA device, by events; quantize, dequantize, forward and "
+        "forward_backward only",
+    )
     add("--shape", type=_shapes, default=[(4096, 4096)], help="weights [out]x[in], comma-separated")
     add("--m", type=_numbers, default=[1, 4, 8, 64, 512], help="rows of activations")
     add("--dtype", type=_names, default=["float32", "bfloat16"], help="of activations; or float16")
@@ -128,7 +135,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = sys.argv[1:] if argv is None else list(argv)
             command = [sys.executable, str(Path(__file__).resolve()), *arguments]
             os.execve(sys.executable, command, {**os.environ, **wanted})
-    from bench.session import run  # loads torch, so only now
+    # They load torch, so only now.
+    if args.device == "cuda":
+        from bench import gpu
+
+        return gpu.run(args)
+    from bench.session import run
 
     return run(args)
 

@@ -49,6 +49,10 @@ class BlockPlan(ctypes.Structure):
     )
 
 
+class Epilogue(ctypes.Structure):
+    _fields_ = (("bias", POINTER),)
+
+
 class MmaOutput(ctypes.Structure):
     _fields_ = (
         *(("bias", POINTER), ("y", POINTER), ("parts", POINTER)),
@@ -463,8 +467,8 @@ PROOFS = (
         "linear_4bit.cu",
         (2, 1, 1),
         256,
-        (POINTER, INT, LONG, LONG, POINTER, POINTER),
-        {"0": "parts", "1": 3, "2": 4, "3": 128, "4": "bias", "5": "y"},
+        (POINTER, INT, LONG, LONG, Epilogue, POINTER),
+        {"0": "parts", "1": 3, "2": 4, "3": 128, "4.bias": "bias", "5": "y"},
     ),
 )
 

@@ -164,6 +164,28 @@ def test_a_forced_path_that_cannot_is_an_error(
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_near_the_end_of_float32(
+    rows: int, dtype: torch.dtype, library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of products that are not scaled yet overflow where results are far from it."""
+    w = torch.full((67, 128), 1e-3)
+    packed, absmax = torch.ops.qkern.quantize_4bit(w, "nf4", 64, None)
+    x = torch.zeros(rows, 128)
+    x[:, [0, 1, 8]] = 3e38
+    x[-1, 5] = torch.inf if rows == 7 else 0
+    monkeypatch.setenv("QKERN_CUDA_PATH", "vector")
+    target = backend.EmulatedTarget(library, backend.SCHEDULES[4])
+    with target.activate():
+        y = torch.ops.qkern.linear_4bit(
+            x.to(dtype), packed, absmax, None, None, None, None, "nf4", 64, 67
+        )
+    expected = (x.to(dtype).double() @ w.double().t()).to(dtype)
+    torch.testing.assert_close(y, expected)
+
+
+@needs_compiler
 def test_kernels_refuse_what_the_tensor_cores_cannot_take(
     library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def _inputs(op: str, case: testing.Case) -> dict[str, Any]:
     return testing.OPS[op].make_inputs(case, torch.device("cpu"), generator)
 
 
-def _random_weight(shape: tuple[int, int], dtype: torch.dtype) -> qkern.QuantizedTensor:
+def random_weight(shape: tuple[int, int], dtype: torch.dtype) -> qkern.QuantizedTensor:
     """Random storage, so that a weight of any size is made quickly and without a dense twin."""
     stored = _inputs("dequantize_4bit", _case(shape, dtype))
     return qkern.QuantizedTensor(**stored | {"shape": tuple(shape)})
@@ -160,7 +160,7 @@ def _dequantize(
     shape: tuple[int, int], dtype: torch.dtype, choice: Choice
 ) -> tuple[Problem, list[Candidate], list[str]]:
     case = _case(shape, dtype)
-    qw = _random_weight(shape, dtype)
+    qw = random_weight(shape, dtype)
     bytes = testing.OPS["dequantize_4bit"].bytes(case)
     (expected,) = testing.OPS["dequantize_4bit"].reference(
         {**qw.tensors(), "codebook": None, "format": "nf4", "block_size": _BLOCK_SIZE}
@@ -215,7 +215,7 @@ def _matmul(
     n, k = shape
     case = _case((m, n, k), dtype)
     ops = [testing.OPS[op] for op in ("linear_4bit", "linear_4bit_dx")[: 1 + backward]]
-    qw = _random_weight(shape, dtype)
+    qw = random_weight(shape, dtype)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
     dy = torch.randn(m, n, generator=torch.Generator().manual_seed(2)).to(dtype)
     check = _MatmulCheck(qw, x, dy)

@@ -117,12 +117,23 @@ def copies_needed(candidate: Candidate, settings: Settings) -> tuple[int, str]:
     return copies, "cold" if copies == wanted else "partly cold"
 
 
+def wall_clock(call: Call) -> float:
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def run_contest(
-    problem: Problem, candidates: Sequence[Candidate], settings: Settings
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    settings: Settings,
+    clock: Callable[[Call], float] = wall_clock,
 ) -> list[Sample]:
     """Check every candidate, then time them in turn, the first one changing from round to round.
 
-    Raises `WrongResultError` before anything is timed when a check fails.
+    `clock` makes a call and returns its seconds. Raises `WrongResultError` before anything is timed
+    when a check fails.
     """
     prepared: list[tuple[Sample, list[Call]]] = []
     for candidate in candidates:
@@ -140,9 +151,7 @@ def run_contest(
             call = calls[number % len(calls)]
             if sample.candidate.before is not None:
                 sample.candidate.before()
-            begin = time.perf_counter()
-            call()
-            sample.seconds.append(time.perf_counter() - begin)
+            sample.seconds.append(clock(call))
     return [sample for sample, _ in prepared]
 
 

@@ -12,11 +12,7 @@ namespace {
 constexpr int kQuantizeThreads = 256;
 constexpr int kLaneValues = 8;
 constexpr int kWarpValues = kLaneValues * kWarp;
-constexpr unsigned kInfBits = 0x7f800000u;
 constexpr unsigned kQuietNanBits = 0x7fc00000u;
-
-// Magnitudes compare as integers, and a NaN above infinity.
-QKERN_DEVICE unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
 QKERN_DEVICE float absmax_from_bits(unsigned largest) {
   return __uint_as_float(largest >= kInfBits ? kQuietNanBits : largest);

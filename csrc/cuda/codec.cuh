@@ -84,6 +84,10 @@ QKERN_DEVICE void load_global8(const T* from, float (&out)[8]) {
   }
 }
 
+// Magnitudes compare as integers, and a NaN above infinity.
+constexpr unsigned kInfBits = 0x7f800000u;
+QKERN_DEVICE unsigned magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
 QKERN_DEVICE bool is_aligned16(const void* p) {
   return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0;
 }

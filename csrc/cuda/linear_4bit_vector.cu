@@ -118,6 +118,25 @@ QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int
   }
 }
 
+// One result with every weight scaled before it is multiplied; all lanes of the warp call it.
+template <typename T>
+QKERN_DEVICE float scaled_dot(const VectorArgs<T>& args, const CodeTable& table, std::int64_t row,
+                              std::int64_t n, std::int64_t begin, std::int64_t end,
+                              float nested_offset, int lane) {
+  float sum = 0.0f;
+  for (std::int64_t k = begin + lane; k < end; k += kWarp) {
+    const std::int64_t element = n * args.cols + k;
+    const float scale = load_scale(args.scales, nested_offset, element >> args.scales.block_shift);
+    const float w = __fmul_rn(code_value(table, packed_code(args.packed, element)), scale);
+    sum = __fmaf_rn(w, to_float(args.x[row * args.x_row_stride + k]), sum);
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, step));
+  }
+  return sum;
+}
+
 // kWhole: every lane's 32 codes are 16 aligned bytes in one block, and x comes in 16-byte pieces.
 // Otherwise rows of W start anywhere, and codes and scales are fetched one by one.
 template <typename T, int kRows, int kWarpRows, bool kWhole>
@@ -264,6 +283,18 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
         value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
       }
       if (lane == r * kRows + m) mine = value;
+    }
+  }
+  if constexpr (kWhole) {
+    // Sums of unscaled products leave float32 before the result does, where x is near its end.
+#pragma unroll 1
+    for (int i = 0; i < kWarpRows * kRows; ++i) {
+      const bool finite = magnitude_bits(__shfl_sync(kAllLanes, mine, i)) < kInfBits;
+      const std::int64_t row = row0 + i % kRows;
+      const std::int64_t n = n0 + i / kRows;
+      if (finite || row >= args.m || n >= args.rows) continue;
+      const float again = scaled_dot(args, shared.table, row, n, begin, end, nested_offset, lane);
+      if (lane == i) mine = again;
     }
   }
   const std::int64_t n = n0 + lane / kRows;

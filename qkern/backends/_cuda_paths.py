@@ -73,11 +73,11 @@ _FLOAT32_RATES = {75: 16, 80: 16, 86: 32, 89: 32, 90: 32, 100: 32, 120: 32}
 
 # Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
-_MMA_ISSUE = {16: 0.205, 64: 0.291}
-_DX_MMA_ISSUE = {64: 0.315}
-_VECTOR_ISSUE = {1: 0.150, 2: 0.200, 4: 0.300, 8: 0.520}
-_TILED_ISSUE = 3.2
-_DECODE_ISSUE = 0.2
+_MMA_ISSUE = {16: 0.171, 64: 0.229}
+_DX_MMA_ISSUE = {64: 0.308}
+_VECTOR_ISSUE = {1: 0.139, 2: 0.181, 4: 0.270, 8: 0.599}
+_TILED_ISSUE = 5.3
+_DECODE_ISSUE = 0.24
 
 # What a kernel reaches of its modelled limit, by assumption: latencies, barriers, the last wave.
 _FUSED_EFFICIENCY = 0.65
@@ -86,6 +86,7 @@ _VENDOR_TILE = 64
 # Clocks between a launch and its first instruction, and those that Python takes for two kernels.
 _LAUNCH_CLOCKS = 6000
 
+_LONGEST_ROW = 1 << 29  # for mma: kLongestRow of csrc/cuda/linear.cuh
 _SLICE_MULTIPLE = 128  # rows or columns: whole tiles for the GEMM, 16 aligned bytes for the decoder
 _L2_SHARE = 0.5  # of the cache for a slice; the rest is for x, y and the packed weight
 
@@ -106,6 +107,7 @@ def allowed(call: Matmul, limits: Limits) -> tuple[str, ...]:
         and limits.capability >= least
         and call.aligned
         and call.in_features % 32 == 0
+        and call.in_features <= _LONGEST_ROW
         and depth % 8 == 0
     ):
         found.append("mma")

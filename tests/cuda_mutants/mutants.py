@@ -1,11 +1,11 @@
 """The planted bugs: each one small replacement in a copy of csrc/cuda.
 
-What can notice one, in the order in which they are tried:
+What can notice one:
 
     numbers    a wrong result with threads in order and cp.async done at once
+    poison     the same, and the result is a NaN: memory was read that nobody had written
+    schedule   a result wrong only under another order of threads or with late cp.async
     launch     the emulator ends a launch: misalignment, divergent barrier, out of shared memory
-    schedule   a wrong result under another order of threads or with late cp.async
-    poison     a wrong result that is a NaN: memory was read that nobody had written
     address    AddressSanitizer or UndefinedBehaviorSanitizer
     thread     ThreadSanitizer
     layout     the banks that an access to shared memory meets
@@ -110,7 +110,7 @@ MUTANTS = (
         "d0 += kDepth) {\n    __syncthreads();",
         "d0 += kDepth) {",
         "linear_4bit_tiled",
-        "numbers",
+        "poison",
     ),
     Mutant(
         "sum_of_scales_read_too_early",
@@ -118,7 +118,7 @@ MUTANTS = (
         "  sum.flush(state);\n  __syncthreads();",
         "  sum.flush(state);",
         "quantize_absmax",
-        "schedule",
+        "numbers",
     ),
     Mutant(
         "sum_of_scales_without_atomics",
@@ -135,7 +135,7 @@ MUTANTS = (
         "cp_async_wait<kStages - 2>();",
         "cp_async_wait<kStages - 1>();",
         "linear_4bit_mma",
-        "poison",
+        "schedule",
     ),
     Mutant(
         "dx_waits_for_one_group_too_few",
@@ -143,7 +143,7 @@ MUTANTS = (
         "cp_async_wait<kStages - 2>();",
         "cp_async_wait<kStages - 1>();",
         "linear_4bit_dx_mma",
-        "poison",
+        "schedule",
     ),
     Mutant(
         "dx_commits_only_where_it_copied",
@@ -151,7 +151,7 @@ MUTANTS = (
         "    cp_async_commit();\n  };",
         "    if (tile < tiles) cp_async_commit();\n  };",
         "linear_4bit_dx_mma",
-        "poison",
+        "schedule",
     ),
     Mutant(
         "mma_reads_the_next_stage",
@@ -159,7 +159,7 @@ MUTANTS = (
         "    const int stage = tile % kStages;\n    ScaledTable",
         "    const int stage = (tile + 1) % kStages;\n    ScaledTable",
         "linear_4bit_mma",
-        "numbers",
+        "poison",
     ),
     # Fragments, codes, scales.
     Mutant(

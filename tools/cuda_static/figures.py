@@ -187,6 +187,13 @@ def _resources(cubin: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def registers(cubin: Path) -> dict[str, int]:
+    """Registers of each kernel of a cubin by short name."""
+    used = _resources(cubin)
+    names = demangle(list(used))
+    return {name: used[full]["REG"] for name, full in zip(names, used, strict=True)}
+
+
 def parse_cubin(cubin: Path) -> list[sass.Function]:
     """The machine code of a cubin."""
     folder = toolchain.disassembler_folder()
@@ -287,23 +294,30 @@ def _cuxray(command: str, cubin: Path, *options: str) -> dict[str, Any]:
         return json.loads(output.read_text())
 
 
-def shared_accesses(cubin: Path) -> dict[str, dict[str, int]]:
+def shared_accesses(cubin: Path, *options: str) -> dict[str, dict[str, int]]:
     """What cuxray says of each kernel's accesses to memory.
 
     ``conflicting`` ones to shared memory, and how many, to any memory, it ``followed`` or not: it
-    knows addresses that are linear in the lane.
+    knows addresses that are linear in the lane. Kept beside the cubin, for it takes seconds.
     """
-    units = _cuxray("report", cubin, "--fast", "--no-cache")["units"]
+    kept = cubin.with_suffix(".cuxray.json")
+    if not options and kept.exists():
+        return json.loads(kept.read_text())
+    units = _cuxray("report", cubin, "--fast", "--no-cache", *options)["units"]
     kernels = [kernel for unit in units for kernel in unit["kernels"]]
     names = demangle([kernel["name"] for kernel in kernels])
-    return {
+    found = {
         name: {
             "conflicting": kernel["access"]["conflicted_shared_accesses"],
             "followed": kernel["access"]["analyzed_count"],
             "not_followed": kernel["access"]["unanalyzed_count"],
         }
         for name, kernel in zip(names, kernels, strict=True)
+        if kernel["access"] is not None
     }
+    if not options:
+        kept.write_text(json.dumps(found))
+    return found
 
 
 def cuxray_loop_cycles(cubin: Path) -> list[int]:

@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""The CUDA kernels beside bitsandbytes', by their machine code; no GPU is used.
+
+Prints for each architecture registers, occupancy, spills and what a round of the hot loop costs,
+and a modelled time for GPUs of these architectures: the longest of moving the bytes, issuing the
+instructions and multiplying on tensor cores, at the datasheet's rates and perfectly overlapped. A
+model is no measurement: a kernel takes longer, and this says by what it is limited at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from cuda_static import budget, figures, sass, toolchain
+
+QKERN, PEER = "qkern", "bitsandbytes"
+BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""NF4, block 64, double-quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Datasheet figures."""
+
+    name: str
+    architecture: int
+    processors: int
+    boost_ghz: float
+    gbytes_s: float
+    tensor_tflops: float
+    """16-bit inputs, float32 sums, dense."""
+
+    @property
+    def issue_rate(self) -> float:
+        """Warp instructions a second: four a cycle on each multiprocessor."""
+        return 4 * self.processors * self.boost_ghz * 1e9
+
+
+GPUS = (
+    Gpu("T4", 75, 40, 1.59, 320, 65),
+    Gpu("A100 80GB SXM", 80, 108, 1.41, 2039, 312),
+    Gpu("RTX 3090", 86, 82, 1.695, 936, 71),
+    Gpu("RTX 4090", 89, 128, 2.52, 1008, 165.2),
+    Gpu("H100 SXM", 90, 132, 1.83, 3350, 989),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A kernel of one library for one architecture."""
+
+    library: str
+    op: str
+    kernel: str
+    architecture: int
+    registers: int
+    local_accesses: int
+    loop_instructions: int
+    instructions_a_weight: float | None
+    instructions_a_kilo_multiply_add: float | None
+    cycles_a_kilo_multiply_add: float | None
+    loop_accesses: dict[str, int]
+    conflicting_shared_accesses: int | None
+    occupancy: float | None
+
+
+OURS = {
+    "dequantize": ("dequantize_4bit_kernel<BFloat16>", "dequantize_4bit_kernel<Float16>"),
+    "forward M=1": (
+        "linear_4bit_vector_kernel<BFloat16, 1, 4, true>",
+        "linear_4bit_vector_kernel<Float16, 1, 4, true>",
+    ),
+    "forward": (
+        "linear_4bit_mma_kernel<BFloat16, 64, 2>",
+        "linear_4bit_mma_kernel<Float16, 64, 2>",
+    ),
+    "dx": (
+        "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>",
+        "linear_4bit_dx_mma_kernel<Float16, 64, 3>",
+    ),
+}
+"""Kernel by op: for bfloat16, and for float16 on sm_75."""
+SOURCES = (
+    *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
+    *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu"),
+)
+
+
+def our_entries(architecture: int) -> list[Entry]:
+    found = figures.kernel_figures(architecture)
+    conflicts: dict[str, int] = {}
+    for source in sorted(toolchain.KERNELS / name for name in SOURCES):
+        cubin = toolchain.compile_kernels(source, architecture)
+        for kernel, seen in figures.shared_accesses(cubin).items():
+            conflicts[kernel] = seen["conflicting"]
+    entries = []
+    for op, names in OURS.items():
+        f = found[names[architecture < 80]]
+        if f.hot is None:
+            raise ValueError(f"{f.kernel}: no hot loop found")
+        per_mac = f.hot.instructions / f.hot.multiply_adds if f.hot.multiply_adds else None
+        entries.append(
+            Entry(
+                *(QKERN, op, f.kernel, architecture, f.registers, f.local_accesses),
+                f.hot.instructions,
+                f.hot.instructions_a_weight,
+                None if per_mac is None else 1000 * per_mac,
+                f.hot.cycles_a_kilo_multiply_add,
+                f.hot.accesses,
+                conflicts[f.kernel],
+                f.occupancy,
+            )
+        )
+    return entries
+
+
+def _peer_weights(op: str, path: sass.Path) -> int:
+    """Weights that a thread of the peer's kernel decodes in a round."""
+    if op == "dequantize":
+        return 2 * path.count("LDG", 8)  # a byte at a time
+    # 32 codes a 128-bit load; one load is of codes, the others of 32 values of x.
+    return 32
+
+
+def peer_entries(architecture: int) -> list[Entry]:
+    """The peer's kernels for the same ops; it has none for the input gradient."""
+    functions = budget.peer_functions(architecture)
+    if not functions:
+        return []
+    half = "__nv_bfloat16" if architecture >= 80 else "__half"
+    candidates = {
+        "dequantize": [f"kDequantizeBlockwise<{half}, 512, 64, 8, 2>"],
+        "forward M=1": [f"gemm_4bit_simt<{half}, 1>"],
+        "forward": [n for n in functions if n.startswith("gemm_4bit_sm") and half in n],
+    }
+    resources, conflicts = _peer_report(architecture)
+    entries = []
+    for op, names in candidates.items():
+        for name in names:
+            entry = _peer_entry(op, name, functions[name], architecture, resources, conflicts)
+            if entry is not None:
+                entries.append(entry)
+    return entries
+
+
+def _peer_report(architecture: int) -> tuple[dict[str, int], dict[str, int]]:
+    library = budget.peer_library()
+    if library is None:
+        return {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = toolchain.extract(library, architecture, Path(folder))[0]
+        registers = figures.registers(cubin)
+        pattern = "gemm_4bit_s|kDequantizeBlockwise"
+        pattern = f"({pattern}).*(bfloat16|I6__half)"
+        seen = figures.shared_accesses(cubin, "--kernel", pattern)
+    return registers, {name: found["conflicting"] for name, found in seen.items()}
+
+
+def _peer_entry(
+    op: str,
+    name: str,
+    function: sass.Function,
+    architecture: int,
+    registers: dict[str, int],
+    conflicts: dict[str, int],
+) -> Entry | None:
+    if op == "forward":
+        path = function.hot_path("HMMA")
+    elif op == "dequantize":
+        path = function.hot_path("STG")
+    else:
+        path = function.hot_path("LDG", 128)
+    if path is None:
+        return None
+    count = len(path.instructions)
+    macs = path.multiply_adds if op == "forward" else 0
+    known = architecture in sass.STALLS_KNOWN
+    return Entry(
+        *(PEER, op, name, architecture, registers[name]),
+        function.count("LDL") + function.count("STL"),
+        count,
+        None if macs else count / _peer_weights(op, path),
+        1000 * count / macs if macs else None,
+        1000 * path.cycles / macs if macs and known else None,
+        dict(sorted(path.widths.items())),
+        conflicts.get(name),
+        None,
+    )
+
+
+def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[str, Any]:
+    """The modelled seconds of an op on a weight, and what sets them."""
+    weights = rows * columns
+    moved = weights * BYTES_A_WEIGHT
+    limits = {}
+    if entry.op == "dequantize":
+        moved += 2.0 * weights
+    else:
+        moved += 2.0 * m * (rows + columns)
+    limits["memory"] = moved / (gpu.gbytes_s * 1e9)
+    if entry.instructions_a_weight is not None:
+        limits["issue"] = entry.instructions_a_weight * weights / 32 / gpu.issue_rate
+    if entry.instructions_a_kilo_multiply_add is not None:
+        macs = weights * -(-m // 64) * 64
+        limits["issue"] = entry.instructions_a_kilo_multiply_add / 1000 * macs / gpu.issue_rate
+        limits["tensor"] = 2 * macs / (gpu.tensor_tflops * 1e12)
+    bound = max(limits, key=lambda name: limits[name])
+    return {
+        "gpu": gpu.name,
+        "library": entry.library,
+        "op": entry.op,
+        "kernel": entry.kernel,
+        "m": m,
+        "modelled_us": limits[bound] * 1e6,
+        "bound": bound,
+        "roofline_us": max(v for k, v in limits.items() if k != "issue") * 1e6,
+    }
+
+
+def models(
+    entries: Sequence[Entry], rows: int, columns: int, batch: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Of each library's kernels for an op the one with the least modelled time."""
+    found = []
+    for gpu in GPUS:
+        here = [entry for entry in entries if entry.architecture == gpu.architecture]
+        for op in OURS:
+            for m in batch if op in ("forward", "dx") else (1,):
+                for library in (QKERN, PEER):
+                    times = [
+                        modelled(e, gpu, rows, columns, m)
+                        for e in here
+                        if (e.library, e.op) == (library, op)
+                    ]
+                    if times:
+                        found.append(min(times, key=lambda time: time["modelled_us"]))
+    return found
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def print_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:
+    cells = [list(fields)] + [[_cell(row[name]) for name in fields] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(fields))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def plot(times: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    gpus = list(dict.fromkeys(time["gpu"] for time in times))
+    figure = Figure(figsize=(4 * len(gpus), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(gpus), squeeze=False)[0]
+    for axis, gpu in zip(axes, gpus, strict=True):
+        here = [time for time in times if time["gpu"] == gpu]
+        labels = list(dict.fromkeys((time["op"], time["m"]) for time in here))
+        for shift, library, colour in ((-0.2, QKERN, "tab:blue"), (0.2, PEER, "tab:red")):
+            mine = [time for time in here if time["library"] == library]
+            places = [labels.index((time["op"], time["m"])) + shift for time in mine]
+            axis.bar(places, [t["modelled_us"] for t in mine], 0.38, color=colour, label=library)
+            axis.scatter(places, [t["roofline_us"] for t in mine], marker="_", color="k", s=120)
+        names = [op if op in ("dequantize", "forward M=1") else f"{op} M={m}" for op, m in labels]
+        axis.set_xticks(range(len(labels)), names, rotation=60, ha="right", fontsize=8)
+        axis.set_yscale("log")
+        axis.set_title(gpu)
+    axes[0].set_ylabel("modelled µs (black: memory and tensor cores alone)")
+    axes[0].legend()
+    figure.suptitle("Modelled from machine code, not measured")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_static.py", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[gpu.architecture for gpu in GPUS])
+    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 14336), help="of the weight")
+    parser.add_argument("--m", type=int, nargs="+", default=(64, 512), help="rows of x")
+    parser.add_argument("--out", type=Path, help="folder for gpu_static.json and gpu_static.png")
+    args = parser.parse_args(argv)
+    if reason := toolchain.missing():
+        print(f"gpu_static.py: {reason}", file=sys.stderr)
+        return 1
+    entries = []
+    for architecture in args.arch:
+        entries += our_entries(architecture) + peer_entries(architecture)
+    print("From the machine code; one round of the hot loop, with double-quantised scales:\n")
+    print_table(
+        [asdict(entry) for entry in entries],
+        (
+            *("architecture", "op", "library", "kernel", "registers", "local_accesses"),
+            *("loop_instructions", "instructions_a_weight", "instructions_a_kilo_multiply_add"),
+            *("cycles_a_kilo_multiply_add", "conflicting_shared_accesses"),
+        ),
+    )
+    times = models(entries, *args.shape, args.m)
+    print(f"\nMODELLED, not measured: weight {args.shape[0]} x {args.shape[1]}, bfloat16\n")
+    print_table(
+        times, ("gpu", "op", "m", "library", "modelled_us", "roofline_us", "bound", "kernel")
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "compiler": budget.compiler(),
+            "peer": str(getattr(budget.peer_library(), "name", None)),
+            "shape": list(args.shape),
+            "gpus": [asdict(gpu) for gpu in GPUS],
+            "kernels": [asdict(entry) for entry in entries],
+            "modelled_times": times,
+        }
+        (args.out / "gpu_static.json").write_text(json.dumps(content, indent=1) + "\n")
+        plot(times, args.out / "gpu_static.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
