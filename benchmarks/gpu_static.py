@@ -140,7 +140,11 @@ def peer_entries(architecture: int) -> list[Entry]:
     candidates = {
         "dequantize": [f"kDequantizeBlockwise<{half}, 512, 64, 8, 2>"],
         "forward M=1": [f"gemm_4bit_simt<{half}, 1>"],
-        "forward": [n for n in functions if n.startswith("gemm_4bit_sm") and half in n],
+        "forward": [
+            n
+            for n in functions
+            if n.startswith("gemm_4bit_sm") and half in n and not n.endswith(budget.PEER_UNCLEAR)
+        ],
     }
     resources, conflicts = _peer_report(architecture)
     entries = []

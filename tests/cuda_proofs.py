@@ -304,7 +304,7 @@ PROOFS = (
         (POINTER, Scales, CodeSource, Region, LONG, POINTER),
         {
             "0": "packed",
-            **_scales("1", True),
+            **_scales("1", False),
             "2.custom": None,
             "3.first": 0,
             "3.row_length": 2048,

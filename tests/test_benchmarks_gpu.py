@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -110,3 +111,13 @@ def test_bytes_a_weight_are_those_of_the_op_table():
     case = testing.Case((4096, 4096), torch.bfloat16, 64, double_quant=True)
     exact = testing.OPS["dequantize_4bit"].bytes(case) / case.numel
     assert pytest.approx(exact, rel=1e-4) == gpu_static.BYTES_A_WEIGHT + 2
+
+
+def test_committed_static_figures_are_of_this_model():
+    path = Path(BENCHMARKS) / "results" / "gpu-static" / "gpu_static.json"
+    content = json.loads(path.read_text())
+    entries = [gpu_static.Entry(**kernel) for kernel in content["kernels"]]
+    assert {e.library for e in entries} == {"qkern", "bitsandbytes"}
+    batch = sorted({time["m"] for time in content["modelled_times"]} - {1})
+    assert gpu_static.models(entries, *content["shape"], batch) == content["modelled_times"]
+    assert path.with_suffix(".png").exists()

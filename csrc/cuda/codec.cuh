@@ -136,7 +136,12 @@ template <typename T>
 QKERN_DEVICE T look_up(const T* table, unsigned count, unsigned index) {
 #ifdef QKERN_CODEC_SELECT
   T value = table[0];
-  for (unsigned i = 1; i < count; ++i) value = index == i ? table[i] : value;
+#pragma unroll 16
+  for (unsigned i = 1; i < count; ++i) {
+    // Volatile, or the compiler makes a load at table[index] of it again.
+    const T entry = static_cast<const volatile T*>(table)[i];
+    value = index == i ? entry : value;
+  }
   return value;
 #else
   (void)count;

@@ -27,6 +27,8 @@ Row = dict[str, str]
 DEQUANTIZE_INSTRUCTIONS = 8.0
 VECTOR_INSTRUCTIONS = 4.5
 PEER_KERNEL = "gemm_4bit_sm80_m16n8k16"
+PEER_UNCLEAR = (", 32, 256, 128>", ", 32, 128, 128>")
+"""Variants of it whose loop branches around its decoding: the main path is not a round's work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def peer_cycles(architecture: int) -> dict[str, float]:
     """Estimated cycles a thousand multiply-adds of the peer's tensor-core kernels."""
     found = {}
     for name, function in peer_functions(architecture).items():
+        if name.endswith(PEER_UNCLEAR):
+            continue
         if name.startswith(PEER_KERNEL) and function.count("HMMA"):
             path = function.hot_path("HMMA")
             if path is not None:

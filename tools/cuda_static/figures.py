@@ -249,7 +249,11 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
         launch = LAUNCHES[name.partition("<")[0]]
         used = resources[function.name]
         shared_type = types[name]
-        shared = used["SHARED"] + (sizes[shared_type] if shared_type else 0)
+        own = used["SHARED"]
+        if architecture >= 90 and own > 0:
+            # The system's own part is in the figure.
+            own -= PROCESSORS[architecture].reserved_bytes
+        shared = own + (sizes[shared_type] if shared_type else 0)
         warps = resident_warps(architecture, launch.threads, used["REG"], shared)
         result[name] = Figures(
             kernel=name,
