@@ -280,7 +280,7 @@ def _shared_type(kernel: str) -> str | None:
     return pattern.format(*template_arguments(kernel)) if pattern else None
 
 
-def _cuxray(command: str, cubin: Path, *options: str) -> dict[str, Any]:
+def _cuxray(command: str, cubin: Path, *options: str, hash_seed: int = 0) -> dict[str, Any]:
     folder = toolchain.disassembler_folder()
     assert folder is not None
     program = Path(sysconfig.get_path("scripts")) / "cuxray"
@@ -291,7 +291,9 @@ def _cuxray(command: str, cubin: Path, *options: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | {"CUXRAY_TOOLCHAIN": str(folder), "CUXRAY_NO_FETCH": "1"},
+            env=os.environ
+            | {"CUXRAY_TOOLCHAIN": str(folder), "CUXRAY_NO_FETCH": "1"}
+            | {"PYTHONHASHSEED": str(hash_seed)},
         )
         if done.returncode:
             raise toolchain.ToolError(done.stdout + done.stderr)
@@ -324,9 +326,15 @@ def shared_accesses(cubin: Path, *options: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def cuxray_loop_cycles(cubin: Path) -> list[int]:
-    """Cuxray's estimated cycles of each whole loop."""
-    results = _cuxray("sched", cubin)["results"]
-    return [
-        loop["est_issue_stall_cycles_per_iter"] for kernel in results for loop in kernel["loops"]
-    ]
+def cuxray_loop_cycles(cubin: Path, hash_seeds: Iterable[int]) -> set[int]:
+    """Cuxray's estimated cycles of each loop that it finds.
+
+    It goes through blocks in the order of a set: which loops it takes for whole depends on the
+    seed of Python's hashes.
+    """
+    return {
+        loop["est_issue_stall_cycles_per_iter"]
+        for seed in hash_seeds
+        for kernel in _cuxray("sched", cubin, hash_seed=seed)["results"]
+        for loop in kernel["loops"]
+    }
