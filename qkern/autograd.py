@@ -64,7 +64,8 @@ class Linear4bit(Function):
             # Grad mode is on only under create_graph=True.
             dx = Linear4bitDx.apply(*args) if torch.is_grad_enabled() else _linear_4bit_dx(*args)
         if ctx.needs_input_grad[6]:
-            dbias = dy.sum(tuple(range(dy.dim() - 1)))
+            # Of no dimensions at all, sum() would take every one.
+            dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
         return dx, None, None, None, None, None, dbias, None, None, None, None
 
 
@@ -146,7 +147,10 @@ class LoRALinear4bit(Function):
         y = _linear_4bit(x, *weight, bias, format, block_size, out_features, batch_invariant)
         kept = x if adapter_input is None else adapter_input
         hidden = kept.to(lora_a.dtype) @ lora_a.t()
-        ctx.save_for_backward(kept, hidden, lora_a, lora_b, *weight)
+        trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
+        ctx.save_for_backward(
+            *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight
+        )
         ctx.static = (format, block_size, x.shape[-1], batch_invariant)
         ctx.scaling, ctx.shared_input = scaling, adapter_input is None
         return _add_product(y, hidden, lora_b.t(), scaling)
@@ -154,9 +158,16 @@ class LoRALinear4bit(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
+        # Autocast may be on here alone, and would mix dtypes.
+        with torch.autocast(dy.device.type, enabled=False):
+            return LoRALinear4bit._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
         needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
         graph = torch.is_grad_enabled()  # under create_graph=True
+        dtype = lora_a.dtype
         dx = dinput = da = db = dbias = None
         if ctx.needs_input_grad[10]:
             dbias = dy.sum(0)
@@ -165,7 +176,6 @@ class LoRALinear4bit(Function):
             dx = Linear4bitDx.apply(*args) if graph else _linear_4bit_dx(*args)
         if not (needs_x or needs_input or needs_a or needs_b):
             return (None,) * 10 + (dbias,) + (None,) * 4
-        dtype = lora_a.dtype
         wide_dy = dy.to(dtype)
         if needs_b:
             if graph:
@@ -176,16 +186,17 @@ class LoRALinear4bit(Function):
         if needs_a:
             da = dhidden.t() @ kept.to(dtype)
         if needs_input:
-            dinput = (dhidden @ lora_a).to(kept.dtype)
+            dinput = (dhidden @ lora_a).to(dy.dtype)
         elif dx is not None and ctx.shared_input:
-            dx = (
-                dx + (dhidden @ lora_a).to(dx.dtype) if graph else _add_product(dx, dhidden, lora_a)
-            )
+            if graph:
+                dx = dx + (dhidden @ lora_a).to(dx.dtype)
+            else:
+                dx = _add_product(dx, dhidden, lora_a)
         return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """``total += alpha * a @ b``, in place and, in one dtype, without a temporary."""
+    """``total += alpha * a @ b``, in place, rounded once; in one dtype, without a temporary."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b, alpha=alpha)
-    return total.add_((a @ b).to(total.dtype), alpha=alpha)
+    return total.add_(a @ b, alpha=alpha)

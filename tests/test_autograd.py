@@ -372,3 +372,45 @@ def test_lora_gradient_of_one_alone(wanted: str) -> None:
         return found
 
     testing.assert_bitwise(gradient((wanted,)), gradient(tuple(leaves)))
+
+
+def test_bias_gradient_of_one_vector() -> None:
+    qw, bias = weight(), leaf(37)
+    dy = torch.randn(37)
+    qkern.linear_4bit(torch.randn(130), qw, bias).backward(dy)
+    testing.assert_bitwise(bias.grad, dy)
+
+
+@pytest.mark.parametrize(("a", "b", "scaling"), [(40.0, 40.0, 0.1), (1e-4, 1e-6, 1e4)])
+def test_lora_scales_before_it_rounds(a: float, b: float, scaling: float) -> None:
+    """The unscaled product leaves float16's range, the result does not."""
+    qw = qkern.quantize_4bit(torch.zeros(4, 64))
+    lora_a, lora_b = torch.full((1, 64), a), torch.full((4, 1), b)
+    y = qkern.lora_linear(torch.ones(2, 64, dtype=torch.float16), qw, lora_a, lora_b, scaling)
+    torch.testing.assert_close(
+        y.float(), torch.full((2, 4), 64 * a * b * scaling), rtol=2e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_backward_alone_under_autocast(dtype: torch.dtype) -> None:
+    def gradients(enabled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, qw, lora_a, lora_b, _ = lora_problem(torch.float32)
+        low = x.detach().to(dtype).requires_grad_()
+        y = qkern.lora_linear(low, qw, lora_a, lora_b, 0.5)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            y.sum().backward()
+        return [low.grad, lora_a.grad, lora_b.grad]
+
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        testing.assert_bitwise(actual, expected)
+
+
+def test_a_frozen_adapter_keeps_no_activation() -> None:
+    x, qw, lora_a, lora_b, _ = lora_problem(torch.float32)
+    frozen = (lora_a.detach(), lora_b.detach())
+    with recorded_saves() as saved:
+        qkern.lora_linear(x, qw, *frozen, 0.5).sum().backward()
+    existing = storages(*frozen, *qw.tensors().values())
+    assert {t.untyped_storage().data_ptr() for t in saved} <= existing

@@ -213,6 +213,17 @@ def test_float16_overflow_is_infinite_not_wrapped(
     assert (y == torch.inf).all()
 
 
+def test_a_huge_scale_and_gradient_spread_no_nan(target: Target, device: torch.device) -> None:
+    """Codes of zero give zero although scale times gradient would overflow."""
+    for rows in (1, 9):
+        inputs = inputs_of(OPS["linear_4bit_dx"], Case((rows, 8, 64)), device)
+        inputs["packed"] = torch.full_like(inputs["packed"], 0x77)
+        inputs["absmax"] = torch.full_like(inputs["absmax"], 2.0**70)
+        inputs["dy"] = torch.full_like(inputs["dy"], 2.0**60)
+        (dx,) = run(OPS["linear_4bit_dx"], inputs, target)
+        assert (dx == 0).all()
+
+
 SUBNORMAL_CASES = [
     *((spec, (300_001,)) for spec in OPS.values() if spec.comparison == "bitwise"),
     *((spec, (rows, 300, 384)) for spec in MATMULS for rows in (1, 21)),

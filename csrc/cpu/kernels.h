@@ -28,19 +28,30 @@ inline int useful_threads(const Linear4bitArgs& args, int num_threads) {
   return work < kSerialWork ? 1 : num_threads;
 }
 
-// The kernel for few rows of x sums unscaled products, which leave the range of float32 where x and
-// the scale lie at its opposite ends. Such x take the tiled path.
+// Whether every nonzero |x| of a row, times `factor`, lies between the bounds.
 template <typename T>
-bool products_stay_in_range(const Linear4bitArgs& args) {
-  const float* codes = code_values(args.weight.codes);
-  const float largest_code = block_absmax(codes, 16);
-  for (std::int64_t r = 0; r < args.m; ++r) {
+bool rows_in_range(const Linear4bitArgs& args, std::int64_t length, float factor, float least,
+                   float most) {
+  for (std::int64_t r = 0; r < args.m && length > 0; ++r) {
     const T* row = static_cast<const T*>(args.x) + r * args.x_row_stride;
-    if (args.weight.cols == 0) return true;
-    const float largest = block_absmax(row, args.weight.cols) * largest_code;
-    if (largest != 0.0f && !(largest > 0x1p-60f && largest < 0x1p100f)) return false;
+    const float largest = block_absmax(row, length) * factor;
+    if (largest != 0.0f && !(largest > least && largest < most)) return false;
   }
   return true;
+}
+
+// The kernels for few rows multiply in another order, which leaves the range of float32 where the
+// factors lie at its opposite ends: forward sums unscaled products, dx scales dy before the codes.
+// Such x take the tiled path.
+template <typename T>
+bool products_stay_in_range(const Linear4bitArgs& args) {
+  const float largest_code = block_absmax(code_values(args.weight.codes), 16);
+  return rows_in_range<T>(args, args.weight.cols, largest_code, 0x1p-60f, 0x1p100f);
+}
+
+template <typename T>
+bool gradients_stay_in_range(const Linear4bitArgs& args) {
+  return rows_in_range<T>(args, args.weight.rows, 1.0f, 0.0f, 0x1p20f);
 }
 
 // The tiled path sums in an order that does not depend on the number of rows.
@@ -59,7 +70,7 @@ Status linear_4bit(const Linear4bitArgs& args, int num_threads) {
 template <typename Engine, typename T>
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads) {
   num_threads = useful_threads(args, num_threads);
-  return takes_vector_path(args, kMaxVectorRows)
+  return takes_vector_path(args, kMaxVectorRows) && gradients_stay_in_range<T>(args)
              ? VectorTable<DxVector, T, kMaxVectorRows>::run(args, num_threads)
              : linear_tiled<Engine, T, false>(args, num_threads);
 }
