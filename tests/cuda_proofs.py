@@ -272,6 +272,17 @@ def _scales(prefix: str, nested: bool) -> dict[str, str | int | None]:
     }
 
 
+def _block_plan(block_shift: int) -> dict[str, str | int | None]:
+    """2,048 elements, of which a thread takes 8."""
+    return {
+        "1.numel": 2048,
+        "1.units": 8,
+        "1.block_shift": block_shift,
+        "1.passes": 1,
+        "1.block_lanes": (1 << block_shift) // 8,
+    }
+
+
 def _matmul(m: int, rows: int, cols: int, split: int, nested: bool) -> dict[str, str | int | None]:
     return {
         "0.x": "x",
@@ -321,11 +332,7 @@ PROOFS = (
         (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
         {
             "0": "x",
-            "1.numel": 2048,
-            "1.units": 8,
-            "1.block_shift": 6,
-            "1.passes": 1,
-            "1.block_lanes": 8,
+            **_block_plan(6),
             "2.custom": None,
             "3": "packed",
             "4": "absmax",
@@ -339,11 +346,7 @@ PROOFS = (
         (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
         {
             "0": "x",
-            "1.numel": 2048,
-            "1.units": 8,
-            "1.block_shift": 6,
-            "1.passes": 1,
-            "1.block_lanes": 8,
+            **_block_plan(6),
             "2.custom": None,
             "3": "packed",
             "4": "absmax",
@@ -357,11 +360,7 @@ PROOFS = (
         (POINTER, BlockPlan, POINTER, POINTER, POINTER),
         {
             "0": "x",
-            "1.numel": 2048,
-            "1.units": 8,
-            "1.block_shift": 8,
-            "1.passes": 1,
-            "1.block_lanes": 32,
+            **_block_plan(8),
             "2": "map",
             "3": "codes",
             "4": "absmax",
@@ -391,11 +390,7 @@ PROOFS = (
         (POINTER, BlockPlan, POINTER, POINTER, POINTER),
         {
             "0": "absmax",
-            "1.numel": 2048,
-            "1.units": 8,
-            "1.block_shift": 8,
-            "1.passes": 1,
-            "1.block_lanes": 32,
+            **_block_plan(8),
             "2": "nested_offset",
             "3": "codes",
             "4": "nested_absmax",

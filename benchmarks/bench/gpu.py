@@ -58,10 +58,6 @@ class EventClock:
         return begin.elapsed_time(end) / 1e3
 
 
-def moved(qw: qkern.QuantizedTensor, device: torch.device) -> qkern.QuantizedTensor:
-    return qw.to(device=device)
-
-
 def contest(
     op: str,
     shape: tuple[int, int],
@@ -71,7 +67,7 @@ def contest(
     device: torch.device,
 ) -> tuple[Problem, list[Candidate], list[str]]:
     """The problem, its candidates with qkern's first, and why peers are missing."""
-    qw = moved(kernels.random_weight(shape, dtype), device)
+    qw = kernels.random_weight(shape, dtype).to(device=device)
     if op == "quantize":
         return _quantize(shape, dtype, chosen, device)
     if op == "dequantize":
@@ -136,7 +132,7 @@ def _dequantize(
 ) -> tuple[Problem, list[Candidate], list[str]]:
     case = testing.Case(tuple(qw.shape), dtype, _BLOCK_SIZE, double_quant=True)
     size = testing.OPS["dequantize_4bit"].bytes(case)
-    exact = moved(qw, torch.device("cpu")).dequantize(dtype)
+    exact = qw.to(device="cpu").dequantize(dtype)
     out = torch.empty(tuple(qw.shape), dtype=dtype, device=qw.device)
 
     def ours() -> Candidate:
@@ -150,7 +146,7 @@ def _dequantize(
         return Candidate(
             "bitsandbytes",
             lambda: call,
-            partial(_near, exact=exact, tolerance=0.01),
+            partial(kernels.assert_near, exact=exact, tolerance=0.01),
             size,
             qw.nbytes,
         )
@@ -180,21 +176,18 @@ def _matmul(
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).to(qw.device, dtype)
     dy = torch.randn(m, n, generator=generator).to(qw.device, dtype)
-    exact = moved(qw, torch.device("cpu")).dequantize(torch.float32)
+    exact = qw.to(device="cpu").dequantize(torch.float32)
     activations = sum(op.bytes(case) for op in ops) - len(ops) * qw.nbytes
 
     def candidate(name: str, linear: peers.Linear, footprint: int, tolerance: float) -> Candidate:
-        leaf = x.detach().clone().requires_grad_(backward)
-
-        def call() -> tuple[Tensor, ...]:
-            y = linear(leaf)
-            return (y.detach(), *torch.autograd.grad(y, leaf, dy)) if backward else (y,)
+        training, inference = kernels.training_call, kernels.inference_call
+        call = training(linear, x, dy) if backward else inference(linear, x)
 
         def check(results: tuple[Tensor, ...]) -> None:
             for y, rows, weight in zip(results, (x, dy), (exact, exact.mT), strict=False):
                 found, given = y[:32].cpu(), rows[:32].cpu()
                 if tolerance:
-                    _near(found, given.double() @ weight.double().mT, tolerance)
+                    kernels.assert_near(found, given.double() @ weight.double().mT, tolerance)
                 else:
                     testing.assert_matmul(found, given, weight)
 
@@ -222,13 +215,6 @@ def _matmul(
 
 def _matmul_4bit(module: Any, packed: Tensor, state: Any, rows: Tensor) -> Tensor:
     return module.matmul_4bit(rows, packed.t(), state)
-
-
-def _near(y: Tensor, exact: Tensor, tolerance: float) -> None:
-    y = y.cpu()
-    assert y.shape == exact.shape, f"shape {tuple(y.shape)}, not {tuple(exact.shape)}"
-    error = (y.double() - exact.double()).norm().item() / exact.double().norm().item()
-    assert error <= tolerance, f"relative error {error:.3g}, above {tolerance}"
 
 
 def limits(

@@ -197,7 +197,7 @@ def _dequantize(
                 packed, state = peers.to_bitsandbytes(clone(), dtype)
                 return partial(functional.dequantize_4bit, packed, state)
 
-            near = partial(_assert_near, exact=expected, tolerance=0.01)
+            near = partial(assert_near, exact=expected, tolerance=0.01)
             found.append(Candidate("bitsandbytes", prepare_theirs, near, bytes, qw.nbytes))
     if "dense" in choice.peers:
 
@@ -224,7 +224,7 @@ def _matmul(
     def candidate(name: str, peer: peers.LinearPeer) -> Candidate:
         def prepare() -> Call:
             linear = peer.make()
-            return _training_call(linear, x, dy) if backward else _inference_call(linear, x)
+            return training_call(linear, x, dy) if backward else inference_call(linear, x)
 
         judge = check.exactly if name == "qkern" else partial(check.roughly, peer.tolerance)
         moved = len(ops) * peer.footprint + activations
@@ -258,11 +258,12 @@ def _linear_peers(choice: Choice) -> dict[str, Callable[..., peers.LinearPeer]]:
     return found
 
 
-def _inference_call(linear: peers.Linear, x: Tensor) -> Call:
+def inference_call(linear: peers.Linear, x: Tensor) -> Call:
+    """Forward alone."""
     return lambda: (linear(x),)
 
 
-def _training_call(linear: peers.Linear, x: Tensor, dy: Tensor) -> Call:
+def training_call(linear: peers.Linear, x: Tensor, dy: Tensor) -> Call:
     """Forward, and the gradient of x through autograd."""
     leaf = x.detach().clone().requires_grad_()
 
@@ -297,12 +298,18 @@ class _MatmulCheck:
     def roughly(self, tolerance: float, results: Sequence[Tensor]) -> None:
         """The same function, up to a peer's own rounding or format."""
         for y, x, weight in self._parts(results):
-            _assert_near(y, x.double() @ weight.double().mT, tolerance)
+            assert_near(y, x.double() @ weight.double().mT, tolerance)
 
 
-def _assert_near(y: Tensor, exact: Tensor, tolerance: float) -> None:
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
+    return (value.to(exact.device).double() - exact).norm().item() / exact.norm().item()
+
+
+def assert_near(y: Tensor, exact: Tensor, tolerance: float) -> None:
+    """Raise AssertionError unless the relative error of `y`, on any device, is at most that."""
     assert y.shape == exact.shape, f"shape {tuple(y.shape)}, not {tuple(exact.shape)}"
-    error = (y.double() - exact.double()).norm().item() / exact.double().norm().item()
+    error = relative_error(y, exact)
     assert error <= tolerance, f"relative error {error:.3g}, above {tolerance}"
 
 

@@ -31,6 +31,7 @@ import qkern
 from qkern import nn as qnn
 
 from . import peers
+from .kernels import relative_error
 from .timing import Candidate, Problem, SkippedError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -213,8 +214,8 @@ def _assert_as_exact(name: str, what: str, value: Tensor, dense: Tensor, exact: 
     In bfloat16 the rounding of every layer adds up to several percent, however exact a kernel is.
     """
     floor = _EVAL_FLOOR if (name, what) == ("bitsandbytes", "logits") else _FLOOR[name]
-    allowed = _ROUNDING_MARGIN[name] * _relative_error(dense, exact) + floor
-    error = _relative_error(value, exact)
+    allowed = _ROUNDING_MARGIN[name] * relative_error(dense, exact) + floor
+    error = relative_error(value, exact)
     assert error <= allowed, f"relative error {error:.3g} of the {what}, above {allowed:.3g}"
 
 
@@ -313,10 +314,6 @@ def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-
-
-def _relative_error(value: Tensor, exact: Tensor) -> float:
-    return (value.double() - exact.double()).norm().item() / exact.double().norm().item()
 
 
 def peak_memory(name: str, workload: Workload, dtype: torch.dtype) -> dict[str, int]:

@@ -18,10 +18,9 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a
 
 // Fetches what will be read soon. Rows of a panel are short, so the hardware, which follows a
 // stream to the end of a page, comes too late. The address may lie past the end.
-template <typename T>
-void prefetch(const T* p, std::int64_t offset) {
-  __builtin_prefetch(reinterpret_cast<const void*>(
-      reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(offset) * sizeof(T)));
+inline void prefetch(const std::uint8_t* p, std::int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) +
+                                                   static_cast<std::uintptr_t>(offset)));
 }
 
 // Rows start on a whole block (and so on a whole byte and word): the fast paths need it.
