@@ -7,6 +7,7 @@ is the forward op again, and gradients of any order exist.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -193,6 +194,70 @@ class LoRALinear4bit(Function):
             else:
                 dx = _add_product(dx, dhidden, lora_a)
         return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None
+
+
+_SLICE_BYTES = 4 << 20  # of a dense weight in float32; a smaller slice's matmul is slower
+
+
+class WidenedLinear(Function):
+    """``x @ weight.T + bias`` in float32, rounded once to the 16-bit dtype of all three.
+
+    The weight ``[out_features, in_features]`` is frozen and widened a slice of rows at a time;
+    ``x`` is ``[rows, in_features]``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply slice by slice; save the weight."""
+        ctx.save_for_backward(weight)
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        wide = x.float()
+        for rows, part in _widened_slices(weight):
+            product = wide @ part.t()
+            if bias is not None:
+                product += bias[rows]
+            y[:, rows] = product
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x`` and ``bias``, where needed."""
+        (weight,) = ctx.saved_tensors
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = WidenedLinearDx.apply(dy, weight)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        return dx, None, dbias
+
+
+class WidenedLinearDx(Function):
+    """``dy @ weight``, as `WidenedLinear`."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
+        """Multiply slice by slice; save the weight."""
+        ctx.save_for_backward(weight)
+        dx = torch.zeros(dy.shape[0], weight.shape[1], device=dy.device)
+        for rows, part in _widened_slices(weight):
+            dx.addmm_(dy[:, rows].float(), part)
+        return dx.to(dy.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of ``dy``: the map is linear, so it is the forward again."""
+        (weight,) = ctx.saved_tensors
+        return WidenedLinear.apply(ddx, weight, None) if ctx.needs_input_grad[0] else None, None
+
+
+def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows and those rows in float32, in one buffer that the next slice overwrites."""
+    out_features, in_features = weight.shape
+    step = max(_SLICE_BYTES // (4 * in_features), 1)
+    buffer = torch.empty(min(step, out_features), in_features, device=weight.device)
+    for begin in range(0, out_features, step):
+        rows = slice(begin, min(begin + step, out_features))
+        yield rows, buffer[: rows.stop - begin].copy_(weight[rows])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:

@@ -333,7 +333,7 @@ def lora_linear(
     adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
     adapter_dtype = x.dtype
     if x.is_cpu and x.dtype != torch.float32 and not _autocast_enabled(x):
-        adapter_dtype = _cpu_adapter_dtype(x.dtype)
+        adapter_dtype = cpu_matmul_dtype(x.dtype)
     y = LoRALinear4bit.apply(
         matrix,
         adapter_input,
@@ -346,13 +346,9 @@ def lora_linear(
 
 
 @torch.compiler.assume_constant_result
-def _cpu_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for an adapter on a CPU: torch emulates 16-bit matmuls where no AMX does them.
-
-    Emulated, the adapter's narrow products take several times as long as in float32.
-    """
-    has_amx = native.missing_reason is None and native.isa() == "amx"
-    return dtype if has_amx and dtype == torch.bfloat16 else torch.float32
+def cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 where a CPU's matmuls in ``dtype`` are emulated."""
+    return dtype if native.has_matmul(dtype) else torch.float32
 
 
 def _check_adapter(name: str, value: Any, x: Tensor, shape: tuple[int | None, int]) -> None:

@@ -89,7 +89,10 @@ def build(name: str, workload: Workload, dtype: torch.dtype, lora: bool) -> nn.M
     """The model as `name`'s users build it: ``qkern``, ``bitsandbytes`` or ``dense``."""
     if name == "qkern":
         config = qnn.LoRAConfig(r=LORA_RANK, alpha=LORA_RANK) if lora else None
-        return qnn.quantize_model(_load(workload, dtype), lora=config)
+        model = qnn.quantize_model(_load(workload, dtype), lora=config)
+        if lora:
+            qnn.prepare_for_training(model, gradient_checkpointing=False)
+        return model
     if name == "bitsandbytes":
         peers.bitsandbytes(workload.hide_bf16)
         from transformers import BitsAndBytesConfig

@@ -138,6 +138,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("isa", isa, "Name of the instruction set in force.");
   m.def("available_isas", available_isas, "Names of those that this processor runs, worst first.");
+  m.def(
+      "multiplies_bfloat16", qkern::cpu::multiplies_bfloat16,
+      "Whether the processor multiplies bfloat16, by instructions not wider than those in force.");
   m.def("set_isa", set_isa, "Force an instruction set; '' goes back to the default.");
   m.def("build_info", build_info);
   m.def(

@@ -21,6 +21,12 @@ bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
 }
+
+bool has_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __builtin_cpu_supports("avx512f") &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 5) != 0;
+}
 #endif
 
 #if defined(QKERN_HAVE_AMX)
@@ -33,7 +39,7 @@ bool amx_usable() {
   constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
   constexpr unsigned kVbmi = 1u << 1;
   if ((edx & kTileAndBf16) != kTileAndBf16 || (ecx & kVbmi) == 0) return false;
-  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 || (eax & 1u << 5) == 0) return false;
+  if (!has_avx512_bf16()) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -75,12 +81,24 @@ const KernelTable* find(const char* name) {
   return nullptr;
 }
 
+const char* isa_from_environment() {
+  static const char* const name = std::getenv("QKERN_CPU_ISA");
+  return name;
+}
+
 const KernelTable* default_table() {
-  static const KernelTable* const table = find(std::getenv("QKERN_CPU_ISA"));
+  static const KernelTable* const table = find(isa_from_environment());
   return table;
 }
 
 std::atomic<const KernelTable*> forced{nullptr};
+
+#if defined(QKERN_HAVE_AVX2)
+bool isa_is_chosen() {
+  const char* name = isa_from_environment();
+  return forced.load(std::memory_order_relaxed) != nullptr || (name != nullptr && *name != '\0');
+}
+#endif
 
 }  // namespace
 
@@ -94,6 +112,19 @@ int available_isas(const char** names) {
   const int count = available_tables(tables);
   for (int i = 0; i < count; ++i) names[i] = tables[i]->name;
   return count;
+}
+
+bool multiplies_bfloat16() {
+#if defined(QKERN_HAVE_AVX2)
+  if (!isa_is_chosen()) return has_avx512_bf16();
+#if defined(QKERN_HAVE_AMX)
+  return active_kernels() == &kernels_amx();
+#else
+  return false;
+#endif
+#else
+  return true;
+#endif
 }
 
 Status set_isa(const char* name) {

@@ -12,4 +12,8 @@ int available_isas(const char** names);
 // Makes `name` the one in force; "" goes back to QKERN_CPU_ISA, or the best where that is not set.
 Status set_isa(const char* name);
 
+// Whether the processor has instructions that multiply bfloat16. A chosen instruction set hides
+// wider ones. Without x86's cpuid there is no answer, and it is taken to have them.
+bool multiplies_bfloat16();
+
 }  // namespace qkern::cpu

@@ -79,6 +79,16 @@ def set_isa(name: str) -> None:
     library().set_isa(name)
 
 
+def has_matmul(dtype: torch.dtype) -> bool:
+    """Whether torch's CPU matmuls in ``dtype`` run on instructions for it.
+
+    Without them a 16-bit matmul is emulated, several times as slow as one in float32.
+    """
+    if dtype == torch.bfloat16:
+        return _C is not None and bool(_C.multiplies_bfloat16())
+    return dtype == torch.float32
+
+
 def quantize_4bit(
     x: Tensor, format: str, block_size: int, codebook: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Modules on 4-bit weights, LoRA, and whole models made of them."""
 
+from qkern.nn.dense import FrozenLinear
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import (
@@ -15,6 +16,7 @@ from qkern.nn.model import add_lora, prepare_for_training, quantize_model
 
 __all__ = [
     "Embedding4bit",
+    "FrozenLinear",
     "Linear4bit",
     "LoRAConfig",
     "LoRALinear",

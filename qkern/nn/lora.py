@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
+from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
 
@@ -123,8 +124,9 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Exactly nn.Linear: a subclass may compute something else, which merging would lose.
-        if not isinstance(base_layer, Linear4bit) and type(base_layer) is not nn.Linear:
+        # No other subclass: it may compute something else, which merging would lose.
+        dense = type(base_layer) in (nn.Linear, FrozenLinear)
+        if not isinstance(base_layer, Linear4bit) and not dense:
             raise TypeError(
                 f"base_layer: got {type(base_layer).__name__}; takes Linear4bit or nn.Linear"
             )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
 
@@ -104,7 +105,11 @@ def add_lora(
     for name, _ in lora_layers(model):
         raise ValueError(f"model: has LoRA already, at {name}")
     paths = _select(
-        model, config.targets, _names("skip", skip), (nn.Linear, Linear4bit), "lora.targets"
+        model,
+        config.targets,
+        _names("skip", skip),
+        (nn.Linear, FrozenLinear, Linear4bit),
+        "lora.targets",
     )
     model.requires_grad_(False)
     for layer_paths in paths:
@@ -123,6 +128,8 @@ def prepare_for_training(
     With ``gradient_checkpointing`` (models that have ``gradient_checkpointing_enable``, as those
     of transformers do) activations are recomputed in backward; ``use_reentrant`` chooses torch's
     older way, which needs an input that requires grad, so the embedding's output is made to.
+    Frozen dense layers in 16 bits on the CPU become :class:`FrozenLinear`, sharing their
+    parameters.
 
     Unlike PEFT's ``prepare_model_for_kbit_training``, nothing is cast to float32: norms compute
     in float32 inside anyway, their frozen weights gain nothing, and a float32 norm weight would
@@ -145,7 +152,23 @@ def prepare_for_training(
         enable({"use_reentrant": use_reentrant})
         if use_reentrant:
             model.enable_input_require_grads()  # type: ignore[operator]
+    _widen_frozen_layers(model)
     return model.train()
+
+
+def _widen_frozen_layers(model: nn.Module) -> None:
+    layers: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and type(module) is nn.Linear:
+            layers.setdefault(id(module), []).append(path)
+    for paths in layers.values():
+        linear = model.get_submodule(paths[0])
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight
+        if weight.is_cpu and weight.element_size() == 2 and not weight.requires_grad:
+            replacement = FrozenLinear.from_linear(linear)
+            _move_hooks(linear, replacement)
+            replace_module(model, paths, replacement)
 
 
 def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
