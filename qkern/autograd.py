@@ -145,16 +145,16 @@ class LoRALinear4bit(Function):
     ) -> Tensor:
         """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
         weight = (packed, absmax, nested_absmax, nested_offset, codebook)
-        y = _linear_4bit(x, *weight, bias, format, block_size, out_features, batch_invariant)
-        kept = x if adapter_input is None else adapter_input
-        hidden = kept.to(lora_a.dtype) @ lora_a.t()
+        static = (format, block_size, out_features, batch_invariant)
+        args = (x, adapter_input, lora_a, lora_b, scaling, *weight, bias, *static)
+        y, kept, hidden = lora_linear_4bit(*args)
         trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
         ctx.save_for_backward(
             *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight
         )
         ctx.static = (format, block_size, x.shape[-1], batch_invariant)
         ctx.scaling, ctx.shared_input = scaling, adapter_input is None
-        return _add_product(y, hidden, lora_b.t(), scaling)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,6 +194,21 @@ class LoRALinear4bit(Function):
             else:
                 dx = _add_product(dx, dhidden, lora_a)
         return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    adapter_input: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *weight_arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`LoRALinear4bit` without gradients: the result, the adapter's input and ``h``."""
+    y = _linear_4bit(x, *weight_arguments)
+    kept = x if adapter_input is None else adapter_input
+    hidden = kept.to(lora_a.dtype) @ lora_a.t()
+    return _add_product(y, hidden, lora_b.t(), scaling), kept, hidden
 
 
 _SLICE_BYTES = 4 << 20  # of a dense weight in float32; a smaller slice's matmul is slower

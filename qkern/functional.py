@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from qkern import _errors, formats
-from qkern.autograd import Linear4bit, LoRALinear4bit
+from qkern.autograd import Linear4bit, LoRALinear4bit, lora_linear_4bit
 from qkern.backends import native
 from qkern.tensor import QuantizedTensor
 
@@ -334,7 +334,7 @@ def lora_linear(
     adapter_dtype = x.dtype
     if x.is_cpu and x.dtype != torch.float32 and not _autocast_enabled(x):
         adapter_dtype = cpu_matmul_dtype(x.dtype)
-    y = LoRALinear4bit.apply(
+    args = (
         matrix,
         adapter_input,
         lora_a.to(adapter_dtype),
@@ -342,6 +342,7 @@ def lora_linear(
         scaling,
         *_weight_arguments(qw, bias),
     )
+    y = LoRALinear4bit.apply(*args) if torch.is_grad_enabled() else lora_linear_4bit(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
