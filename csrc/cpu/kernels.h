@@ -61,8 +61,9 @@ inline bool takes_vector_path(const Linear4bitArgs& args, std::int64_t most_rows
 
 template <typename Engine, typename T>
 Status linear_4bit(const Linear4bitArgs& args, int num_threads) {
+  static_assert(Engine::kVectorRows <= kMaxVectorRows && Engine::kVectorRowsDx <= kMaxVectorRows);
   num_threads = useful_threads(args, num_threads);
-  return takes_vector_path(args, kMaxVectorRows) && products_stay_in_range<T>(args)
+  return takes_vector_path(args, Engine::kVectorRows) && products_stay_in_range<T>(args)
              ? VectorTable<ForwardVector, T, kMaxVectorRows>::run(args, num_threads)
              : linear_tiled<Engine, T, true>(args, num_threads);
 }
@@ -70,7 +71,7 @@ Status linear_4bit(const Linear4bitArgs& args, int num_threads) {
 template <typename Engine, typename T>
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads) {
   num_threads = useful_threads(args, num_threads);
-  return takes_vector_path(args, kMaxVectorRows) && gradients_stay_in_range<T>(args)
+  return takes_vector_path(args, Engine::kVectorRowsDx) && gradients_stay_in_range<T>(args)
              ? VectorTable<DxVector, T, kMaxVectorRows>::run(args, num_threads)
              : linear_tiled<Engine, T, false>(args, num_threads);
 }

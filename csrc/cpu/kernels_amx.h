@@ -17,6 +17,9 @@ struct AmxEngine {
   static constexpr int kDepthMultiple = 32;
   static constexpr std::int64_t kMaxTileRows = 512;
   static constexpr std::int64_t kMaxTileCols = 384;
+  // From more rows on, tiles of 16 that are half empty are faster than vectors.
+  static constexpr int kVectorRows = 7;
+  static constexpr int kVectorRowsDx = 5;
 
   static constexpr int kTile = 16;  // rows and float32 columns of a tile
   static_assert(kTileCols == 2 * kTile, "a panel is two tiles wide");

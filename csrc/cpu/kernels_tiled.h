@@ -83,6 +83,9 @@ struct FloatEngine {
   static constexpr int kDepthMultiple = 1;  // so do steps; what lies past the end is zero
   static constexpr std::int64_t kMaxTileRows = 384;
   static constexpr std::int64_t kMaxTileCols = 384;
+  // Up to so many rows go to the kernels of kernels_vector*.h.
+  static constexpr int kVectorRows = 8;
+  static constexpr int kVectorRowsDx = 8;
   // A stride of a power of two would send the rows of x to the same cache sets.
   static constexpr int kRowStride = kDepth + 16;
 
