@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -27,7 +27,15 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(x.grad, layer.weight.dequantize().sum(0).expand(3, 128))
     assert layer.b.grad.count_nonzero() == layer.b.numel()
 
-    names["model"] = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64))
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=50,
+    )
+    names["model"] = LlamaForCausalLM(config)
     exec(compile(whole_model, "README.md", "exec"), names)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_model.safetensors",
