@@ -20,68 +20,117 @@ inline float magnitude_value(std::uint32_t bits, float) { return float_from_bits
 inline float magnitude_value(std::uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
 inline float magnitude_value(std::uint16_t bits, Float16) { return to_float(Float16{bits}); }
 
+template <typename T>
+using MagnitudeBits = decltype(magnitude_bits(T{}));
+
+// The largest magnitude of whole groups. One maximum for each place in a group: compilers make
+// registers of the array.
+template <typename T>
+__attribute__((always_inline)) inline MagnitudeBits<T> groups_magnitude(const T* x,
+                                                                        std::int64_t groups) {
+  MagnitudeBits<T> largest[kGroup] = {};
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (int i = 0; i < kGroup; ++i) {
+      const MagnitudeBits<T> bits = magnitude_bits(x[g * kGroup + i]);
+      largest[i] = bits > largest[i] ? bits : largest[i];
+    }
+  }
+  return Simd::largest(largest);
+}
+
+// NaN for an infinity or a NaN.
+template <typename T>
+float absmax_of(MagnitudeBits<T> largest) {
+  const float absmax = magnitude_value(largest, T{});
+  return float_bits(absmax) >= kFloatInf ? float_from_bits(kFloatQuietNan) : absmax;
+}
+
 // max |x|; NaN where any element is NaN or infinite.
 template <typename T>
 float block_absmax(const T* x, std::int64_t n) {
-  auto largest = magnitude_bits(x[0]);
-  for (std::int64_t i = 1; i < n; ++i) {
-    const auto bits = magnitude_bits(x[i]);
+  MagnitudeBits<T> largest = groups_magnitude(x, n / kGroup);
+  for (std::int64_t i = n - n % kGroup; i < n; ++i) {
+    const MagnitudeBits<T> bits = magnitude_bits(x[i]);
     largest = bits > largest ? bits : largest;
   }
-  const float absmax = magnitude_value(largest, x[0]);
-  return float_bits(absmax) >= kFloatInf ? float_from_bits(kFloatQuietNan) : absmax;
+  return absmax_of<T>(largest);
 }
 
 // 1 / absmax; 0 for a block of zeros, which sends every t to 0.
 inline float block_reciprocal(float absmax) { return absmax == 0.0f ? 0.0f : 1.0f / absmax; }
 
-template <bool kBins, typename T>
-void encode_groups(const T* x, std::int64_t groups, float reciprocal, const Simd::Encoder& encoder,
-                   std::uint8_t* packed) {
+template <Lookup kLookup, typename T>
+__attribute__((always_inline)) inline void encode_groups(const T* x, std::int64_t groups,
+                                                         float reciprocal,
+                                                         const Simd::Encoder& encoder,
+                                                         std::uint8_t* packed) {
   const Simd::F scale = Simd::set1(reciprocal);
   for (std::int64_t g = 0; g < groups; ++g) {
+    Simd::F values[kGroupRegisters];
     Simd::I codes[kGroupRegisters];
+    Simd::load_group(x + g * kGroup, values);
     for (int i = 0; i < kGroupRegisters; ++i) {
-      const Simd::F value = Simd::load(x + g * kGroup + i * Simd::kLanes);
-      codes[i] = encoder.template encode<kBins>(Simd::mul(value, scale), value);
+      codes[i] = encoder.template encode<kLookup>(Simd::mul(values[i], scale), values[i]);
     }
-    Simd::pack32(codes, packed + g * (kGroup / 2));
+    Simd::pack_group(codes, packed + g * (kGroup / 2));
   }
 }
 
+// A block that is no whole number of groups. It goes through the same code, padded with zeros, as
+// the format pads an odd last byte.
 template <typename T>
-void encode_block(const T* x, std::int64_t n, float absmax, const Simd::Encoder& encoder,
-                  std::uint8_t* packed) {
-  const float reciprocal = block_reciprocal(absmax);
+void quantize_tail(const T* x, std::int64_t n, const Simd::Encoder& encoder, std::uint8_t* packed,
+                   float* absmax) {
+  *absmax = block_absmax(x, n);
+  const float reciprocal = block_reciprocal(*absmax);
   const std::int64_t groups = n / kGroup;
-  // With an infinite reciprocal (subnormal absmax) or a NaN, t leaves [-1, 1] and so the bins.
-  const bool in_range = float_bits(reciprocal) < kFloatInf;
-  if (encoder.table.has_bins && in_range) {
-    encode_groups<true>(x, groups, reciprocal, encoder, packed);
-  } else {
-    encode_groups<false>(x, groups, reciprocal, encoder, packed);
-  }
+  encode_groups<Lookup::kCount>(x, groups, reciprocal, encoder, packed);
   const std::int64_t done = groups * kGroup;
   const std::int64_t rest = n - done;
-  if (rest == 0) return;
-  // The tail goes through the same code, padded with zeros, as the format pads an odd last byte.
   T padded[kGroup] = {};
   for (std::int64_t i = 0; i < rest; ++i) padded[i] = x[done + i];
   std::uint8_t bytes[kGroup / 2];
-  encode_groups<false>(padded, 1, reciprocal, encoder, bytes);
+  encode_groups<Lookup::kCount>(padded, 1, reciprocal, encoder, bytes);
   std::memcpy(packed + done / 2, bytes, static_cast<std::size_t>((rest + 1) / 2));
+}
+
+template <Lookup kLookup, typename T>
+void quantize_blocks(const T* x, BlockRange range, const EncodeTable& table, std::uint8_t* packed,
+                     float* absmax) {
+  const Simd::Encoder encoder(table);
+  const std::int64_t groups = range.block_size / kGroup;
+  const std::int64_t whole = min64(range.end, range.numel / range.block_size);
+  std::int64_t b = range.begin;
+  for (; b < whole; ++b) {
+    const T* block = x + b * range.block_size;
+    std::uint8_t* to = packed + b * (range.block_size / 2);
+    absmax[b] = absmax_of<T>(groups_magnitude(block, groups));
+    const float reciprocal = block_reciprocal(absmax[b]);
+    // With an infinite reciprocal (subnormal absmax) or a NaN, t leaves [-1, 1] and so the bins.
+    if (float_bits(reciprocal) < kFloatInf) {
+      encode_groups<kLookup>(block, groups, reciprocal, encoder, to);
+    } else {
+      encode_groups<Lookup::kCount>(block, groups, reciprocal, encoder, to);
+    }
+  }
+  if (b == range.end) return;
+  const std::int64_t start = b * range.block_size;
+  quantize_tail(x + start, range.numel - start, encoder, packed + start / 2, absmax + b);
 }
 
 template <typename T>
 void quantize_4bit(const void* x_data, BlockRange range, const EncodeTable& table,
                    std::uint8_t* packed, float* absmax) {
   const T* x = static_cast<const T*>(x_data);
-  const Simd::Encoder encoder(table);
-  for (std::int64_t b = range.begin; b < range.end; ++b) {
-    const std::int64_t start = b * range.block_size;
-    const std::int64_t n = min64(range.block_size, range.numel - start);
-    absmax[b] = block_absmax(x + start, n);
-    encode_block(x + start, n, absmax[b], encoder, packed + start / 2);
+  switch (table.lookup) {
+    case Lookup::kBins:
+      return quantize_blocks<Lookup::kBins>(x, range, table, packed, absmax);
+    case Lookup::kBinsPermuted:
+      return quantize_blocks<Lookup::kBinsPermuted>(x, range, table, packed, absmax);
+    case Lookup::kBinsMagnitude:
+      return quantize_blocks<Lookup::kBinsMagnitude>(x, range, table, packed, absmax);
+    default:
+      return quantize_blocks<Lookup::kCount>(x, range, table, packed, absmax);
   }
 }
 

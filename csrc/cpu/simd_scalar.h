@@ -76,6 +76,20 @@ struct Simd {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(v.lane[i]);
   }
 
+  // The largest of 32 magnitudes.
+  template <typename Bits>
+  static Bits largest(const Bits (&v)[32]) {
+    Bits found = v[0];
+    for (const Bits bits : v) found = bits > found ? bits : found;
+    return found;
+  }
+
+  // 32 values and, in the same order, their codes to 16 bytes, even elements in the high nibbles.
+  template <typename T>
+  static void load_group(const T* p, F (&values)[8]) {
+    for (int i = 0; i < 8; ++i) values[i] = load(p + i * kLanes);
+  }
+
   // Table lookup: only the low four bits of each lane of `index` count.
   static Lut make_lut(const float* table) {
     Lut out;
@@ -140,7 +154,7 @@ struct Simd {
 
     explicit Encoder(const EncodeTable& from) : table(from) {}
 
-    template <bool kBins>
+    template <Lookup>
     I encode(F t, F x) const {
       return map_int([&](int i) {
         const float key =
@@ -155,7 +169,7 @@ struct Simd {
   };
 
   // 32 codes in eight groups to 16 bytes, even elements in the high nibbles.
-  static void pack32(const I (&codes)[8], std::uint8_t* out) {
+  static void pack_group(const I (&codes)[8], std::uint8_t* out) {
     for (int i = 0; i < 8; ++i) {
       const std::uint32_t* c = codes[i].lane;
       out[2 * i] = static_cast<std::uint8_t>(c[0] << 4 | c[1]);
