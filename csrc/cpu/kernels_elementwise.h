@@ -171,13 +171,13 @@ inline void load_scales(const Weight4bit& weight, std::int64_t begin, std::int64
   }
 }
 
-// n weights of one block, from the start of a byte.
-inline void decode_block(const std::uint8_t* packed, std::int64_t n, const Simd::Lut& lut,
-                         float* out) {
+// n weights of one block, from the start of a byte. kStream: past the caches, to aligned memory.
+template <bool kStream = false>
+void decode_block(const std::uint8_t* packed, std::int64_t n, const Simd::Lut& lut, float* out) {
   constexpr int kBytes = Simd::kLanes / 2;
   std::int64_t i = 0;
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
-    Simd::storeu(out + i, Simd::natural(packed + i / 2, lut));
+    Simd::put<kStream>(out + i, Simd::natural(packed + i / 2, lut));
   }
   if (i == n) return;
   std::uint8_t bytes[kBytes] = {};
@@ -186,12 +186,13 @@ inline void decode_block(const std::uint8_t* packed, std::int64_t n, const Simd:
 }
 
 // One block with its scale. 16 distinct values a block: scale and round those, then look up.
-inline void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes,
-                          float scale, float* out) {
-  decode_block(packed, n, Simd::scale_lut(Simd::make_lut(codes), scale), out);
+template <bool kStream = false>
+void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes, float scale,
+                   float* out) {
+  decode_block<kStream>(packed, n, Simd::scale_lut(Simd::make_lut(codes), scale), out);
 }
 
-template <typename T>
+template <bool kStream = false, typename T>
 void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes, float scale,
                    T* out) {
   T table[16];
@@ -203,18 +204,17 @@ void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* code
   const Simd::Lut16 lut = Simd::make_lut16(bits);
   std::uint16_t* values = reinterpret_cast<std::uint16_t*>(out);
   std::int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) Simd::decode32(packed + i / 2, lut, values + i);
+  for (; i + kGroup <= n; i += kGroup) Simd::decode32<kStream>(packed + i / 2, lut, values + i);
   for (; i < n; ++i) {
     const std::uint8_t byte = packed[i / 2];
     values[i] = bits[i % 2 == 0 ? byte >> 4 : byte & 15];
   }
 }
 
-template <typename T>
-void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data) {
+template <bool kStream, typename T>
+void dequantize_blocks(const Weight4bit& weight, BlockRange range, T* out) {
   constexpr std::int64_t kScales = 256;
   const float* codes = code_values(weight.codes);
-  T* out = static_cast<T*>(out_data);
   float scales[kScales];
   for (std::int64_t first = range.begin; first < range.end; first += kScales) {
     const std::int64_t count = min64(kScales, range.end - first);
@@ -222,8 +222,25 @@ void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data)
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t start = (first + i) * range.block_size;
       const std::int64_t n = min64(range.block_size, range.numel - start);
-      decode_scaled(weight.packed + start / 2, n, codes, scales[i], out + start);
+      decode_scaled<kStream>(weight.packed + start / 2, n, codes, scales[i], out + start);
     }
+  }
+  if (kStream) Simd::fence();
+}
+
+// A result larger than this does not wait in a cache for its reader. Past the caches it goes
+// straight to memory, whose lines a usual store would read first.
+constexpr std::int64_t kStreamBytes = std::int64_t{16} << 20;
+
+template <typename T>
+void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data) {
+  T* out = static_cast<T*>(out_data);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out_data) % 64 == 0;
+  const std::int64_t bytes = range.numel * static_cast<std::int64_t>(sizeof(T));
+  if (aligned && bytes > kStreamBytes) {
+    dequantize_blocks<true>(weight, range, out);
+  } else {
+    dequantize_blocks<false>(weight, range, out);
   }
 }
 

@@ -31,6 +31,17 @@ struct Simd {
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F loadu(const float* p) { return _mm256_loadu_ps(p); }
   static void storeu(float* p, F v) { _mm256_storeu_ps(p, v); }
+  // kStream: to aligned memory, past the caches; others see it after fence().
+  template <bool kStream>
+  static void put(float* p, F v) {
+    kStream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
+  }
+  template <bool kStream>
+  static void put(std::uint16_t* p, I v) {
+    I* to = reinterpret_cast<I*>(p);
+    kStream ? _mm256_stream_si256(to, v) : _mm256_storeu_si256(to, v);
+  }
+  static void fence() { _mm_sfence(); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -239,6 +250,7 @@ struct Simd {
     return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(low))),
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(high)))};
   }
+  template <bool kStream>
   static void decode32(const std::uint8_t* p, const Lut16& lut, std::uint16_t* out) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i mask = _mm_set1_epi8(15);
@@ -250,9 +262,8 @@ struct Simd {
     const I high = _mm256_shuffle_epi8(lut.high, codes);
     const I first = _mm256_unpacklo_epi8(low, high);
     const I second = _mm256_unpackhi_epi8(low, high);
-    _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256(reinterpret_cast<I*>(out + 16),
-                        _mm256_permute2x128_si256(first, second, 0x31));
+    put<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
+    put<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.

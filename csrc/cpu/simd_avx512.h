@@ -32,6 +32,12 @@ struct Simd {
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F loadu(const float* p) { return _mm512_loadu_ps(p); }
   static void storeu(float* p, F v) { _mm512_storeu_ps(p, v); }
+  // kStream: to aligned memory, past the caches; others see it after fence().
+  template <bool kStream>
+  static void put(float* p, F v) {
+    kStream ? _mm512_stream_ps(p, v) : _mm512_storeu_ps(p, v);
+  }
+  static void fence() { _mm_sfence(); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -225,6 +231,7 @@ struct Simd {
   static Lut16 make_lut16(const std::uint16_t* table) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
   }
+  template <bool kStream>
   static void decode32(const std::uint8_t* p, Lut16 lut, std::uint16_t* out) {
     // Lane i needs the 16-bit word i / 4, shifted so that its nibble comes to the low four bits;
     // the lookup takes five bits, and the table stands in both halves.
@@ -235,7 +242,9 @@ struct Simd {
                         10, 11, 10, 11, 10, 9, 8, 9, 8, 9, 8, 9, 8, 7, 6, 7, 6, 7, 6, 7, 6, 5, 4, 5,
                         4, 5, 4, 5, 4, 3, 2, 3, 2, 3, 2, 3, 2, 1, 0, 1, 0, 1, 0, 1, 0));
     const I index = _mm512_srlv_epi16(spread, _mm512_set1_epi64(0x0008'000c'0000'0004));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, lut));
+    const I values = _mm512_permutexvar_epi16(index, lut);
+    kStream ? _mm512_stream_si512(reinterpret_cast<I*>(out), values)
+            : _mm512_storeu_si512(out, values);
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.

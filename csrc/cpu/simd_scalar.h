@@ -48,6 +48,11 @@ struct Simd {
   }
   static F loadu(const float* p) { return load(p); }
   static void storeu(float* p, F v) { store(p, v); }
+  template <bool>
+  static void put(float* p, F v) {
+    storeu(p, v);
+  }
+  static void fence() {}
   static F add(F a, F b) {
     return map([&](int i) { return a.lane[i] + b.lane[i]; });
   }
@@ -185,6 +190,7 @@ struct Simd {
     std::memcpy(out.value, table, sizeof(out.value));
     return out;
   }
+  template <bool>
   static void decode32(const std::uint8_t* p, const Lut16& lut, std::uint16_t* out) {
     for (int i = 0; i < 16; ++i) {
       out[2 * i] = lut.value[p[i] >> 4];
