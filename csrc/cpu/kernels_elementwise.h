@@ -245,9 +245,10 @@ void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data)
 }
 
 template <typename T>
-void quantize_8bit(const void* x_data, BlockRange range, const float* thresholds,
+void quantize_8bit(const void* x_data, BlockRange range, const float* threshold_values,
                    std::uint8_t* codes, float* absmax) {
   const T* x = static_cast<const T*>(x_data);
+  const Simd::Thresholds thresholds(threshold_values);
   for (std::int64_t b = range.begin; b < range.end; ++b) {
     const std::int64_t start = b * range.block_size;
     const std::int64_t n = min64(range.block_size, range.numel - start);

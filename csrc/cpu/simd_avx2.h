@@ -267,7 +267,8 @@ struct Simd {
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
+  using Thresholds = const float*;
+  static I count_below(F t, Thresholds thresholds) {
     I count = _mm256_setzero_si256();
     for (int step = 128; step > 0; step /= 2) {
       const F probe = _mm256_i32gather_ps(thresholds + step - 1, count, 4);

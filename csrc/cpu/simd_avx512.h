@@ -247,11 +247,34 @@ struct Simd {
             : _mm512_storeu_si512(out, values);
   }
 
-  // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
-    I count = _mm512_setzero_si512();
-    for (int step = 128; step > 0; step /= 2) {
-      const F probe = _mm512_i32gather_ps(count, thresholds + step - 1, 4);
+  // 255 ascending thresholds. The first five steps of a bisection choose among 31 of them, which
+  // registers hold as a tree: node n's children are 2n and 2n + 1.
+  struct Thresholds {
+    const float* all;
+    F top[2];
+
+    explicit Thresholds(const float* from) : all(from) {
+      const I nodes = _mm512_setr_epi32(127, 127, 63, 191, 31, 95, 159, 223, 15, 47, 79, 111, 143,
+                                        175, 207, 239);
+      const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      top[0] = _mm512_i32gather_ps(nodes, from, 4);
+      top[1] = _mm512_i32gather_ps(_mm512_slli_epi32(lane, 4), from + 7, 4);
+    }
+  };
+  // 8-bit codes: number of the thresholds below t, by bisection.
+  static I count_below(F t, const Thresholds& thresholds) {
+    const I one = _mm512_set1_epi32(1);
+    I node = one;
+    for (int level = 0; level < 5; ++level) {
+      // Of the index, four bits count.
+      const F probe = _mm512_permutexvar_ps(node, thresholds.top[level / 4]);
+      const __mmask16 above = _mm512_cmp_ps_mask(t, probe, _CMP_GT_OQ);
+      node = _mm512_add_epi32(node, node);
+      node = _mm512_mask_add_epi32(node, above, node, one);
+    }
+    I count = _mm512_slli_epi32(_mm512_sub_epi32(node, _mm512_set1_epi32(32)), 3);
+    for (int step = 4; step > 0; step /= 2) {
+      const F probe = _mm512_i32gather_ps(count, thresholds.all + step - 1, 4);
       const __mmask16 above = _mm512_cmp_ps_mask(t, probe, _CMP_GT_OQ);
       count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
     }

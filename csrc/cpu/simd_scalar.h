@@ -199,7 +199,8 @@ struct Simd {
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
+  using Thresholds = const float*;
+  static I count_below(F t, Thresholds thresholds) {
     return map_int([&](int i) {
       std::uint32_t count = 0;
       for (std::uint32_t step = 128; step > 0; step /= 2) {
