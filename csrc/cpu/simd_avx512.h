@@ -41,6 +41,8 @@ struct Simd {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) { return _mm512_maskz_mov_ps(first(n), v); }
   static float reduce(F v) { return _mm512_reduce_add_ps(v); }
 
   static F load(const float* p) { return loadu(p); }

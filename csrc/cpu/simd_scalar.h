@@ -62,6 +62,10 @@ struct Simd {
   static F fma(F a, F b, F c) {
     return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) {
+    return map([&](int i) { return i < n ? v.lane[i] : 0.0f; });
+  }
   static float reduce(F v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
 
   template <typename T>
