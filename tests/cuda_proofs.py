@@ -7,6 +7,7 @@ decided both ways: each way must be proved.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import re
 import sys
@@ -18,13 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+import cuda_skeleton
 from cuda_static import figures, toolchain
 
 POINTER = ctypes.c_uint64
 INT = ctypes.c_int32
 LONG = ctypes.c_int64
-SELECT = ("QKERN_CODEC_SELECT",)
-"""sentryward refuses a table in shared memory that data index: the select form of the table."""
 
 
 class Scales(ctypes.Structure):
@@ -101,6 +101,12 @@ class Proof:
     arguments: Mapping[str, str | int | None]
     shared: str | None = None
     """C++ type whose size is the dynamic shared memory."""
+    select: bool = False
+    """Whether it is asked about the select form of the tables (``QKERN_CODEC_SELECT``).
+
+    In a shared object of its own a table may be indexed by data: the skeleton reads all of it. In
+    one that also holds what threads write, such reads would seem to race.
+    """
     name: str = ""
     timeout_s: int = 240
 
@@ -110,13 +116,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What sentryward answered: ``race_free`` only if it did for every way of the branches."""
+    """What sentryward answered: ``race_free``, or the first other result."""
 
     result: str
-    ways: int
-    """Decisions of branches that were tried."""
+    asked: int
+    """How many times it was asked."""
     message: str = ""
-    decisions: tuple[tuple[int, bool], ...] = field(default=())
+    misaligned: tuple[str, ...] = ()
+    """Tensors that were not 16-aligned then."""
 
 
 def _offset(type_: type, path: list[str]) -> tuple[int, type]:
@@ -158,15 +165,35 @@ def _input(proof: Proof, entry: str, shared_bytes: int) -> dict[str, object]:
     }
 
 
-def kernel_text(proof: Proof, architecture: int) -> tuple[str, str]:
+def pointers(proof: Proof) -> dict[tuple[int, int], str]:
+    """All pointers among the parameters, and the map that is the last one, for the skeleton."""
+    found = {(len(proof.parameters), 0): "dynamic_map"}
+
+    def walk(type_: type, index: int, offset: int, name: str) -> None:
+        if type_ is POINTER:
+            value = proof.arguments.get(name)
+            found[index, offset] = value if isinstance(value, str) else cuda_skeleton.NULL
+        elif issubclass(type_, ctypes.Structure):
+            for field_name, field_type in type_._fields_:  # type: ignore[misc]
+                at = offset + getattr(type_, field_name).offset
+                walk(field_type, index, at, f"{name}.{field_name}")
+
+    for index, type_ in enumerate(proof.parameters):
+        walk(type_, index, 0, str(index))
+    return found
+
+
+def kernel_text(
+    proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS
+) -> tuple[str, str]:
     """The PTX of the one kernel, and its entry's name.
 
     sentryward does not know arrays in device memory that are not parameters: the map of double
     quantisation becomes the last parameter, which the kernel reads where it read the array.
     """
-    path = toolchain.compile_kernels(
-        toolchain.KERNELS / proof.source, architecture, "ptx", defines=SELECT
-    )
+    source = kernels / proof.source
+    defines = ("QKERN_CODEC_SELECT",) if proof.select else ()
+    path = toolchain.compile_kernels(source, architecture, "ptx", defines=defines)
     text = path.read_text()
     parts = re.split(r"(?m)^(?=(?:\.visible )?(?:\.weak )?\.entry )", text)
     entries = [re.search(r"\.entry\s+(\w+)", part) for part in parts[1:]]
@@ -180,86 +207,56 @@ def kernel_text(proof: Proof, architecture: int) -> tuple[str, str]:
     sizes = [int(size) for size in re.findall(r"\.b8 \w+\[(\d+)\]", head)]
     structures = [p for p in proof.parameters if issubclass(p, ctypes.Structure)]
     assert sizes == [ctypes.sizeof(p) for p in structures], f"{proof.kernel}: {sizes}"
-    body = f"{head.rstrip()},\n\t.param .u64 {entry}_map\n){rest}"
+    body = f"{head.rstrip()},\n\t.param .u64 {entry}_param_{len(proof.parameters)}\n){rest}"
     body = re.sub(
         r"mov\.u64\s+(%rd\d+), \w*kDeviceMapSigned\w*;",
-        rf"ld.param.u64 \1, [{entry}_map];\n\tcvta.to.global.u64 \1, \1;",
+        rf"ld.param.u64 \1, [{entry}_param_{len(proof.parameters)}];\n\tcvta.to.global.u64 \1, \1;",
         body,
     )
     assert "kDeviceMapSigned" not in body
     return parts[0] + body, entry
 
 
-_DEFINITION = re.compile(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+(?:\|%\w+)?)\s*,")
-
-
-def depends_on_data(text: str, line: int) -> bool:
-    """Whether the branch at a line of PTX follows from what was loaded, or from another lane.
-
-    Then its threads may part, and deciding it once for all of them would prove nothing.
-    """
-    lines = text.splitlines()
-    definitions: dict[str, list[str]] = {}
-    for statement in lines:
-        found = _DEFINITION.match(statement)
-        for register in re.findall(r"%\w+", found[1]) if found else ():
-            definitions.setdefault(register, []).append(statement)
-    condition = re.match(r"\s*@!?(%p\d+)\s+bra", lines[line - 1])
-    if condition is None:
-        return True
-    todo, seen = [condition[1]], set()
-    while todo:
-        register = todo.pop()
-        if register in seen:
-            continue
-        seen.add(register)
-        for statement in definitions.get(register, ()):
-            operation = re.sub(r"^\s*@!?%p\d+\s+", "", statement).split()[0]
-            other = operation.startswith(("ld.", "atom.", "shfl.", "vote."))
-            if other and not operation.startswith("ld.param"):
-                return True
-            todo += re.findall(r"%(?:r|rd|p|rs|f|fd|b)\d+", statement)
-    return False
-
-
-def prove(proof: Proof, architecture: int) -> Verdict:
-    """Sentryward's answer."""
+def ask(proof: Proof, text: str, entry: str, shared_bytes: int) -> tuple[str, str]:
+    """Sentryward's result for PTX, and what it says of it."""
     from sentryward import verify
 
-    text, entry = kernel_text(proof, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, question = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
+        ptx.write_text(text)
+        question.write_text(json.dumps(_input(proof, entry, shared_bytes)))
+        answer = verify(
+            str(ptx), input=str(question), timeout_seconds=proof.timeout_s, memory_limit_mib=6000
+        )
+    first = (answer.get("diagnostics") or [{}])[0]
+    where = first.get("details", {}).get("location", {}).get("line")
+    line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"
+    return answer["result"], f"{first.get('code')}: {first.get('message')}{line}"
+
+
+def prove(proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS) -> Verdict:
+    """Sentryward's answer about the skeleton of a kernel in ``kernels``.
+
+    ``race_free`` only if it is whichever of the tensors are not 16-aligned, as far as the kernel
+    looks at that.
+    """
+    text, entry = kernel_text(proof, architecture, kernels)
     shared = 0
     if proof.shared is not None:
-        source = toolchain.KERNELS / proof.source
-        shared = figures.struct_sizes(source, [proof.shared])[proof.shared]
-    question = _input(proof, entry, shared)
-    ways = [()]
-    tried = 0
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, asked = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
-        ptx.write_text(text)
-        while ways:
-            decisions = ways.pop()
-            taken = [{"line": line, "taken": way} for line, way in decisions]
-            asked.write_text(json.dumps(question | {"branch_decisions": taken}))
-            answer = verify(
-                str(ptx),
-                input=str(asked),
-                timeout_seconds=proof.timeout_s,
-                memory_limit_mib=6000,
-            )
-            diagnostics = answer.get("diagnostics") or [{}]
-            first = diagnostics[0]
-            if first.get("code") == "control_predicate_not_static":
-                line = first["details"]["location"]["line"]
-                if line not in dict(decisions) and not depends_on_data(text, line):
-                    ways += [(*decisions, (line, way)) for way in (True, False)]
-                    continue
-            tried += 1
-            if answer["result"] != "race_free":
-                where = first.get("details", {}).get("location", {}).get("line")
-                line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"
-                message = f"{first.get('code')}: {first.get('message')}{line}"
-                return Verdict(answer["result"], tried, message, decisions)
+        shared = figures.struct_sizes(kernels / proof.source, [proof.shared])[proof.shared]
+    objects = pointers(proof)
+    try:
+        tested = sorted(cuda_skeleton.tested_for_alignment(text, objects))
+        tried = 0
+        for count in range(len(tested) + 1):
+            for misaligned in itertools.combinations(tested, count):
+                tried += 1
+                reduced = cuda_skeleton.skeleton(text, objects, misaligned)
+                result, message = ask(proof, reduced, entry, shared)
+                if result != "race_free":
+                    return Verdict(result, tried, message, misaligned)
+    except cuda_skeleton.SkeletonError as error:
+        return Verdict("no skeleton", 0, str(error))
     return Verdict("race_free", tried)
 
 
@@ -273,10 +270,10 @@ def _scales(prefix: str, nested: bool) -> dict[str, str | int | None]:
 
 
 def _block_plan(block_shift: int) -> dict[str, str | int | None]:
-    """2,048 elements, of which a thread takes 8."""
+    """Two warps' elements and a few of a third's, of which a thread takes 8."""
     return {
-        "1.numel": 2048,
-        "1.units": 8,
+        "1.numel": 603,
+        "1.units": 3,
         "1.block_shift": block_shift,
         "1.passes": 1,
         "1.block_lanes": (1 << block_shift) // 8,
