@@ -276,21 +276,21 @@ template <int kCount>
 QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
                               const unsigned (&positions)[kCount], float nested_offset,
                               float (&out)[kCount]) {
-  if (scales.nested_absmax == nullptr) {
+  if (scales.nested_absmax != nullptr) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      out[i] =
-          __ldg(reinterpret_cast<const float*>(run.absmax) + (positions[i] >> scales.block_shift));
+      const unsigned block = positions[i] >> scales.block_shift;
+      const unsigned code = __ldg(run.absmax + block);
+      const float value = __ldg(address_of(kDeviceMapSigned.values, code));
+      const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
+      out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const unsigned block = positions[i] >> scales.block_shift;
-    const unsigned code = __ldg(run.absmax + block);
-    const float value = __ldg(address_of(kDeviceMapSigned.values, code));
-    const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
-    out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+    out[i] =
+        __ldg(reinterpret_cast<const float*>(run.absmax) + (positions[i] >> scales.block_shift));
   }
 }
 
