@@ -8,15 +8,16 @@ that the kernel makes, whatever the data:
 
 1.  A value is *data* if it was loaded from memory or came from another lane, if it was computed
     from such a value, or if which of several assignments gave it depends on such a value.
-2.  A region entered or left by a branch on data, or a loop with an access whose address is data,
-    becomes one straight line of all its accesses. It may contain no barrier and no wait.
+2.  A region entered or left by a branch on data becomes one straight line of all its accesses. It
+    may contain no barrier and no wait. So does, to keep proofs short, a loop with an access to
+    shared memory whose address is data, if it stores nothing to global memory.
     Accesses through pointers that are null in the launch, which no thread comes to, are left out.
 3.  An access in such a line whose address is data, or counted by a loop that is gone, becomes
     accesses to every byte of the shared object that it lies in. In global memory it must be a load
     from a tensor that the kernel never writes, which cannot race: it goes.
-4.  Atomic operations do not race with each other, but with all else: where there are any on a shared
-    object, they become loads of it, and its loads become stores, which may be seen to race where
-    loads would not.
+4.  Atomic operations do not race with each other, but with all else. On a shared object that has
+    any, they become loads, and its loads become stores, which may be seen to race where loads
+    would not.
 5.  The same access, repeated in a straight line, is made once.
 
 So a proof of the skeleton is a proof of the kernel, provided that accesses stay within the objects
@@ -124,7 +125,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Blocks that become a straight line between the block before, if there is one, and ``join``."""
+    """Blocks that become a straight line, between ``entry``, if there is one, and ``join``."""
 
     entry: int | None
     blocks: frozenset[int]
@@ -339,7 +340,7 @@ class Analysis:
         return int(base.rpartition("_param_")[2]), at
 
     def tested(self, instruction: Instruction) -> frozenset[str]:
-        """Pointers that an instruction takes the last four bits of; none if it does something else."""
+        """Pointers that an instruction takes the last four bits of, if that is what it does."""
         if instruction.words[0] != "and" or instruction.operands[-1] != "15":
             return frozenset()
 
@@ -354,6 +355,25 @@ class Analysis:
             return frozenset()
 
         return walk(instruction.operands[1])
+
+    def has_data_addresses(self, blocks: Iterable[int]) -> bool:
+        """Whether blocks access shared memory where data say."""
+        body = (a for i in blocks for a in self.kernel.blocks[i].body if a.space == "shared")
+        return any(_registers(instruction.addresses) & self.data for instruction in body)
+
+    def can_be_straight(self, region: Region) -> bool:
+        """Whether a loop's accesses may be replaced where they depend on its counter."""
+        body = [a for i in region.blocks for a in self.kernel.blocks[i].body]
+        return not any(
+            instruction.orders
+            or instruction.copies
+            or (instruction.space == "global" and instruction.words[0] != "ld")
+            or (
+                instruction.space == "shared"
+                and not self.objects_of(instruction.addresses[0]) <= self.kernel.shared.keys()
+            )
+            for instruction in body
+        )
 
     def objects_of(self, address: str) -> set[str]:
         """The tensors and shared objects that an address is computed from."""
@@ -402,12 +422,10 @@ def analyse(kernel: Kernel, objects: Objects) -> Analysis:
                 join = flow.join(i, set())
                 regions["branch", i] = Region(i, flow.region(blocks[i].ways, join), join)
         for header, loop in flow.loops.items():
-            # In global memory such an access goes, or is an error.
-            accesses = [a for i in loop for a in blocks[i].body if a.space == "shared"]
-            if any(_registers(a.addresses) & data for a in accesses):
+            if analysis.has_data_addresses(loop):
                 join = flow.join(header, loop)
                 region = Region(None, flow.region([header], join), join)
-                if not any(a.orders for i in region.blocks for a in blocks[i].body):
+                if analysis.can_be_straight(region):
                     regions["loop", header] = region
         for region in regions.values():
             assigned = [r for i in region.blocks for a in blocks[i].body for r in a.assigned]
@@ -422,7 +440,7 @@ def analyse(kernel: Kernel, objects: Objects) -> Analysis:
             if region.blocks <= other.blocks and region.entry in inside:
                 break
             if region.blocks & other.blocks:
-                raise SkeletonError(f"branches on data that overlap {[blocks[b].label for b in sorted(region.blocks)]} {region.entry} {[blocks[b].label for b in sorted(other.blocks)]} {other.entry}")
+                raise SkeletonError("branches on data whose regions overlap")
         else:
             analysis.regions.append(region)
     return analysis
@@ -440,9 +458,7 @@ def _every_byte(instruction: Instruction, symbol: str, size: int) -> Iterator[In
         else:
             for byte in range(offset, size):
                 address = f"[{symbol}+{byte}]"
-                operands = (
-                    ("%skeleton0", address) if kind == "ld" else (address, "%skeleton0")
-                )
+                operands = ("%skeleton0", address) if kind == "ld" else (address, "%skeleton0")
                 yield Instruction(f"{kind}.shared.u8", operands)
 
 
@@ -617,7 +633,9 @@ def skeleton(text: str, objects: Objects, misaligned: Container[str] = ()) -> st
         for i, instruction in enumerate(block.body):
             if tested := analysis.tested(instruction):
                 bits = "8" if any(name in misaligned for name in tested) else "0"
-                block.body[i] = Instruction(f"mov.{instruction.words[-1]}", (instruction.operands[0], bits))
+                block.body[i] = Instruction(
+                    f"mov.{instruction.words[-1]}", (instruction.operands[0], bits)
+                )
     blocks = _straighten(analysis, _Writer(analysis))
     order = _reverse_postorder(blocks)
     needed = _needed(blocks, order)
