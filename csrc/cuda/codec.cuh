@@ -244,13 +244,33 @@ QKERN_DEVICE float load_nested_offset(const Scales& scales) {
   return scales.nested_offset == nullptr ? 0.0f : __ldg(scales.nested_offset);
 }
 
-// The scale of a block; two roundings where it is double-quantised, never a fused multiply-add.
-QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::int64_t block) {
-  if (scales.nested_absmax == nullptr)
-    return __ldg(static_cast<const float*>(scales.absmax) + block);
-  const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
-  const float value = __ldg(address_of(kDeviceMapSigned.values, code));
-  return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))), nested_offset);
+// What of a block's scale comes from memory that no cache may hold. A kernel that has other work
+// fetches before it and finishes after it.
+struct FetchedScale {
+  unsigned bits;        // of the scale, or the code that stands for it
+  float nested_absmax;  // of a double-quantised one
+};
+
+QKERN_DEVICE FetchedScale fetch_scale(const Scales& scales, std::int64_t element) {
+  const std::int64_t block = element >> scales.block_shift;
+  if (scales.nested_absmax != nullptr) {
+    return {__ldg(static_cast<const std::uint8_t*>(scales.absmax) + block),
+            __ldg(scales.nested_absmax + (block >> 8))};
+  }
+  return {__float_as_uint(__ldg(static_cast<const float*>(scales.absmax) + block)), 0.0f};
+}
+
+// Two roundings where the scale is double-quantised, never a fused multiply-add.
+QKERN_DEVICE float finish_scale(const Scales& scales, float nested_offset,
+                                const FetchedScale& fetched) {
+  if (scales.nested_absmax == nullptr) return __uint_as_float(fetched.bits);
+  const float value = __ldg(address_of(kDeviceMapSigned.values, fetched.bits));
+  return __fadd_rn(__fmul_rn(value, fetched.nested_absmax), nested_offset);
+}
+
+// The scale of an element.
+QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::int64_t element) {
+  return finish_scale(scales, nested_offset, fetch_scale(scales, element));
 }
 
 // The scales of a run of weights, by 32-bit positions: 64-bit indices would cost a hot loop more
@@ -271,27 +291,38 @@ struct ScaleRun {
   }
 };
 
-// `out[i]` is the scale at `positions[i]`: one branch for all.
+// `out[i]` is of the scale at `positions[i]`: one branch for all.
 template <int kCount>
-QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
-                              const unsigned (&positions)[kCount], float nested_offset,
-                              float (&out)[kCount]) {
+QKERN_DEVICE void fetch_scales(const Scales& scales, const ScaleRun& run,
+                               const unsigned (&positions)[kCount], FetchedScale (&out)[kCount]) {
   if (scales.nested_absmax != nullptr) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const unsigned block = positions[i] >> scales.block_shift;
-      const unsigned code = __ldg(run.absmax + block);
-      const float value = __ldg(address_of(kDeviceMapSigned.values, code));
-      const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
-      out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+      out[i] = {__ldg(run.absmax + block), __ldg(run.nested_absmax + (block >> 8))};
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    out[i] =
-        __ldg(reinterpret_cast<const float*>(run.absmax) + (positions[i] >> scales.block_shift));
+    const unsigned block = positions[i] >> scales.block_shift;
+    out[i] = {__float_as_uint(__ldg(reinterpret_cast<const float*>(run.absmax) + block)), 0.0f};
   }
+}
+
+template <int kCount>
+QKERN_DEVICE void finish_scales(const Scales& scales, float nested_offset,
+                                const FetchedScale (&fetched)[kCount], float (&out)[kCount]) {
+  if (scales.nested_absmax != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float value = __ldg(address_of(kDeviceMapSigned.values, fetched[i].bits));
+      out[i] = __fadd_rn(__fmul_rn(value, fetched[i].nested_absmax), nested_offset);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = __uint_as_float(fetched[i].bits);
 }
 
 // ---- Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,

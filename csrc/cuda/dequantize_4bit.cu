@@ -84,7 +84,7 @@ QKERN_DEVICE void dequantize_warp(const std::uint8_t* __restrict__ packed, const
   const uint4 load = load_global16(packed + (mine >> 1));
   const std::uint32_t words[4] = {load.x, load.y, load.z, load.w};
   LaneDecoder<T> decoder;
-  decoder.start(table, load_scale(scales, nested_offset, mine >> scales.block_shift));
+  decoder.start(table, load_scale(scales, nested_offset, mine));
   uint4* const own = chunks + chunk_position(lane, 0);
   // Chunk i * 32 + lane of the warp is one of lane i * 8 + lane / 4.
   const uint4* const from = chunks + chunk_position(lane / kLaneChunks, lane % kLaneChunks);
@@ -143,8 +143,7 @@ dequantize_4bit_kernel(const std::uint8_t* __restrict__ packed, Scales scales, C
     for (std::int64_t i = begin + lane; i < end; i += kWarp) {
       const std::int64_t element = element_of(region, i);
       const float value = code_value(shared.table, packed_code(packed, element));
-      out[i] = from_float<T>(
-          __fmul_rn(value, load_scale(scales, nested_offset, element >> scales.block_shift)));
+      out[i] = from_float<T>(__fmul_rn(value, load_scale(scales, nested_offset, element)));
     }
   }
 }

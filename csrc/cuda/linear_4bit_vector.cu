@@ -126,7 +126,7 @@ QKERN_DEVICE float scaled_dot(const VectorArgs<T>& args, const CodeTable& table,
   float sum = 0.0f;
   for (std::int64_t k = begin + lane; k < end; k += kWarp) {
     const std::int64_t element = n * args.cols + k;
-    const float scale = load_scale(args.scales, nested_offset, element >> args.scales.block_shift);
+    const float scale = load_scale(args.scales, nested_offset, element);
     const float w = __fmul_rn(code_value(table, packed_code(args.packed, element)), scale);
     sum = __fmaf_rn(w, to_float(args.x[row * args.x_row_stride + k]), sum);
   }
@@ -194,7 +194,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
       const unsigned k = k0 + lane * kLaneCodes;
       if (k >= length) break;
       uint4 words[kWarpRows];
-      float scale[kWarpRows];
+      FetchedScale fetched[kWarpRows];
       if constexpr (kWhole) {
         unsigned positions[kWarpRows];
 #pragma unroll
@@ -203,7 +203,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
           positions[r] = row_position[r] + k0;
         }
         codes += kTile / kLaneCodes;
-        load_scales(args.scales, run, positions, nested_offset, scale);
+        fetch_scales(args.scales, run, positions, fetched);
       }
 
       float sum[kWarpRows][kRows];
@@ -246,8 +246,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
             const std::int64_t element = (n0 + r) * args.cols + begin + k + i;
             w[r] = n0 + r < args.rows
                        ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                                   load_scale(args.scales, nested_offset,
-                                              element >> args.scales.block_shift))
+                                   load_scale(args.scales, nested_offset, element))
                        : 0.0f;
           }
 #pragma unroll
@@ -259,6 +258,8 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
         }
       }
       // The scale enters once a lane's 32 codes.
+      float scale[kWarpRows] = {};
+      if constexpr (kWhole) finish_scales(args.scales, nested_offset, fetched, scale);
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
