@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         "dx_scales_in_one_buffer",
         _DX,
-        "shared.scales[tile % 2][warp][i * kWarp + lane] = in[i];",
-        "shared.scales[0][warp][i * kWarp + lane] = in[i];",
+        "shared.scales[tile % 2][warp][i * kWarp + lane] = finished[i];",
+        "shared.scales[0][warp][i * kWarp + lane] = finished[i];",
         "linear_4bit_dx_mma",
         "poison",
     ),
@@ -188,8 +188,8 @@ MUTANTS = (
     Mutant(
         "mma_reads_the_next_stage",
         _MMA,
-        "    const int stage = tile % kStages;\n    ScaledTable",
-        "    const int stage = (tile + 1) % kStages;\n    ScaledTable",
+        "const uint4* const x_tile = shared.x[stage];",
+        "const uint4* const x_tile = shared.x[(stage + 1) % kStages];",
         "linear_4bit_mma",
         "poison",
     ),
@@ -206,8 +206,8 @@ MUTANTS = (
     Mutant(
         "dx_rows_of_a_pair_swapped",
         _DX,
-        "const int row = row0 + 2 * pair + i;",
-        "const int row = row0 + 2 * pair + 1 - i;",
+        "code_position(row0 + 2 * pair + i, warp)",
+        "code_position(row0 + 2 * pair + 1 - i, warp)",
         "linear_4bit_dx_mma",
         "numbers",
     ),
@@ -250,8 +250,8 @@ MUTANTS = (
     Mutant(
         "nested_scale_of_128_blocks",
         "codec.cuh",
-        "__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8)))",
-        "__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 7)))",
+        "__ldg(scales.nested_absmax + (block >> 8))",
+        "__ldg(scales.nested_absmax + (block >> 7))",
         "dequantize_4bit",
         "numbers",
         compiled=(_DEQUANTIZE,),
@@ -259,8 +259,8 @@ MUTANTS = (
     Mutant(
         "scale_by_fused_multiply_add",
         "codec.cuh",
-        "__fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))),",
-        "__fmaf_rn(value, __ldg(scales.nested_absmax + (block >> 8)),",
+        "return __fadd_rn(__fmul_rn(value, fetched.nested_absmax), nested_offset);",
+        "return __fmaf_rn(value, fetched.nested_absmax, nested_offset);",
         "dequantize_4bit",
         "numbers",
         compiled=(_DEQUANTIZE,),
@@ -324,7 +324,7 @@ MUTANTS = (
     Mutant(
         "mma_reads_rows_that_x_has_not",
         _MMA,
-        "x_in_range && i < copies);",
+        "x_in_range && (kRepeatsRows || i < copies));",
         "x_in_range);",
         "linear_4bit_mma",
         "address",
@@ -383,7 +383,7 @@ MUTANTS = (
     Mutant(
         "mma_swizzle_forgotten",
         _MMA,
-        "return row * kRowChunks + ((t >> 1) << 3 | low);",
+        "return (row * kRowChunks + ((t >> 1) << 3 | low)) ^ (s << 1);",
         "return row * kRowChunks + (4 * t + s) + 0 * low;",
         "linear_4bit_mma",
         "layout",
@@ -401,7 +401,7 @@ MUTANTS = (
     Mutant(
         "too_many_blocks_for_the_registers",
         _DX,
-        "QKERN_KERNEL(kThreads, 3)",
+        "QKERN_KERNEL(kThreads, 2)",
         "QKERN_KERNEL(kThreads, 8)",
         "linear_4bit_dx_mma",
         "code",
