@@ -194,7 +194,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
       const unsigned k = k0 + lane * kLaneCodes;
       if (k >= length) break;
       uint4 words[kWarpRows];
-      FetchedScale fetched[kWarpRows];
+      float scale[kWarpRows];
       if constexpr (kWhole) {
         unsigned positions[kWarpRows];
 #pragma unroll
@@ -203,7 +203,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
           positions[r] = row_position[r] + k0;
         }
         codes += kTile / kLaneCodes;
-        fetch_scales(args.scales, run, positions, fetched);
+        load_scales(args.scales, run, positions, nested_offset, scale);
       }
 
       float sum[kWarpRows][kRows];
@@ -258,8 +258,6 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
         }
       }
       // The scale enters once a lane's 32 codes.
-      float scale[kWarpRows] = {};
-      if constexpr (kWhole) finish_scales(args.scales, nested_offset, fetched, scale);
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
