@@ -89,6 +89,42 @@ def test_no_native_module_at_all(monkeypatch):
     assert cuda._find_missing_reason() == "qkern._C cannot be imported"
 
 
+@pytest.mark.slow
+@needs_no_driver
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+def test_a_build_with_nvcc_passes_these_tests_where_there_is_no_driver(tmp_path):
+    """All of this file again, on a module that has the kernels, for one architecture."""
+    environment = os.environ | {"QKERN_CUDA": "ON", "QKERN_CUDA_ARCHS": "80"}
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    built = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = built.stdout + built.stderr
+    assert built.returncode == 0, said
+    assert "qkern: CUDA kernels for 80-real;80-virtual" in said
+    (library,) = (tmp_path / "lib").glob("**/_C*.so")
+    environment = os.environ | {"QKERN_NATIVE_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "not slow"]
+    done = subprocess.run(
+        [*command, __file__],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    for name in ("a_launch_without_a_driver", "importing_kernels_without_a_driver"):
+        lines = [line for line in done.stdout.splitlines() if f"test_{name}" in line]
+        assert lines
+        assert all("PASSED" in line for line in lines), done.stdout
+
+
 def configure(folder: Path, cuda_option: str) -> subprocess.CompletedProcess[str]:
     """CMake's configuration where no nvcc is to be found."""
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             Case((700,), FLOAT, 64, values="nonfinite"),
             Case((512,), FLOAT, 64, values="zeros"),
             Case((600,), FLOAT, 64, values="ties"),
+            Case((600,), FLOAT, 64, "custom", codebook="unsorted"),
         ),
     ),
     "dequantize_4bit": (
