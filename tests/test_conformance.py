@@ -78,6 +78,8 @@ def test_scalar_and_the_best_instruction_set_run() -> None:
             assert "avx2" in available
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
             assert "avx512" in available
+    if platform.machine() in ("aarch64", "arm64"):
+        assert "neon" in available
 
 
 def inputs_of(spec: OpSpec, case: Case, device: torch.device) -> testing.Inputs:

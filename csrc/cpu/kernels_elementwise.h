@@ -35,17 +35,26 @@ float block_absmax(const T* x, std::int64_t n) {
 // 1 / absmax; 0 for a block of zeros, which sends every t to 0.
 inline float block_reciprocal(float absmax) { return absmax == 0.0f ? 0.0f : 1.0f / absmax; }
 
-template <bool kBins, typename T>
-void encode_groups(const T* x, std::int64_t groups, float reciprocal, const Simd::Encoder& encoder,
-                   std::uint8_t* packed) {
-  const Simd::F scale = Simd::set1(reciprocal);
+// S is Simd: a parameter, so that the branch not taken need not compile.
+template <bool kBins, typename T, typename S = Simd>
+void encode_groups(const T* x, std::int64_t groups, float reciprocal,
+                   const typename S::Encoder& encoder, std::uint8_t* packed) {
+  const typename S::F scale = S::set1(reciprocal);
   for (std::int64_t g = 0; g < groups; ++g) {
-    Simd::I codes[kGroupRegisters];
-    for (int i = 0; i < kGroupRegisters; ++i) {
-      const Simd::F value = Simd::load(x + g * kGroup + i * Simd::kLanes);
-      codes[i] = encoder.template encode<kBins>(Simd::mul(value, scale), value);
+    if constexpr (S::kByteTables) {
+      typename S::F values[kGroupRegisters];
+      for (int i = 0; i < kGroupRegisters; ++i) {
+        values[i] = S::load(x + g * kGroup + i * S::kLanes);
+      }
+      encoder.template encode32<kBins>(values, scale, packed + g * (kGroup / 2));
+    } else {
+      typename S::I codes[kGroupRegisters];
+      for (int i = 0; i < kGroupRegisters; ++i) {
+        const typename S::F value = S::load(x + g * kGroup + i * S::kLanes);
+        codes[i] = encoder.template encode<kBins>(S::mul(value, scale), value);
+      }
+      S::pack32(codes, packed + g * (kGroup / 2));
     }
-    Simd::pack32(codes, packed + g * (kGroup / 2));
   }
 }
 
@@ -122,11 +131,16 @@ inline void load_scales(const Weight4bit& weight, std::int64_t begin, std::int64
   }
 }
 
-// n weights of one block, from the start of a byte.
-inline void decode_block(const std::uint8_t* packed, std::int64_t n, const Simd::Lut& lut,
-                         float* out) {
+// n weights of one block, from the start of a byte. S is Simd, as in encode_groups.
+template <typename S = Simd>
+void decode_block(const std::uint8_t* packed, std::int64_t n, const typename S::Lut& lut,
+                  float* out) {
   constexpr int kBytes = Simd::kLanes / 2;
   std::int64_t i = 0;
+  if constexpr (S::kByteTables) {
+    const typename S::Lut held = lut;  // in registers, since what is stored might be the table
+    for (; i + kGroup <= n; i += kGroup) S::decode32(packed + i / 2, held, out + i);
+  }
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
     Simd::storeu(out + i, Simd::natural(packed + i / 2, lut));
   }

@@ -57,17 +57,73 @@ void multiply_tile(const float* a, const float* panel, std::int64_t depth, float
   }
 }
 
-using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, bool);
+// Sums of kRows rows of a tile, for instruction sets that take x by lane. A structure, because an
+// array that loops index is kept in memory.
+template <int kRows, int kRowStride, typename S>
+struct LaneTile {
+  using F = typename S::F;
 
-template <int kRows, int kRowStride>
-struct MultiplyTable {
-  static void fill(MultiplyFn* table) {
-    table[kRows] = multiply_tile<kRows, kRowStride>;
-    MultiplyTable<kRows - 1, kRowStride>::fill(table);
+  F low = S::zero(), high = S::zero();
+  LaneTile<kRows - 1, kRowStride, S> below;
+
+  // Four steps: a[row][step] times w[step].
+  __attribute__((always_inline)) void add(const float* a, const F (&w)[4][2]) {
+    static_assert(S::kTileSteps == 4, "a register holds four steps");
+    const F x = S::loadu(a);
+    low = S::template fma_lane<0>(w[0][0], x, low);
+    high = S::template fma_lane<0>(w[0][1], x, high);
+    low = S::template fma_lane<1>(w[1][0], x, low);
+    high = S::template fma_lane<1>(w[1][1], x, high);
+    low = S::template fma_lane<2>(w[2][0], x, low);
+    high = S::template fma_lane<2>(w[2][1], x, high);
+    low = S::template fma_lane<3>(w[3][0], x, low);
+    high = S::template fma_lane<3>(w[3][1], x, high);
+    below.add(a + kRowStride, w);
+  }
+  __attribute__((always_inline)) void store(float* c, bool accumulate) const {
+    S::storeu(c, accumulate ? S::add(S::loadu(c), low) : low);
+    S::storeu(c + kLanes, accumulate ? S::add(S::loadu(c + kLanes), high) : high);
+    below.store(c + kTileCols, accumulate);
   }
 };
-template <int kRowStride>
-struct MultiplyTable<0, kRowStride> {
+template <int kRowStride, typename S>
+struct LaneTile<0, kRowStride, S> {
+  void add(const float*, const typename S::F (&)[4][2]) {}
+  void store(float*, bool) const {}
+};
+
+// multiply_tile for such an instruction set; depth is a multiple of four.
+template <int kRows, int kRowStride, typename S>
+void multiply_lane_tile(const float* a, const float* panel, std::int64_t depth, float* c,
+                        bool accumulate) {
+  LaneTile<kRows, kRowStride, S> tile;
+  for (std::int64_t k = 0; k < depth; k += 4) {
+    const float* p = panel + k * kTileCols;
+    const typename S::F w[4][2] = {
+        {S::loadu(p), S::loadu(p + kLanes)},
+        {S::loadu(p + kTileCols), S::loadu(p + kTileCols + kLanes)},
+        {S::loadu(p + 2 * kTileCols), S::loadu(p + 2 * kTileCols + kLanes)},
+        {S::loadu(p + 3 * kTileCols), S::loadu(p + 3 * kTileCols + kLanes)}};
+    tile.add(a + k, w);
+  }
+  tile.store(c, accumulate);
+}
+
+using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, bool);
+
+template <int kRows, int kRowStride, typename S = Simd>
+struct MultiplyTable {
+  static void fill(MultiplyFn* table) {
+    if constexpr (S::kTileSteps > 1) {
+      table[kRows] = multiply_lane_tile<kRows, kRowStride, S>;
+    } else {
+      table[kRows] = multiply_tile<kRows, kRowStride>;
+    }
+    MultiplyTable<kRows - 1, kRowStride, S>::fill(table);
+  }
+};
+template <int kRowStride, typename S>
+struct MultiplyTable<0, kRowStride, S> {
   static void fill(MultiplyFn*) {}
 };
 
@@ -80,7 +136,7 @@ struct FloatEngine {
   static constexpr int kInterleave = 1;
   static constexpr std::int64_t kStripRows = Simd::kTileRows;  // multiplied at a time
   static constexpr int kRowMultiple = 1;                       // strips come in multiples of this
-  static constexpr int kDepthMultiple = 1;  // so do steps; what lies past the end is zero
+  static constexpr int kDepthMultiple = Simd::kTileSteps;      // so do steps; zeros past the end
   static constexpr std::int64_t kMaxTileRows = 384;
   static constexpr std::int64_t kMaxTileCols = 384;
   // Up to so many rows go to the kernels of kernels_vector*.h.
@@ -103,13 +159,18 @@ struct FloatEngine {
     Simd::storeu(panel, first);
     Simd::storeu(panel + kTileCols, second);
   }
-  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second, Simd::Lut lut,
-                          float first_scale, float second_scale, Element* to) {
-    const Simd::Lut first_lut = Simd::scale_lut(lut, first_scale);
-    const Simd::Lut second_lut = Simd::scale_lut(lut, second_scale);
-    for (int half = 0; half < 2; ++half) {
-      store_steps(to + half * kLanes, Simd::natural(first + half * kLanes / 2, first_lut),
-                  Simd::natural(second + half * kLanes / 2, second_lut));
+  template <typename S = Simd>
+  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second,
+                          typename S::Lut lut, float first_scale, float second_scale, Element* to) {
+    if constexpr (S::kByteTables) {
+      S::decode_two_rows(first, second, lut, first_scale, second_scale, to);
+    } else {
+      const typename S::Lut first_lut = S::scale_lut(lut, first_scale);
+      const typename S::Lut second_lut = S::scale_lut(lut, second_scale);
+      for (int half = 0; half < 2; ++half) {
+        store_steps(to + half * kLanes, S::natural(first + half * kLanes / 2, first_lut),
+                    S::natural(second + half * kLanes / 2, second_lut));
+      }
     }
   }
   template <typename T>
