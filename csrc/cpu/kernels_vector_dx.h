@@ -24,41 +24,51 @@ struct DxKernel {
   // Rows of dx whose sums a step holds in registers at a time.
   static constexpr int kHeldRows = Simd::kExposed == 1 || kRows < 2 ? kRows : 2;
 
+  // Step kStep for rows kRow0 and on of dx.
+  template <int kStep, int kRow0>
+  __attribute__((always_inline)) static void rows(const Simd::I (&words)[kStreams],
+                                                  const Simd::Lut& lut,
+                                                  const Simd::F (&factor)[kStreams][kRows],
+                                                  float* sum, std::int64_t stride) {
+    constexpr int kCount = kRows - kRow0 < kHeldRows ? kRows - kRow0 : kHeldRows;
+    float* at = sum + kRow0 * stride + kStep * Simd::kExposed * kLanes;
+    Simd::F acc[kCount][Simd::kExposed];
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < Simd::kExposed; ++i) {
+        acc[r][i] = Simd::loadu(at + r * stride + i * kLanes);
+      }
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      Simd::F w[Simd::kExposed];
+      Simd::expose<kStep>(lut, words[s], w);
+      for (int r = 0; r < kCount; ++r) {
+        for (int i = 0; i < Simd::kExposed; ++i) {
+          acc[r][i] = Simd::fma(w[i], factor[s][kRow0 + r], acc[r][i]);
+        }
+      }
+    }
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < Simd::kExposed; ++i) {
+        Simd::storeu(at + r * stride + i * kLanes, acc[r][i]);
+      }
+    }
+    if constexpr (kRow0 + kCount < kRows) {
+      rows<kStep, kRow0 + kCount>(words, lut, factor, sum, stride);
+    }
+  }
+
   // Steps kStep and on.
   template <int kStep>
   __attribute__((always_inline)) static void steps(const Simd::I (&words)[kStreams],
                                                    const Simd::Lut& lut,
                                                    const Simd::F (&factor)[kStreams][kRows],
                                                    float* sum, std::int64_t stride) {
-    float* at = sum + kStep * Simd::kExposed * kLanes;
-    for (int r0 = 0; r0 < kRows; r0 += kHeldRows) {
-      const int rows = kRows - r0 < kHeldRows ? kRows - r0 : kHeldRows;
-      Simd::F acc[kHeldRows][Simd::kExposed];
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < Simd::kExposed; ++i) {
-          acc[r][i] = Simd::loadu(at + (r0 + r) * stride + i * kLanes);
-        }
-      }
-      for (int s = 0; s < kStreams; ++s) {
-        Simd::F w[Simd::kExposed];
-        Simd::expose<kStep>(lut, words[s], w);
-        for (int r = 0; r < rows; ++r) {
-          for (int i = 0; i < Simd::kExposed; ++i) {
-            acc[r][i] = Simd::fma(w[i], factor[s][r0 + r], acc[r][i]);
-          }
-        }
-      }
-      for (int r = 0; r < rows; ++r) {
-        for (int i = 0; i < Simd::kExposed; ++i) {
-          Simd::storeu(at + (r0 + r) * stride + i * kLanes, acc[r][i]);
-        }
-      }
-    }
+    rows<kStep, 0>(words, lut, factor, sum, stride);
     if constexpr (kStep + 1 < kSteps) steps<kStep + 1>(words, lut, factor, sum, stride);
   }
 
-  // rows[s]: packed, from the strip's first column; dy[s * kRows + r]: its factors.
-  static void run(const std::uint8_t* const* rows, const float* const* scales, const float* dy,
+  // packed[s]: a row of W from the strip's first column; dy[s * kRows + r]: its factors.
+  static void run(const std::uint8_t* const* packed, const float* const* scales, const float* dy,
                   std::int64_t block_size, std::int64_t row_bytes, std::int64_t cols,
                   const float* codes, float* sum, std::int64_t stride) {
     const Simd::Lut lut = Simd::make_lut(codes);
@@ -71,7 +81,7 @@ struct DxKernel {
       Simd::I words[kStreams];
       Simd::F factor[kStreams][kRows];
       for (int s = 0; s < kStreams; ++s) {
-        const std::uint8_t* from = rows[s] + c / 2;
+        const std::uint8_t* from = packed[s] + c / 2;
         prefetch(from, kStreams * row_bytes);
         words[s] = left >= kLanes ? Simd::load_words(from)
                                   : Simd::load_words_partial(from, static_cast<int>(left));
