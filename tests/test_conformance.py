@@ -267,6 +267,17 @@ def test_unchecked_nan_block_has_the_canonical_nan(target: Target, device: torch
             assert absmax[0].isfinite()
 
 
+@dtypes
+def test_every_nan_stays_nan(target: Target, dtype: torch.dtype, device: torch.device) -> None:
+    """A NaN's payload, all ones say, must not be rounded up into a number."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF, 0x7FC00000], dtype=torch.int32)
+    for op, block_size in (("dequantize_4bit", 64), ("dequantize_8bit", 256)):
+        inputs = inputs_of(OPS[op], Case((5, block_size), dtype, block_size), device)
+        inputs["absmax"] = bits.view(torch.float32).to(device)
+        (out,) = run(OPS[op], inputs, target)
+        assert out.isnan().all(), op
+
+
 def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels that do nothing, every op returns the poison: no unwritten element can pass."""
     from qkern import _C

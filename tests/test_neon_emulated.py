@@ -118,6 +118,11 @@ def test_unchecked_nan_block_has_the_canonical_nan(emulated: Target) -> None:
     test_conformance.test_unchecked_nan_block_has_the_canonical_nan(emulated, CPU)
 
 
+@dtypes
+def test_every_nan_stays_nan(emulated: Target, dtype: torch.dtype) -> None:
+    test_conformance.test_every_nan_stays_nan(emulated, dtype, CPU)
+
+
 @pytest.mark.parametrize(
     ("spec", "shape"),
     test_conformance.SUBNORMAL_CASES,
