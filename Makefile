@@ -21,11 +21,11 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan test-neon test-gpu bench lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-neon test-gpu bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(VENV)/stamp-native  ## create .venv with everything, and build the native kernels
 
@@ -60,6 +60,10 @@ SAY_WITHOUT_AARCH64 = { command -v aarch64-linux-gnu-g++ && command -v qemu-aarc
 test-neon: setup  ## run the AArch64 kernels' tests under an emulator (qemu-user)
 	@$(SAY_WITHOUT_AARCH64)
 	$(PYTEST) tests/test_neon_emulated.py $(PYTEST_ARGS)
+
+# Under ThreadSanitizer, AddressSanitizer with UBSan, and with the select form of the tables.
+test-emulated: setup  ## run every small case of the op table on sanitized builds of the CUDA emulator
+	$(PYTEST) tests/test_cuda_emulated.py -k test_every_small_case $(PYTEST_ARGS)
 
 # Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
 test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-sanitizer

@@ -140,11 +140,7 @@ def peer_entries(architecture: int) -> list[Entry]:
     candidates = {
         "dequantize": [f"kDequantizeBlockwise<{half}, 512, 64, 8, 2>"],
         "forward M=1": [f"gemm_4bit_simt<{half}, 1>"],
-        "forward": [
-            n
-            for n in functions
-            if n.startswith("gemm_4bit_sm") and half in n and not n.endswith(budget.PEER_UNCLEAR)
-        ],
+        "forward": [n for n in functions if n.startswith("gemm_4bit_sm") and half in n],
     }
     resources, conflicts = _peer_report(architecture)
     entries = []
@@ -183,7 +179,7 @@ def _peer_entry(
         path = function.hot_path("STG")
     else:
         path = function.hot_path("LDG", 128)
-    if path is None:
+    if path is None or (op == "forward" and not budget.decodes(path)):
         return None
     count = len(path.instructions)
     macs = path.multiply_adds if op == "forward" else 0

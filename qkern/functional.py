@@ -71,14 +71,17 @@ def quantize_4bit(
         codebook = _checked_codebook(codebook).to(w.device)
     w = w.detach()
     packed, absmax = torch.ops.qkern.quantize_4bit(w, format, block_size, codebook)
-    if check_finite and not w.is_meta:
-        _check_finite(absmax, block_size, w.numel())
-    nested_absmax = nested_offset = None
+    scales, nested_absmax, nested_offset = absmax, None, None
     if double_quant:
-        absmax, nested_absmax, nested_offset = torch.ops.qkern.quantize_absmax(absmax)
+        scales, nested_absmax, nested_offset = torch.ops.qkern.quantize_absmax(absmax)
+    if check_finite and not w.is_meta:
+        # The offset is the mean of absmax: NaN where any is.
+        suspects = absmax if nested_offset is None else nested_offset
+        if suspects.isnan().any():
+            _raise_not_finite(absmax, block_size, w.numel())
     return QuantizedTensor(
         packed,
-        absmax,
+        scales,
         nested_absmax,
         nested_offset,
         codebook,
@@ -89,15 +92,13 @@ def quantize_4bit(
     )
 
 
-def _check_finite(absmax: Tensor, block_size: int, n: int) -> None:
-    bad = absmax.isnan()
-    if bad.any():
-        block = int(bad.nonzero()[0])
-        first, last = block * block_size, min((block + 1) * block_size, n) - 1
-        raise ValueError(
-            f"w: got a NaN or an infinity in block {block} (elements {first} to {last} of the "
-            "flattened tensor); takes finite values, or check_finite=False"
-        )
+def _raise_not_finite(absmax: Tensor, block_size: int, n: int) -> None:
+    block = int(absmax.isnan().nonzero()[0])
+    first, last = block * block_size, min((block + 1) * block_size, n) - 1
+    raise ValueError(
+        f"w: got a NaN or an infinity in block {block} (elements {first} to {last} of the "
+        "flattened tensor); takes finite values, or check_finite=False"
+    )
 
 
 def _checked_codebook(codebook: Any) -> Tensor:

@@ -7,24 +7,25 @@ decided both ways: each way must be proved.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+import cuda_skeleton
 from cuda_static import figures, toolchain
 
+Arguments = Mapping[str, str | int | None]
 POINTER = ctypes.c_uint64
 INT = ctypes.c_int32
 LONG = ctypes.c_int64
-SELECT = ("QKERN_CODEC_SELECT",)
-"""sentryward refuses a table in shared memory that data index: the select form of the table."""
 
 
 class Scales(ctypes.Structure):
@@ -98,25 +99,33 @@ class Proof:
     grid: tuple[int, int, int]
     threads: int
     parameters: tuple[type, ...]
-    arguments: Mapping[str, str | int | None]
+    arguments: Arguments
     shared: str | None = None
     """C++ type whose size is the dynamic shared memory."""
-    name: str = ""
+    select: bool = False
+    """Whether it is asked about the select form of the tables (``QKERN_CODEC_SELECT``).
+
+    In a shared object of its own a table may be indexed by data: the skeleton reads all of it. In
+    one that also holds what threads write, such reads would seem to race.
+    """
+    case: str = ""
+    """What tells it from another launch of the same kernel."""
     timeout_s: int = 240
 
     def __str__(self) -> str:
-        return self.name or self.kernel
+        return f"{self.kernel}-{self.case}" if self.case else self.kernel
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What sentryward answered: ``race_free`` only if it did for every way of the branches."""
+    """What sentryward answered: ``race_free``, or the first other result."""
 
     result: str
-    ways: int
-    """Decisions of branches that were tried."""
+    asked: int
+    """How many times it was asked."""
     message: str = ""
-    decisions: tuple[tuple[int, bool], ...] = field(default=())
+    misaligned: tuple[str, ...] = ()
+    """Tensors that were not 16-aligned then."""
 
 
 def _offset(type_: type, path: list[str]) -> tuple[int, type]:
@@ -158,15 +167,35 @@ def _input(proof: Proof, entry: str, shared_bytes: int) -> dict[str, object]:
     }
 
 
-def kernel_text(proof: Proof, architecture: int) -> tuple[str, str]:
+def pointers(proof: Proof) -> dict[tuple[int, int], str]:
+    """All pointers among the parameters, and the map that is the last one, for the skeleton."""
+    found = {(len(proof.parameters), 0): "dynamic_map"}
+
+    def walk(type_: type, index: int, offset: int, name: str) -> None:
+        if type_ is POINTER:
+            value = proof.arguments.get(name)
+            found[index, offset] = value if isinstance(value, str) else cuda_skeleton.NULL
+        elif issubclass(type_, ctypes.Structure):
+            for field_name, field_type in type_._fields_:  # type: ignore[misc]
+                at = offset + getattr(type_, field_name).offset
+                walk(field_type, index, at, f"{name}.{field_name}")
+
+    for index, type_ in enumerate(proof.parameters):
+        walk(type_, index, 0, str(index))
+    return found
+
+
+def kernel_text(
+    proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS
+) -> tuple[str, str]:
     """The PTX of the one kernel, and its entry's name.
 
     sentryward does not know arrays in device memory that are not parameters: the map of double
     quantisation becomes the last parameter, which the kernel reads where it read the array.
     """
-    path = toolchain.compile_kernels(
-        toolchain.KERNELS / proof.source, architecture, "ptx", defines=SELECT
-    )
+    source = kernels / proof.source
+    defines = ("QKERN_CODEC_SELECT",) if proof.select else ()
+    path = toolchain.compile_kernels(source, architecture, "ptx", defines=defines)
     text = path.read_text()
     parts = re.split(r"(?m)^(?=(?:\.visible )?(?:\.weak )?\.entry )", text)
     entries = [re.search(r"\.entry\s+(\w+)", part) for part in parts[1:]]
@@ -180,214 +209,188 @@ def kernel_text(proof: Proof, architecture: int) -> tuple[str, str]:
     sizes = [int(size) for size in re.findall(r"\.b8 \w+\[(\d+)\]", head)]
     structures = [p for p in proof.parameters if issubclass(p, ctypes.Structure)]
     assert sizes == [ctypes.sizeof(p) for p in structures], f"{proof.kernel}: {sizes}"
-    body = f"{head.rstrip()},\n\t.param .u64 {entry}_map\n){rest}"
+    body = f"{head.rstrip()},\n\t.param .u64 {entry}_param_{len(proof.parameters)}\n){rest}"
     body = re.sub(
         r"mov\.u64\s+(%rd\d+), \w*kDeviceMapSigned\w*;",
-        rf"ld.param.u64 \1, [{entry}_map];\n\tcvta.to.global.u64 \1, \1;",
+        rf"ld.param.u64 \1, [{entry}_param_{len(proof.parameters)}];\n\tcvta.to.global.u64 \1, \1;",
         body,
     )
     assert "kDeviceMapSigned" not in body
     return parts[0] + body, entry
 
 
-_DEFINITION = re.compile(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+(?:\|%\w+)?)\s*,")
-
-
-def depends_on_data(text: str, line: int) -> bool:
-    """Whether the branch at a line of PTX follows from what was loaded, or from another lane.
-
-    Then its threads may part, and deciding it once for all of them would prove nothing.
-    """
-    lines = text.splitlines()
-    definitions: dict[str, list[str]] = {}
-    for statement in lines:
-        found = _DEFINITION.match(statement)
-        for register in re.findall(r"%\w+", found[1]) if found else ():
-            definitions.setdefault(register, []).append(statement)
-    condition = re.match(r"\s*@!?(%p\d+)\s+bra", lines[line - 1])
-    if condition is None:
-        return True
-    todo, seen = [condition[1]], set()
-    while todo:
-        register = todo.pop()
-        if register in seen:
-            continue
-        seen.add(register)
-        for statement in definitions.get(register, ()):
-            operation = re.sub(r"^\s*@!?%p\d+\s+", "", statement).split()[0]
-            other = operation.startswith(("ld.", "atom.", "shfl.", "vote."))
-            if other and not operation.startswith("ld.param"):
-                return True
-            todo += re.findall(r"%(?:r|rd|p|rs|f|fd|b)\d+", statement)
-    return False
-
-
-def prove(proof: Proof, architecture: int) -> Verdict:
-    """Sentryward's answer."""
+def ask(proof: Proof, text: str, entry: str, shared_bytes: int) -> tuple[str, str]:
+    """Sentryward's result for PTX, and what it says of it."""
     from sentryward import verify
 
-    text, entry = kernel_text(proof, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, question = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
+        ptx.write_text(text)
+        question.write_text(json.dumps(_input(proof, entry, shared_bytes)))
+        answer = verify(
+            str(ptx), input=str(question), timeout_seconds=proof.timeout_s, memory_limit_mib=6000
+        )
+    first = (answer.get("diagnostics") or [{}])[0]
+    where = first.get("details", {}).get("location", {}).get("line")
+    line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"
+    return answer["result"], f"{first.get('code')}: {first.get('message')}{line}"
+
+
+def prove(proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS) -> Verdict:
+    """Sentryward's answer about the skeleton of a kernel in ``kernels``.
+
+    ``race_free`` only if it is whichever of the tensors are not 16-aligned, as far as the kernel
+    looks at that.
+    """
+    text, entry = kernel_text(proof, architecture, kernels)
     shared = 0
     if proof.shared is not None:
-        source = toolchain.KERNELS / proof.source
-        shared = figures.struct_sizes(source, [proof.shared])[proof.shared]
-    question = _input(proof, entry, shared)
-    ways = [()]
-    tried = 0
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, asked = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
-        ptx.write_text(text)
-        while ways:
-            decisions = ways.pop()
-            taken = [{"line": line, "taken": way} for line, way in decisions]
-            asked.write_text(json.dumps(question | {"branch_decisions": taken}))
-            answer = verify(
-                str(ptx),
-                input=str(asked),
-                timeout_seconds=proof.timeout_s,
-                memory_limit_mib=6000,
-            )
-            diagnostics = answer.get("diagnostics") or [{}]
-            first = diagnostics[0]
-            if first.get("code") == "control_predicate_not_static":
-                line = first["details"]["location"]["line"]
-                if line not in dict(decisions) and not depends_on_data(text, line):
-                    ways += [(*decisions, (line, way)) for way in (True, False)]
-                    continue
-            tried += 1
-            if answer["result"] != "race_free":
-                where = first.get("details", {}).get("location", {}).get("line")
-                line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"
-                message = f"{first.get('code')}: {first.get('message')}{line}"
-                return Verdict(answer["result"], tried, message, decisions)
+        shared = figures.struct_sizes(kernels / proof.source, [proof.shared])[proof.shared]
+    objects = pointers(proof)
+    try:
+        tested = sorted(cuda_skeleton.tested_for_alignment(text, objects))
+        tried = 0
+        for count in range(len(tested) + 1):
+            for misaligned in itertools.combinations(tested, count):
+                tried += 1
+                reduced = cuda_skeleton.skeleton(text, objects, misaligned)
+                result, message = ask(proof, reduced, entry, shared)
+                if result != "race_free":
+                    return Verdict(result, tried, message, misaligned)
+    except cuda_skeleton.SkeletonError as error:
+        return Verdict("no skeleton", 0, str(error))
     return Verdict("race_free", tried)
 
 
-def _scales(prefix: str, nested: bool) -> dict[str, str | int | None]:
+TYPES = ("float", "BFloat16", "Float16")
+HALVES = TYPES[1:]
+
+
+def _scales(prefix: str, nested: bool, block_shift: int = 6) -> Arguments:
     return {
         f"{prefix}.absmax": "absmax",
         f"{prefix}.nested_absmax": "nested_absmax" if nested else None,
         f"{prefix}.nested_offset": "nested_offset" if nested else None,
-        f"{prefix}.block_shift": 6,
+        f"{prefix}.block_shift": block_shift,
     }
 
 
-def _block_plan(block_shift: int) -> dict[str, str | int | None]:
-    """2,048 elements, of which a thread takes 8."""
+def _block_plan(block_shift: int) -> Arguments:
+    """Two warps' elements and a few of a third's, of which a thread takes 8."""
     return {
-        "1.numel": 2048,
-        "1.units": 8,
+        "1.numel": 603,
+        "1.units": 3,
         "1.block_shift": block_shift,
         "1.passes": 1,
         "1.block_lanes": (1 << block_shift) // 8,
     }
 
 
-def _matmul(m: int, rows: int, cols: int, split: int, nested: bool) -> dict[str, str | int | None]:
+def _matmul(m: int, rows: int, cols: int, nested: bool, custom: bool = False) -> Arguments:
     return {
         "0.x": "x",
         "0.m": m,
         "0.packed": "packed",
         "0.rows": rows,
         "0.cols": cols,
-        "0.split_length": split,
-        "0.source.custom": None,
-        **_scales("0.scales", nested),
+        "0.source.custom": "codebook" if custom else None,
+        **_scales("0.scales", nested, 5),
     }
 
 
-def _mma_output(m: int, columns: int) -> dict[str, str | int | None]:
+def _mma_output(m: int, columns: int, bias: bool, split: bool) -> Arguments:
     return {
-        "0.output.bias": "bias",
-        "0.output.y": "y",
-        "0.output.parts": None,
+        "0.output.bias": "bias" if bias else None,
+        "0.output.y": None if split else "y",
+        "0.output.parts": "parts" if split else None,
         "0.output.m": m,
         "0.output.columns": columns,
     }
 
 
-PROOFS = (
-    Proof(
-        "dequantize_4bit_kernel<BFloat16>",
-        "dequantize_4bit.cu",
-        (1, 1, 1),
-        256,
-        (POINTER, Scales, CodeSource, Region, LONG, POINTER),
-        {
-            "0": "packed",
-            **_scales("1", False),
-            "2.custom": None,
-            "3.first": 0,
-            "3.row_length": 2048,
-            "3.row_skip": 0,
-            "4": 2048,
-            "5": "out",
-        },
-    ),
-    Proof(
-        "quantize_4bit_kernel<float, false>",
-        "quantize_4bit.cu",
-        (1, 1, 1),
-        256,
-        (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
-        {
-            "0": "x",
-            **_block_plan(6),
-            "2.custom": None,
-            "3": "packed",
-            "4": "absmax",
-        },
-    ),
-    Proof(
-        "quantize_4bit_kernel<BFloat16, true>",
-        "quantize_4bit.cu",
-        (1, 1, 1),
-        256,
-        (POINTER, BlockPlan, CodeSource, POINTER, POINTER),
-        {
-            "0": "x",
-            **_block_plan(6),
-            "2.custom": None,
-            "3": "packed",
-            "4": "absmax",
-        },
-    ),
-    Proof(
-        "quantize_8bit_kernel<float>",
-        "quantize_8bit.cu",
-        (1, 1, 1),
-        256,
-        (POINTER, BlockPlan, POINTER, POINTER, POINTER),
-        {
-            "0": "x",
-            **_block_plan(8),
-            "2": "map",
-            "3": "codes",
-            "4": "absmax",
-        },
-    ),
-    Proof(
-        "dequantize_8bit_kernel<BFloat16>",
-        "quantize_8bit.cu",
-        (1, 1, 1),
-        256,
-        (POINTER, POINTER, POINTER, INT, LONG, POINTER),
-        {"0": "codes", "1": "absmax", "2": "map", "3": 8, "4": 2048, "5": "out"},
-    ),
-    Proof(
+def _dequantize_4bit() -> Iterator[Proof]:
+    parameters = (POINTER, Scales, CodeSource, Region, LONG, POINTER)
+    for t, nested, custom in (
+        *((t, False, False) for t in TYPES),
+        ("BFloat16", True, False),
+        ("float", True, True),
+    ):
+        # Two rounds of the block's 8192 codes, a warp's, and a few of another's.
+        numel = 2 * 8192 + 1024 + 37
+        yield Proof(
+            f"dequantize_4bit_kernel<{t}>",
+            "dequantize_4bit.cu",
+            (1, 1, 1),
+            256,
+            parameters,
+            {
+                "0": "packed",
+                **_scales("1", nested),
+                "2.custom": "codebook" if custom else None,
+                "3.first": 0,
+                "3.row_length": numel,
+                "3.row_skip": 0,
+                "4": numel,
+                "5": "out",
+            },
+            select=True,
+            case=("nested" if nested else "") + ("-custom" if custom else ""),
+        )
+
+
+def _quantizers() -> Iterator[Proof]:
+    parameters = (POINTER, BlockPlan, CodeSource, POINTER, POINTER)
+    for t, fp4, custom in (
+        *((t, fp4, False) for t in TYPES for fp4 in (False, True)),
+        ("float", False, True),
+    ):
+        yield Proof(
+            f"quantize_4bit_kernel<{t}, {str(fp4).lower()}>",
+            "quantize_4bit.cu",
+            (1, 1, 1),
+            256,
+            parameters,
+            {
+                "0": "x",
+                **_block_plan(6),
+                "2.custom": "codebook" if custom else None,
+                "3": "packed",
+                "4": "absmax",
+            },
+            case="custom" if custom else "",
+        )
+    parameters = (POINTER, BlockPlan, POINTER, POINTER, POINTER)
+    for t in TYPES:
+        yield Proof(
+            f"quantize_8bit_kernel<{t}>",
+            "quantize_8bit.cu",
+            (1, 1, 1),
+            256,
+            parameters,
+            {"0": "x", **_block_plan(8), "2": "map", "3": "codes", "4": "absmax"},
+        )
+        yield Proof(
+            f"dequantize_8bit_kernel<{t}>",
+            "quantize_8bit.cu",
+            (1, 1, 1),
+            256,
+            (POINTER, POINTER, POINTER, INT, LONG, POINTER),
+            {"0": "codes", "1": "absmax", "2": "map", "3": 8, "4": 2043, "5": "out"},
+        )
+    yield Proof(
         "absmax_mean_kernel",
         "quantize_absmax.cu",
         (1, 1, 1),
         1024,
         (POINTER, LONG, POINTER),
-        {"0": "absmax", "1": 4096, "2": "nested_offset"},
-    ),
-    Proof(
+        {"0": "absmax", "1": 4099, "2": "nested_offset"},
+    )
+    yield Proof(
         "quantize_absmax_kernel",
         "quantize_absmax.cu",
         (1, 1, 1),
         256,
-        (POINTER, BlockPlan, POINTER, POINTER, POINTER),
+        parameters,
         {
             "0": "absmax",
             **_block_plan(8),
@@ -395,84 +398,122 @@ PROOFS = (
             "3": "codes",
             "4": "nested_absmax",
         },
-    ),
-    Proof(
-        "linear_4bit_vector_kernel<BFloat16, 1, 4, true>",
-        "linear_4bit_vector.cu",
-        (1, 1, 1),
-        128,
-        (VectorArgs,),
-        {
-            **_matmul(1, 16, 1024, 1024, False),
-            "0.x_row_stride": 1024,
-            "0.bias": "bias",
-            "0.y": "y",
-            "0.parts": None,
-        },
-        "VectorShared<BFloat16, 1>",
-    ),
-    Proof(
-        "linear_4bit_tiled_kernel<float, false>",
-        "linear_4bit_tiled.cu",
-        (1, 1, 1),
-        256,
-        (TiledArgs,),
-        {
-            "0.x": "x",
-            "0.m": 64,
-            "0.x_row_stride": 64,
-            "0.packed": "packed",
-            "0.rows": 64,
-            "0.cols": 64,
-            "0.source.custom": None,
-            "0.bias": "bias",
-            "0.y": "y",
-            **_scales("0.scales", False),
-        },
-    ),
-    Proof(
-        "linear_4bit_mma_kernel<BFloat16, 16, 4>",
-        "linear_4bit_mma.cu",
-        (1, 1, 1),
-        128,
-        (MmaArgs,),
-        {**_matmul(16, 128, 256, 256, False), "0.x_row_stride": 256, **_mma_output(16, 128)},
-        "MmaShared<16, 4>",
-    ),
-    Proof(
-        "linear_4bit_mma_kernel<BFloat16, 64, 2>",
-        "linear_4bit_mma.cu",
-        (1, 1, 1),
-        128,
-        (MmaArgs,),
-        {**_matmul(64, 128, 256, 256, False), "0.x_row_stride": 256, **_mma_output(64, 128)},
-        "MmaShared<64, 2>",
-    ),
-    Proof(
-        "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>",
-        "linear_4bit_dx_mma.cu",
-        (1, 1, 1),
-        128,
-        (MmaArgs,),
-        {**_matmul(64, 128, 128, 128, False), "0.x_row_stride": 128, **_mma_output(64, 128)},
-        "DxShared<64, 3>",
-    ),
-    Proof(
-        "sum_splits_kernel<BFloat16>",
-        "linear_4bit.cu",
-        (2, 1, 1),
-        256,
-        (POINTER, INT, LONG, LONG, Epilogue, POINTER),
-        {"0": "parts", "1": 3, "2": 4, "3": 128, "4.bias": "bias", "5": "y"},
-    ),
-)
+    )
+
+
+def _vector() -> Iterator[Proof]:
+    for t in TYPES:
+        for rows, warp_rows, whole, split in (
+            *((1, 4, True, False), (2, 4, True, False), (4, 4, True, True)),
+            *((8, 2, True, False), (4, 4, False, False)),
+        ):
+            # So long a row of W that x is staged twice.
+            m, n, k = rows, 4 * warp_rows - 1, 8224 // rows if whole else 1050
+            k = k - k % 32 if whole else k
+            yield Proof(
+                f"linear_4bit_vector_kernel<{t}, {rows}, {warp_rows}, {str(whole).lower()}>",
+                "linear_4bit_vector.cu",
+                (1, 1, 2 if split else 1),
+                128,
+                (VectorArgs,),
+                {
+                    **_matmul(m, n, k, nested=whole),
+                    "0.split_length": 1024 if split else k,
+                    "0.x_row_stride": k,
+                    "0.bias": "bias",
+                    "0.y": None if split else "y",
+                    "0.parts": "parts" if split else None,
+                },
+                f"VectorShared<{t}, {rows}>",
+                select=True,
+            )
+
+
+def _tiled() -> Iterator[Proof]:
+    for t in TYPES:
+        for input_gradient in (False, True):
+            yield Proof(
+                f"linear_4bit_tiled_kernel<{t}, {str(input_gradient).lower()}>",
+                "linear_4bit_tiled.cu",
+                (1, 1, 1),
+                256,
+                (TiledArgs,),
+                {
+                    **_matmul(63, 61, 67, nested=False),
+                    "0.x_row_stride": 67,
+                    "0.bias": "bias",
+                    "0.y": "y",
+                },
+                select=True,
+            )
+
+
+def _tensor_cores() -> Iterator[Proof]:
+    for t in HALVES:
+        for tile, stages in ((16, 4), (64, 2)):
+            split = t == "Float16"
+            m, rows, cols = tile - 3, 120, 128 * (2 * stages + 1) + 32
+            yield Proof(
+                f"linear_4bit_mma_kernel<{t}, {tile}, {stages}>",
+                "linear_4bit_mma.cu",
+                (1, 1, 2 if split else 1),
+                128,
+                (MmaArgs,),
+                {
+                    **_matmul(m, rows, cols, nested=split),
+                    "0.split_length": 128 * (stages + 1) if split else cols,
+                    "0.x_row_stride": cols,
+                    **_mma_output(m, rows, True, split),
+                },
+                f"MmaShared<{tile}, {stages}>",
+                select=True,
+            )
+        m, rows, cols = 61, 64 * 6 + 8, 96
+        yield Proof(
+            f"linear_4bit_dx_mma_kernel<{t}, 64, 3>",
+            "linear_4bit_dx_mma.cu",
+            (1, 1, 2 if split else 1),
+            128,
+            (MmaArgs,),
+            {
+                **_matmul(m, rows, cols, nested=split),
+                "0.split_length": 64 * 4 if split else rows,
+                "0.x_row_stride": rows,
+                **_mma_output(m, cols, False, split),
+            },
+            "DxShared<64, 3>",
+            select=True,
+        )
+    for t in TYPES:
+        yield Proof(
+            f"sum_splits_kernel<{t}>",
+            "linear_4bit.cu",
+            (2, 1, 1),
+            256,
+            (POINTER, INT, LONG, LONG, Epilogue, POINTER),
+            {"0": "parts", "1": 3, "2": 4, "3": 127, "4.bias": "bias", "5": "y"},
+        )
+
+
+PROOFS = (*_dequantize_4bit(), *_quantizers(), *_vector(), *_tiled(), *_tensor_cores())
+"""Every kernel that is compiled for sm_80 and later."""
+
+
+def compiled_kernels(architecture: int) -> set[str]:
+    """Names of the kernels in csrc/cuda, each with its template arguments."""
+    names = set()
+    for source in sorted(toolchain.KERNELS.glob("*.cu")):
+        text = toolchain.compile_kernels(source, architecture, "ptx").read_text()
+        found = re.findall(r"(?m)^(?:\.visible )?(?:\.weak )?\.entry\s+(\w+)", text)
+        names.update(figures.demangle(found) if found else ())
+    return names
 
 
 def main() -> None:
     """``cuda_proofs.py ARCHITECTURE [PART OF A NAME ...]`` prints what sentryward answers."""
     architecture, *parts = sys.argv[1:]
     for proof in PROOFS:
-        if not parts or any(part in proof.kernel for part in parts):
+        if not parts or any(part in str(proof) for part in parts):
             start = time.monotonic()
             verdict = prove(proof, int(architecture))
             seconds = time.monotonic() - start

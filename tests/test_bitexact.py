@@ -289,6 +289,28 @@ def test_dequantize_4bit(dtype: torch.dtype, table: str) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("skew", [0, 1, 31])
+def test_dequantize_4bit_of_results_larger_than_a_cache(dtype: torch.dtype, skew: int) -> None:
+    """Such results are stored past the caches, where they are aligned."""
+    numel = (16 << 20) // dtype.itemsize + 32 * 5 + 7  # the last block ends within a store
+    generator = torch.Generator().manual_seed(skew)
+    packed = torch.randint(256, (formats.packed_size(numel),), generator=generator).byte()
+    absmax = torch.rand(formats.num_blocks(numel, 32), generator=generator)
+    weight = (packed, absmax, None, None, None, "nf4", 32)
+    expected = reference.dequantize_4bit(*weight, [numel], dtype)
+    for target in testing.targets("cpu"):
+        if target.backend == "cpu" and not target.reason:
+            buffer = torch.full((numel + 96,), torch.nan, dtype=dtype)
+            first = -(buffer.data_ptr() // dtype.itemsize) % 32 + skew
+            out = buffer[first : first + numel]
+            with target.activate():
+                torch.ops.qkern.dequantize_4bit_out(*weight, out=out)
+            testing.assert_bitwise(out, expected, str(target))
+            assert buffer[:first].isnan().all()
+            assert buffer[first + numel :].isnan().all()
+
+
+@dtypes
 def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
     """Scales made so that products fall exactly half way between two values of the output."""
     one_and_a_bit = 1 + torch.arange(1 << 12) / (1 << 12)

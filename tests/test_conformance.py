@@ -188,6 +188,29 @@ def test_nonfinite_activations_stay_in_their_row(
     testing.assert_bitwise(y[untouched], clean[untouched])
 
 
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize("cols", [96, 416, 576])
+@matmuls
+def test_a_nonfinite_scale_stays_in_its_block(
+    spec: OpSpec, target: Target, cols: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """It reaches its row of the weight (forward) or its columns (dx), and no other result."""
+    forward = spec.name == "linear_4bit"
+    blocks = cols // 32
+    inputs = inputs_of(spec, Case((rows, 37, cols), dtype, block_size=32), device)
+    (clean,) = run(spec, inputs, target)
+    for value in (torch.nan, torch.inf):
+        for row, block in ((5, 0), (6, blocks - 1), (36, blocks - 1)):
+            absmax = inputs["absmax"].clone()
+            absmax[row * blocks + block] = value
+            (y,) = run(spec, inputs | {"absmax": absmax}, target)
+            touched = torch.zeros(y.shape[1], dtype=torch.bool, device=device)
+            touched[row if forward else slice(32 * block, 32 * block + 32)] = True
+            assert not y[:, touched].isfinite().any()
+            testing.assert_bitwise(y[:, ~touched], clean[:, ~touched], f"{value} in {row}, {block}")
+
+
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 0, 3), (1, 1, 1, 5)], ids=str)
 @matmuls
 def test_any_leading_dimensions(

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cuda_emulator import backend, build
 
 from qkern import testing
+from qkern.backends import _cuda_paths
 from qkern.testing import OPS, Case, OpSpec
 
 if build.compiler() is None:
@@ -48,12 +49,12 @@ def test_op(spec: OpSpec, case: Case, schedule: backend.Schedule, library: Modul
     testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")
 
 
-def run_table(variant: str, schedule: int, stride: int, largest: int) -> None:
+def run_table(variant: str, schedule: int, stride: int, largest: int, first: int = 0) -> None:
     """`run_table.py` on a build, in a process of its own that has the sanitizer's runtime."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | build.environment(variant)
     command = build.command_prefix(variant)
     command += [sys.executable, str(build.HERE / "run_table.py"), str(build.build(variant))]
-    command += [str(schedule), str(stride), str(largest)]
+    command += [str(schedule), str(stride), str(largest), str(first)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=1800, check=False, env=environment
     )
@@ -80,7 +81,43 @@ def test_whole_table(schedule: int) -> None:
 
 @pytest.mark.slow
 @every_schedule
-@pytest.mark.parametrize("variant", ["address", "thread"])
-def test_table_under_a_sanitizer(variant: str, schedule: int) -> None:
-    # Strides without a common factor: the schedules share the table out.
-    run_table(variant, schedule, (19, 23, 29, 31, 37, 41, 43)[schedule], 70_000)
+@pytest.mark.parametrize("variant", ["address", "thread", "select"])
+def test_every_small_case_on_another_build(variant: str, schedule: int) -> None:
+    """With a sanitizer, or the select form: the schedules share the cases out among them."""
+    run_table(variant, schedule, len(backend.SCHEDULES), 70_000, first=schedule)
+
+
+MATMULS = [(spec, case) for spec, case in TABLE if spec.name in ("linear_4bit", "linear_4bit_dx")]
+
+
+def forced_params() -> list[object]:
+    found = []
+    for i, (spec, case) in enumerate(MATMULS):
+        m, out_features, in_features = case.shape
+        schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
+        call = _cuda_paths.Matmul(
+            *(spec.name == "linear_4bit_dx", case.dtype, m, out_features, in_features),
+            batch_invariant=case.batch_invariant,
+            aligned=case.layout == "contiguous",
+        )
+        limits = _cuda_paths.Limits(schedule.capability, 108, 40 << 20)
+        allowed = _cuda_paths.allowed(call, limits)
+        for j, path in enumerate(_cuda_paths.PATHS):
+            if path in allowed:
+                marks = [] if i % 23 == j and case.numel <= 1 << 18 else [pytest.mark.slow]
+                name = f"{spec.name}-{path}-{schedule}-{case}"
+                found.append(pytest.param(spec, case, path, schedule, id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("spec", "case", "path", "schedule"), forced_params())
+def test_matmul_by_a_forced_path(
+    spec: OpSpec,
+    case: Case,
+    path: str,
+    schedule: backend.Schedule,
+    library: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QKERN_CUDA_PATH", path)
+    testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")

@@ -120,7 +120,7 @@ def test_no_layout_of_shared_memory_conflicts(tmp_path):
     if build.compiler() is None:
         pytest.skip("no C++ compiler")
     programs = sorted((Path(__file__).parent / "cuda_layouts").glob("*.cpp"))
-    assert len(programs) == 3
+    assert len(programs) == 4
     for source in programs:
         done = build.run_layouts(source.stem, toolchain.KERNELS, tmp_path)
         assert done.returncode == 0, f"{source.stem}: {done.stdout}"

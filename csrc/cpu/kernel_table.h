@@ -7,6 +7,14 @@
 namespace qkern::cpu {
 
 // How one format encodes, prepared once per call.
+// How codes are found; see EncodeTable.
+enum class Lookup {
+  kCount,          // the thresholds below t are counted: any table and any t
+  kBins,           // by bins; a value's rank is its code
+  kBinsPermuted,   // by bins; codes are in another order than values
+  kBinsMagnitude,  // by bins of |t|; the sign is a bit of the code
+};
+
 struct EncodeTable {
   static constexpr int kBins = 32;
 
@@ -18,14 +26,14 @@ struct EncodeTable {
   std::uint8_t codes[16];
 
   // The same function by one lookup: t (or |t|) falls in bin int(t * bin_scale + bin_offset), and
-  // each bin holds at most one threshold, so one comparison picks the lower or the upper code.
-  // Absent where two thresholds share a bin.
-  bool has_bins = false;
+  // each bin holds at most one threshold, so one comparison tells whether it is below t, and
+  // `bin_rank` how many of the bins before are. Not where two thresholds share a bin, nor for a t
+  // beyond [-1, 1] or a NaN: kCount then.
+  Lookup lookup = Lookup::kCount;
   float bin_scale = 0;
   float bin_offset = 0;
   float bin_threshold[kBins];
-  std::int32_t bin_lower[kBins];
-  std::int32_t bin_upper[kBins];
+  std::int32_t bin_rank[kBins];
 };
 
 // A range of blocks [begin, end) of a flat tensor of numel elements.

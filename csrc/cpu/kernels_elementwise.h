@@ -20,77 +20,122 @@ inline float magnitude_value(std::uint32_t bits, float) { return float_from_bits
 inline float magnitude_value(std::uint16_t bits, BFloat16) { return to_float(BFloat16{bits}); }
 inline float magnitude_value(std::uint16_t bits, Float16) { return to_float(Float16{bits}); }
 
+template <typename T>
+using MagnitudeBits = decltype(magnitude_bits(T{}));
+
+// The largest magnitude of whole groups. One maximum for each place in a group: compilers make
+// registers of the array.
+template <typename T>
+__attribute__((always_inline)) inline MagnitudeBits<T> groups_magnitude(const T* x,
+                                                                        std::int64_t groups) {
+  MagnitudeBits<T> largest[kGroup] = {};
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (int i = 0; i < kGroup; ++i) {
+      const MagnitudeBits<T> bits = magnitude_bits(x[g * kGroup + i]);
+      largest[i] = bits > largest[i] ? bits : largest[i];
+    }
+  }
+  return Simd::largest(largest);
+}
+
+// NaN for an infinity or a NaN.
+template <typename T>
+float absmax_of(MagnitudeBits<T> largest) {
+  const float absmax = magnitude_value(largest, T{});
+  return float_bits(absmax) >= kFloatInf ? float_from_bits(kFloatQuietNan) : absmax;
+}
+
 // max |x|; NaN where any element is NaN or infinite.
 template <typename T>
 float block_absmax(const T* x, std::int64_t n) {
-  auto largest = magnitude_bits(x[0]);
-  for (std::int64_t i = 1; i < n; ++i) {
-    const auto bits = magnitude_bits(x[i]);
+  MagnitudeBits<T> largest = groups_magnitude(x, n / kGroup);
+  for (std::int64_t i = n - n % kGroup; i < n; ++i) {
+    const MagnitudeBits<T> bits = magnitude_bits(x[i]);
     largest = bits > largest ? bits : largest;
   }
-  const float absmax = magnitude_value(largest, x[0]);
-  return float_bits(absmax) >= kFloatInf ? float_from_bits(kFloatQuietNan) : absmax;
+  return absmax_of<T>(largest);
 }
 
 // 1 / absmax; 0 for a block of zeros, which sends every t to 0.
 inline float block_reciprocal(float absmax) { return absmax == 0.0f ? 0.0f : 1.0f / absmax; }
 
 // S is Simd: a parameter, so that the branch not taken need not compile.
-template <bool kBins, typename T, typename S = Simd>
-void encode_groups(const T* x, std::int64_t groups, float reciprocal,
-                   const typename S::Encoder& encoder, std::uint8_t* packed) {
+template <Lookup kLookup, typename T, typename S = Simd>
+__attribute__((always_inline)) inline void encode_groups(const T* x, std::int64_t groups,
+                                                         float reciprocal,
+                                                         const typename S::Encoder& encoder,
+                                                         std::uint8_t* packed) {
   const typename S::F scale = S::set1(reciprocal);
   for (std::int64_t g = 0; g < groups; ++g) {
+    typename S::F values[kGroupRegisters];
+    S::load_group(x + g * kGroup, values);
     if constexpr (S::kByteTables) {
-      typename S::F values[kGroupRegisters];
-      for (int i = 0; i < kGroupRegisters; ++i) {
-        values[i] = S::load(x + g * kGroup + i * S::kLanes);
-      }
-      encoder.template encode32<kBins>(values, scale, packed + g * (kGroup / 2));
+      encoder.template encode32<kLookup>(values, scale, packed + g * (kGroup / 2));
     } else {
       typename S::I codes[kGroupRegisters];
       for (int i = 0; i < kGroupRegisters; ++i) {
-        const typename S::F value = S::load(x + g * kGroup + i * S::kLanes);
-        codes[i] = encoder.template encode<kBins>(S::mul(value, scale), value);
+        codes[i] = encoder.template encode<kLookup>(S::mul(values[i], scale), values[i]);
       }
-      S::pack32(codes, packed + g * (kGroup / 2));
+      S::pack_group(codes, packed + g * (kGroup / 2));
     }
   }
 }
 
+// A block that is no whole number of groups. It goes through the same code, padded with zeros, as
+// the format pads an odd last byte.
 template <typename T>
-void encode_block(const T* x, std::int64_t n, float absmax, const Simd::Encoder& encoder,
-                  std::uint8_t* packed) {
-  const float reciprocal = block_reciprocal(absmax);
+void quantize_tail(const T* x, std::int64_t n, const Simd::Encoder& encoder, std::uint8_t* packed,
+                   float* absmax) {
+  *absmax = block_absmax(x, n);
+  const float reciprocal = block_reciprocal(*absmax);
   const std::int64_t groups = n / kGroup;
-  // With an infinite reciprocal (subnormal absmax) or a NaN, t leaves [-1, 1] and so the bins.
-  const bool in_range = float_bits(reciprocal) < kFloatInf;
-  if (encoder.table.has_bins && in_range) {
-    encode_groups<true>(x, groups, reciprocal, encoder, packed);
-  } else {
-    encode_groups<false>(x, groups, reciprocal, encoder, packed);
-  }
+  encode_groups<Lookup::kCount>(x, groups, reciprocal, encoder, packed);
   const std::int64_t done = groups * kGroup;
   const std::int64_t rest = n - done;
-  if (rest == 0) return;
-  // The tail goes through the same code, padded with zeros, as the format pads an odd last byte.
   T padded[kGroup] = {};
   for (std::int64_t i = 0; i < rest; ++i) padded[i] = x[done + i];
   std::uint8_t bytes[kGroup / 2];
-  encode_groups<false>(padded, 1, reciprocal, encoder, bytes);
+  encode_groups<Lookup::kCount>(padded, 1, reciprocal, encoder, bytes);
   std::memcpy(packed + done / 2, bytes, static_cast<std::size_t>((rest + 1) / 2));
+}
+
+template <Lookup kLookup, typename T>
+void quantize_blocks(const T* x, BlockRange range, const EncodeTable& table, std::uint8_t* packed,
+                     float* absmax) {
+  const Simd::Encoder encoder(table);
+  const std::int64_t groups = range.block_size / kGroup;
+  const std::int64_t whole = min64(range.end, range.numel / range.block_size);
+  std::int64_t b = range.begin;
+  for (; b < whole; ++b) {
+    const T* block = x + b * range.block_size;
+    std::uint8_t* to = packed + b * (range.block_size / 2);
+    absmax[b] = absmax_of<T>(groups_magnitude(block, groups));
+    const float reciprocal = block_reciprocal(absmax[b]);
+    // With an infinite reciprocal (subnormal absmax) or a NaN, t leaves [-1, 1] and so the bins.
+    if (float_bits(reciprocal) < kFloatInf) {
+      encode_groups<kLookup>(block, groups, reciprocal, encoder, to);
+    } else {
+      encode_groups<Lookup::kCount>(block, groups, reciprocal, encoder, to);
+    }
+  }
+  if (b == range.end) return;
+  const std::int64_t start = b * range.block_size;
+  quantize_tail(x + start, range.numel - start, encoder, packed + start / 2, absmax + b);
 }
 
 template <typename T>
 void quantize_4bit(const void* x_data, BlockRange range, const EncodeTable& table,
                    std::uint8_t* packed, float* absmax) {
   const T* x = static_cast<const T*>(x_data);
-  const Simd::Encoder encoder(table);
-  for (std::int64_t b = range.begin; b < range.end; ++b) {
-    const std::int64_t start = b * range.block_size;
-    const std::int64_t n = min64(range.block_size, range.numel - start);
-    absmax[b] = block_absmax(x + start, n);
-    encode_block(x + start, n, absmax[b], encoder, packed + start / 2);
+  switch (table.lookup) {
+    case Lookup::kBins:
+      return quantize_blocks<Lookup::kBins>(x, range, table, packed, absmax);
+    case Lookup::kBinsPermuted:
+      return quantize_blocks<Lookup::kBinsPermuted>(x, range, table, packed, absmax);
+    case Lookup::kBinsMagnitude:
+      return quantize_blocks<Lookup::kBinsMagnitude>(x, range, table, packed, absmax);
+    default:
+      return quantize_blocks<Lookup::kCount>(x, range, table, packed, absmax);
   }
 }
 
@@ -131,18 +176,21 @@ inline void load_scales(const Weight4bit& weight, std::int64_t begin, std::int64
   }
 }
 
-// n weights of one block, from the start of a byte. S is Simd, as in encode_groups.
-template <typename S = Simd>
+// n weights of one block, from the start of a byte. kStream: past the caches, to aligned memory. S
+// is Simd, as in encode_groups.
+template <bool kStream = false, typename S = Simd>
 void decode_block(const std::uint8_t* packed, std::int64_t n, const typename S::Lut& lut,
                   float* out) {
   constexpr int kBytes = Simd::kLanes / 2;
   std::int64_t i = 0;
   if constexpr (S::kByteTables) {
     const typename S::Lut held = lut;  // in registers, since what is stored might be the table
-    for (; i + kGroup <= n; i += kGroup) S::decode32(packed + i / 2, held, out + i);
+    for (; i + kGroup <= n; i += kGroup) {
+      S::template decode32<kStream>(packed + i / 2, held, out + i);
+    }
   }
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
-    Simd::storeu(out + i, Simd::natural(packed + i / 2, lut));
+    Simd::put<kStream>(out + i, Simd::natural(packed + i / 2, lut));
   }
   if (i == n) return;
   std::uint8_t bytes[kBytes] = {};
@@ -151,12 +199,13 @@ void decode_block(const std::uint8_t* packed, std::int64_t n, const typename S::
 }
 
 // One block with its scale. 16 distinct values a block: scale and round those, then look up.
-inline void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes,
-                          float scale, float* out) {
-  decode_block(packed, n, Simd::scale_lut(Simd::make_lut(codes), scale), out);
+template <bool kStream = false>
+void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes, float scale,
+                   float* out) {
+  decode_block<kStream>(packed, n, Simd::scale_lut(Simd::make_lut(codes), scale), out);
 }
 
-template <typename T>
+template <bool kStream = false, typename T>
 void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* codes, float scale,
                    T* out) {
   T table[16];
@@ -168,18 +217,17 @@ void decode_scaled(const std::uint8_t* packed, std::int64_t n, const float* code
   const Simd::Lut16 lut = Simd::make_lut16(bits);
   std::uint16_t* values = reinterpret_cast<std::uint16_t*>(out);
   std::int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) Simd::decode32(packed + i / 2, lut, values + i);
+  for (; i + kGroup <= n; i += kGroup) Simd::decode32<kStream>(packed + i / 2, lut, values + i);
   for (; i < n; ++i) {
     const std::uint8_t byte = packed[i / 2];
     values[i] = bits[i % 2 == 0 ? byte >> 4 : byte & 15];
   }
 }
 
-template <typename T>
-void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data) {
+template <bool kStream, typename T>
+void dequantize_blocks(const Weight4bit& weight, BlockRange range, T* out) {
   constexpr std::int64_t kScales = 256;
   const float* codes = code_values(weight.codes);
-  T* out = static_cast<T*>(out_data);
   float scales[kScales];
   for (std::int64_t first = range.begin; first < range.end; first += kScales) {
     const std::int64_t count = min64(kScales, range.end - first);
@@ -187,15 +235,33 @@ void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data)
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t start = (first + i) * range.block_size;
       const std::int64_t n = min64(range.block_size, range.numel - start);
-      decode_scaled(weight.packed + start / 2, n, codes, scales[i], out + start);
+      decode_scaled<kStream>(weight.packed + start / 2, n, codes, scales[i], out + start);
     }
+  }
+  if (kStream) Simd::fence();
+}
+
+// A result larger than this does not wait in a cache for its reader. Past the caches it goes
+// straight to memory, whose lines a usual store would read first.
+constexpr std::int64_t kStreamBytes = std::int64_t{16} << 20;
+
+template <typename T>
+void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data) {
+  T* out = static_cast<T*>(out_data);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out_data) % 64 == 0;
+  const std::int64_t bytes = range.numel * static_cast<std::int64_t>(sizeof(T));
+  if (aligned && bytes > kStreamBytes) {
+    dequantize_blocks<true>(weight, range, out);
+  } else {
+    dequantize_blocks<false>(weight, range, out);
   }
 }
 
 template <typename T>
-void quantize_8bit(const void* x_data, BlockRange range, const float* thresholds,
+void quantize_8bit(const void* x_data, BlockRange range, const float* threshold_values,
                    std::uint8_t* codes, float* absmax) {
   const T* x = static_cast<const T*>(x_data);
+  const Simd::Thresholds thresholds(threshold_values);
   for (std::int64_t b = range.begin; b < range.end; ++b) {
     const std::int64_t start = b * range.block_size;
     const std::int64_t n = min64(range.block_size, range.numel - start);

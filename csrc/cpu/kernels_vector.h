@@ -17,6 +17,7 @@ constexpr std::int64_t kScalePadding = kLanes;
 struct Segment {
   std::int64_t k0, length;
   std::int64_t chunks;  // whole and partial
+  std::int64_t blocks;
 };
 
 // Where a chunk's registers lie in memory: in the order of the steps that expose them.
@@ -155,9 +156,11 @@ struct VectorKernel {
       }
       if (c < end) {
         const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
+        const std::int64_t block = (c * kChunk) >> shift;
         for (int s = 0; s < kStreams; ++s) {
           words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
-          scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
+          // Nothing for the lanes past the end: what follows may be another row's NaN.
+          scale[s] = Simd::first_lanes(Simd::expand_scales(scales[s] + block, pattern), left);
         }
         kernel.chunk(words, lut, x + c * kChunkStride, x_stride, scale);
       }
@@ -174,10 +177,9 @@ constexpr int vector_streams(int rows) {
   return fit < 1 ? 1 : fit > kMaxStreams ? static_cast<int>(kMaxStreams) : fit;
 }
 
-// The scales of up to kMaxStreams rows, one after the other, padded with zeros.
 struct VectorScratch {
   float* x;        // [kRows][chunks * kChunk], or as XLayout says
-  float* scales;   // [kMaxStreams][scale_stride]
+  float* scales;   // [rows of W side by side][blocks], and room for expand_scales
   float* partial;  // [run of W's rows][kRows], where the contraction has several segments
 };
 
@@ -188,7 +190,7 @@ struct VectorTask {
 
   const Linear4bitArgs& args;
   const float* codes;
-  std::int64_t row_blocks, scale_stride, segment_length;
+  std::int64_t row_blocks, segment_length;
   VectorScratch scratch;
 
   template <int kCount>
@@ -197,13 +199,17 @@ struct VectorTask {
     const std::uint8_t* rows[kCount];
     const float* scales[kCount];
     const std::int64_t block0 = segment.k0 / weight.block_size;
-    const std::int64_t blocks = ceil_div(segment.length, weight.block_size);
     for (int s = 0; s < kCount; ++s) {
       rows[s] = weight.packed + (row + s) * (weight.cols / 2) + segment.k0 / 2;
-      float* to = scratch.scales + s * scale_stride;
-      load_scales(weight, (row + s) * row_blocks + block0, blocks, to);
-      for (std::int64_t i = 0; i < kScalePadding; ++i) to[blocks + i] = 0.0f;
-      scales[s] = to;
+      scales[s] = scratch.scales + s * segment.blocks;
+    }
+    if (segment.blocks == row_blocks) {
+      load_scales(weight, row * row_blocks, kCount * row_blocks, scratch.scales);
+    } else {
+      for (int s = 0; s < kCount; ++s) {
+        load_scales(weight, (row + s) * row_blocks + block0, segment.blocks,
+                    scratch.scales + s * segment.blocks);
+      }
     }
     VectorKernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes,
                                      scratch.x, segment, out);
@@ -219,7 +225,7 @@ struct VectorTask {
 
   Segment segment_at(std::int64_t k0) const {
     const std::int64_t length = min64(segment_length, args.weight.cols - k0);
-    return {k0, length, ceil_div(length, kChunk)};
+    return {k0, length, ceil_div(length, kChunk), ceil_div(length, args.weight.block_size)};
   }
 
   void run_rows(std::int64_t begin, std::int64_t end) const {
@@ -263,8 +269,9 @@ struct ForwardVector {
     static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
     const std::int64_t segment_length = min64(kSegment, weight.cols);
     const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
-    const std::int64_t scale_stride = ceil_div(segment_length, weight.block_size) + kScalePadding;
-    const std::int64_t floats = x_floats + kMaxStreams * scale_stride + Task::kRun * kRows;
+    const std::int64_t scale_floats =
+        kMaxStreams * ceil_div(segment_length, weight.block_size) + kScalePadding;
+    const std::int64_t floats = x_floats + scale_floats + Task::kRun * kRows;
 
     const std::int64_t grain =
         ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
@@ -274,14 +281,9 @@ struct ForwardVector {
       float* scratch =
           static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
       if (scratch == nullptr) return status.fail(kOutOfMemory);
-      const VectorScratch parts{scratch, scratch + x_floats,
-                                scratch + x_floats + kMaxStreams * scale_stride};
-      const Task task{args,
-                      code_values(weight.codes),
-                      weight.cols / weight.block_size,
-                      scale_stride,
-                      segment_length,
-                      parts};
+      const VectorScratch parts{scratch, scratch + x_floats, scratch + x_floats + scale_floats};
+      const Task task{args, code_values(weight.codes), weight.cols / weight.block_size,
+                      segment_length, parts};
       if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
       std::int64_t begin, end;
       while (queue.next(&begin, &end)) task.run_rows(begin, end);

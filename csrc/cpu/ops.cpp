@@ -33,7 +33,7 @@ void add_bins(EncodeTable* table) {
   int next = 0;
   for (int bin = 0; bin < EncodeTable::kBins; ++bin) {
     table->bin_threshold[bin] = std::numeric_limits<float>::infinity();
-    table->bin_lower[bin] = table->bin_upper[bin] = table->codes[next];
+    table->bin_rank[bin] = next;
     int inside = 0;
     while (next < table->num_thresholds) {
       // The very arithmetic of the kernels: one fused multiply-add, truncated.
@@ -42,10 +42,12 @@ void add_bins(EncodeTable* table) {
       if (owner != bin) break;
       if (++inside > 1) return;
       table->bin_threshold[bin] = table->thresholds[next++];
-      table->bin_upper[bin] = table->codes[next];
     }
   }
-  table->has_bins = next == table->num_thresholds;
+  if (next < table->num_thresholds) return;
+  table->lookup = table->sign_magnitude                             ? Lookup::kBinsMagnitude
+                  : std::is_sorted(table->codes, table->codes + 16) ? Lookup::kBins
+                                                                    : Lookup::kBinsPermuted;
 }
 
 EncodeTable make_encode_table(const Codebook& codes) {

@@ -36,9 +36,25 @@ struct Simd {
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F loadu(const float* p) { return _mm256_loadu_ps(p); }
   static void storeu(float* p, F v) { _mm256_storeu_ps(p, v); }
+  // kStream: to aligned memory, past the caches; others see it after fence().
+  template <bool kStream>
+  static void put(float* p, F v) {
+    kStream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
+  }
+  template <bool kStream>
+  static void put(std::uint16_t* p, I v) {
+    I* to = reinterpret_cast<I*>(p);
+    kStream ? _mm256_stream_si256(to, v) : _mm256_storeu_si256(to, v);
+  }
+  static void fence() { _mm_sfence(); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) {
+    const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
+  }
   static float reduce(F v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -81,6 +97,34 @@ struct Simd {
     T lanes[kLanes];
     store(lanes, v);
     std::memcpy(p, lanes, static_cast<std::size_t>(n) * sizeof(T));
+  }
+
+  // The largest of 32 magnitudes.
+  static std::uint16_t largest(const std::uint16_t (&v)[32]) {
+    const I half = _mm256_max_epu16(_mm256_loadu_si256(reinterpret_cast<const I*>(v)),
+                                    _mm256_loadu_si256(reinterpret_cast<const I*>(v + 16)));
+    const __m128i quarter =
+        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // The instruction finds the smallest.
+    const __m128i ones = _mm_set1_epi32(-1);
+    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, ones)));
+    return static_cast<std::uint16_t>(~least);
+  }
+  static std::uint32_t largest(const std::uint32_t (&v)[32]) {
+    const I* from = reinterpret_cast<const I*>(v);
+    const I half = _mm256_max_epu32(
+        _mm256_max_epu32(_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)),
+        _mm256_max_epu32(_mm256_loadu_si256(from + 2), _mm256_loadu_si256(from + 3)));
+    __m128i rest = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    rest = _mm_max_epu32(rest, _mm_shuffle_epi32(rest, 0x4e));
+    rest = _mm_max_epu32(rest, _mm_shuffle_epi32(rest, 0xb1));
+    return static_cast<std::uint32_t>(_mm_cvtsi128_si32(rest));
+  }
+
+  // 32 values and, in the same order, their codes to 16 bytes, even elements in the high nibbles.
+  template <typename T>
+  static void load_group(const T* p, F (&values)[4]) {
+    for (int i = 0; i < 4; ++i) values[i] = load(p + i * kLanes);
   }
 
   // Table lookup: only the low four bits of each lane of `index` count.
@@ -169,20 +213,27 @@ struct Simd {
       }
     }
 
-    template <bool kBins>
+    template <Lookup kLookup>
     I encode(F t, F x) const {
+      // Known for a table with bins, so that the loop unrolls.
+      const bool sign_magnitude =
+          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+      const int num_thresholds = kLookup == Lookup::kCount ? table.num_thresholds
+                                 : sign_magnitude          ? 7
+                                                           : 15;
       const F sign_bit = set1(-0.0f);
-      const F key = table.sign_magnitude ? _mm256_andnot_ps(sign_bit, t) : t;
+      const F key = sign_magnitude ? _mm256_andnot_ps(sign_bit, t) : t;
       I count = _mm256_setzero_si256();
-      for (int i = 0; i < table.num_thresholds; ++i) {
+      for (int i = 0; i < num_thresholds; ++i) {
         const F above = _mm256_cmp_ps(key, set1(table.thresholds[i]), _CMP_GT_OQ);
         count = _mm256_sub_epi32(count, _mm256_castps_si256(above));
       }
+      if (kLookup == Lookup::kBins) return count;
       const F high = _mm256_castsi256_ps(_mm256_slli_epi32(count, 28));
       I code = _mm256_castps_si256(_mm256_blendv_ps(
           _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(codes[0], count)),
           _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(codes[1], count)), high));
-      if (table.sign_magnitude) {
+      if (sign_magnitude) {
         const I negative = _mm256_castps_si256(_mm256_cmp_ps(x, zero(), _CMP_LT_OQ));
         code = _mm256_or_si256(code, _mm256_and_si256(negative, _mm256_set1_epi32(8)));
       }
@@ -191,7 +242,7 @@ struct Simd {
   };
 
   // 32 codes in four registers to 16 bytes, even elements in the high nibbles.
-  static void pack32(const I (&codes)[4], std::uint8_t* out) {
+  static void pack_group(const I (&codes)[4], std::uint8_t* out) {
     const I low = _mm256_packs_epi32(codes[0], codes[1]);
     const I high = _mm256_packs_epi32(codes[2], codes[3]);
     // Packing works within 128-bit halves; one permute of 4-byte groups restores the order.
@@ -215,6 +266,7 @@ struct Simd {
     return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(low))),
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<__m128i*>(high)))};
   }
+  template <bool kStream>
   static void decode32(const std::uint8_t* p, const Lut16& lut, std::uint16_t* out) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i mask = _mm_set1_epi8(15);
@@ -226,13 +278,13 @@ struct Simd {
     const I high = _mm256_shuffle_epi8(lut.high, codes);
     const I first = _mm256_unpacklo_epi8(low, high);
     const I second = _mm256_unpackhi_epi8(low, high);
-    _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256(reinterpret_cast<I*>(out + 16),
-                        _mm256_permute2x128_si256(first, second, 0x31));
+    put<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
+    put<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
+  using Thresholds = const float*;
+  static I count_below(F t, Thresholds thresholds) {
     I count = _mm256_setzero_si256();
     for (int step = 128; step > 0; step /= 2) {
       const F probe = _mm256_i32gather_ps(thresholds + step - 1, count, 4);

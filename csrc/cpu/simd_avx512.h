@@ -37,9 +37,17 @@ struct Simd {
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F loadu(const float* p) { return _mm512_loadu_ps(p); }
   static void storeu(float* p, F v) { _mm512_storeu_ps(p, v); }
+  // kStream: to aligned memory, past the caches; others see it after fence().
+  template <bool kStream>
+  static void put(float* p, F v) {
+    kStream ? _mm512_stream_ps(p, v) : _mm512_storeu_ps(p, v);
+  }
+  static void fence() { _mm_sfence(); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) { return _mm512_maskz_mov_ps(first(n), v); }
   static float reduce(F v) { return _mm512_reduce_add_ps(v); }
 
   static F load(const float* p) { return loadu(p); }
@@ -148,42 +156,42 @@ struct Simd {
   struct Encoder {
     const EncodeTable& table;
     F bin_threshold[2];
-    I bin_lower[2], bin_upper[2];
+    I bin_rank[2];
     I codes;
     F scale, offset;
 
     explicit Encoder(const EncodeTable& from) : table(from) {
       for (int i = 0; i < 2; ++i) {
         bin_threshold[i] = _mm512_loadu_ps(from.bin_threshold + 16 * i);
-        bin_lower[i] = _mm512_loadu_si512(from.bin_lower + 16 * i);
-        bin_upper[i] = _mm512_loadu_si512(from.bin_upper + 16 * i);
+        bin_rank[i] = _mm512_loadu_si512(from.bin_rank + 16 * i);
       }
       codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from.codes)));
       scale = set1(from.bin_scale);
       offset = set1(from.bin_offset);
     }
 
-    template <bool kBins>
+    template <Lookup kLookup>
     I encode(F t, F x) const {
-      const F key = table.sign_magnitude ? _mm512_abs_ps(t) : t;
-      I code;
-      if (kBins) {
+      const bool sign_magnitude =
+          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+      const F key = sign_magnitude ? _mm512_abs_ps(t) : t;
+      const I one = _mm512_set1_epi32(1);
+      I rank;  // thresholds below the key
+      if (kLookup != Lookup::kCount) {
         const I bin = _mm512_cvttps_epi32(_mm512_fmadd_ps(key, scale, offset));
         const F threshold = _mm512_permutex2var_ps(bin_threshold[0], bin, bin_threshold[1]);
         const __mmask16 above = _mm512_cmp_ps_mask(key, threshold, _CMP_GT_OQ);
-        code = _mm512_permutex2var_epi32(bin_lower[0], bin, bin_lower[1]);
-        code = _mm512_mask_mov_epi32(code, above,
-                                     _mm512_permutex2var_epi32(bin_upper[0], bin, bin_upper[1]));
+        rank = _mm512_permutex2var_epi32(bin_rank[0], bin, bin_rank[1]);
+        rank = _mm512_mask_add_epi32(rank, above, rank, one);
       } else {
-        I count = _mm512_setzero_si512();
-        const I one = _mm512_set1_epi32(1);
+        rank = _mm512_setzero_si512();
         for (int i = 0; i < table.num_thresholds; ++i) {
           const __mmask16 above = _mm512_cmp_ps_mask(key, set1(table.thresholds[i]), _CMP_GT_OQ);
-          count = _mm512_mask_add_epi32(count, above, count, one);
+          rank = _mm512_mask_add_epi32(rank, above, rank, one);
         }
-        code = _mm512_permutexvar_epi32(count, codes);
       }
-      if (table.sign_magnitude) {
+      I code = kLookup == Lookup::kBins ? rank : _mm512_permutexvar_epi32(rank, codes);
+      if (sign_magnitude) {
         const __mmask16 negative = _mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ);
         code = _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8));
       }
@@ -191,13 +199,44 @@ struct Simd {
     }
   };
 
-  // 32 codes in two registers to 16 bytes, even elements in the high nibbles.
-  static void pack32(const I (&codes)[2], std::uint8_t* out) {
-    for (int i = 0; i < 2; ++i) {
-      const I pairs =
-          _mm512_or_si512(_mm512_slli_epi64(codes[i], 4), _mm512_srli_epi64(codes[i], 32));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * i), _mm512_cvtepi64_epi8(pairs));
-    }
+  // The largest of 32 magnitudes.
+  static std::uint16_t largest(const std::uint16_t (&v)[32]) {
+    const __m512i all = _mm512_loadu_si512(v);
+    const __m256i half =
+        _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i quarter =
+        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // The instruction finds the smallest.
+    const __m128i ones = _mm_set1_epi32(-1);
+    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, ones)));
+    return static_cast<std::uint16_t>(~least);
+  }
+  static std::uint32_t largest(const std::uint32_t (&v)[32]) {
+    return _mm512_reduce_max_epu32(
+        _mm512_max_epu32(_mm512_loadu_si512(v), _mm512_loadu_si512(v + 16)));
+  }
+
+  // 32 values, even elements apart from odd ones, and their codes to 16 bytes.
+  static void load_group(const float* p, F (&values)[2]) {
+    const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const I odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const F low = loadu(p), high = loadu(p + 16);
+    values[0] = _mm512_permutex2var_ps(low, even, high);
+    values[1] = _mm512_permutex2var_ps(low, odd, high);
+  }
+  static void load_group(const BFloat16* p, F (&values)[2]) {
+    const I pairs = _mm512_loadu_si512(p);
+    values[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    values[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
+  static void load_group(const Float16* p, F (&values)[2]) {
+    const I pairs = _mm512_loadu_si512(p);
+    values[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    values[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  }
+  static void pack_group(const I (&codes)[2], std::uint8_t* out) {
+    const I bytes = _mm512_or_si512(_mm512_slli_epi32(codes[0], 4), codes[1]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(bytes));
   }
 
   // 32 weights of 16 bits from 16 bytes, by lookup of the ready 16-bit values.
@@ -205,6 +244,7 @@ struct Simd {
   static Lut16 make_lut16(const std::uint16_t* table) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
   }
+  template <bool kStream>
   static void decode32(const std::uint8_t* p, Lut16 lut, std::uint16_t* out) {
     // Lane i needs the 16-bit word i / 4, shifted so that its nibble comes to the low four bits;
     // the lookup takes five bits, and the table stands in both halves.
@@ -215,14 +255,39 @@ struct Simd {
                         10, 11, 10, 11, 10, 9, 8, 9, 8, 9, 8, 9, 8, 7, 6, 7, 6, 7, 6, 7, 6, 5, 4, 5,
                         4, 5, 4, 5, 4, 3, 2, 3, 2, 3, 2, 3, 2, 1, 0, 1, 0, 1, 0, 1, 0));
     const I index = _mm512_srlv_epi16(spread, _mm512_set1_epi64(0x0008'000c'0000'0004));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, lut));
+    const I values = _mm512_permutexvar_epi16(index, lut);
+    kStream ? _mm512_stream_si512(reinterpret_cast<I*>(out), values)
+            : _mm512_storeu_si512(out, values);
   }
 
-  // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
-    I count = _mm512_setzero_si512();
-    for (int step = 128; step > 0; step /= 2) {
-      const F probe = _mm512_i32gather_ps(count, thresholds + step - 1, 4);
+  // 255 ascending thresholds. The first five steps of a bisection choose among 31 of them, which
+  // registers hold as a tree: node n's children are 2n and 2n + 1.
+  struct Thresholds {
+    const float* all;
+    F top[2];
+
+    explicit Thresholds(const float* from) : all(from) {
+      const I nodes = _mm512_setr_epi32(127, 127, 63, 191, 31, 95, 159, 223, 15, 47, 79, 111, 143,
+                                        175, 207, 239);
+      const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      top[0] = _mm512_i32gather_ps(nodes, from, 4);
+      top[1] = _mm512_i32gather_ps(_mm512_slli_epi32(lane, 4), from + 7, 4);
+    }
+  };
+  // 8-bit codes: number of the thresholds below t, by bisection.
+  static I count_below(F t, const Thresholds& thresholds) {
+    const I one = _mm512_set1_epi32(1);
+    I node = one;
+    for (int level = 0; level < 5; ++level) {
+      // Of the index, four bits count.
+      const F probe = _mm512_permutexvar_ps(node, thresholds.top[level / 4]);
+      const __mmask16 above = _mm512_cmp_ps_mask(t, probe, _CMP_GT_OQ);
+      node = _mm512_add_epi32(node, node);
+      node = _mm512_mask_add_epi32(node, above, node, one);
+    }
+    I count = _mm512_slli_epi32(_mm512_sub_epi32(node, _mm512_set1_epi32(32)), 3);
+    for (int step = 4; step > 0; step /= 2) {
+      const F probe = _mm512_i32gather_ps(count, thresholds.all + step - 1, 4);
       const __mmask16 above = _mm512_cmp_ps_mask(t, probe, _CMP_GT_OQ);
       count = _mm512_mask_add_epi32(count, above, count, _mm512_set1_epi32(step));
     }

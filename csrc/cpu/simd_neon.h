@@ -46,12 +46,24 @@ struct Simd {
   static F set1(float v) { return vdupq_n_f32(v); }
   static F loadu(const float* p) { return vld1q_f32(p); }
   static void storeu(float* p, F v) { vst1q_f32(p, v); }
+  // Plain stores: no intrinsic goes past the caches.
+  template <bool>
+  static void put(float* p, F v) {
+    vst1q_f32(p, v);
+  }
+  static void fence() {}
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   template <int kLane>
   static F fma_lane(F a, F b, F c) {
     return vfmaq_laneq_f32(c, a, b, kLane);
+  }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) {
+    const std::uint32_t lanes[4] = {0, 1, 2, 3};
+    const uint32x4_t kept = vcltq_u32(vld1q_u32(lanes), vdupq_n_u32(static_cast<unsigned>(n)));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), kept));
   }
   static float reduce(F v) { return vaddvq_f32(v); }
 
@@ -81,6 +93,22 @@ struct Simd {
     T lanes[kLanes];
     store(lanes, v);
     std::memcpy(p, lanes, static_cast<std::size_t>(n) * sizeof(T));
+  }
+
+  // The largest of 32 magnitudes.
+  static std::uint16_t largest(const std::uint16_t (&v)[32]) {
+    return vmaxvq_u16(vmaxq_u16(vmaxq_u16(vld1q_u16(v), vld1q_u16(v + 8)),
+                                vmaxq_u16(vld1q_u16(v + 16), vld1q_u16(v + 24))));
+  }
+  static std::uint32_t largest(const std::uint32_t (&v)[32]) {
+    uint32x4_t found = vld1q_u32(v);
+    for (int i = 4; i < 32; i += 4) found = vmaxq_u32(found, vld1q_u32(v + i));
+    return vmaxvq_u32(found);
+  }
+
+  template <typename T>
+  static void load_group(const T* p, F (&values)[8]) {
+    for (int i = 0; i < 8; ++i) values[i] = load(p + i * kLanes);
   }
 
   static Lut make_lut(const float* table) {
@@ -130,6 +158,7 @@ struct Simd {
     return vmulq_f32(w[0], lut.scale);
   }
   // 32 weights in their own order from 16 bytes, times the table's factor.
+  template <bool>
   static void decode32(const std::uint8_t* p, const Lut& lut, float* out) {
     const uint8x16x2_t codes = natural_codes(vld1q_u8(p));
     for (int half = 0; half < 2; ++half) {
@@ -178,17 +207,15 @@ struct Simd {
   struct Encoder {
     const EncodeTable& table;
     uint8x16x2_t bin_threshold[4];  // byte p of each bin's threshold
-    uint8x16x2_t bin_lower, bin_upper;
+    uint8x16x2_t bin_rank;
     uint8x16_t codes;
 
     explicit Encoder(const EncodeTable& from) : table(from) {
-      std::uint8_t lower[EncodeTable::kBins], upper[EncodeTable::kBins];
+      std::uint8_t rank[EncodeTable::kBins];
       for (int i = 0; i < EncodeTable::kBins; ++i) {
-        lower[i] = static_cast<std::uint8_t>(from.bin_lower[i]);
-        upper[i] = static_cast<std::uint8_t>(from.bin_upper[i]);
+        rank[i] = static_cast<std::uint8_t>(from.bin_rank[i]);
       }
-      bin_lower = {{vld1q_u8(lower), vld1q_u8(lower + 16)}};
-      bin_upper = {{vld1q_u8(upper), vld1q_u8(upper + 16)}};
+      bin_rank = {{vld1q_u8(rank), vld1q_u8(rank + 16)}};
       const auto* bytes = reinterpret_cast<const std::uint8_t*>(from.bin_threshold);
       const uint8x16x4_t first = vld4q_u8(bytes), second = vld4q_u8(bytes + 64);
       for (int p = 0; p < 4; ++p) bin_threshold[p] = {{first.val[p], second.val[p]}};
@@ -196,25 +223,29 @@ struct Simd {
     }
 
     // 32 codes of x, with t = x * scale, to 16 bytes, even elements in the high nibbles.
-    template <bool kBins>
+    template <Lookup kLookup>
     void encode32(const F (&x)[8], F scale, std::uint8_t* out) const {
-      const uint8x16_t first = encode16<kBins>(x, scale);
-      const uint8x16_t second = encode16<kBins>(x + 4, scale);
+      const uint8x16_t first = encode16<kLookup>(x, scale);
+      const uint8x16_t second = encode16<kLookup>(x + 4, scale);
       const uint8x16_t even = vuzp1q_u8(first, second);
       const uint8x16_t odd = vuzp2q_u8(first, second);
       vst1q_u8(out, vsliq_n_u8(odd, even, 4));
     }
 
    private:
-    template <bool kBins>
+    template <Lookup kLookup>
     uint8x16_t encode16(const F* x, F scale) const {
+      const bool sign_magnitude =
+          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
       F key[4];
       for (int i = 0; i < 4; ++i) {
         const F t = vmulq_f32(x[i], scale);
-        key[i] = table.sign_magnitude ? vabsq_f32(t) : t;
+        key[i] = sign_magnitude ? vabsq_f32(t) : t;
       }
-      uint8x16_t code = kBins ? by_bins(key) : by_count(key);
-      if (table.sign_magnitude) {
+      const uint8x16_t count = kLookup == Lookup::kCount ? by_count(key) : by_bins(key);
+      if (kLookup == Lookup::kBins) return count;
+      uint8x16_t code = vqtbl1q_u8(codes, count);
+      if (sign_magnitude) {
         uint32x4_t negative[4];
         for (int i = 0; i < 4; ++i) negative[i] = vcltzq_f32(x[i]);
         code = vorrq_u8(code, vandq_u8(narrow(negative), vdupq_n_u8(8)));
@@ -222,6 +253,7 @@ struct Simd {
       return code;
     }
 
+    // The number of thresholds below each key.
     uint8x16_t by_bins(const F (&key)[4]) const {
       uint32x4_t bin[4];
       for (int i = 0; i < 4; ++i) {
@@ -235,7 +267,7 @@ struct Simd {
       join(bytes, threshold);
       uint32x4_t above[4];
       for (int i = 0; i < 4; ++i) above[i] = vcgtq_f32(key[i], threshold[i]);
-      return vbslq_u8(narrow(above), vqtbl2q_u8(bin_upper, bins), vqtbl2q_u8(bin_lower, bins));
+      return vsubq_u8(vqtbl2q_u8(bin_rank, bins), narrow(above));
     }
 
     uint8x16_t by_count(const F (&key)[4]) const {
@@ -245,7 +277,7 @@ struct Simd {
         const F threshold = set1(table.thresholds[k]);
         for (int i = 0; i < 4; ++i) count[i] = vsubq_u32(count[i], vcgtq_f32(key[i], threshold));
       }
-      return vqtbl1q_u8(codes, narrow(count));
+      return narrow(count);
     }
   };
 
@@ -254,6 +286,7 @@ struct Simd {
   static Lut16 make_lut16(const std::uint16_t* table) {
     return vld2q_u8(reinterpret_cast<const std::uint8_t*>(table));
   }
+  template <bool>
   static void decode32(const std::uint8_t* p, const Lut16& lut, std::uint16_t* out) {
     const uint8x16x2_t codes = natural_codes(vld1q_u8(p));
     for (int half = 0; half < 2; ++half) {
@@ -265,7 +298,8 @@ struct Simd {
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
+  using Thresholds = const float*;
+  static I count_below(F t, Thresholds thresholds) {
     float lanes[kLanes];
     std::uint32_t count[kLanes] = {};
     vst1q_f32(lanes, t);

@@ -53,6 +53,11 @@ struct Simd {
   }
   static F loadu(const float* p) { return load(p); }
   static void storeu(float* p, F v) { store(p, v); }
+  template <bool>
+  static void put(float* p, F v) {
+    storeu(p, v);
+  }
+  static void fence() {}
   static F add(F a, F b) {
     return map([&](int i) { return a.lane[i] + b.lane[i]; });
   }
@@ -61,6 +66,10 @@ struct Simd {
   }
   static F fma(F a, F b, F c) {
     return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  // Zeros but for the first n lanes.
+  static F first_lanes(F v, int n) {
+    return map([&](int i) { return i < n ? v.lane[i] : 0.0f; });
   }
   static float reduce(F v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
 
@@ -79,6 +88,20 @@ struct Simd {
   template <typename T>
   static void store_partial(T* p, F v, int n) {
     for (int i = 0; i < n; ++i) p[i] = from_float<T>(v.lane[i]);
+  }
+
+  // The largest of 32 magnitudes.
+  template <typename Bits>
+  static Bits largest(const Bits (&v)[32]) {
+    Bits found = v[0];
+    for (const Bits bits : v) found = bits > found ? bits : found;
+    return found;
+  }
+
+  // 32 values and, in the same order, their codes to 16 bytes, even elements in the high nibbles.
+  template <typename T>
+  static void load_group(const T* p, F (&values)[8]) {
+    for (int i = 0; i < 8; ++i) values[i] = load(p + i * kLanes);
   }
 
   // Table lookup: only the low four bits of each lane of `index` count.
@@ -151,7 +174,7 @@ struct Simd {
 
     explicit Encoder(const EncodeTable& from) : table(from) {}
 
-    template <bool kBins>
+    template <Lookup>
     I encode(F t, F x) const {
       return map_int([&](int i) {
         const float key =
@@ -166,7 +189,7 @@ struct Simd {
   };
 
   // 32 codes in eight groups to 16 bytes, even elements in the high nibbles.
-  static void pack32(const I (&codes)[8], std::uint8_t* out) {
+  static void pack_group(const I (&codes)[8], std::uint8_t* out) {
     for (int i = 0; i < 8; ++i) {
       const std::uint32_t* c = codes[i].lane;
       out[2 * i] = static_cast<std::uint8_t>(c[0] << 4 | c[1]);
@@ -182,6 +205,7 @@ struct Simd {
     std::memcpy(out.value, table, sizeof(out.value));
     return out;
   }
+  template <bool>
   static void decode32(const std::uint8_t* p, const Lut16& lut, std::uint16_t* out) {
     for (int i = 0; i < 16; ++i) {
       out[2 * i] = lut.value[p[i] >> 4];
@@ -190,7 +214,8 @@ struct Simd {
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
-  static I count_below(F t, const float* thresholds) {
+  using Thresholds = const float*;
+  static I count_below(F t, Thresholds thresholds) {
     return map_int([&](int i) {
       std::uint32_t count = 0;
       for (std::uint32_t step = 128; step > 0; step /= 2) {

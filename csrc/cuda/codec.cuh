@@ -2,6 +2,8 @@
 // table in shared memory; a scaled 16-bit table in registers).
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.h"
 #include "qkern/codes.h"
 #include "qkern/ops.h"
@@ -41,6 +43,14 @@ QKERN_DEVICE Float16 from_float<Float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
+// Whether nvcc has an instruction that rounds to bfloat16. Where it has none, its sequence of
+// instructions asks of every value whether it is a NaN.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kRoundsToBFloat16 = true;
+#else
+constexpr bool kRoundsToBFloat16 = false;
+#endif
+
 // Two values in one register, `low` in the low half.
 template <typename T>
 QKERN_DEVICE std::uint32_t pack_pair(float low, float high);
@@ -55,6 +65,21 @@ QKERN_DEVICE std::uint32_t pack_pair<Float16>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return static_cast<std::uint32_t>(__half_as_ushort(pair.x)) |
          static_cast<std::uint32_t>(__half_as_ushort(pair.y)) << 16;
+}
+
+// `pack_pair` of values that are no NaNs.
+template <typename T>
+QKERN_DEVICE std::uint32_t pack_numbers(float low, float high) {
+  if constexpr (std::is_same_v<T, BFloat16> && !kRoundsToBFloat16) {
+    // To nearest, ties to even; the carry of the largest numbers makes an infinity.
+    const auto rounded = [](float value) {
+      const std::uint32_t bits = __float_as_uint(value);
+      return bits + (bits >> 16 & 1u) + 0x7fffu;
+    };
+    return __byte_perm(rounded(low), rounded(high), 0x7632);
+  } else {
+    return pack_pair<T>(low, high);
+  }
 }
 
 template <typename T>
@@ -219,13 +244,33 @@ QKERN_DEVICE float load_nested_offset(const Scales& scales) {
   return scales.nested_offset == nullptr ? 0.0f : __ldg(scales.nested_offset);
 }
 
-// The scale of a block; two roundings where it is double-quantised, never a fused multiply-add.
-QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::int64_t block) {
-  if (scales.nested_absmax == nullptr)
-    return __ldg(static_cast<const float*>(scales.absmax) + block);
-  const unsigned code = __ldg(static_cast<const std::uint8_t*>(scales.absmax) + block);
-  const float value = __ldg(address_of(kDeviceMapSigned.values, code));
-  return __fadd_rn(__fmul_rn(value, __ldg(scales.nested_absmax + (block >> 8))), nested_offset);
+// What of a block's scale comes from memory that no cache may hold. A kernel that has other work
+// fetches before it and finishes after it.
+struct FetchedScale {
+  unsigned bits;        // of the scale, or the code that stands for it
+  float nested_absmax;  // of a double-quantised one
+};
+
+QKERN_DEVICE FetchedScale fetch_scale(const Scales& scales, std::int64_t element) {
+  const std::int64_t block = element >> scales.block_shift;
+  if (scales.nested_absmax != nullptr) {
+    return {__ldg(static_cast<const std::uint8_t*>(scales.absmax) + block),
+            __ldg(scales.nested_absmax + (block >> 8))};
+  }
+  return {__float_as_uint(__ldg(static_cast<const float*>(scales.absmax) + block)), 0.0f};
+}
+
+// Two roundings where the scale is double-quantised, never a fused multiply-add.
+QKERN_DEVICE float finish_scale(const Scales& scales, float nested_offset,
+                                const FetchedScale& fetched) {
+  if (scales.nested_absmax == nullptr) return __uint_as_float(fetched.bits);
+  const float value = __ldg(address_of(kDeviceMapSigned.values, fetched.bits));
+  return __fadd_rn(__fmul_rn(value, fetched.nested_absmax), nested_offset);
+}
+
+// The scale of an element.
+QKERN_DEVICE float load_scale(const Scales& scales, float nested_offset, std::int64_t element) {
+  return finish_scale(scales, nested_offset, fetch_scale(scales, element));
 }
 
 // The scales of a run of weights, by 32-bit positions: 64-bit indices would cost a hot loop more
@@ -246,26 +291,59 @@ struct ScaleRun {
   }
 };
 
-// `out[i]` is the scale at `positions[i]`: one branch for all.
+// `out[i]` is of the scale at `positions[i]`: one branch for all.
 template <int kCount>
-QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
-                              const unsigned (&positions)[kCount], float nested_offset,
-                              float (&out)[kCount]) {
-  if (scales.nested_absmax == nullptr) {
+QKERN_DEVICE void fetch_scales(const Scales& scales, const ScaleRun& run,
+                               const unsigned (&positions)[kCount], FetchedScale (&out)[kCount]) {
+  if (scales.nested_absmax != nullptr) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      out[i] =
-          __ldg(reinterpret_cast<const float*>(run.absmax) + (positions[i] >> scales.block_shift));
+      const unsigned block = positions[i] >> scales.block_shift;
+      out[i] = {__ldg(run.absmax + block), __ldg(run.nested_absmax + (block >> 8))};
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const unsigned block = positions[i] >> scales.block_shift;
-    const unsigned code = __ldg(run.absmax + block);
-    const float value = __ldg(address_of(kDeviceMapSigned.values, code));
-    const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
-    out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+    out[i] = {__float_as_uint(__ldg(reinterpret_cast<const float*>(run.absmax) + block)), 0.0f};
+  }
+}
+
+template <int kCount>
+QKERN_DEVICE void finish_scales(const Scales& scales, float nested_offset,
+                                const FetchedScale (&fetched)[kCount], float (&out)[kCount]) {
+  if (scales.nested_absmax != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float value = __ldg(address_of(kDeviceMapSigned.values, fetched[i].bits));
+      out[i] = __fadd_rn(__fmul_rn(value, fetched[i].nested_absmax), nested_offset);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = __uint_as_float(fetched[i].bits);
+}
+
+// Both at once, by one branch, for kernels whose other warps fill the time.
+template <int kCount>
+QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
+                              const unsigned (&positions)[kCount], float nested_offset,
+                              float (&out)[kCount]) {
+  if (scales.nested_absmax != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const unsigned block = positions[i] >> scales.block_shift;
+      const float value = __ldg(address_of(kDeviceMapSigned.values, __ldg(run.absmax + block)));
+      const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
+      out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned block = positions[i] >> scales.block_shift;
+    out[i] = __ldg(reinterpret_cast<const float*>(run.absmax) + block);
   }
 }
 
@@ -278,12 +356,24 @@ struct ScaledTable {
   std::uint32_t high[4];  // high bytes
 
   QKERN_DEVICE void fill(const CodeTable& table, float scale) {
+    if constexpr (std::is_same_v<T, BFloat16> && !kRoundsToBFloat16) {
+      // Values are finite, so it takes an infinite scale or a NaN to make a NaN.
+      if (magnitude_bits(scale) >= kInfBits) {
+        fill_by(table, scale, pack_pair<T>);
+        return;
+      }
+    }
+    fill_by(table, scale, pack_numbers<T>);
+  }
+
+  template <typename Pack>
+  QKERN_DEVICE void fill_by(const CodeTable& table, float scale, const Pack& pack) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t first = pack_pair<T>(__fmul_rn(table.values[4 * i + 0], scale),
-                                               __fmul_rn(table.values[4 * i + 1], scale));
-      const std::uint32_t second = pack_pair<T>(__fmul_rn(table.values[4 * i + 2], scale),
-                                                __fmul_rn(table.values[4 * i + 3], scale));
+      const std::uint32_t first = pack(__fmul_rn(table.values[4 * i + 0], scale),
+                                       __fmul_rn(table.values[4 * i + 1], scale));
+      const std::uint32_t second = pack(__fmul_rn(table.values[4 * i + 2], scale),
+                                        __fmul_rn(table.values[4 * i + 3], scale));
       low[i] = __byte_perm(first, second, 0x6420);
       high[i] = __byte_perm(first, second, 0x7531);
     }
@@ -293,9 +383,9 @@ struct ScaledTable {
   // the codes' lower three bits; `side` picks, for each, the lower or upper eight entries.
   QKERN_DEVICE static std::uint32_t pick(const std::uint32_t (&plane)[4], std::uint32_t index,
                                          std::uint32_t side) {
-    const std::uint32_t lower = __byte_perm(plane[0], plane[1], index);
-    const std::uint32_t upper = __byte_perm(plane[2], plane[3], index);
-    return __byte_perm(lower, upper, side);
+    const std::uint32_t lower = permute_bytes(plane[0], plane[1], index);
+    const std::uint32_t upper = permute_bytes(plane[2], plane[3], index);
+    return permute_bytes(lower, upper, side);
   }
 
   // out[i] holds elements 2i (low half) and 2i + 1 of the word's eight.

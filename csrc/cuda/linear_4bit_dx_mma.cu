@@ -53,7 +53,7 @@ struct DxArgs {
 };
 
 template <typename T, int kTileM, int kStages>
-QKERN_KERNEL(kThreads, 3)
+QKERN_KERNEL(kThreads, 2)
 linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
   using Shared = DxShared<kTileM, kStages>;
   QKERN_DYNAMIC_SHARED(memory);
@@ -73,52 +73,95 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
       begin + args.split_length < args.rows ? begin + args.split_length : args.rows;
   const int tiles = static_cast<int>((end - begin + kTileDepth - 1) / kTileDepth);
 
+  // A thread copies the same chunk of every kCopyRows-th row of dy, and a warp's 16 bytes of every
+  // kCopyDepth-th row of W; from where, moves on with each tile.
+  constexpr int kCopyRows = kThreads / kRowChunks;
+  constexpr int kCopyDepth = kThreads / kWarps;
+  const int dy_row = thread / kRowChunks;
+  const int dy_chunk = thread % kRowChunks;
+  const T* dy_from = args.dy + (m0 + dy_row) * args.dy_row_stride + begin + dy_chunk * kChunk;
+  const int dy_to = dy_position(dy_row, dy_chunk % 4, dy_chunk / 4);
+  static_assert(kCopyRows % 2 == 0, "dy_position of copied rows differs by whole rows");
+  const int code_row = thread / kWarps;
+  const std::int64_t code_column = k0 + thread % kWarps * kWarpColumns;
+  const std::uint8_t* codes_from = args.packed + ((begin + code_row) * args.cols + code_column) / 2;
+  const int codes_to = code_position(code_row, thread % kWarps);
+  static_assert(kCopyDepth % 32 == 0, "code_position of copied rows differs by whole rows");
+  // Tiles within W and the split, and blocks within dy, which are nearly all, ask nothing of rows.
+  const int full_tiles =
+      k0 + kTileColumns <= args.cols ? static_cast<int>((end - begin) / kTileDepth) : 0;
+  const int whole_tiles = m0 + kTileM <= args.m ? full_tiles : 0;
+
+  // Called for one tile after the other.
+  int fill_stage = 0;
   auto start_loads = [&](int tile) {
-    if (tile < tiles) {
-      const int stage = tile % kStages;
+    const int stage = fill_stage;
+    fill_stage = fill_stage == kStages - 1 ? 0 : fill_stage + 1;
+    const T* dy = dy_from;
+    const std::uint8_t* codes = codes_from;
+    if (tile < whole_tiles) {
+#pragma unroll
+      for (int i = 0; i < kTileM / kCopyRows; ++i) {
+        cp_async16(&shared.dy[stage][dy_to + i * kCopyRows * kRowChunks], dy, true);
+        dy += kCopyRows * args.dy_row_stride;
+      }
+#pragma unroll
+      for (int i = 0; i < kTileDepth / kCopyDepth; ++i) {
+        cp_async16(&shared.codes[stage][codes_to + i * kCopyDepth * kWarps], codes, true);
+        codes += kCopyDepth / 2 * args.cols;
+      }
+    } else if (tile < tiles) {
       const std::int64_t n0 = begin + static_cast<std::int64_t>(tile) * kTileDepth;
 #pragma unroll
-      for (int i = 0; i < kTileM * kRowChunks / kThreads; ++i) {
-        const int index = i * kThreads + thread;
-        const int row = index / kRowChunks;
-        const int chunk = index % kRowChunks;
-        const std::int64_t n = n0 + chunk * kChunk;
-        const bool exists = m0 + row < args.m && n < end;
-        cp_async16(&shared.dy[stage][dy_position(row, chunk % 4, chunk / 4)],
-                   exists ? args.dy + (m0 + row) * args.dy_row_stride + n : args.dy, exists);
+      for (int i = 0; i < kTileM / kCopyRows; ++i) {
+        const bool exists = m0 + dy_row + i * kCopyRows < args.m && n0 + dy_chunk * kChunk < end;
+        cp_async16(&shared.dy[stage][dy_to + i * kCopyRows * kRowChunks], exists ? dy : args.dy,
+                   exists);
+        dy += kCopyRows * args.dy_row_stride;
       }
 #pragma unroll
-      for (int i = 0; i < kTileDepth * kWarps / kThreads; ++i) {
-        const int index = i * kThreads + thread;
-        const int row = index / kWarps;
-        const int chunk = index % kWarps;
-        const std::int64_t column = k0 + chunk * kWarpColumns;
-        const bool exists = n0 + row < end && column < args.cols;
-        const std::int64_t element = (n0 + row) * args.cols + column;
-        cp_async16(&shared.codes[stage][code_position(row, chunk)],
-                   exists ? args.packed + element / 2 : args.packed, exists);
+      for (int i = 0; i < kTileDepth / kCopyDepth; ++i) {
+        const bool exists = n0 + code_row + i * kCopyDepth < end && code_column < args.cols;
+        cp_async16(&shared.codes[stage][codes_to + i * kCopyDepth * kWarps],
+                   exists ? codes : args.packed, exists);
+        codes += kCopyDepth / 2 * args.cols;
       }
     }
+    dy_from += kTileDepth;
+    codes_from += kTileDepth / 2 * args.cols;
     // Also where there is no tile, so that the count of groups is the same in every round.
     cp_async_commit();
   };
-  // Each lane fetches the scales of two rows for its warp's columns; 0 where there are no weights.
-  auto load_scales = [&](int tile, float (&out)[2]) {
-    const std::int64_t column = k0 + warp * kWarpColumns;
+  // Each lane fetches the scales of two rows for its warp's columns before the products of a tile,
+  // one tile after the other, and finishes and stores them after those. Where there are no weights,
+  // the scale is 0 or the offset: dy is 0 there, or the result is not stored.
+  const std::int64_t scale_column = k0 + warp * kWarpColumns;
+  std::int64_t scale_element = (begin + lane) * args.cols + scale_column;
+  FetchedScale fetched[2];
+  auto fetch_tile_scales = [&](int tile) {
+    const std::int64_t later = kWarp * args.cols;
+    if (tile < full_tiles) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const std::int64_t n =
-          begin + static_cast<std::int64_t>(tile) * kTileDepth + i * kWarp + lane;
-      out[i] = 0.0f;
-      if (n < end && column < args.cols) {
-        out[i] = load_scale(args.scales, nested_offset,
-                            (n * args.cols + column) >> args.scales.block_shift);
+      for (int i = 0; i < 2; ++i) fetched[i] = fetch_scale(args.scales, scale_element + i * later);
+    } else {
+      const std::int64_t n = begin + static_cast<std::int64_t>(tile) * kTileDepth + lane;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        fetched[i] = {0, 0.0f};
+        if (n + i * kWarp < end && scale_column < args.cols) {
+          fetched[i] = fetch_scale(args.scales, scale_element + i * later);
+        }
       }
     }
+    scale_element += kTileDepth * args.cols;
   };
-  auto store_scales = [&](int tile, const float (&in)[2]) {
+  auto store_tile_scales = [&](int tile) {
+    float finished[2];
+    finish_scales(args.scales, nested_offset, fetched, finished);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) shared.scales[tile % 2][warp][i * kWarp + lane] = in[i];
+    for (int i = 0; i < 2; ++i) {
+      shared.scales[tile % 2][warp][i * kWarp + lane] = finished[i];
+    }
   };
 
   constexpr int kFragmentsM = kTileM / 8;
@@ -132,47 +175,58 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
     }
   }
 
-  float next_scales[2];
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
-  load_scales(0, next_scales);
-  store_scales(0, next_scales);
+  for (int tile = 0; tile < kStages - 1; ++tile) start_loads(tile);
+  fetch_tile_scales(0);
+  store_tile_scales(0);
 
+  int stage = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
     // This tile is there for all, and all are done with the stage that is filled next.
     __syncthreads();
     start_loads(tile + kStages - 1);
-    load_scales(tile + 1, next_scales);
+    fetch_tile_scales(tile + 1);
 
-    const int stage = tile % kStages;
+    const uint4* const dy_tile = shared.dy[stage];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      // Read last before this round's barrier, and next after the following one.
+      if (half == 1) store_tile_scales(tile + 1);
       const int row0 = 32 * half + 8 * t;
+      float scales[8];
+      const auto* row_scales = reinterpret_cast<const uint4*>(&shared.scales[tile % 2][warp][row0]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 bits = row_scales[i];
+        scales[4 * i + 0] = __uint_as_float(bits.x);
+        scales[4 * i + 1] = __uint_as_float(bits.y);
+        scales[4 * i + 2] = __uint_as_float(bits.z);
+        scales[4 * i + 3] = __uint_as_float(bits.w);
+      }
       // Two steps of four rows, as two pairs; w[step][pair][c] is column 4g + c.
       std::uint32_t w[2][2][kLaneCodes];
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        unsigned codes[2];
-        float scales[2];
+        // The codes of two rows as those of one word.
+        std::uint32_t word = 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int row = row0 + 2 * pair + i;
           const auto* chunk = reinterpret_cast<const std::uint16_t*>(
-              &shared.codes[stage][code_position(row, warp)]);
-          codes[i] = chunk[g];
-          scales[i] = shared.scales[tile % 2][warp][row];
+              &shared.codes[stage][code_position(row0 + 2 * pair + i, warp)]);
+          word += static_cast<std::uint32_t>(chunk[g]) << (16 * i);
         }
+        const WordOffsets offsets(word);
 #pragma unroll
         for (int c = 0; c < kLaneCodes; ++c) {
-          w[pair / 2][pair % 2][c] =
-              pack_pair<T>(__fmul_rn(code_value(shared.table, word_code(codes[0], c)), scales[0]),
-                           __fmul_rn(code_value(shared.table, word_code(codes[1], c)), scales[1]));
+          w[pair / 2][pair % 2][c] = pack_pair<T>(
+              __fmul_rn(offsets.value(shared.table, c), scales[2 * pair]),
+              __fmul_rn(offsets.value(shared.table, kLaneCodes + c), scales[2 * pair + 1]));
         }
       }
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
-        const uint4 values = shared.dy[stage][dy_position(8 * i + g, t, half)];
+        const uint4 values = dy_tile[dy_position(g, t, half) + 8 * i * kRowChunks];
         const std::uint32_t dy[2][2] = {{values.x, values.y}, {values.z, values.w}};
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -185,8 +239,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
         }
       }
     }
-    // Read last before this round's barrier, and next after the following one.
-    store_scales(tile + 1, next_scales);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
   const std::int64_t column = k0 + warp * kWarpColumns;

@@ -34,8 +34,8 @@ struct MmaShared {
 // read (fixed s; two rows, four t) and those that write (neighbouring chunks) meet eight different
 // groups of banks.
 QKERN_DEVICE int x_position(int row, int t, int s) {
-  const int low = (t & 1) | ((((t >> 1) ^ s) & 1) << 1) | ((((s >> 1) ^ row) & 1) << 2);
-  return row * kRowChunks + ((t >> 1) << 3 | low);
+  const int low = (t & 1) | ((t >> 1) & 1) << 1 | (row & 1) << 2;
+  return (row * kRowChunks + ((t >> 1) << 3 | low)) ^ (s << 1);
 }
 
 template <typename T>
@@ -64,7 +64,8 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   const int g = lane / 4;
   const int t = lane % 4;
   const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
-  const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN + thread / kWarp * kWarpN;
+  const std::int64_t n0_block = static_cast<std::int64_t>(blockIdx.y) * kTileN;
+  const std::int64_t n0 = n0_block + thread / kWarp * kWarpN;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
   const std::int64_t end =
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
@@ -74,9 +75,8 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   constexpr int kCopyRows = kThreads / kRowChunks;
   const int copy_row = thread / kRowChunks;
   const int copy_chunk = thread % kRowChunks;
-  const T* const x_from =
-      args.x + (m0 + copy_row) * args.x_row_stride + begin + copy_chunk * kChunk;
-  const std::int64_t copy_step = kCopyRows * args.x_row_stride;
+  const T* x_from = args.x + (m0 + copy_row) * args.x_row_stride + begin + copy_chunk * kChunk;
+  std::int64_t copy_step = kCopyRows * args.x_row_stride;
   const int copies = args.m - m0 - copy_row > 0
                          ? static_cast<int>((args.m - m0 - copy_row + kCopyRows - 1) / kCopyRows)
                          : 0;
@@ -102,21 +102,43 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     row_position[j] = row_position[j - 1] + (j < lane_rows ? static_cast<unsigned>(args.cols) : 0);
   }
 
+  // Blocks within x and W, and tiles within the split, which are nearly all, ask nothing of rows.
+  // Where a thread copies two rows only, one past the end is the last one again, unused.
+  constexpr bool kRepeatsRows = kTileM == 2 * kCopyRows;
+  if constexpr (kRepeatsRows) {
+    const std::int64_t after = args.m - 1 - (m0 + copy_row);
+    if (after < kCopyRows) copy_step = after > 0 ? after * args.x_row_stride : 0;
+    if (after < 0) x_from += after * args.x_row_stride;
+  }
+  const bool whole_rows = (kRepeatsRows || m0 + kTileM <= args.m) && n0_block + kTileN <= args.rows;
+  const int whole_tiles = whole_rows ? static_cast<int>((end - begin) / kTileK) : 0;
+
   auto start_loads = [&](int tile) {
-    if (tile < tiles) {
-      const int stage = tile % kStages;
-      const int k0 = tile * kTileK;
+    const int stage = tile % kStages;
+    const int k0 = tile * kTileK;
+    const T* from = x_from + k0;
+    const std::uint8_t* codes = codes_from + k0 / 2;
+    if (tile < whole_tiles) {
+#pragma unroll
+      for (int i = 0; i < kTileM / kCopyRows; ++i) {
+        cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from, true);
+        from += copy_step;
+      }
+#pragma unroll
+      for (int j = 0; j < kLaneRows; ++j) {
+        cp_async16(&shared.codes[stage][j][thread], codes, true);
+        codes += row_bytes;
+      }
+    } else if (tile < tiles) {
       // What lies past the end of the split is not read.
       const bool x_in_range = begin + k0 + copy_chunk * kChunk < end;
-      const T* from = x_from + k0;
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
         cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from,
-                   x_in_range && i < copies);
+                   x_in_range && (kRepeatsRows || i < copies));
         from += copy_step;
       }
       const bool in_range = begin + k0 + t * kLaneCodes < end;
-      const std::uint8_t* codes = codes_from + k0 / 2;
 #pragma unroll
       for (int j = 0; j < kLaneRows; ++j) {
         cp_async16(&shared.codes[stage][j][thread], codes, in_range && j < lane_rows);
@@ -126,16 +148,20 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     // Also where there is no tile, so that the count of groups is the same in every round.
     cp_async_commit();
   };
-  // The scales of the lane's rows; 0 where there are no weights.
-  auto load_tile_scales = [&](int tile, float (&out)[kLaneRows]) {
+  // The scales of the lane's rows, fetched before the products of a tile and finished after them.
+  // Where there are no weights, the scale is 0 or the offset: x is 0 there.
+  FetchedScale fetched[kLaneRows];
+  auto fetch_tile_scales = [&](int tile) {
     const int k0 = tile * kTileK;
+    if (begin + k0 + t * kLaneCodes >= end || lane_rows == 0) {
 #pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) out[j] = 0.0f;
-    if (begin + k0 + t * kLaneCodes >= end || lane_rows == 0) return;
+      for (int j = 0; j < kLaneRows; ++j) fetched[j] = {0, 0.0f};
+      return;
+    }
     unsigned positions[kLaneRows];
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) positions[j] = row_position[j] + k0;
-    load_scales(args.scales, run, positions, nested_offset, out);
+    fetch_scales(args.scales, run, positions, fetched);
   };
 
   constexpr int kFragmentsM = kTileM / 8;
@@ -152,7 +178,8 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   float scales[kLaneRows];
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
-  load_tile_scales(0, scales);
+  fetch_tile_scales(0);
+  finish_scales(args.scales, nested_offset, fetched, scales);
 
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
@@ -161,6 +188,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     start_loads(tile + kStages - 1);
 
     const int stage = tile % kStages;
+    const uint4* const x_tile = shared.x[stage];
     ScaledTable<T> tables[kLaneRows];
     uint4 codes[kLaneRows];
 #pragma unroll
@@ -168,7 +196,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       tables[j].fill(shared.table, scales[j]);
       codes[j] = shared.codes[stage][j][thread];
     }
-    load_tile_scales(tile + 1, scales);
+    fetch_tile_scales(tile + 1);
 
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -184,7 +212,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       }
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
-        const uint4 values = shared.x[stage][x_position(8 * i + g, t, s)];
+        const uint4 values = x_tile[x_position(g, t, s) + 8 * i * kRowChunks];
         const std::uint32_t x[2][2] = {{values.x, values.y}, {values.z, values.w}};
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -197,6 +225,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
         }
       }
     }
+    finish_scales(args.scales, nested_offset, fetched, scales);
   }
 
 #pragma unroll

@@ -75,9 +75,8 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
       if (n0 + column < columns && d0 + d < depth) {
         const std::int64_t element = kInputGradient ? (d0 + d) * args.cols + n0 + column
                                                     : (n0 + column) * args.cols + d0 + d;
-        value =
-            __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                      load_scale(args.scales, nested_offset, element >> args.scales.block_shift));
+        value = __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                          load_scale(args.scales, nested_offset, element));
       }
       shared.w[d][column] = value;
     }

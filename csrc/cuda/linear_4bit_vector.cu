@@ -126,7 +126,7 @@ QKERN_DEVICE float scaled_dot(const VectorArgs<T>& args, const CodeTable& table,
   float sum = 0.0f;
   for (std::int64_t k = begin + lane; k < end; k += kWarp) {
     const std::int64_t element = n * args.cols + k;
-    const float scale = load_scale(args.scales, nested_offset, element >> args.scales.block_shift);
+    const float scale = load_scale(args.scales, nested_offset, element);
     const float w = __fmul_rn(code_value(table, packed_code(args.packed, element)), scale);
     sum = __fmaf_rn(w, to_float(args.x[row * args.x_row_stride + k]), sum);
   }
@@ -166,20 +166,20 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
 
   // At the lane's first code of the first row of W, and from there to the other rows', which fits
   // 32 bits too. A row past the end is the last one again, unused.
-  const std::uint8_t* codes = nullptr;
+  const uint4* codes = nullptr;
   ScaleRun run{};
-  unsigned row_bytes[kWarpRows] = {};
+  unsigned row_pieces[kWarpRows] = {};  // of 16 bytes
   unsigned row_position[kWarpRows] = {};
   if constexpr (kWhole) {
     const std::int64_t first = n0 < args.rows ? n0 : args.rows - 1;
     const std::int64_t element = first * args.cols + begin + lane * kLaneCodes;
-    codes = args.packed + element / 2;
+    codes = reinterpret_cast<const uint4*>(args.packed) + element / kLaneCodes;
     run.start(args.scales, element);
     row_position[0] = run.first;
 #pragma unroll
     for (int r = 1; r < kWarpRows; ++r) {
       const unsigned step = first + r < args.rows ? static_cast<unsigned>(args.cols) : 0;
-      row_bytes[r] = row_bytes[r - 1] + step / 2;
+      row_pieces[r] = row_pieces[r - 1] + step / kLaneCodes;
       row_position[r] = row_position[r - 1] + step;
     }
   }
@@ -199,10 +199,10 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
         unsigned positions[kWarpRows];
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-          words[r] = load_global16(codes + row_bytes[r]);
+          words[r] = load_global16(codes + row_pieces[r]);
           positions[r] = row_position[r] + k0;
         }
-        codes += kTile / 2;
+        codes += kTile / kLaneCodes;
         load_scales(args.scales, run, positions, nested_offset, scale);
       }
 
@@ -246,8 +246,7 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
             const std::int64_t element = (n0 + r) * args.cols + begin + k + i;
             w[r] = n0 + r < args.rows
                        ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                                   load_scale(args.scales, nested_offset,
-                                              element >> args.scales.block_shift))
+                                   load_scale(args.scales, nested_offset, element))
                        : 0.0f;
           }
 #pragma unroll

@@ -28,6 +28,16 @@ QKERN_DEVICE const float* address_of(const float* base, unsigned index) {
   return address;
 }
 
+// Byte i of the result is the byte, of the eight in `low` and `high`, that nibble i of `selector`
+// names; a nibble above 7 is taken for a sign to copy. The selector's upper half is not read.
+// __byte_perm masks nibbles, which takes an instruction.
+QKERN_DEVICE std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
+                                         std::uint32_t selector) {
+  std::uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
 // Copies 16 bytes from global to shared memory, both 16-aligned, without a register in between;
 // zeros where not `valid`, and then `source` is not read. Done after cp_async_wait. Before sm_80
 // the copy is done at once.

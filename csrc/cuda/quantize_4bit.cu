@@ -27,8 +27,14 @@ QKERN_DEVICE void stage_fp4(EncodeTable& table) {
   }
 }
 
-// A stable sort of sixteen values by rank, one thread each.
-QKERN_DEVICE void stage_sorted(const CodeTable& values, CodeTable& sorted, EncodeTable& table) {
+struct SortedRanks {
+  unsigned of[16];
+};
+
+// A stable sort of sixteen values, one thread each: it finds its value's rank, then fetches the
+// value whose rank is its own number, so that no address depends on the values.
+QKERN_DEVICE void stage_sorted(const CodeTable& values, SortedRanks& ranks, CodeTable& sorted,
+                               EncodeTable& table) {
   const unsigned i = threadIdx.x;
   if (i < 16) {
     const float mine = values.values[i];
@@ -38,8 +44,20 @@ QKERN_DEVICE void stage_sorted(const CodeTable& values, CodeTable& sorted, Encod
       const float other = values.values[j];
       rank += other < mine || (other == mine && j < i) ? 1 : 0;
     }
-    sorted.values[rank] = mine;
-    table.codes[rank] = i;
+    ranks.of[i] = rank;
+  }
+  __syncthreads();
+  if (i < 16) {
+    float value = 0.0f;
+    unsigned code = 0;
+#pragma unroll
+    for (unsigned j = 0; j < 16; ++j) {
+      const bool here = ranks.of[j] == i;
+      value = here ? values.values[j] : value;
+      code = here ? j : code;
+    }
+    sorted.values[i] = value;
+    table.codes[i] = code;
   }
   __syncthreads();
   if (i < 15) {
@@ -91,9 +109,10 @@ quantize_4bit_kernel(const T* __restrict__ x, BlockPlan plan, CodeSource source,
   } else {
     QKERN_SHARED(CodeTable, values);
     QKERN_SHARED(CodeTable, sorted);
+    QKERN_SHARED(SortedRanks, ranks);
     stage_codes(source, values);
     __syncthreads();
-    stage_sorted(values, sorted, table);
+    stage_sorted(values, ranks, sorted, table);
   }
   __syncthreads();
   const TensorValues<T> input{x, plan.numel, is_aligned16(x)};

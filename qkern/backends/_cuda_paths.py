@@ -73,11 +73,11 @@ _FLOAT32_RATES = {75: 16, 80: 16, 86: 32, 89: 32, 90: 32, 100: 32, 120: 32}
 
 # Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
-_MMA_ISSUE = {16: 0.171, 64: 0.229}
-_DX_MMA_ISSUE = {64: 0.308}
+_MMA_ISSUE = {16: 0.162, 64: 0.197}
+_DX_MMA_ISSUE = {64: 0.247}
 _VECTOR_ISSUE = {1: 0.139, 2: 0.181, 4: 0.270, 8: 0.599}
 _TILED_ISSUE = 5.3
-_DECODE_ISSUE = 0.24
+_DECODE_ISSUE = 0.18
 
 # What a kernel reaches of its modelled limit, by assumption: latencies, barriers, the last wave.
 _FUSED_EFFICIENCY = 0.65

@@ -1,8 +1,9 @@
 """Runs the op table on the emulated kernels of one build; made for a process under a sanitizer.
 
-``run_table.py FOLDER SCHEDULE STRIDE LARGEST``: every STRIDE-th case of at most LARGEST
-multiply-adds or elements, under ``backend.SCHEDULES[SCHEDULE]``. Prints the case at work, so that
-the last line names the one at which a sanitizer ended the process; at the end, their number.
+``run_table.py FOLDER SCHEDULE STRIDE LARGEST [FIRST]``: every STRIDE-th case, from the FIRST on, of
+at most LARGEST multiply-adds or elements, under ``backend.SCHEDULES[SCHEDULE]``. Prints the case at
+work, so that the last line names the one at which a sanitizer ended the process; at the end, their
+number.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from cuda_emulator import backend, build
 from qkern import testing
 
 
-def cases(stride: int, largest: int) -> Iterator[tuple[testing.OpSpec, testing.Case]]:
+def cases(
+    stride: int, largest: int, first: int = 0
+) -> Iterator[tuple[testing.OpSpec, testing.Case]]:
     """The part of the table that is run."""
     for spec in testing.OPS.values():
-        for case in [c for c in spec.cases if c.numel <= largest][::stride]:
+        for case in [c for c in spec.cases if c.numel <= largest][first::stride]:
             yield spec, case
 
 
-def main(folder: str, schedule: str, stride: str, largest: str) -> None:
+def main(folder: str, schedule: str, stride: str, largest: str, first: str = "0") -> None:
     target = backend.EmulatedTarget(build.load(Path(folder)), backend.SCHEDULES[int(schedule)])
     count = 0
-    for spec, case in cases(int(stride), int(largest)):
+    for spec, case in cases(int(stride), int(largest), int(first)):
         print(spec.id(case, target), flush=True)
         testing.check(spec, case, target)
         count += 1

@@ -32,5 +32,9 @@ int main() {
       }
     }
   }
+  // Four scales of rows 32 half + 8t.
+  for (int half = 0; half < 2; ++half) {
+    layouts::check("read scales", 16, [&](int lane) { return 4 * (32 * half + 8 * (lane % 4)); });
+  }
   return layouts::failures;
 }

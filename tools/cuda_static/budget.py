@@ -27,8 +27,6 @@ Row = dict[str, str]
 DEQUANTIZE_INSTRUCTIONS = 8.0
 VECTOR_INSTRUCTIONS = 4.5
 PEER_KERNEL = "gemm_4bit_sm80_m16n8k16"
-PEER_UNCLEAR = (", 32, 256, 128>", ", 32, 128, 128>")
-"""Variants of it whose loop branches around its decoding: the main path is not a round's work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,31 +113,39 @@ def peer_functions(architecture: int) -> dict[str, sass.Function]:
     return dict(zip(names, code, strict=True))
 
 
+def decodes(path: sass.Path) -> bool:
+    """Whether a round of a peer's loop makes the 16-bit weights that its products take.
+
+    The rule for a variant to count: where it decodes in another loop than it multiplies in, the
+    main path of the loop with the products is no round's work.
+    """
+    return path.count("F2FP") > 0
+
+
 @functools.cache
 def peer_cycles(architecture: int) -> dict[str, float]:
-    """Estimated cycles a thousand multiply-adds of the peer's tensor-core kernels."""
+    """Estimated cycles a thousand multiply-adds of the peer's tensor-core kernels that count."""
     found = {}
     for name, function in peer_functions(architecture).items():
-        if name.endswith(PEER_UNCLEAR):
-            continue
         if name.startswith(PEER_KERNEL) and function.count("HMMA"):
             path = function.hot_path("HMMA")
-            if path is not None:
+            if path is not None and decodes(path):
                 found[name] = 1000 * path.cycles / path.multiply_adds
     return found
 
 
 def peer_limit(architecture: int, kernel: str) -> float | None:
-    """The fewest cycles a thousand multiply-adds of the peer's kernels of the same type.
+    """The fewest cycles a thousand multiply-adds that the peer takes for a tile's rows of x.
 
-    Of its variants those count that take at most 64 rows of x at a time, as the kernels here do.
+    Of all its variants of the same type. One with larger tiles computes rows that do not exist,
+    one with smaller tiles decodes again.
     """
-    found = [
-        cycles
-        for name, cycles in peer_cycles(architecture).items()
-        if int(figures.template_arguments(name)[1]) <= 64
-        and ("__half" in name) == ("Float16" in kernel.replace("BFloat16", ""))
-    ]
+    rows = int(figures.template_arguments(kernel)[1])
+    found = []
+    for name, cycles in peer_cycles(architecture).items():
+        if ("__half" in name) == ("Float16" in kernel.replace("BFloat16", "")):
+            peer_rows = int(figures.template_arguments(name)[1])
+            found.append(cycles * -(-rows // peer_rows) * peer_rows / rows)
     return min(found, default=None)
 
 

@@ -179,20 +179,20 @@ class Function:
         """A round of a loop by its main path.
 
         Of the ways from the header back to it, the one with most wide instructions, then with most
-        loads of single bytes (double-quantised scales), then the shortest. A loop inside is gone
-        through once.
+        loads of single bytes (double-quantised scales), then with most loads (which the map of
+        those scales takes), then the shortest. A loop inside is gone through once.
         """
         body = self.loops[header]
         blocks = self.blocks
         # Blocks of the body in an order in which only back edges go backwards.
         order = [b for b in _reverse_postorder(blocks, [header], body) if b in body]
         position = {start: i for i, start in enumerate(order)}
-        best: dict[int, tuple[tuple[int, int, int], int | None]] = {}
+        best: dict[int, tuple[tuple[int, int, int, int], int | None]] = {}
         for start in reversed(order):
             options = []
             for successor in blocks[start].successors:
                 if successor == header:
-                    options.append(((0, 0, 0), None))
+                    options.append(((0, 0, 0, 0), None))
                 elif position.get(successor, -1) > position[start] and successor in best:
                     options.append((best[successor][0], successor))
             if not options:
@@ -201,6 +201,7 @@ class Function:
             own = (
                 sum(i.is_wide for i in code),
                 sum(i.base == "LDG" and i.bits == 8 for i in code),
+                sum(i.base == "LDG" for i in code),
                 -len(code),
             )
             score, following = max(options, key=lambda option: option[0])

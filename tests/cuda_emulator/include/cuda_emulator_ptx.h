@@ -17,6 +17,18 @@ inline void store_global16(void* p, uint4 value, QKERN_EMULATOR_SITE) {
 
 inline const float* address_of(const float* base, unsigned index) { return base + index; }
 
+inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned nibble = selector >> (4 * i) & 15u;
+    std::uint32_t byte = bytes >> (8 * (nibble & 7)) & 0xffu;
+    if (nibble > 7) byte = (byte & 0x80u) != 0 ? 0xffu : 0;
+    result |= byte << (8 * i);
+  }
+  return result;
+}
+
 inline void cp_async16(void* shared, const void* source, bool valid, QKERN_EMULATOR_SITE) {
   emulator::cp_async16(shared, valid ? source : nullptr, {"cp_async16", file, line});
 }
