@@ -21,7 +21,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-gpu bench lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-neon test-gpu bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -41,6 +41,7 @@ test-slow: setup  ## run the slow tests only
 	$(PYTEST) -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 test-all: setup lint test-asan  ## run all tests, and the kernels' tests under sanitizers
+	@$(SAY_WITHOUT_AARCH64)
 	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
 
 # Out-of-bounds accesses and undefined behaviour in the kernels. libstdc++ is preloaded too, for
@@ -52,6 +53,13 @@ test-asan: setup  ## run the kernels' tests under AddressSanitizer and UBSan (gc
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QKERN_NATIVE_LIBRARY="$$(echo build/asan/qkern/_C*.so)" \
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+SAY_WITHOUT_AARCH64 = { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || \
+    echo 'AArch64 kernels left out: apt-get install g++-aarch64-linux-gnu qemu-user'
+
+test-neon: setup  ## run the AArch64 kernels' tests under an emulator (qemu-user)
+	@$(SAY_WITHOUT_AARCH64)
+	$(PYTEST) tests/test_neon_emulated.py $(PYTEST_ARGS)
 
 # Under ThreadSanitizer, AddressSanitizer with UBSan, and with the select form of the tables.
 test-emulated: setup  ## run every small case of the op table on sanitized builds of the CUDA emulator

@@ -69,7 +69,7 @@ DTYPES = tuple(DTYPE_NAMES)
 LAYOUTS = ("contiguous", "offset", "rows", "step", "transposed", "expanded")
 """Layouts `with_layout` can give a tensor; the memory around its elements is poisoned."""
 
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avx512", "amx", "neon")
 """Instruction sets of the native CPU backend, slowest first. A build or a CPU may lack some."""
 
 MATMUL_MARGIN = {torch.float32: 1.25, torch.bfloat16: 1.1, torch.float16: 1.1}

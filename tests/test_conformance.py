@@ -78,6 +78,8 @@ def test_scalar_and_the_best_instruction_set_run() -> None:
             assert "avx2" in available
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
             assert "avx512" in available
+    if platform.machine() in ("aarch64", "arm64"):
+        assert "neon" in available
 
 
 def inputs_of(spec: OpSpec, case: Case, device: torch.device) -> testing.Inputs:
@@ -286,6 +288,17 @@ def test_unchecked_nan_block_has_the_canonical_nan(target: Target, device: torch
                 _, absmax = torch.ops.qkern.quantize_4bit(x, "nf4", 64, None)
             assert absmax.view(torch.int32)[1].item() == 0x7FC00000
             assert absmax[0].isfinite()
+
+
+@dtypes
+def test_every_nan_stays_nan(target: Target, dtype: torch.dtype, device: torch.device) -> None:
+    """A NaN's payload, all ones say, must not be rounded up into a number."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF, 0x7FC00000], dtype=torch.int32)
+    for op, block_size in (("dequantize_4bit", 64), ("dequantize_8bit", 256)):
+        inputs = inputs_of(OPS[op], Case((5, block_size), dtype, block_size), device)
+        inputs["absmax"] = bits.view(torch.float32).to(device)
+        (out,) = run(OPS[op], inputs, target)
+        assert out.isnan().all(), op
 
 
 def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ int available_tables(const KernelTable** tables) {
 #endif
   }
 #endif
+#if defined(QKERN_HAVE_NEON)
+  tables[count++] = &kernels_neon();  // part of every AArch64 processor that runs this build
+#endif
   return count;
 }
 

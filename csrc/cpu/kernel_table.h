@@ -75,6 +75,9 @@ const KernelTable& kernels_avx512();
 #if defined(QKERN_HAVE_AMX)
 const KernelTable& kernels_amx();
 #endif
+#if defined(QKERN_HAVE_NEON)
+const KernelTable& kernels_neon();
+#endif
 
 // The table in force: the best that the processor runs, or what QKERN_CPU_ISA or set_isa names.
 // nullptr where that name is unknown or the processor lacks it.

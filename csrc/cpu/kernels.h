@@ -13,6 +13,8 @@
 
 #include "kernels_elementwise.h"
 #include "kernels_panel.h"
+
+#include "kernels_multiply.h"
 #include "kernels_tiled.h"
 #include "kernels_vector.h"
 #include "kernels_vector_dx.h"

@@ -59,20 +59,25 @@ float block_absmax(const T* x, std::int64_t n) {
 // 1 / absmax; 0 for a block of zeros, which sends every t to 0.
 inline float block_reciprocal(float absmax) { return absmax == 0.0f ? 0.0f : 1.0f / absmax; }
 
-template <Lookup kLookup, typename T>
+// S is Simd: a parameter, so that the branch not taken need not compile.
+template <Lookup kLookup, typename T, typename S = Simd>
 __attribute__((always_inline)) inline void encode_groups(const T* x, std::int64_t groups,
                                                          float reciprocal,
-                                                         const Simd::Encoder& encoder,
+                                                         const typename S::Encoder& encoder,
                                                          std::uint8_t* packed) {
-  const Simd::F scale = Simd::set1(reciprocal);
+  const typename S::F scale = S::set1(reciprocal);
   for (std::int64_t g = 0; g < groups; ++g) {
-    Simd::F values[kGroupRegisters];
-    Simd::I codes[kGroupRegisters];
-    Simd::load_group(x + g * kGroup, values);
-    for (int i = 0; i < kGroupRegisters; ++i) {
-      codes[i] = encoder.template encode<kLookup>(Simd::mul(values[i], scale), values[i]);
+    typename S::F values[kGroupRegisters];
+    S::load_group(x + g * kGroup, values);
+    if constexpr (S::kByteTables) {
+      encoder.template encode32<kLookup>(values, scale, packed + g * (kGroup / 2));
+    } else {
+      typename S::I codes[kGroupRegisters];
+      for (int i = 0; i < kGroupRegisters; ++i) {
+        codes[i] = encoder.template encode<kLookup>(S::mul(values[i], scale), values[i]);
+      }
+      S::pack_group(codes, packed + g * (kGroup / 2));
     }
-    Simd::pack_group(codes, packed + g * (kGroup / 2));
   }
 }
 
@@ -171,11 +176,19 @@ inline void load_scales(const Weight4bit& weight, std::int64_t begin, std::int64
   }
 }
 
-// n weights of one block, from the start of a byte. kStream: past the caches, to aligned memory.
-template <bool kStream = false>
-void decode_block(const std::uint8_t* packed, std::int64_t n, const Simd::Lut& lut, float* out) {
+// n weights of one block, from the start of a byte. kStream: past the caches, to aligned memory. S
+// is Simd, as in encode_groups.
+template <bool kStream = false, typename S = Simd>
+void decode_block(const std::uint8_t* packed, std::int64_t n, const typename S::Lut& lut,
+                  float* out) {
   constexpr int kBytes = Simd::kLanes / 2;
   std::int64_t i = 0;
+  if constexpr (S::kByteTables) {
+    const typename S::Lut held = lut;  // in registers, since what is stored might be the table
+    for (; i + kGroup <= n; i += kGroup) {
+      S::template decode32<kStream>(packed + i / 2, held, out + i);
+    }
+  }
   for (; i + Simd::kLanes <= n; i += Simd::kLanes) {
     Simd::put<kStream>(out + i, Simd::natural(packed + i / 2, lut));
   }

@@ -48,6 +48,20 @@ inline void decode_flat(const Weight4bit& weight, std::int64_t start, std::int64
   }
 }
 
+// A register of words is exposed in steps: register i of step k is what a shift of each word by
+// 4 * (k + i * kSteps) bits exposes in its low four bits.
+constexpr int kSteps = static_cast<int>(kWordCodes) / Simd::kExposed;
+
+// value[j]: the weights that a shift by 4 * j exposes.
+template <int kStep = 0>
+__attribute__((always_inline)) inline void expose_all(const Simd::Lut& lut, Simd::I words,
+                                                      Simd::F (&value)[kWordCodes]) {
+  Simd::F w[Simd::kExposed];
+  Simd::expose<kStep>(lut, words, w);
+  for (int i = 0; i < Simd::kExposed; ++i) value[kStep + i * kSteps] = w[i];
+  if constexpr (kStep + 1 < kSteps) expose_all<kStep + 1>(lut, words, value);
+}
+
 // Forward: output columns are rows of W, so lanes run over rows. Words of kLanes rows are
 // transposed in registers, after which each shift exposes one step for all of them.
 template <typename Engine>
@@ -86,19 +100,14 @@ void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int6
         const std::int64_t step = k + w * kWordCodes;
         const Simd::F scale =
             Simd::loadu(scales + ((k0 + step) / weight.block_size - block0) * kLanes);
-        const Simd::I codes = chunk[w];
-        const auto value = [&](Simd::I shifted) {
-          return Simd::mul(Simd::lookup(lut, shifted), scale);
-        };
+        Simd::F value[kWordCodes];
+        expose_all(lut, chunk[w], value);
         // Element 2j is the high nibble of byte j, element 2j + 1 the low one.
         auto* to = out + step * kTileCols;
-        Engine::store_steps(to, value(Simd::shift_right<4>(codes)), value(codes));
-        Engine::store_steps(to + 2 * kTileCols, value(Simd::shift_right<12>(codes)),
-                            value(Simd::shift_right<8>(codes)));
-        Engine::store_steps(to + 4 * kTileCols, value(Simd::shift_right<20>(codes)),
-                            value(Simd::shift_right<16>(codes)));
-        Engine::store_steps(to + 6 * kTileCols, value(Simd::shift_right<28>(codes)),
-                            value(Simd::shift_right<24>(codes)));
+        for (int j = 0; j < kWordCodes; j += 2) {
+          Engine::store_steps(to + j * kTileCols, Simd::mul(value[j + 1], scale),
+                              Simd::mul(value[j], scale));
+        }
       }
     }
   }

@@ -1,6 +1,6 @@
 // Matmuls over 4-bit weights by tiles: y = x W^T + bias and dx = dy W. A panel of W is decoded into
 // the first-level cache, used for every row of the tile and dropped, so W never exists dequantised.
-// Included once per instruction set, after kernels_panel.h.
+// Included once per instruction set, after kernels_multiply.h.
 #pragma once
 
 namespace qkern::cpu {
@@ -26,51 +26,6 @@ void convert_row(const T* from, std::int64_t n, float* to) {
   }
 }
 
-// c[kRows][kTileCols] = or += a[kRows][depth] * panel[depth][kTileCols]. Sums start anew in each
-// panel: short chains of additions lose less than one chain over the whole contraction.
-template <int kRows, int kRowStride>
-void multiply_tile(const float* a, const float* panel, std::int64_t depth, float* c,
-                   bool accumulate) {
-  Simd::F sum[kRows][2];
-  for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = Simd::zero();
-    sum[i][1] = Simd::zero();
-  }
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const Simd::F w0 = Simd::loadu(panel + k * kTileCols);
-    const Simd::F w1 = Simd::loadu(panel + k * kTileCols + kLanes);
-    for (int i = 0; i < kRows; ++i) {
-      const Simd::F x = Simd::set1(a[i * kRowStride + k]);
-      sum[i][0] = Simd::fma(x, w0, sum[i][0]);
-      sum[i][1] = Simd::fma(x, w1, sum[i][1]);
-    }
-  }
-  if (accumulate) {
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = Simd::add(Simd::loadu(c + i * kTileCols), sum[i][0]);
-      sum[i][1] = Simd::add(Simd::loadu(c + i * kTileCols + kLanes), sum[i][1]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    Simd::storeu(c + i * kTileCols, sum[i][0]);
-    Simd::storeu(c + i * kTileCols + kLanes, sum[i][1]);
-  }
-}
-
-using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, bool);
-
-template <int kRows, int kRowStride>
-struct MultiplyTable {
-  static void fill(MultiplyFn* table) {
-    table[kRows] = multiply_tile<kRows, kRowStride>;
-    MultiplyTable<kRows - 1, kRowStride>::fill(table);
-  }
-};
-template <int kRowStride>
-struct MultiplyTable<0, kRowStride> {
-  static void fill(MultiplyFn*) {}
-};
-
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is
 // [step / kInterleave][kTileCols][kInterleave] elements, steps being those of the contraction; its
 // copy of x is [row][row_stride].
@@ -80,7 +35,7 @@ struct FloatEngine {
   static constexpr int kInterleave = 1;
   static constexpr std::int64_t kStripRows = Simd::kTileRows;  // multiplied at a time
   static constexpr int kRowMultiple = 1;                       // strips come in multiples of this
-  static constexpr int kDepthMultiple = 1;  // so do steps; what lies past the end is zero
+  static constexpr int kDepthMultiple = Simd::kTileSteps;      // so do steps; zeros past the end
   static constexpr std::int64_t kMaxTileRows = 384;
   static constexpr std::int64_t kMaxTileCols = 384;
   // Up to so many rows go to the kernels of kernels_vector*.h.
@@ -103,13 +58,18 @@ struct FloatEngine {
     Simd::storeu(panel, first);
     Simd::storeu(panel + kTileCols, second);
   }
-  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second, Simd::Lut lut,
-                          float first_scale, float second_scale, Element* to) {
-    const Simd::Lut first_lut = Simd::scale_lut(lut, first_scale);
-    const Simd::Lut second_lut = Simd::scale_lut(lut, second_scale);
-    for (int half = 0; half < 2; ++half) {
-      store_steps(to + half * kLanes, Simd::natural(first + half * kLanes / 2, first_lut),
-                  Simd::natural(second + half * kLanes / 2, second_lut));
+  template <typename S = Simd>
+  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second,
+                          typename S::Lut lut, float first_scale, float second_scale, Element* to) {
+    if constexpr (S::kByteTables) {
+      S::decode_two_rows(first, second, lut, first_scale, second_scale, to);
+    } else {
+      const typename S::Lut first_lut = S::scale_lut(lut, first_scale);
+      const typename S::Lut second_lut = S::scale_lut(lut, second_scale);
+      for (int half = 0; half < 2; ++half) {
+        store_steps(to + half * kLanes, S::natural(first + half * kLanes / 2, first_lut),
+                    S::natural(second + half * kLanes / 2, second_lut));
+      }
     }
   }
   template <typename T>

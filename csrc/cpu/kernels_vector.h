@@ -20,10 +20,13 @@ struct Segment {
   std::int64_t blocks;
 };
 
-// x in the order in which shifts expose the codes: [chunk][shift][lane], zeros past the end, so
-// that the weights need no shuffling beyond the lookup.
+// Where a chunk's registers lie in memory: in the order of the steps that expose them.
+constexpr int step_order(int shift) { return shift % kSteps * Simd::kExposed + shift / kSteps; }
+
+// x in the order in which steps expose the codes: [chunk][step][register][lane], zeros past the
+// end, so that the weights need no shuffling beyond the lookup. Chunks are `chunk_stride` apart.
 template <typename T>
-void permute_row(const T* x, const Segment& segment, float* out) {
+void permute_row(const T* x, const Segment& segment, std::int64_t chunk_stride, float* out) {
   float values[kChunk];
   for (std::int64_t c = 0; c < segment.chunks; ++c) {
     const std::int64_t n = min64(kChunk, segment.length - c * kChunk);
@@ -31,14 +34,27 @@ void permute_row(const T* x, const Segment& segment, float* out) {
     for (std::int64_t i = n; i < kChunk; ++i) values[i] = 0.0f;
     for (int j = 0; j < kWordCodes; ++j) {
       // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
-      Simd::storeu(out + c * kChunk + j * kLanes, Simd::gather_stride8(values + (j ^ 1)));
+      Simd::storeu(out + c * chunk_stride + step_order(j) * kLanes,
+                   Simd::gather_stride8(values + (j ^ 1)));
     }
   }
 }
 
+// Where rows of x lie: one after the other, or together chunk by chunk, which leaves one address
+// for all where a step reads many registers.
+template <int kRows>
+struct XLayout {
+  static constexpr bool kTogether = Simd::kExposed > 1;
+  static constexpr std::int64_t kChunkStride = kTogether ? kRows * kChunk : kChunk;
+
+  static std::int64_t row_stride(const Segment& segment) {
+    return kTogether ? kChunk : segment.chunks * kChunk;
+  }
+};
+
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
-// registers of weights, one per shift. With few rows of x the scale enters once a chunk, on the
-// sums; with more it is cheaper on the weights, which all rows share.
+// registers of weights, exposed in kSteps steps. With few rows of x the scale enters once a chunk,
+// on the sums; with more it is cheaper on the weights, which all rows share.
 template <int kRows, int kStreams>
 struct VectorKernel {
   static constexpr bool kScaleWeights = kRows >= 4;
@@ -46,20 +62,44 @@ struct VectorKernel {
   Simd::F total[kStreams][kRows];
 
   // Inlined by force: a call would take the sums through memory once a register of words.
-  template <int kShift>
+  // kStart: the step's first register of weights starts the sums.
+  template <int kStep, bool kStart>
   __attribute__((always_inline)) static void step(const Simd::I (&words)[kStreams],
                                                   const Simd::Lut& lut, const float* x,
                                                   std::int64_t x_stride,
                                                   const Simd::F (&scale)[kStreams],
                                                   Simd::F (&sum)[kStreams][kRows]) {
-    Simd::F w[kStreams];
+    Simd::F w[kStreams][Simd::kExposed];
     for (int s = 0; s < kStreams; ++s) {
-      w[s] = Simd::lookup(lut, Simd::shift_right<4 * kShift>(words[s]));
-      if (kScaleWeights) w[s] = Simd::mul(w[s], scale[s]);
+      Simd::expose<kStep>(lut, words[s], w[s]);
+      for (int i = 0; i < Simd::kExposed && kScaleWeights; ++i) {
+        w[s][i] = Simd::mul(w[s][i], scale[s]);
+      }
     }
-    for (int r = 0; r < kRows; ++r) {
-      const Simd::F value = Simd::loadu(x + r * x_stride + kShift * kLanes);
-      for (int s = 0; s < kStreams; ++s) sum[s][r] = Simd::fma(w[s], value, sum[s][r]);
+    for (int i = 0; i < Simd::kExposed; ++i) {
+      for (int r = 0; r < kRows; ++r) {
+        const Simd::F value = Simd::loadu(x + r * x_stride + (kStep * Simd::kExposed + i) * kLanes);
+        for (int s = 0; s < kStreams; ++s) {
+          sum[s][r] =
+              kStart && i == 0 ? Simd::mul(w[s][i], value) : Simd::fma(w[s][i], value, sum[s][r]);
+        }
+      }
+    }
+  }
+
+  // Steps kStep and on, the sums taking turns.
+  template <int kStep>
+  __attribute__((always_inline)) static void steps(const Simd::I (&words)[kStreams],
+                                                   const Simd::Lut& lut, const float* x,
+                                                   std::int64_t x_stride,
+                                                   const Simd::F (&scale)[kStreams],
+                                                   Simd::F (&sum)[kStreams][kRows],
+                                                   Simd::F (&next)[kStreams][kRows]) {
+    // Where two steps are all, each starts a chain, and zeros need no register.
+    constexpr bool kStart = kSteps == 2 && !kScaleWeights;
+    step<kStep, kStart>(words, lut, x, x_stride, scale, sum);
+    if constexpr (kStep + 1 < kSteps) {
+      steps<kStep + 1>(words, lut, x, x_stride, scale, next, sum);
     }
   }
 
@@ -67,28 +107,14 @@ struct VectorKernel {
                                             const float* x, std::int64_t x_stride,
                                             const Simd::F (&scale)[kStreams]) {
     if constexpr (kScaleWeights) {
-      step<0>(words, lut, x, x_stride, scale, total);
-      step<1>(words, lut, x, x_stride, scale, total);
-      step<2>(words, lut, x, x_stride, scale, total);
-      step<3>(words, lut, x, x_stride, scale, total);
-      step<4>(words, lut, x, x_stride, scale, total);
-      step<5>(words, lut, x, x_stride, scale, total);
-      step<6>(words, lut, x, x_stride, scale, total);
-      step<7>(words, lut, x, x_stride, scale, total);
+      steps<0>(words, lut, x, x_stride, scale, total, total);
     } else {
       // Two chains a sum: one would wait for each multiply-add's latency.
       Simd::F even[kStreams][kRows], odd[kStreams][kRows];
       for (int s = 0; s < kStreams; ++s) {
         for (int r = 0; r < kRows; ++r) even[s][r] = odd[s][r] = Simd::zero();
       }
-      step<0>(words, lut, x, x_stride, scale, even);
-      step<1>(words, lut, x, x_stride, scale, odd);
-      step<2>(words, lut, x, x_stride, scale, even);
-      step<3>(words, lut, x, x_stride, scale, odd);
-      step<4>(words, lut, x, x_stride, scale, even);
-      step<5>(words, lut, x, x_stride, scale, odd);
-      step<6>(words, lut, x, x_stride, scale, even);
-      step<7>(words, lut, x, x_stride, scale, odd);
+      steps<0>(words, lut, x, x_stride, scale, even, odd);
       for (int s = 0; s < kStreams; ++s) {
         for (int r = 0; r < kRows; ++r) {
           const Simd::F sum = Simd::add(even[s][r], odd[s][r]);
@@ -103,7 +129,8 @@ struct VectorKernel {
                   const float* const* scales, std::int64_t block_size, const float* codes,
                   const float* x, const Segment& segment, float* out) {
     const Simd::Lut lut = Simd::make_lut(codes);
-    const std::int64_t x_stride = segment.chunks * kChunk;
+    constexpr std::int64_t kChunkStride = XLayout<kRows>::kChunkStride;
+    const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
     const int lanes_per_scale =
         block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
@@ -125,7 +152,7 @@ struct VectorKernel {
           words[s] = Simd::load_words(from);
           scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
         }
-        kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
+        kernel.chunk(words, lut, x + c * kChunkStride, x_stride, scale);
       }
       if (c < end) {
         const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
@@ -135,7 +162,7 @@ struct VectorKernel {
           // Nothing for the lanes past the end: what follows may be another row's NaN.
           scale[s] = Simd::first_lanes(Simd::expand_scales(scales[s] + block, pattern), left);
         }
-        kernel.chunk(words, lut, x + c * kChunk, x_stride, scale);
+        kernel.chunk(words, lut, x + c * kChunkStride, x_stride, scale);
       }
       for (int s = 0; s < kStreams; ++s) {
         for (int r = 0; r < kRows; ++r) out[s * kRows + r] += Simd::reduce(kernel.total[s][r]);
@@ -151,7 +178,7 @@ constexpr int vector_streams(int rows) {
 }
 
 struct VectorScratch {
-  float* x;        // [kRows][chunks * kChunk]
+  float* x;        // [kRows][chunks * kChunk], or as XLayout says
   float* scales;   // [rows of W side by side][blocks], and room for expand_scales
   float* partial;  // [run of W's rows][kRows], where the contraction has several segments
 };
@@ -191,8 +218,8 @@ struct VectorTask {
   void permute_x(const Segment& segment) const {
     const T* x = static_cast<const T*>(args.x);
     for (int r = 0; r < kRows; ++r) {
-      permute_row(x + r * args.x_row_stride + segment.k0, segment,
-                  scratch.x + r * segment.chunks * kChunk);
+      permute_row(x + r * args.x_row_stride + segment.k0, segment, XLayout<kRows>::kChunkStride,
+                  scratch.x + r * XLayout<kRows>::row_stride(segment));
     }
   }
 

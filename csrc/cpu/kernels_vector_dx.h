@@ -11,7 +11,7 @@ constexpr std::int64_t kChainRows = 256;
 
 static_assert(kStripCols % kChunk == 0 && kStripCols % kMinBlockSize == 0, "strips are whole");
 
-// Sums are kept in the order in which shifts expose the codes: [row][chunk][shift][lane].
+// Sums are kept in the order in which steps expose the codes: [row][chunk][step][register][lane].
 struct DxScratch {
   float* sum;     // [kRows][strip], over kChainRows rows of W
   float* total;   // [kRows][strip]
@@ -21,22 +21,54 @@ struct DxScratch {
 // Adds kStreams rows of W, each times its element of dy, to the sums of kRows rows of dx.
 template <int kRows, int kStreams>
 struct DxKernel {
-  template <int kShift>
-  __attribute__((always_inline)) static void step(const Simd::I (&words)[kStreams],
+  // Rows of dx whose sums a step holds in registers at a time.
+  static constexpr int kHeldRows = Simd::kExposed == 1 || kRows < 2 ? kRows : 2;
+
+  // Step kStep for rows kRow0 and on of dx.
+  template <int kStep, int kRow0>
+  __attribute__((always_inline)) static void rows(const Simd::I (&words)[kStreams],
                                                   const Simd::Lut& lut,
                                                   const Simd::F (&factor)[kStreams][kRows],
                                                   float* sum, std::int64_t stride) {
-    Simd::F acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = Simd::loadu(sum + r * stride + kShift * kLanes);
-    for (int s = 0; s < kStreams; ++s) {
-      const Simd::F w = Simd::lookup(lut, Simd::shift_right<4 * kShift>(words[s]));
-      for (int r = 0; r < kRows; ++r) acc[r] = Simd::fma(w, factor[s][r], acc[r]);
+    constexpr int kCount = kRows - kRow0 < kHeldRows ? kRows - kRow0 : kHeldRows;
+    float* at = sum + kRow0 * stride + kStep * Simd::kExposed * kLanes;
+    Simd::F acc[kCount][Simd::kExposed];
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < Simd::kExposed; ++i) {
+        acc[r][i] = Simd::loadu(at + r * stride + i * kLanes);
+      }
     }
-    for (int r = 0; r < kRows; ++r) Simd::storeu(sum + r * stride + kShift * kLanes, acc[r]);
+    for (int s = 0; s < kStreams; ++s) {
+      Simd::F w[Simd::kExposed];
+      Simd::expose<kStep>(lut, words[s], w);
+      for (int r = 0; r < kCount; ++r) {
+        for (int i = 0; i < Simd::kExposed; ++i) {
+          acc[r][i] = Simd::fma(w[i], factor[s][kRow0 + r], acc[r][i]);
+        }
+      }
+    }
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < Simd::kExposed; ++i) {
+        Simd::storeu(at + r * stride + i * kLanes, acc[r][i]);
+      }
+    }
+    if constexpr (kRow0 + kCount < kRows) {
+      rows<kStep, kRow0 + kCount>(words, lut, factor, sum, stride);
+    }
   }
 
-  // rows[s]: packed, from the strip's first column; dy[s * kRows + r]: its factors.
-  static void run(const std::uint8_t* const* rows, const float* const* scales, const float* dy,
+  // Steps kStep and on.
+  template <int kStep>
+  __attribute__((always_inline)) static void steps(const Simd::I (&words)[kStreams],
+                                                   const Simd::Lut& lut,
+                                                   const Simd::F (&factor)[kStreams][kRows],
+                                                   float* sum, std::int64_t stride) {
+    rows<kStep, 0>(words, lut, factor, sum, stride);
+    if constexpr (kStep + 1 < kSteps) steps<kStep + 1>(words, lut, factor, sum, stride);
+  }
+
+  // packed[s]: a row of W from the strip's first column; dy[s * kRows + r]: its factors.
+  static void run(const std::uint8_t* const* packed, const float* const* scales, const float* dy,
                   std::int64_t block_size, std::int64_t row_bytes, std::int64_t cols,
                   const float* codes, float* sum, std::int64_t stride) {
     const Simd::Lut lut = Simd::make_lut(codes);
@@ -49,7 +81,7 @@ struct DxKernel {
       Simd::I words[kStreams];
       Simd::F factor[kStreams][kRows];
       for (int s = 0; s < kStreams; ++s) {
-        const std::uint8_t* from = rows[s] + c / 2;
+        const std::uint8_t* from = packed[s] + c / 2;
         prefetch(from, kStreams * row_bytes);
         words[s] = left >= kLanes ? Simd::load_words(from)
                                   : Simd::load_words_partial(from, static_cast<int>(left));
@@ -58,22 +90,14 @@ struct DxKernel {
           factor[s][r] = Simd::mul(scale, Simd::set1(dy[s * kRows + r]));
         }
       }
-      float* to = sum + c;
-      step<0>(words, lut, factor, to, stride);
-      step<1>(words, lut, factor, to, stride);
-      step<2>(words, lut, factor, to, stride);
-      step<3>(words, lut, factor, to, stride);
-      step<4>(words, lut, factor, to, stride);
-      step<5>(words, lut, factor, to, stride);
-      step<6>(words, lut, factor, to, stride);
-      step<7>(words, lut, factor, to, stride);
+      steps<0>(words, lut, factor, sum + c, stride);
     }
   }
 };
 
 constexpr int dx_streams(int rows) {
   const int fit = Simd::kVectorFactors / rows;
-  return fit < 1 ? 1 : fit > 8 ? 8 : fit;
+  return fit < 1 ? 1 : fit > Simd::kFactorRows ? Simd::kFactorRows : fit;
 }
 
 template <typename T, int kRows>
@@ -128,7 +152,8 @@ struct DxTask {
     for (int r = 0; r < kRows; ++r) {
       for (std::int64_t i = 0; i < cols; ++i) {
         const std::int64_t word = i % kChunk / kWordCodes;
-        const std::int64_t from = i / kChunk * kChunk + (i % kWordCodes ^ 1) * kLanes + word;
+        const int shift = static_cast<int>(i % kWordCodes ^ 1);
+        const std::int64_t from = i / kChunk * kChunk + step_order(shift) * kLanes + word;
         dx[r * args.weight.cols + i] = from_float<T>(scratch.total[r * strip + from]);
       }
     }

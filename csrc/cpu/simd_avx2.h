@@ -19,6 +19,11 @@ struct Simd {
   static constexpr int kVectorAccumulators = 9;
   // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 6;
+  static constexpr int kFactorRows = 8;  // of W at most
+  // The look-up serves one register of codes; see simd_neon.h for the other way.
+  static constexpr bool kByteTables = false;
+  static constexpr int kExposed = 1;
+  static constexpr int kTileSteps = 1;
 
   using F = __m256;
   using I = __m256i;
@@ -147,6 +152,12 @@ struct Simd {
   template <int kShift>
   static I shift_right(I v) {
     return kShift == 0 ? v : _mm256_srli_epi32(v, kShift);
+  }
+
+  // The weights that step kStep exposes; see kSteps.
+  template <int kStep>
+  static void expose(const Lut& lut, I words, F (&w)[kExposed]) {
+    w[0] = lookup(lut, shift_right<4 * kStep>(words));
   }
 
   // 8 weights in their own order from 4 bytes.

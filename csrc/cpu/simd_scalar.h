@@ -18,6 +18,11 @@ struct Simd {
   static constexpr int kVectorAccumulators = 6;
   // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 4;
+  static constexpr int kFactorRows = 8;  // of W at most
+  // The look-up serves one register of codes; see simd_neon.h for the other way.
+  static constexpr bool kByteTables = false;
+  static constexpr int kExposed = 1;
+  static constexpr int kTileSteps = 1;
 
   struct F {
     float lane[kLanes];
@@ -128,6 +133,12 @@ struct Simd {
   template <int kShift>
   static I shift_right(I v) {
     return map_int([&](int i) { return v.lane[i] >> kShift; });
+  }
+
+  // The weights that step kStep exposes; see kSteps.
+  template <int kStep>
+  static void expose(const Lut& lut, I words, F (&w)[kExposed]) {
+    w[0] = lookup(lut, shift_right<4 * kStep>(words));
   }
 
   // 4 weights in their own order from 2 bytes.

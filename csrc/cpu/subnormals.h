@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -23,6 +25,21 @@ class KeepSubnormals {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  KeepSubnormals() {
+    // FPCR.FZ and FPCR.FIZ; the latter is for processors with FEAT_AFP, and zero on others.
+    constexpr std::uint64_t kFlushToZero = 1u << 24, kFlushInputsToZero = 1u << 0;
+    asm volatile("mrs %0, fpcr" : "=r"(saved_)::"memory");
+    set(saved_ & ~(kFlushToZero | kFlushInputsToZero));
+  }
+  ~KeepSubnormals() { set(saved_); }
+  KeepSubnormals(const KeepSubnormals&) = delete;
+  KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+
+ private:
+  static void set(std::uint64_t value) { asm volatile("msr fpcr, %0" ::"r"(value) : "memory"); }
+
+  std::uint64_t saved_;
 #endif
 };
 

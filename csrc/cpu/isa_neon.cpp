@@ -1,0 +1,12 @@
+// The kernels' one body, compiled for one instruction set. All of it has internal linkage, and no
+// standard template is instantiated here: a copy that the linker shared with other files might use
+// instructions that the processor lacks.
+#include "simd_neon.h"
+
+#include "kernels.h"
+
+namespace qkern::cpu {
+
+const KernelTable& kernels_neon() { return kKernels; }
+
+}  // namespace qkern::cpu
