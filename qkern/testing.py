@@ -26,6 +26,7 @@ import contextlib
 import functools
 import itertools
 import math
+import platform
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,8 +70,12 @@ DTYPES = tuple(DTYPE_NAMES)
 LAYOUTS = ("contiguous", "offset", "rows", "step", "transposed", "expanded")
 """Layouts `with_layout` can give a tensor; the memory around its elements is poisoned."""
 
-ISAS = ("scalar", "avx2", "avx512", "amx", "neon")
-"""Instruction sets of the native CPU backend, slowest first. A build or a CPU may lack some."""
+_IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = ("scalar", "neon") if _IS_ARM else ("scalar", "avx2", "avx512", "amx")
+"""Instruction sets of the native CPU backend on this kind of processor, slowest first.
+
+A build or a CPU may lack some.
+"""
 
 MATMUL_MARGIN = {torch.float32: 1.25, torch.bfloat16: 1.1, torch.float16: 1.1}
 """How much larger than the baseline's a matmul's root mean square error may be: room for another
