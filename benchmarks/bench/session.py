@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -148,8 +147,9 @@ def run(args: argparse.Namespace) -> int:
     limits = limits.better_of(session.limits())
     about["load_average_after"] = list(os.getloadavg())
     rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    del settings["memory_of"]
+    # Where the output went is of no use to who reads it.
+    private = ("memory_of", "json", "plot")
+    settings = {k: v for k, v in vars(args).items() if k not in private}
     content = report.content(about, limits, settings, rows, session.wrong + session.notes)
     print(report.summary(content))
     if args.json:
