@@ -334,7 +334,7 @@ def lora_linear(
     adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
     adapter_dtype = x.dtype
     if x.is_cpu and x.dtype != torch.float32 and not _autocast_enabled(x):
-        adapter_dtype = cpu_matmul_dtype(x.dtype)
+        adapter_dtype = _cpu_matmul_dtype(x.dtype)
     args = (
         matrix,
         adapter_input,
@@ -348,7 +348,7 @@ def lora_linear(
 
 
 @torch.compiler.assume_constant_result
-def cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+def _cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or float32 where a CPU's matmuls in ``dtype`` are emulated."""
     return dtype if native.has_matmul(dtype) else torch.float32
 

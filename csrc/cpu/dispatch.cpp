@@ -119,7 +119,9 @@ int available_isas(const char** names) {
 
 bool multiplies_bfloat16() {
 #if defined(QKERN_HAVE_AVX2)
-  if (!isa_is_chosen()) return has_avx512_bf16();
+  // Asked once: a virtual machine takes microseconds to answer, and every layer asks.
+  static const bool has_bf16 = has_avx512_bf16();
+  if (!isa_is_chosen()) return has_bf16;
 #if defined(QKERN_HAVE_AMX)
   return active_kernels() == &kernels_amx();
 #else

@@ -6,7 +6,6 @@
 
 namespace qkern::cpu {
 
-// How one format encodes, prepared once per call.
 // How codes are found; see EncodeTable.
 enum class Lookup {
   kCount,          // the thresholds below t are counted: any table and any t
@@ -15,6 +14,7 @@ enum class Lookup {
   kBinsMagnitude,  // by bins of |t|; the sign is a bit of the code
 };
 
+// How one format encodes, prepared once per call.
 struct EncodeTable {
   static constexpr int kBins = 32;
 
@@ -35,6 +35,13 @@ struct EncodeTable {
   float bin_threshold[kBins];
   std::int32_t bin_rank[kBins];
 };
+
+// Whether thresholds are those of |t|, which the compiler knows where there are bins. Static: a
+// copy that the linker shared among instruction sets might use one that the processor lacks.
+template <Lookup kLookup>
+static bool compares_magnitudes(const EncodeTable& table) {
+  return kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+}
 
 // A range of blocks [begin, end) of a flat tensor of numel elements.
 struct BlockRange {

@@ -7,6 +7,7 @@
 
 #include "convert.h"
 #include "kernel_table.h"
+#include "simd_x86.h"
 
 namespace qkern::cpu {
 namespace {
@@ -103,12 +104,7 @@ struct Simd {
   static std::uint16_t largest(const std::uint16_t (&v)[32]) {
     const I half = _mm256_max_epu16(_mm256_loadu_si256(reinterpret_cast<const I*>(v)),
                                     _mm256_loadu_si256(reinterpret_cast<const I*>(v + 16)));
-    const __m128i quarter =
-        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    // The instruction finds the smallest.
-    const __m128i ones = _mm_set1_epi32(-1);
-    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, ones)));
-    return static_cast<std::uint16_t>(~least);
+    return largest_word(half);
   }
   static std::uint32_t largest(const std::uint32_t (&v)[32]) {
     const I* from = reinterpret_cast<const I*>(v);
@@ -216,8 +212,7 @@ struct Simd {
     template <Lookup kLookup>
     I encode(F t, F x) const {
       // Known for a table with bins, so that the loop unrolls.
-      const bool sign_magnitude =
-          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+      const bool sign_magnitude = compares_magnitudes<kLookup>(table);
       const int num_thresholds = kLookup == Lookup::kCount ? table.num_thresholds
                                  : sign_magnitude          ? 7
                                                            : 15;

@@ -7,6 +7,7 @@
 
 #include "convert.h"
 #include "kernel_table.h"
+#include "simd_x86.h"
 
 namespace qkern::cpu {
 namespace {
@@ -172,8 +173,7 @@ struct Simd {
 
     template <Lookup kLookup>
     I encode(F t, F x) const {
-      const bool sign_magnitude =
-          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+      const bool sign_magnitude = compares_magnitudes<kLookup>(table);
       const F key = sign_magnitude ? _mm512_abs_ps(t) : t;
       const I one = _mm512_set1_epi32(1);
       I rank;  // thresholds below the key
@@ -204,12 +204,7 @@ struct Simd {
     const __m512i all = _mm512_loadu_si512(v);
     const __m256i half =
         _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    const __m128i quarter =
-        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    // The instruction finds the smallest.
-    const __m128i ones = _mm_set1_epi32(-1);
-    const int least = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(quarter, ones)));
-    return static_cast<std::uint16_t>(~least);
+    return largest_word(half);
   }
   static std::uint32_t largest(const std::uint32_t (&v)[32]) {
     return _mm512_reduce_max_epu32(

@@ -235,8 +235,7 @@ struct Simd {
    private:
     template <Lookup kLookup>
     uint8x16_t encode16(const F* x, F scale) const {
-      const bool sign_magnitude =
-          kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
+      const bool sign_magnitude = compares_magnitudes<kLookup>(table);
       F key[4];
       for (int i = 0; i < 4; ++i) {
         const F t = vmulq_f32(x[i], scale);

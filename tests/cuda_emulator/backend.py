@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+
+from module_copy import copy_of
 
 from qkern import backends
 from qkern.backends import cuda
@@ -17,11 +18,7 @@ NAME = "cuda_emulated"
 
 def backend(library: ModuleType) -> ModuleType:
     """A copy of ``qkern.backends.cuda`` that takes CPU tensors and calls the emulated kernels."""
-    spec = importlib.util.spec_from_file_location(NAME, cuda.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = copy_of(cuda, NAME)
     module.library = lambda: library  # type: ignore[attr-defined]
     module.current_stream = lambda device: contextlib.nullcontext(0)  # type: ignore[attr-defined]
     return module

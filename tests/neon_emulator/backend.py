@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from module_copy import copy_of
 
 from qkern import backends, formats
 from qkern.backends import native
@@ -227,11 +228,7 @@ class Library:
 
 def _module(library: Library) -> ModuleType:
     """A copy of ``qkern.backends.native`` that calls `library`."""
-    spec = importlib.util.spec_from_file_location(NAME, native.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = copy_of(native, NAME)
     module.library = lambda: library  # type: ignore[attr-defined]
     return module
 
