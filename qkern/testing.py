@@ -112,8 +112,9 @@ class Case:
     for the matmuls (M rows of activations, a weight of N × K). `codebook` names an entry of
     `CODEBOOKS` and goes with ``format="custom"``. `values` picks the distribution: ``normal``,
     ``special`` (zeros of both signs, subnormals, the largest floats), ``ties`` (each decision
-    point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), and for the
-    matmuls' activations ``special`` (rows and columns of very different size) and ``large``.
+    point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), for the matmuls'
+    activations ``special`` (rows and columns of very different size) and ``large``, and for block
+    scales ``constant``, ``negative`` and ``halfway`` (`HALFWAY_TAILS`).
     """
 
     shape: tuple[int, ...]
@@ -380,6 +381,11 @@ def _source(case: Case, table: Sequence[float], generator: torch.Generator) -> T
     return values
 
 
+HALFWAY_TAILS = {4: (2.0**-53, 2.0**-60), 8: (2.0**-52, 2.0**-53), 16: (2.0**-53, 0.0)}
+"""The last terms of a sum, by its length, whose mean lies next to the middle of two floats: whether
+its sum is rounded up to a float64 decides."""
+
+
 def _scales(n: int, values: str, generator: torch.Generator) -> Tensor:
     """`n` block scales, float32."""
     scales = _normal((n,), generator).abs() * 0.02 + 0.03
@@ -392,6 +398,11 @@ def _scales(n: int, values: str, generator: torch.Generator) -> Tensor:
         scales.zero_()
     elif values == "constant":
         scales.fill_(0.1)
+    elif values == "negative":
+        scales.neg_()
+    elif values == "halfway":
+        scales.zero_()
+        scales[:4] = torch.tensor([1.0, 2.0**-24, *HALFWAY_TAILS[n]])
     elif values == "nonfinite" and n:
         scales = _scatter(scales, (math.nan, math.inf), generator)
     return scales
@@ -639,6 +650,8 @@ def _quantize_absmax_cases() -> tuple[Case, ...]:
         for n in (1, 300, 5000)
         for values in ("special", "zeros", "constant", "nonfinite")
     ]
+    cases += [Case((n,), values="negative") for n in (1, 300)]
+    cases += [Case((n,), values="halfway") for n in HALFWAY_TAILS]
     cases += [Case((300,), layout=layout) for layout in ("offset", "step")]
     return tuple(cases)
 

@@ -186,13 +186,24 @@ def test_activations_near_the_end_of_float32(
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        ((5, 64, 96), torch.float32, "float16 from sm_75"),
+        ((5, 64, 48), torch.bfloat16, "K % 32 == 0"),
+    ],
+)
 def test_kernels_refuse_what_the_tensor_cores_cannot_take(
-    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    taken: str,
+    library: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The launcher checks again: a wrong choice must not read out of step."""
     target = backend.EmulatedTarget(library, backend.SCHEDULES[0])
-    case = Case((5, 64, 96), torch.float32)
+    case = Case(shape, dtype)
     inputs = OPS["linear_4bit"].make_inputs(case, torch.device("cpu"), torch.Generator())
     monkeypatch.setattr(target.module, "choose", lambda *_: "mma")
-    with target.activate(), pytest.raises(RuntimeError, match="path mma: takes float16"):
+    with target.activate(), pytest.raises(RuntimeError, match=f"path mma: takes {taken}"):
         OPS["linear_4bit"].run(inputs)

@@ -15,6 +15,10 @@ struct Split {
 // Rows of x that linear_vector takes at a time, so that its workspace stays small.
 constexpr std::int64_t kVectorLaunchRows = 64;
 
+// Products that one accumulator of a tensor core takes at most: it cuts bits off where others
+// round, so its error grows with their number. No layer of a known model is longer.
+constexpr std::int64_t kLongestChain = 1 << 16;
+
 // Columns of W up to which a lane's offsets to its few rows fit 32 bits.
 constexpr std::int64_t kLongestRow = 1 << 29;
 
@@ -33,16 +37,27 @@ Split linear_dx_mma_split(const Linear4bitArgs& args);
 
 namespace {
 
-// Parts so that about `wanted` blocks run where `blocks` would, of a multiple of `step` each.
+// Parts so that about `wanted` blocks run where `blocks` would, of a multiple of `step` each: at
+// most `max_parts` of them, and at least `min_parts`.
 inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t blocks,
-                       std::int64_t wanted, int max_parts) {
+                       std::int64_t wanted, int max_parts, std::int64_t min_parts = 1) {
   const std::int64_t steps = ceil_div(length, step);
   std::int64_t parts = wanted / blocks;
   if (parts > max_parts) parts = max_parts;
   if (parts > steps) parts = steps;
-  if (parts < 1) parts = 1;
+  if (parts < min_parts) parts = min_parts;
   const std::int64_t part_steps = ceil_div(steps, parts);
   return {static_cast<int>(ceil_div(steps, part_steps)), part_steps * step};
+}
+
+// The split of a tensor-core kernel that would run `blocks`. Where it does not depend on them, as a
+// batch-invariant call asks, a row of the result depends on its row of x alone.
+inline Split split_for_mma(const Linear4bitArgs& args, std::int64_t length, std::int64_t step,
+                           std::int64_t blocks) {
+  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
+  constexpr int kMaxParts = 8;
+  const std::int64_t min_parts = ceil_div(length, kLongestChain);
+  return split_for(length, step, blocks, args.batch_invariant ? 0 : kWanted, kMaxParts, min_parts);
 }
 
 // What is done to a sum before it is rounded: the one place for whatever is fused behind a matmul.

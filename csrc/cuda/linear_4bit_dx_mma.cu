@@ -283,12 +283,8 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
 }  // namespace
 
 Split linear_dx_mma_split(const Linear4bitArgs& args) {
-  // Without a split, a row of dx depends on its row of dy alone.
-  if (args.batch_invariant) return {1, args.weight.rows};
-  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
-  constexpr int kMaxParts = 8;
   const std::int64_t blocks = ceil_div(args.m, kTileM) * ceil_div(args.weight.cols, kTileColumns);
-  return split_for(args.weight.rows, 8 * kTileDepth, blocks, kWanted, kMaxParts);
+  return split_for_mma(args, args.weight.rows, 8 * kTileDepth, blocks);
 }
 
 Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, void* stream) {

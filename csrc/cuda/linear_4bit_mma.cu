@@ -271,13 +271,9 @@ Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, void* st
 }  // namespace
 
 Split linear_mma_split(const Linear4bitArgs& args) {
-  // Without a split, a row of y depends on its row of x alone.
-  if (args.batch_invariant) return {1, args.weight.cols};
-  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
-  constexpr int kMaxParts = 8;
   const std::int64_t tile_m = args.m <= 16 ? 16 : 64;
   const std::int64_t blocks = ceil_div(args.m, tile_m) * ceil_div(args.weight.rows, kTileN);
-  return split_for(args.weight.cols, 4 * kTileK, blocks, kWanted, kMaxParts);
+  return split_for_mma(args, args.weight.cols, 4 * kTileK, blocks);
 }
 
 Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream) {

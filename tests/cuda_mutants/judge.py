@@ -55,7 +55,14 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             Case((2048,), BFLOAT, 4096),
         ),
     ),
-    "quantize_absmax": ("quantize_absmax", _cases([(1,), (300,), (5000,)])),
+    "quantize_absmax": (
+        "quantize_absmax",
+        (
+            *_cases([(1,), (300,), (5000,)]),
+            *_cases([(n,) for n in testing.HALFWAY_TAILS], values="halfway"),
+            Case((300,), values="negative"),
+        ),
+    ),
     "linear_4bit_mma": ("linear_4bit", MMA_FORWARD),
     "linear_4bit_vector": (
         "linear_4bit",

@@ -161,6 +161,30 @@ MUTANTS = (
         "quantize_absmax",
         "thread",
     ),
+    Mutant(
+        "sum_of_scales_rounded_by_its_next_bit_alone",
+        _ABSMAX,
+        "bool up = (mantissa & 1u) != 0;",
+        "bool up = true;",
+        "quantize_absmax",
+        "numbers",
+    ),
+    Mutant(
+        "tail_of_the_sum_of_scales_ignored",
+        _ABSMAX,
+        "i < lowest - 1 && !up; ++i) up =",
+        "i < 0 && !up; ++i) up =",
+        "quantize_absmax",
+        "numbers",
+    ),
+    Mutant(
+        "sign_of_the_sum_of_scales_lost",
+        _ABSMAX,
+        "return negative ? -magnitude : magnitude;",
+        "return magnitude;",
+        "quantize_absmax",
+        "numbers",
+    ),
     # Asynchronous copies.
     Mutant(
         "mma_waits_for_one_group_too_few",
