@@ -175,7 +175,9 @@ def parse(text: str) -> Kernel:
     lines: list[str | Instruction] = []
     for statement in _statements(body):
         if statement.startswith("."):
-            declarations.append(statement)
+            # Without its braces, a register of theirs (nvcc's `tmp`) is one for all of them.
+            if statement not in declarations:
+                declarations.append(statement)
         elif statement.endswith(":"):
             lines.append(statement[:-1])
         else:
