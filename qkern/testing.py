@@ -71,7 +71,7 @@ LAYOUTS = ("contiguous", "offset", "rows", "step", "transposed", "expanded")
 """Layouts `with_layout` can give a tensor; the memory around its elements is poisoned."""
 
 _IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-ISAS = ("scalar", "neon") if _IS_ARM else ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "neon") if _IS_ARM else ("scalar", "avx2", "avx512", "avx512vnni", "amx")
 """Instruction sets of the native CPU backend on this kind of processor, slowest first.
 
 A build or a CPU may lack some.
@@ -113,8 +113,9 @@ class Case:
     `CODEBOOKS` and goes with ``format="custom"``. `values` picks the distribution: ``normal``,
     ``special`` (zeros of both signs, subnormals, the largest floats), ``ties`` (each decision
     point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), for the matmuls'
-    activations ``special`` (rows and columns of very different size) and ``large``, and for block
-    scales ``constant``, ``negative`` and ``halfway`` (`HALFWAY_TAILS`).
+    activations ``special`` (rows and columns of very different size), ``large``, and ``unused``
+    (large where the weights are zero), and for block scales ``constant``, ``negative`` and
+    ``halfway`` (`HALFWAY_TAILS`).
     """
 
     shape: tuple[int, ...]
@@ -509,6 +510,16 @@ def _matmul_inputs(
         x = x.clamp(-2, 2) * (torch.finfo(case.dtype).max / 128)
     inputs: Inputs = {main: x.to(case.dtype)}
     inputs |= _weight(replace(case, values="normal"), out_features * in_features, generator)
+    if case.values == "unused":
+        # Large where all weights are zero: a rounding of x beside them must not show.
+        x[:, ::16] *= 1e4
+        inputs[main] = x.to(case.dtype)
+        zero = {"nf4": 7, "fp4": 0}[case.format]
+        packed = inputs["packed"].view(out_features, in_features // 2)
+        if main == "x":
+            packed[:, ::8] = packed[:, ::8] & 15 | zero << 4
+        else:
+            packed[::16] = zero << 4 | zero
     inputs |= {size: outer, "batch_invariant": case.batch_invariant}
     if main == "x":
         bias = _normal((outer,), generator).to(case.dtype)
@@ -700,6 +711,7 @@ def _matmul_cases(with_bias: bool) -> tuple[Case, ...]:
         for rows in (1, 4, 9, 70):
             cases.append(Case((rows, 96, 512), dtype, values="special", bias=with_bias))
             cases.append(Case((rows, 96, 512), dtype, values="large"))
+            cases.append(Case((rows, 96, 512), dtype, values="unused"))
             cases.append(Case((rows, 37, 130), dtype, batch_invariant=True, bias=with_bias))
     return _unique(cases)
 

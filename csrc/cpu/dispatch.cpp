@@ -30,15 +30,15 @@ bool has_avx512_bf16() {
 #endif
 
 #if defined(QKERN_HAVE_AMX)
-// Tiles, their bfloat16 product, AVX512-VBMI and AVX512-BF16, and the kernel's leave to use the
-// tiles, which Linux gives a process on request.
+// Tiles, their bfloat16 product, AVX512-VBMI, VNNI and AVX512-BF16, and the kernel's leave to use
+// the tiles, which Linux gives a process on request.
 bool amx_usable() {
 #if defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
-  constexpr unsigned kVbmi = 1u << 1;
-  if ((edx & kTileAndBf16) != kTileAndBf16 || (ecx & kVbmi) == 0) return false;
+  constexpr unsigned kVbmiAndVnni = 1u << 1 | 1u << 11;
+  if ((edx & kTileAndBf16) != kTileAndBf16 || (ecx & kVbmiAndVnni) != kVbmiAndVnni) return false;
   if (!has_avx512_bf16()) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
@@ -62,6 +62,9 @@ int available_tables(const KernelTable** tables) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     tables[count++] = &kernels_avx512();
+#if defined(QKERN_HAVE_AVX512VNNI)
+    if (__builtin_cpu_supports("avx512vnni")) tables[count++] = &kernels_avx512vnni();
+#endif
 #if defined(QKERN_HAVE_AMX)
     static const bool has_amx = amx_usable();
     if (has_amx) tables[count++] = &kernels_amx();

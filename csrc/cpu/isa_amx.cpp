@@ -1,6 +1,5 @@
-// AVX-512 with AMX for bfloat16. The kernels' one body, compiled for one instruction set. All of it
-// has internal linkage, and no standard template is instantiated here: a copy that the linker
-// shared with other files might use instructions that the processor lacks.
+// AVX-512 with VNNI, AVX512-BF16 and AMX: tiles for bfloat16, all else as in isa_avx512vnni.cpp.
+// For the same reasons as there, all here has internal linkage.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own AVX-512 intrinsics read an undefined register on purpose (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -12,9 +11,20 @@
 #include "kernels.h"
 
 #include "kernels_amx.h"
+#include "kernels_dot.h"
 
 namespace qkern::cpu {
 
-const KernelTable& kernels_amx() { return kAmxKernels; }
+const KernelTable& kernels_amx() {
+  static const KernelTable table = [] {
+    KernelTable found = kernels_avx512vnni();
+    constexpr int kBFloat16 = static_cast<int>(DType::kBFloat16);
+    found.name = "amx";
+    found.linear_4bit[kBFloat16] = linear_4bit_dot<AmxEngine, BFloat16>;
+    found.linear_4bit_dx[kBFloat16] = linear_4bit_dx<AmxEngine, BFloat16>;
+    return found;
+  }();
+  return table;
+}
 
 }  // namespace qkern::cpu

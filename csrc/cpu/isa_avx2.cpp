@@ -5,6 +5,8 @@
 
 #include "kernels.h"
 
+#include "all_kernels.h"
+
 namespace qkern::cpu {
 
 const KernelTable& kernels_avx2() { return kKernels; }

@@ -11,6 +11,8 @@
 
 #include "kernels.h"
 
+#include "all_kernels.h"
+
 namespace qkern::cpu {
 
 const KernelTable& kernels_avx512() { return kKernels; }

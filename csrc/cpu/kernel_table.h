@@ -79,6 +79,9 @@ const KernelTable& kernels_avx2();
 #if defined(QKERN_HAVE_AVX512)
 const KernelTable& kernels_avx512();
 #endif
+#if defined(QKERN_HAVE_AVX512VNNI)
+const KernelTable& kernels_avx512vnni();
+#endif
 #if defined(QKERN_HAVE_AMX)
 const KernelTable& kernels_amx();
 #endif

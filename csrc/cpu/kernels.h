@@ -1,4 +1,4 @@
-// All kernels of one instruction set; see isa_*.cpp.
+// The bodies of all kernels, for one instruction set; see isa_*.cpp.
 #pragma once
 
 #include <cstdint>
@@ -77,18 +77,6 @@ Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads) {
              ? VectorTable<DxVector, T, kMaxVectorRows>::run(args, num_threads)
              : linear_tiled<Engine, T, false>(args, num_threads);
 }
-
-constexpr KernelTable kKernels = {
-    Simd::kName,
-    {quantize_4bit<float>, quantize_4bit<BFloat16>, quantize_4bit<Float16>},
-    {dequantize_4bit<float>, dequantize_4bit<BFloat16>, dequantize_4bit<Float16>},
-    {quantize_8bit<float>, quantize_8bit<BFloat16>, quantize_8bit<Float16>},
-    {dequantize_8bit<float>, dequantize_8bit<BFloat16>, dequantize_8bit<Float16>},
-    {linear_4bit<FloatEngine, float>, linear_4bit<FloatEngine, BFloat16>,
-     linear_4bit<FloatEngine, Float16>},
-    {linear_4bit_dx<FloatEngine, float>, linear_4bit_dx<FloatEngine, BFloat16>,
-     linear_4bit_dx<FloatEngine, Float16>},
-};
 
 }  // namespace
 }  // namespace qkern::cpu

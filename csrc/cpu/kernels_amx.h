@@ -157,16 +157,5 @@ struct AmxEngine {
   }
 };
 
-constexpr KernelTable amx_kernels() {
-  KernelTable table = kKernels;
-  constexpr int kBFloat16 = static_cast<int>(DType::kBFloat16);
-  table.name = "amx";
-  table.linear_4bit[kBFloat16] = linear_4bit<AmxEngine, BFloat16>;
-  table.linear_4bit_dx[kBFloat16] = linear_4bit_dx<AmxEngine, BFloat16>;
-  return table;
-}
-
-constexpr KernelTable kAmxKernels = amx_kernels();
-
 }  // namespace
 }  // namespace qkern::cpu

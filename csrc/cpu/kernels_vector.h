@@ -52,12 +52,34 @@ struct XLayout {
   }
 };
 
+struct FloatCodes {
+  const float* values;
+
+  explicit FloatCodes(const Codebook& codes) : values(code_values(codes)) {}
+};
+
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
 // registers of weights, exposed in kSteps steps. With few rows of x the scale enters once a chunk,
 // on the sums; with more it is cheaper on the weights, which all rows share.
 template <int kRows, int kStreams>
 struct VectorKernel {
+  using Codes = FloatCodes;
+
   static constexpr bool kScaleWeights = kRows >= 4;
+
+  // As many as the registers hold the sums of.
+  static constexpr int best_streams() {
+    const int registers = kRows >= 4 ? kRows : 3 * kRows;
+    const int fit = Simd::kVectorAccumulators / registers;
+    return fit < 1 ? 1 : fit > kMaxStreams ? static_cast<int>(kMaxStreams) : fit;
+  }
+
+  // Row r of x.
+  template <typename T>
+  static void place_row(const T* x, const Segment& segment, int r, float* out) {
+    permute_row(x, segment, XLayout<kRows>::kChunkStride,
+                out + r * XLayout<kRows>::row_stride(segment));
+  }
 
   Simd::F total[kStreams][kRows];
 
@@ -126,9 +148,9 @@ struct VectorKernel {
 
   // out[s * kRows + r] += the sums over the segment.
   static void run(const std::uint8_t* const* rows, std::int64_t row_bytes,
-                  const float* const* scales, std::int64_t block_size, const float* codes,
+                  const float* const* scales, std::int64_t block_size, const Codes& codes,
                   const float* x, const Segment& segment, float* out) {
-    const Simd::Lut lut = Simd::make_lut(codes);
+    const Simd::Lut lut = Simd::make_lut(codes.values);
     constexpr std::int64_t kChunkStride = XLayout<kRows>::kChunkStride;
     const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
@@ -171,25 +193,19 @@ struct VectorKernel {
   }
 };
 
-constexpr int vector_streams(int rows) {
-  const int registers = rows >= 4 ? rows : 3 * rows;
-  const int fit = Simd::kVectorAccumulators / registers;
-  return fit < 1 ? 1 : fit > kMaxStreams ? static_cast<int>(kMaxStreams) : fit;
-}
-
 struct VectorScratch {
-  float* x;        // [kRows][chunks * kChunk], or as XLayout says
+  float* x;        // [kRows][chunks * kChunk] at most, as the kernel places it
   float* scales;   // [rows of W side by side][blocks], and room for expand_scales
   float* partial;  // [run of W's rows][kRows], where the contraction has several segments
 };
 
-template <typename T, int kRows>
+template <typename T, int kRows, template <int, int> class Kernel>
 struct VectorTask {
-  static constexpr int kStreams = vector_streams(kRows);
+  static constexpr int kStreams = Kernel<kRows, 1>::best_streams();
   static constexpr std::int64_t kRun = 256;  // rows of W between two passes over x
 
   const Linear4bitArgs& args;
-  const float* codes;
+  typename Kernel<kRows, 1>::Codes codes;
   std::int64_t row_blocks, segment_length;
   VectorScratch scratch;
 
@@ -211,15 +227,14 @@ struct VectorTask {
                     scratch.scales + s * segment.blocks);
       }
     }
-    VectorKernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes,
-                                     scratch.x, segment, out);
+    Kernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes, scratch.x,
+                               segment, out);
   }
 
-  void permute_x(const Segment& segment) const {
+  void place_x(const Segment& segment) const {
     const T* x = static_cast<const T*>(args.x);
     for (int r = 0; r < kRows; ++r) {
-      permute_row(x + r * args.x_row_stride + segment.k0, segment, XLayout<kRows>::kChunkStride,
-                  scratch.x + r * XLayout<kRows>::row_stride(segment));
+      Kernel<kRows, 1>::place_row(x + r * args.x_row_stride + segment.k0, segment, r, scratch.x);
     }
   }
 
@@ -235,7 +250,7 @@ struct VectorTask {
       for (std::int64_t i = 0; i < rows * kRows; ++i) scratch.partial[i] = 0.0f;
       for (std::int64_t k0 = 0; k0 < args.weight.cols; k0 += segment_length) {
         const Segment segment = segment_at(k0);
-        if (!single) permute_x(segment);
+        if (!single) place_x(segment);
         std::int64_t i = 0;
         for (; i + kStreams <= rows; i += kStreams) {
           streams<kStreams>(row0 + i, segment, scratch.partial + i * kRows);
@@ -259,10 +274,10 @@ struct VectorTask {
   }
 };
 
-template <typename T, int kRows>
-struct ForwardVector {
+template <typename T, int kRows, template <int, int> class Kernel>
+struct ForwardVectorBy {
   static Status run(const Linear4bitArgs& args, int num_threads) {
-    using Task = VectorTask<T, kRows>;
+    using Task = VectorTask<T, kRows, Kernel>;
     const Weight4bit& weight = args.weight;
     // Segments start on whole blocks and whole registers of words.
     constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
@@ -282,9 +297,9 @@ struct ForwardVector {
           static_cast<float*>(thread_scratch(static_cast<std::size_t>(floats) * sizeof(float)));
       if (scratch == nullptr) return status.fail(kOutOfMemory);
       const VectorScratch parts{scratch, scratch + x_floats, scratch + x_floats + scale_floats};
-      const Task task{args, code_values(weight.codes), weight.cols / weight.block_size,
-                      segment_length, parts};
-      if (segment_length >= weight.cols) task.permute_x(task.segment_at(0));
+      const Task task{args, typename Kernel<kRows, 1>::Codes(weight.codes),
+                      weight.cols / weight.block_size, segment_length, parts};
+      if (segment_length >= weight.cols) task.place_x(task.segment_at(0));
       std::int64_t begin, end;
       while (queue.next(&begin, &end)) task.run_rows(begin, end);
     };
@@ -292,6 +307,9 @@ struct ForwardVector {
     return status.get();
   }
 };
+
+template <typename T, int kRows>
+using ForwardVector = ForwardVectorBy<T, kRows, VectorKernel>;
 
 // The kernel for the number of rows at hand.
 template <template <typename, int> class Kernel, typename T, int kRows>

@@ -1,0 +1,28 @@
+// AVX-512 with VNNI: a few rows of 16-bit x go by its dot products of integers, all else as in
+// isa_avx512.cpp, and for the same reasons all here has internal linkage.
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 intrinsics read an undefined register on purpose (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include "simd_avx512.h"
+
+#include "kernels.h"
+
+#include "kernels_dot.h"
+
+namespace qkern::cpu {
+
+const KernelTable& kernels_avx512vnni() {
+  static const KernelTable table = [] {
+    KernelTable found = kernels_avx512();
+    found.name = "avx512vnni";
+    found.linear_4bit[static_cast<int>(DType::kBFloat16)] = linear_4bit_dot<FloatEngine, BFloat16>;
+    found.linear_4bit[static_cast<int>(DType::kFloat16)] = linear_4bit_dot<FloatEngine, Float16>;
+    return found;
+  }();
+  return table;
+}
+
+}  // namespace qkern::cpu
