@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--shape",
         type=_shapes,
-        help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 32x32,576x576)",
+        help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 64x64,576x576)",
     )
     add(
         "--m",

@@ -663,6 +663,17 @@ def test_peers_on_equal_weights(tiny_workload):
             assert {"qkern", "bitsandbytes"} <= set(found)
 
 
+def test_peers_that_take_no_such_shape_say_so():
+    pytest.importorskip("bitsandbytes")
+    qw = weights.random_weight((24, 96), torch.bfloat16)
+    choice = peers.Choice(peers=("bitsandbytes", "dense"))
+    found, missing = peers.linear_peers(qw, torch.bfloat16, choice)
+    assert list(found) == ["qkern", "dense"]
+    assert missing[0] == (
+        "bitsandbytes: decodes wrong values where a block of weights spans two rows"
+    )
+
+
 @pytest.mark.slow
 def test_peak_memory(tiny_workload):
     found = models.peak_memory_in_subprocess("qkern", tiny_workload, torch.float32, 1, [])

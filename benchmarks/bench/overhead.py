@@ -23,7 +23,7 @@ from . import matmul, peers, weights
 from .timing import Call, Candidate, Problem, SkippedError
 
 OP = "overhead"
-SHAPES = ((32, 32), (576, 576))  # the smaller one is nearly all overhead
+SHAPES = ((64, 64), (576, 576))  # the smaller one is nearly all overhead
 _CALLS = 100
 _CALLERS = (native, backends, ops, autograd, functional)
 
