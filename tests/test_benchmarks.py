@@ -199,6 +199,18 @@ def test_percentile():
     assert timing.percentile([7], 80) == 7
 
 
+def test_integers_are_not_held_to_the_limit_of_floats():
+    problem = timing.Problem("forward", torch.float32, (64, 64), 512, flops=10**9)
+    contestants = [
+        candidate("floats", lambda: None, bytes=10**6),
+        candidate("integers", lambda: None, bytes=10**6, integers=True),
+    ]
+    samples = timing.run_contest(problem, contestants, QUICK, clock=lambda _: 0.02)
+    floats, integers = report.records(problem, samples, LIMITS)
+    assert (floats["bound"], floats["limit_ms"]) == ("compute", pytest.approx(10.0))
+    assert (integers["bound"], integers["limit_ms"]) == ("memory", pytest.approx(0.1))
+
+
 def test_limits():
     assert LIMITS.peak_gflops(torch.float32) == 100
     assert LIMITS.peak_gflops(torch.bfloat16) == 200
@@ -524,7 +536,9 @@ def two_files(tmp_path) -> list[Path]:
     ]
     second = [
         record("quantize", "qkern", 99.0),
-        record("forward", "llama.cpp Q4_0", 1.0, 1),
+        record("forward", "dense", 1.0, 1),
+        record("forward", "qkern", 3.0, 512),
+        record("forward", "llama.cpp Q4_0", 1.0, 512),
         record("forward", "dense", 1.0, 7),  # in no line of the overview
         record("train_step", "qkern", 1000.0, rate=1024.0, **step),
         record("train_step", "bitsandbytes", 2000.0, rate=512.0, **step),
@@ -539,8 +553,19 @@ def two_files(tmp_path) -> list[Path]:
 
 def test_merged_results(two_files):
     content = overview.merged([json.loads(path.read_text()) for path in two_files])
-    assert len(content["results"]) == 8
-    assert [r["ms"] for r in content["results"] if r["op"] == "quantize"] == [2.0, 50.0]
+    # Contestants of one contest took turns, so those of another run are not set beside them.
+    found = {(row["op"], row["m"], row["name"]): row["ms"] for row in content["results"]}
+    assert found == {
+        ("quantize", None, "qkern"): 2.0,
+        ("quantize", None, "bitsandbytes"): 50.0,
+        ("forward", 1, "qkern"): 4.0,
+        ("forward", 1, "bitsandbytes"): 2.0,
+        ("forward", 512, "qkern"): 3.0,
+        ("forward", 512, "llama.cpp Q4_0"): 1.0,
+        ("forward", 7, "dense"): 1.0,
+        ("train_step", None, "qkern"): 1000.0,
+        ("train_step", None, "bitsandbytes"): 2000.0,
+    }
     assert content["limits"]["read_gb_s"] == 11.0
 
 
@@ -556,7 +581,8 @@ def test_replot(two_files, tmp_path, capsys):
         "|  |  | qkern | bitsandbytes | llama.cpp Q4_0 | ratio to bitsandbytes |",
         "| --- | --- | --- | --- | --- | --- |",
         "| quantise | float32 | 2 | 50 |  | 25 |",
-        "| forward, 1 row | float32 | 4 | 2 | 1 | 0.5 |",
+        "| forward, 1 row | float32 | 4 | 2 |  | 0.5 |",
+        "| forward, 512 rows | float32 | 3 |  | 1 |  |",
         "| LoRA training step | float32 | 1,024 tokens/s | 512 tokens/s |  | 2 |",
     ]
 

@@ -298,7 +298,8 @@ def run(args: argparse.Namespace) -> int:
     found = found.better_of(limits(dtypes, clock, device))
     rows = [row for one in contests for row in report.records(*one, found)]
     settings = {k: str(v) if hasattr(v, "parent") else v for k, v in vars(args).items()}
-    settings.pop("memory_of", None)
+    for option in ("memory_of", "replot"):
+        settings.pop(option)
     content = report.content(about, found, settings, rows, wrong + notes)
     print(report.summary(content))
     if args.json:

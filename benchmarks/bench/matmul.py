@@ -38,7 +38,9 @@ def contest(
 
         size = len(ops) * peer.footprint + moved
         judge = check.judge(name, peer)
-        return Candidate(name, prepare, judge, size, peer.footprint, before=peer.before)
+        return Candidate(
+            name, prepare, judge, size, peer.footprint, peer.before, integers=peer.integers
+        )
 
     flops = sum(op.flops(case) for op in ops)
     op = "forward_backward" if backward else "forward"

@@ -58,15 +58,18 @@ def replot(files: Sequence[Path], directory: Path) -> int:
 
 
 def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One content of several: the first record of each contestant at each problem counts.
+    """One content of several: of a contest that more than one has, the first counts.
 
     The limits are the higher ones.
     """
-    rows: dict[tuple[Any, ...], Record] = {}
+    found: dict[tuple[Any, ...], list[Record]] = {}
     for content in contents:
+        contests: dict[tuple[Any, ...], list[Record]] = {}
         for row in content["results"]:
-            keys = ("op", "m", "dtype", "threads", "name")
-            rows.setdefault((*map(row.get, keys), tuple(row["shape"])), row)
+            threads = row.get("threads", content["machine"]["threads"])
+            problem = (row["op"], tuple(row["shape"]), row["m"], row["dtype"], threads)
+            contests.setdefault(problem, []).append(row)
+        found |= {problem: rows for problem, rows in contests.items() if problem not in found}
     limits: dict[str, Any] = {}
     for content in contents:
         for name, value in content["limits"].items():
@@ -74,7 +77,8 @@ def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 limits[name] = max(value, limits.get(name) or value)
             else:
                 limits.setdefault(name, value)
-    return contents[0] | {"results": list(rows.values()), "limits": limits}
+    rows = [row for contest in found.values() for row in contest]
+    return contents[0] | {"results": rows, "limits": limits}
 
 
 def lines(content: dict[str, Any], dtype: str) -> list[tuple[Line, dict[str, Record]]]:
@@ -111,11 +115,11 @@ def plot(directory: Path, content: dict[str, Any]) -> list[Path]:
     panels[0].set_xlim(low, high * (high / low) ** 0.2)  # the figures stand at the right
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
-    figure.supxlabel("times as fast as bitsandbytes (line at 1)", fontsize=9)
+    figure.supxlabel("times as fast as bitsandbytes", fontsize=9)
     drawn = {text: handle for axes in panels for handle, text in _legend(axes)}
-    figure.legend(
-        drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(drawn), fontsize=8
-    )
+    names = [name for name in ("qkern", REFERENCE, *_MARKERS) if name in drawn]
+    handles = [drawn[name] for name in names]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8)
     paths = [directory / f"{STEM}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=160)
@@ -147,7 +151,7 @@ def _panel(
         axes.text(
             0.99,
             place,
-            f"{speed:.2g}×",
+            f"{speed:.0f}×" if speed >= 10 else f"{speed:.2f}×",
             transform=axes.get_yaxis_transform(),
             ha="right",
             va="center",
@@ -166,7 +170,7 @@ def _panel(
                 markersize=6.5,
                 label=name,
             )
-    axes.axvline(1, color=plots.COLOURS[REFERENCE], linewidth=1.2)
+    axes.axvline(1, color=plots.COLOURS[REFERENCE], linewidth=1.4, label=REFERENCE)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", alpha=0.3)

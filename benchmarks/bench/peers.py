@@ -52,10 +52,9 @@ class Choice:
 class LinearPeer:
     """One copy is `footprint` bytes; a call takes up to `scratch` more, and `held` is there always.
 
-    ``make(x)`` makes a copy, whose first input will be `x`.
-    `tolerance` bounds the relative error of a correct result. In a format of its own, a peer
-    computes with ``rows(indices)`` of its weight where it tells them; `before` runs untimed before
-    its calls.
+    ``make(x)`` makes a copy, whose first input will be `x`. `tolerance` bounds the relative error
+    of a correct result. In a format of its own, a peer computes with ``rows(indices)`` of its
+    weight where it tells them. `before` and `integers` are as in `timing.Candidate`.
     """
 
     make: Callable[[Tensor], Linear]
@@ -66,6 +65,7 @@ class LinearPeer:
     held: int = 0
     rows: Callable[[Tensor], Tensor] | None = None
     before: Callable[[], None] | None = None
+    integers: bool = False
 
 
 def linear_peers(
@@ -279,6 +279,7 @@ def llama_cpp_linear(
         held=weight.packed.nbytes,
         rows=weight.rows,
         before=llama_cpp.before_calls(layout),
+        integers=True,
     )
 
 

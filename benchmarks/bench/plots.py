@@ -92,7 +92,7 @@ def roofline(directory: Path, rows: Sequence[Record], limits: dict[str, Any]) ->
                 [row["flops"] / row["bytes"] for row in points],
                 [row["flops"] / row["ms"] / 1e6 for row in points],
                 "o",
-                label=name,
+                label=f"{name} (8-bit integers)" if points[0].get("integers") else name,
                 color=COLOURS.get(name),
                 alpha=0.8,
             )
@@ -122,7 +122,8 @@ def time_over_m(
     size = "x".join(map(str, shape))
     for m in crossovers(rows):
         axes.axvline(m, color="tab:gray", linestyle=":", linewidth=1)
-        axes.annotate(f"dense crosses at M = {m:.0f}", (m, axes.get_ylim()[0]), fontsize=8)
+        text = f" dense crosses at M = {m:.0f}"
+        axes.annotate(text, (m, axes.get_ylim()[0]), fontsize=8, rotation=90, ha="right")
     ms = sorted({row["m"] for row in rows})
     axes.set_xticks(ms, labels=map(str, ms), minor=False)
     axes.set_xticks([], minor=True)

@@ -56,9 +56,11 @@ def _record(problem: Problem, sample: Sample, ours: float, limits: Limits) -> Re
         "bytes": sample.bytes,
         "flops": problem.flops,
         "ratio": seconds / ours,
+        "integers": sample.integers,
     }
     if sample.bytes:
-        limit, bound = limits.seconds(sample.bytes, problem.flops, problem.dtype)
+        flops = 0 if sample.integers else problem.flops
+        limit, bound = limits.seconds(sample.bytes, flops, problem.dtype)
         record |= {"limit_ms": limit * 1e3, "bound": bound, "share": limit / seconds}
         record["rate"] = (sample.bytes if bound == "memory" else problem.flops) / seconds / 1e9
         record["peak_gflops"] = limits.peak_gflops(problem.dtype)

@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     about["load_average_after"] = list(os.getloadavg())
     rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
     # Where the output went is of no use to who reads it.
-    private = ("memory_of", "json", "plot")
+    private = ("memory_of", "json", "plot", "replot")
     settings = {k: v for k, v in vars(args).items() if k not in private}
     content = report.content(about, limits, settings, rows, session.wrong + session.notes)
     print(report.summary(content))

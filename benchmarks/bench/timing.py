@@ -59,7 +59,8 @@ class Candidate:
 
     `prepare` makes a fresh copy of the large tensors that a call reads or writes, `footprint`
     bytes of them, and returns the call. `bytes` is the least a call must move. `check` raises
-    AssertionError on a wrong result. `before` runs untimed before every timed call.
+    AssertionError on a wrong result. `before` runs untimed before every timed call. With `integers`
+    it multiplies in 8 bits, which the limit of floating-point arithmetic does not bind.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Candidate:
     bytes: int = 0
     footprint: int = 0
     before: Callable[[], None] | None = None
+    integers: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Sample:
     name: str
     bytes: int
     footprint: int
+    integers: bool
     copies: int
     cache: str
     seconds: list[float] = field(default_factory=list)
@@ -149,7 +152,14 @@ def run_contest(
         copies, cache = copies_needed(candidate, settings)
         calls = [candidate.prepare() for _ in range(copies)]
         _check(problem, candidate, calls[0])
-        sample = Sample(candidate.name, candidate.bytes, candidate.footprint, copies, cache)
+        sample = Sample(
+            candidate.name,
+            candidate.bytes,
+            candidate.footprint,
+            candidate.integers,
+            copies,
+            cache,
+        )
         prepared.append((candidate, sample, calls))
     start = time.perf_counter()
     for number in range(settings.repeat):
