@@ -28,10 +28,11 @@ ISA_ENVIRONMENT = {
 }
 """What makes torch, its libraries and qkern act as on a lesser processor; read as they load."""
 
-PEERS = ("bitsandbytes", "dense", "torchao")
+PEERS = ("bitsandbytes", "dense", "torchao", "llama.cpp")
 DTYPES = ("float32", "bfloat16", "float16")
 STANDARD_OPS = (
     *("quantize", "dequantize", "forward", "forward_backward"),
+    *("mixed", "overhead"),
     *("train_step", "generate", "memory"),
 )
 
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--peer",
         type=_names,
         default=["bitsandbytes", "dense"],
-        help="bitsandbytes, dense, torchao, or none",
+        help="bitsandbytes, dense, torchao, llama.cpp, or none",
     )
     add(
         "--device",
@@ -64,10 +65,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="cuda: time on the current CUDA device, by events; quantize, dequantize, forward and "
         "forward_backward only",
     )
-    add("--shape", type=_shapes, default=[(4096, 4096)], help="weights [out]x[in], comma-separated")
-    add("--m", type=_numbers, default=[1, 4, 8, 64, 512], help="rows of activations")
+    add(
+        "--shape",
+        type=_shapes,
+        help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 64x64,576x576)",
+    )
+    add(
+        "--m",
+        type=_numbers,
+        help="rows of activations (default: 1,4,8,64,512, mixed 1,64, overhead 1)",
+    )
     add("--dtype", type=_names, default=["float32", "bfloat16"], help="of activations; or float16")
-    add("--threads", type=int, default=2, help="of torch and qkern")
+    add("--threads", type=int, default=2, help="of torch and qkern; mixed is also run with one")
     add(
         "--isa",
         type=_names,
@@ -102,11 +111,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=32, help="that generate makes")
     add("--json", type=Path, help="file for everything measured")
     add("--plot", type=Path, help="directory for plots, PNG and SVG")
+    add(
+        "--replot",
+        type=_paths,
+        default=[],
+        metavar="FILES",
+        help="measure nothing: merge these comma-separated JSON files of one machine, draw them "
+        "into --plot, and print the overview as a table",
+    )
     add("--memory-of", help=argparse.SUPPRESS)  # the subprocess that measures peak memory
     args = parser.parse_args(argv)
     for option, known in (("peer", PEERS), ("dtype", DTYPES)):
         if unknown := set(getattr(args, option)) - set(known):
             parser.error(f"--{option}: got {', '.join(unknown)}; takes {', '.join(known)}")
+    if args.replot and not args.plot:
+        parser.error("--replot: draws into the directory that --plot names; got none")
     return args
 
 
@@ -116,6 +135,10 @@ def _names(text: str) -> list[str]:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(name) for name in text.split(",")]
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
@@ -136,6 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = [sys.executable, str(Path(__file__).resolve()), *arguments]
             os.execve(sys.executable, command, {**os.environ, **wanted})
     # They load torch, so only now.
+    if args.replot:
+        from bench import overview
+
+        return overview.replot(args.replot, args.plot)
     if args.device == "cuda":
         from bench import gpu
 

@@ -51,7 +51,7 @@ def test_every_contest_has_checked_results_of_all_candidates(dtype):
         f"dequantize 96x128 {dtype}",
         *(f"{op} 96x128 {dtype} M={m}" for op in ("forward", "forward_backward") for m in (2, 40)),
     ]
-    names = {problem.op: [s.candidate.name for s in samples] for problem, samples in contests}
+    names = {problem.op: [s.name for s in samples] for problem, samples in contests}
     assert names["forward_backward"] == ["qkern", "bitsandbytes", "dense"]
     assert clock.calls == 3 * sum(len(samples) for _, samples in contests)
     limits = gpu.limits([torch.bfloat16], Clock(), CPU, probe_bytes=1 << 16, size=32)

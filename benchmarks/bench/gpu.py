@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import qkern
 from qkern import testing
 
-from . import kernels, machine, peers, plots, report
+from . import kernels, machine, matmul, peers, plots, report, weights
 from .timing import (
     Call,
     Candidate,
@@ -67,7 +67,7 @@ def contest(
     device: torch.device,
 ) -> tuple[Problem, list[Candidate], list[str]]:
     """The problem, its candidates with qkern's first, and why peers are missing."""
-    qw = kernels.random_weight(shape, dtype).to(device=device)
+    qw = weights.random_weight(shape, dtype).to(device=device)
     if op == "quantize":
         return _quantize(shape, dtype, chosen, device)
     if op == "dequantize":
@@ -146,7 +146,7 @@ def _dequantize(
         return Candidate(
             "bitsandbytes",
             lambda: call,
-            partial(kernels.assert_near, exact=exact, tolerance=0.01),
+            partial(matmul.assert_near, exact=exact, tolerance=0.01),
             size,
             qw.nbytes,
         )
@@ -180,14 +180,14 @@ def _matmul(
     activations = sum(op.bytes(case) for op in ops) - len(ops) * qw.nbytes
 
     def candidate(name: str, linear: peers.Linear, footprint: int, tolerance: float) -> Candidate:
-        training, inference = kernels.training_call, kernels.inference_call
+        training, inference = matmul.training_call, matmul.inference_call
         call = training(linear, x, dy) if backward else inference(linear, x)
 
         def check(results: tuple[Tensor, ...]) -> None:
             for y, rows, weight in zip(results, (x, dy), (exact, exact.mT), strict=False):
                 found, given = y[:32].cpu(), rows[:32].cpu()
                 if tolerance:
-                    kernels.assert_near(found, given.double() @ weight.double().mT, tolerance)
+                    matmul.assert_near(found, given.double() @ weight.double().mT, tolerance)
                 else:
                     testing.assert_matmul(found, given, weight)
 
@@ -261,8 +261,8 @@ def play(
     contests, notes, wrong = [], [], []
     for op in [op for op in args.op if op in OPS]:
         for name in args.dtype:
-            for shape in args.shape:
-                for m in args.m if kernels.takes_rows(op) else [1]:
+            for shape in kernels.shapes(op, args):
+                for m in kernels.rows(op, args):
                     problem, candidates, missing = contest(
                         op, shape, m, getattr(torch, name), args.peer, device
                     )
@@ -298,7 +298,8 @@ def run(args: argparse.Namespace) -> int:
     found = found.better_of(limits(dtypes, clock, device))
     rows = [row for one in contests for row in report.records(*one, found)]
     settings = {k: str(v) if hasattr(v, "parent") else v for k, v in vars(args).items()}
-    settings.pop("memory_of", None)
+    for option in ("memory_of", "replot"):
+        settings.pop(option)
     content = report.content(about, found, settings, rows, wrong + notes)
     print(report.summary(content))
     if args.json:

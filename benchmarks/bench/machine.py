@@ -21,7 +21,7 @@ import qkern.env
 from . import machinecode
 
 _FLAGS = re.compile(r"avx2|fma|f16c|avx512\w*|avx_vnni|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
-_PACKAGES = ("torch", "numpy", "bitsandbytes", "peft", "transformers", "accelerate")
+_PACKAGES = ("torch", "numpy", "bitsandbytes", "peft", "transformers", "accelerate", "torchao")
 _DEFAULT_CACHE = 32 << 20
 _MIN_BUFFER = 256 << 20
 _MATMUL_SIZE = 1536

@@ -25,6 +25,8 @@ _LINE = 64
 _TILE_ACCUMULATORS = 6  # tiles 6 and 7 are the sources
 _TILE_FLOPS = 2 * 16 * 16 * 32  # of one TDPBF16PS: 16 x 16 sums of 32 products
 _TILE_RELEASE = b"\xc4\xe2\x78\x49\xc0"
+_TILE_CONFIG_BYTES = 64
+_STTILECFG_RDI, _LDTILECFG_RDI = b"\xc4\xe2\x79\x49\x07", b"\xc4\xe2\x78\x49\x07"
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILEDATA = 158, 0x1023, 18
 
 
@@ -82,6 +84,28 @@ def read_gbytes(address: int, size: int, isa: str, threads: int, rounds: int = 5
     return max(threads * part / _together(jobs) / 1e9 for _ in range(rounds))
 
 
+class TileState:
+    """The tile unit's configuration of the calling thread, for OpenMP's threads to take again.
+
+    A library that configures the unit but once a thread needs it after another has released it.
+    """
+
+    def __init__(self) -> None:
+        store, load = (_function(code + _RET, 1) for code in (_STTILECFG_RDI, _LDTILECFG_RDI))
+        if store is None or load is None or not _runs_here():
+            raise OSError("this system runs no machine code made here")
+        self._config = ctypes.create_string_buffer(_TILE_CONFIG_BYTES)
+        store(ctypes.addressof(self._config))
+        self._load = load
+        self._parallel = ctypes.CDLL(None).GOMP_parallel
+        self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+
+    def restore(self, threads: int) -> None:
+        """Configure the tile units of a team of `threads`, of which the caller is one."""
+        address = self._load.__dict__["address"]
+        self._parallel(address, ctypes.addressof(self._config), threads, 0)
+
+
 def _runs_here() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32"
 
@@ -130,6 +154,7 @@ def _function(code: bytes, arguments: int) -> Callable[..., None] | None:
         call(*values)
 
     function.__dict__["memory"] = anchor  # lives as long as the callable
+    function.__dict__["address"] = ctypes.addressof(anchor)
     return function
 
 

@@ -31,7 +31,7 @@ import qkern
 from qkern import nn as qnn
 
 from . import peers
-from .kernels import relative_error
+from .matmul import relative_error
 from .timing import Candidate, Problem, SkippedError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,9 +12,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import Record
+from . import mixed, overhead
+from .report import Record, count_of_threads
 
-_COLOURS = {
+COLOURS = {
     "qkern": "tab:blue",
     "qkern (fresh output)": "tab:cyan",
     "bitsandbytes": "tab:red",
@@ -22,7 +23,10 @@ _COLOURS = {
     "dense": "tab:gray",
     "dense (a copy)": "tab:gray",
     "torchao int4": "tab:green",
+    "llama.cpp Q4_0": "tab:purple",
+    "llama.cpp Q4_K": "tab:pink",
 }
+_PACKED_BITS = 4
 
 
 def plot_all(directory: Path, content: dict[str, Any]) -> list[Path]:
@@ -30,19 +34,20 @@ def plot_all(directory: Path, content: dict[str, Any]) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     rows: list[Record] = content["results"]
     written = roofline(directory, rows, content["limits"])
-    for (op, shape, dtype), group in _grouped(rows, "op", "shape", "dtype").items():
+    kernels = [row for row in rows if row.get("bytes")]
+    for (op, shape, dtype), group in _grouped(kernels, "op", "shape", "dtype").items():
         if len({row["m"] for row in group}) > 1:
             written += time_over_m(directory, op, shape, dtype, group)
-    for (op, m, dtype), group in _grouped(rows, "op", "m", "dtype").items():
-        if (
-            "bytes" in group[0]
-            and group[0]["bytes"]
-            and len({tuple(r["shape"]) for r in group}) > 1
-        ):
+    for (op, m, dtype), group in _grouped(kernels, "op", "m", "dtype").items():
+        if len({tuple(row["shape"]) for row in group}) > 1:
             written += time_over_size(directory, op, m, dtype, group)
     for op, label in (("train_step", "tokens/s"), ("generate", "tokens/s"), ("memory", "MiB")):
         if group := [row for row in rows if row["op"] == op]:
             written += bars(directory, op, label, group)
+    for op, draw in ((mixed.OP, mixed_loops), (overhead.OP, overheads)):
+        of_op = [row for row in rows if row["op"] == op]
+        for (m, dtype), group in _grouped(of_op, "m", "dtype").items():
+            written += draw(directory, m, dtype, group)
     steps = [row for row in rows if row["op"] == "train_step"]
     for (dtype,), group in _grouped(steps, "dtype").items():
         if len({row["shape"][1] for row in group}) > 1:
@@ -87,8 +92,8 @@ def roofline(directory: Path, rows: Sequence[Record], limits: dict[str, Any]) ->
                 [row["flops"] / row["bytes"] for row in points],
                 [row["flops"] / row["ms"] / 1e6 for row in points],
                 "o",
-                label=name,
-                color=_COLOURS.get(name),
+                label=f"{name} (8-bit integers)" if points[0].get("integers") else name,
+                color=COLOURS.get(name),
                 alpha=0.8,
             )
         intensities = [row["flops"] / row["bytes"] for row in group]
@@ -117,7 +122,8 @@ def time_over_m(
     size = "x".join(map(str, shape))
     for m in crossovers(rows):
         axes.axvline(m, color="tab:gray", linestyle=":", linewidth=1)
-        axes.annotate(f"dense crosses at M = {m:.0f}", (m, axes.get_ylim()[0]), fontsize=8)
+        text = f" dense crosses at M = {m:.0f}"
+        axes.annotate(text, (m, axes.get_ylim()[0]), fontsize=8, rotation=90, ha="right")
     ms = sorted({row["m"] for row in rows})
     axes.set_xticks(ms, labels=map(str, ms), minor=False)
     axes.set_xticks([], minor=True)
@@ -128,10 +134,17 @@ def time_over_m(
 def time_over_size(
     directory: Path, op: str, m: int | None, dtype: str, rows: Sequence[Record]
 ) -> list[Path]:
+    """Time over the size of the packed weight; who lacks the largest one is named."""
     figure, axes = _figure()
-    _lines(axes, rows, lambda row: math.prod(row["shape"]))
+    _lines(axes, rows, lambda row: math.prod(row["shape"]) * _PACKED_BITS / 8e6)
+    largest = max((row["shape"] for row in rows), key=math.prod)
+    present = {row["name"] for row in rows if row["shape"] == largest}
+    absent = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in present))
+    label = "packed weight, MB"
+    if absent:
+        label += f"\n(without the largest: {', '.join(absent)}; the notes in the JSON say why)"
     suffix = "" if m is None else f", M = {m}"
-    axes.set(xlabel="weights", title=f"{op}, {dtype}{suffix}")
+    axes.set(xlabel=label, title=f"{op}, {dtype}{suffix}")
     stem = f"{op}-{dtype}-over-size" if m is None else f"{op}-m{m}-{dtype}-over-size"
     return _save(figure, directory, stem)
 
@@ -145,7 +158,7 @@ def speed_over_sequence(directory: Path, dtype: str, rows: Sequence[Record]) -> 
             [row["rate"] for row in ordered],
             "o-",
             label=name,
-            color=_COLOURS.get(name),
+            color=COLOURS.get(name),
         )
     axes.set(xlabel="sequence length", ylabel="tokens/s", ylim=(0, None))
     axes.set_title(f"LoRA training step, {dtype}")
@@ -157,7 +170,7 @@ def _lines(axes: Axes, rows: Sequence[Record], x_of: Any) -> None:
     for (name,), points in _grouped(rows, "name").items():
         ordered = sorted(points, key=x_of)
         xs = [x_of(row) for row in ordered]
-        colour = _COLOURS.get(name)
+        colour = COLOURS.get(name)
         (line,) = axes.plot(xs, [row["ms"] for row in ordered], "o-", label=name, color=colour)
         low, high = ([row[key] for row in ordered] for key in ("p20_ms", "p80_ms"))
         axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.2)
@@ -185,8 +198,59 @@ def bars(directory: Path, op: str, label: str, rows: Sequence[Record]) -> list[P
     value = (lambda r: r["peak_bytes"] / 2**20) if op == "memory" else (lambda r: r["rate"])
     names = [f"{row['name']}\n{row['dtype']}\n{'x'.join(map(str, row['shape']))}" for row in rows]
     heights = [value(row) for row in rows]
-    drawn = axes.bar(names, heights, color=[_COLOURS.get(r["name"], "tab:blue") for r in rows])
+    drawn = axes.bar(names, heights, color=[COLOURS.get(r["name"], "tab:blue") for r in rows])
     axes.bar_label(drawn, fmt="%.0f", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.set(ylabel=label, title=op)
     return _save(figure, directory, op)
+
+
+def mixed_loops(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> list[Path]:
+    """The time of each loop in units of its parts run alone, on each number of threads."""
+    figure, axes = _figure()
+    rows = sorted(rows, key=lambda row: row["threads"])
+    places = range(len(rows))
+    colours = [COLOURS.get(row["name"], "tab:blue") for row in rows]
+    linear = [row["linear_ms"] / (row["linear_ms"] + row["others_ms"]) for row in rows]
+    axes.barh(places, linear, 0.7, color=colours, alpha=0.55)
+    others = [1 - share for share in linear]
+    axes.barh(places, others, 0.7, left=linear, color="k", alpha=0.2)
+    for place, colour, row in zip(places, colours, rows, strict=True):
+        ratio = row["of_parts"]
+        axes.plot([ratio, ratio], [place - 0.42, place + 0.42], color=colour, linewidth=4)
+        text = f"  {ratio:.2f} ({row['ms']:.3g} ms)"
+        axes.annotate(text, (max(ratio, 1), place), fontsize=8, va="center")
+    names = [f"{row['name']}, {count_of_threads(row['threads'])}" for row in rows]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(1.0, *(row["of_parts"] for row in rows)))
+    axes.set(
+        xlabel=f"time of {mixed.LAYERS} layers mixed (the mark), in units of the parts alone:\n"
+        "linear layers (coloured) and torch's ops (grey)",
+        title=f"4-bit linear layers among torch's own ops, {dtype}, M = {m}",
+    )
+    return _save(figure, directory, f"mixed-m{m}-{dtype}")
+
+
+def overheads(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> list[Path]:
+    """Microseconds a call of tiny layers."""
+    figure, axes = _figure()
+    groups = _grouped(rows, "shape")
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    height = 0.8 / len(groups)
+    for index, (shape, group) in enumerate(groups.items()):
+        offset = (index - (len(groups) - 1) / 2) * height
+        places = [names.index(row["name"]) + offset for row in group]
+        label = "x".join(map(str, shape[0]))
+        drawn = axes.barh(places, [row["ms"] * 1e3 for row in group], height, label=label)
+        axes.bar_label(drawn, fmt=" %.1f", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    axes.margins(x=0.12)
+    axes.set(
+        xscale="log",
+        xlabel="microseconds a call",
+        title=f"Calls of tiny layers, warm, {dtype}, M = {m}",
+    )
+    return _save(figure, directory, f"overhead-m{m}-{dtype}")

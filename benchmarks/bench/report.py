@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from . import mixed
 from .machine import Limits
 from .timing import Problem, Sample
 
@@ -19,32 +20,49 @@ Record = dict[str, Any]
 def records(problem: Problem, samples: Sequence[Sample], limits: Limits) -> list[Record]:
     """One record a candidate, the first of `samples` being the one that ratios are taken to."""
     ours = samples[0].percentile(50)
-    return [_record(problem, sample, ours, limits) for sample in samples]
+    found = [_record(problem, sample, ours, limits) for sample in samples]
+    return _beside_parts(found) if problem.op == mixed.OP else found
+
+
+def _beside_parts(found: Sequence[Record]) -> list[Record]:
+    """The mixed loops alone, each with the times of its parts and its share of their sum."""
+    alone = {row["name"]: row["ms"] for row in found}
+    others = alone[mixed.OTHERS]
+    loops = []
+    for row in found:
+        linear = alone.get(row["name"] + mixed.ALONE)
+        if linear is not None:
+            parts = {"linear_ms": linear, "others_ms": others}
+            loops.append(row | parts | {"of_parts": row["ms"] / (linear + others)})
+    return loops
 
 
 def _record(problem: Problem, sample: Sample, ours: float, limits: Limits) -> Record:
-    candidate, seconds = sample.candidate, sample.percentile(50)
+    seconds = sample.percentile(50)
     record: Record = {
         "op": problem.op,
         "shape": list(problem.shape),
         "m": problem.m,
         "dtype": problem.dtype_name,
-        "name": candidate.name,
+        "threads": problem.threads,
+        "name": sample.name,
         "ms": seconds * 1e3,
         "p20_ms": sample.percentile(20) * 1e3,
         "p80_ms": sample.percentile(80) * 1e3,
         "calls": len(sample.seconds),
         "cache": sample.cache,
         "copies": sample.copies,
-        "copies_bytes": sample.copies * candidate.footprint,
-        "bytes": candidate.bytes,
+        "copies_bytes": sample.copies * sample.footprint,
+        "bytes": sample.bytes,
         "flops": problem.flops,
         "ratio": seconds / ours,
+        "integers": sample.integers,
     }
-    if candidate.bytes:
-        limit, bound = limits.seconds(candidate.bytes, problem.flops, problem.dtype)
+    if sample.bytes:
+        flops = 0 if sample.integers else problem.flops
+        limit, bound = limits.seconds(sample.bytes, flops, problem.dtype)
         record |= {"limit_ms": limit * 1e3, "bound": bound, "share": limit / seconds}
-        record["rate"] = (candidate.bytes if bound == "memory" else problem.flops) / seconds / 1e9
+        record["rate"] = (sample.bytes if bound == "memory" else problem.flops) / seconds / 1e9
         record["peak_gflops"] = limits.peak_gflops(problem.dtype)
         record["unit"] = "GB/s" if bound == "memory" else "GFLOP/s"
     elif problem.work:
@@ -61,6 +79,7 @@ def memory_record(
         "shape": list(problem.shape),
         "m": None,
         "dtype": problem.dtype_name,
+        "threads": problem.threads,
         "name": name,
         "model_bytes": found["model"],
         "peak_bytes": found["peak"],
@@ -84,19 +103,26 @@ def table(rows: Iterable[Record]) -> str:
 
 
 def _cells(row: Record) -> tuple[str, ...]:
-    what = (row["op"], "x".join(map(str, row["shape"])), "" if row["m"] is None else str(row["m"]))
+    op = row["op"] + (f", {count_of_threads(row['threads'])}" if "of_parts" in row else "")
+    what = (op, "x".join(map(str, row["shape"])), "" if row["m"] is None else str(row["m"]))
     if "peak_bytes" in row:
         rate = f"{row['peak_bytes'] / 2**20:,.0f} MiB"
         ratio = "" if row["name"] == "qkern" else f"{1 / row['ratio']:.2f} of it"
         return (*what, row["dtype"], row["name"], "", "", "", rate, "", ratio)
-    times = tuple(_digits(row[key]) for key in ("ms", "p20_ms", "p80_ms"))
-    rate = f"{_digits(row['rate'])} {row['unit']}" if "rate" in row else ""
+    times = tuple(digits(row[key]) for key in ("ms", "p20_ms", "p80_ms"))
+    rate = f"{digits(row['rate'])} {row['unit']}" if "rate" in row else ""
+    if "of_parts" in row:
+        rate = f"{row['of_parts']:.2f} of its parts"
     share = f"{row['share']:.0%} {row['bound']}" if "share" in row else ""
     ratio = "" if row["name"] == "qkern" else f"{row['ratio']:.2f}x as fast"
     return (*what, row["dtype"], row["name"], *times, rate, share, ratio)
 
 
-def _digits(value: float) -> str:
+def count_of_threads(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def digits(value: float) -> str:
     """Three digits, or all of those before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
@@ -170,7 +196,7 @@ def better_dtype_lines(rows: Sequence[Record]) -> list[str]:
         size = "x".join(map(str, shape))
         ours = best["qkern"]["rate"]
         parts = [
-            f"{name} {_digits(row['rate'])} tokens/s in {row['dtype']}"
+            f"{name} {digits(row['rate'])} tokens/s in {row['dtype']}"
             + ("" if name == "qkern" else f" (qkern is {ours / row['rate']:.2f}x as fast)")
             for name, row in best.items()
         ]

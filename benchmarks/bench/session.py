@@ -14,7 +14,7 @@ import torch
 from qkern import testing
 from qkern.backends import native
 
-from . import kernels, machine, models, plots, report
+from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report
 from .timing import (
     Candidate,
     Problem,
@@ -23,6 +23,7 @@ from .timing import (
     SkippedError,
     WrongResultError,
     run_contest,
+    wall_clock,
 )
 
 _MODEL_SECONDS = 300.0
@@ -67,10 +68,13 @@ class Session:
                     self._run_kernel(op, dtype)
 
     def _run_kernel(self, op: str, dtype: torch.dtype) -> None:
-        choice = kernels.Choice(tuple(self.args.isa), tuple(self.args.peer), self.hide_bf16)
-        for shape in self.args.shape:
-            for m in self.args.m if kernels.takes_rows(op) else [1]:
-                self._play(*kernels.contest(op, shape, m, dtype, choice), self.settings)
+        args = self.args
+        choice = peers.Choice(tuple(args.isa), tuple(args.peer), args.peer_isa)
+        for threads in sorted({1, args.threads}) if op == mixed.OP else [args.threads]:
+            torch.set_num_threads(threads)
+            for shape in kernels.shapes(op, args):
+                for m in kernels.rows(op, args):
+                    self._play(*kernels.contest(op, shape, m, dtype, choice), self.settings)
         if choice.isas:
             native.set_isa("")  # models take the one that qkern chooses
 
@@ -101,15 +105,18 @@ class Session:
         settings: Settings,
     ) -> None:
         self.notes += [f"{problem}: without {reason}" for reason in missing]
+        clock = wall_clock
+        if problem.op == overhead.OP:
+            clock, settings = overhead.batched_clock, replace(settings, cold=False)
         try:
-            samples = run_contest(problem, candidates, settings)
+            samples = run_contest(problem, candidates, settings, clock)
         except WrongResultError as error:
             # The other contests still count; the exit status tells.
             self.wrong.append(f"wrong result, not timed: {error}")
             print(f"run.py: {self.wrong[-1]}", file=sys.stderr, flush=True)
             return
         self.contests.append((problem, samples))
-        times = ", ".join(f"{s.candidate.name} {s.percentile(50) * 1e3:.4g}" for s in samples)
+        times = ", ".join(f"{s.name} {s.percentile(50) * 1e3:.4g}" for s in samples)
         print(f"{problem}: ms {times}", file=sys.stderr, flush=True)
 
     def _measure_memory(self, workload: models.Workload, dtype: torch.dtype) -> None:
@@ -141,6 +148,15 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(models.peak_memory(args.memory_of, workload, session.dtypes[0])))
         return 0
     about = machine.describe(args.threads)
+    if "llama.cpp" in args.peer:
+        try:
+            about["versions"]["ggml"] = llama_cpp.version()
+            session.notes += [
+                f"llama.cpp's layout {name} left out: it crashed or was wrong in a trial"
+                for name in llama_cpp.broken_layouts()
+            ]
+        except SkippedError as error:
+            print(f"run.py: without llama.cpp: {error}", file=sys.stderr)
     limits = session.limits()
     session.run()
     # Other work on the machine can only lower a measured limit: the higher of two counts.
@@ -148,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     about["load_average_after"] = list(os.getloadavg())
     rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
     # Where the output went is of no use to who reads it.
-    private = ("memory_of", "json", "plot")
+    private = ("memory_of", "json", "plot", "replot")
     settings = {k: v for k, v in vars(args).items() if k not in private}
     content = report.content(about, limits, settings, rows, session.wrong + session.notes)
     print(report.summary(content))

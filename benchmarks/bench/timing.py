@@ -14,6 +14,7 @@ import torch
 Call = Callable[[], Any]
 
 _MIN_ROUNDS = 5
+_FEWEST_CALLS = 2  # of a candidate that takes all the time
 _MAX_COPIES = 256  # of a small weight, which in a real model would share the cache with others too
 _MEMORY_SHARE = 0.25  # of what is free, that one candidate's copies may take
 
@@ -30,7 +31,8 @@ class SkippedError(Exception):
 class Problem:
     """What is computed: the columns of the table that say so.
 
-    `shape` is the weight's ``[out_features, in_features]``, `m` the rows of activations.
+    `shape` is the weight's ``[out_features, in_features]``, `m` the rows of activations, `threads`
+    what torch is set to when this is made.
     """
 
     op: str
@@ -40,6 +42,7 @@ class Problem:
     flops: int = 0
     work: float = 0.0
     unit: str = ""
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def dtype_name(self) -> str:
@@ -56,7 +59,8 @@ class Candidate:
 
     `prepare` makes a fresh copy of the large tensors that a call reads or writes, `footprint`
     bytes of them, and returns the call. `bytes` is the least a call must move. `check` raises
-    AssertionError on a wrong result. `before` runs untimed before every timed call.
+    AssertionError on a wrong result. `before` runs untimed before every timed call. With `integers`
+    it multiplies in 8 bits, which the limit of floating-point arithmetic does not bind.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Candidate:
     bytes: int = 0
     footprint: int = 0
     before: Callable[[], None] | None = None
+    integers: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,15 @@ class Settings:
 
 @dataclass
 class Sample:
-    """A candidate's times in seconds, with the copies of its memory they went through."""
+    """A candidate's times in seconds, with the copies of its memory they went through.
 
-    candidate: Candidate
+    It holds no more of the candidate, whose tensors may be large.
+    """
+
+    name: str
+    bytes: int
+    footprint: int
+    integers: bool
     copies: int
     cache: str
     seconds: list[float] = field(default_factory=list)
@@ -132,27 +143,38 @@ def run_contest(
 ) -> list[Sample]:
     """Check every candidate, then time them in turn, the first one changing from round to round.
 
+    Who has taken the time of the whole contest alone is called no more, so that the others go on.
     `clock` makes a call and returns its seconds. Raises `WrongResultError` before anything is timed
     when a check fails.
     """
-    prepared: list[tuple[Sample, list[Call]]] = []
+    prepared: list[tuple[Candidate, Sample, list[Call]]] = []
     for candidate in candidates:
         copies, cache = copies_needed(candidate, settings)
         calls = [candidate.prepare() for _ in range(copies)]
         _check(problem, candidate, calls[0])
-        prepared.append((Sample(candidate, copies, cache), calls))
+        sample = Sample(
+            candidate.name,
+            candidate.bytes,
+            candidate.footprint,
+            candidate.integers,
+            copies,
+            cache,
+        )
+        prepared.append((candidate, sample, calls))
     start = time.perf_counter()
     for number in range(settings.repeat):
         enough = number >= settings.min_rounds
         if enough and time.perf_counter() - start > settings.max_seconds:
             break
         first = number % len(prepared)
-        for sample, calls in prepared[first:] + prepared[:first]:
+        for candidate, sample, calls in prepared[first:] + prepared[:first]:
+            if len(sample.seconds) >= _FEWEST_CALLS and sum(sample.seconds) > settings.max_seconds:
+                continue
             call = calls[number % len(calls)]
-            if sample.candidate.before is not None:
-                sample.candidate.before()
+            if candidate.before is not None:
+                candidate.before()
             sample.seconds.append(clock(call))
-    return [sample for sample, _ in prepared]
+    return [sample for _, sample, _ in prepared]
 
 
 def _check(problem: Problem, candidate: Candidate, call: Call) -> None:
