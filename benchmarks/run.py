@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ISA_ENVIRONMENT = {
+    "avx512vnni": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "QKERN_CPU_ISA": "avx512vnni",
+    },
     "avx512": {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
