@@ -100,7 +100,7 @@ def roofline(directory: Path, rows: Sequence[Record], limits: dict[str, Any]) ->
         xs = [min(intensities) / 2 * 1.1**i for i in range(200)]
         xs = [x for x in xs if x <= 2 * max(intensities)]
         roof = [min(x * limits["read_gb_s"], peak) for x in xs]
-        axes.plot(xs, roof, "k-", linewidth=1, label="limit measured in this run")
+        axes.plot(xs, roof, "k-", linewidth=1, label="measured limit")
         axes.set(
             xscale="log",
             yscale="log",
