@@ -100,7 +100,7 @@ def roofline(directory: Path, rows: Sequence[Record], limits: dict[str, Any]) ->
         xs = [min(intensities) / 2 * 1.1**i for i in range(200)]
         xs = [x for x in xs if x <= 2 * max(intensities)]
         roof = [min(x * limits["read_gb_s"], peak) for x in xs]
-        axes.plot(xs, roof, "k-", linewidth=1, label="limit measured in this run")
+        axes.plot(xs, roof, "k-", linewidth=1, label="measured limit")
         axes.set(
             xscale="log",
             yscale="log",
@@ -134,15 +134,14 @@ def time_over_m(
 def time_over_size(
     directory: Path, op: str, m: int | None, dtype: str, rows: Sequence[Record]
 ) -> list[Path]:
-    """Time over the size of the packed weight; who lacks the largest one is named."""
+    """Time over the size of the packed weight; not everyone's tensors fit the memory at the end."""
     figure, axes = _figure()
     _lines(axes, rows, lambda row: math.prod(row["shape"]) * _PACKED_BITS / 8e6)
     largest = max((row["shape"] for row in rows), key=math.prod)
     present = {row["name"] for row in rows if row["shape"] == largest}
-    absent = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in present))
     label = "packed weight, MB"
-    if absent:
-        label += f"\n(without the largest: {', '.join(absent)}; the notes in the JSON say why)"
+    if present != {row["name"] for row in rows}:
+        label += "\n(where a line ends early, the notes in the JSON say why)"
     suffix = "" if m is None else f", M = {m}"
     axes.set(xlabel=label, title=f"{op}, {dtype}{suffix}")
     stem = f"{op}-{dtype}-over-size" if m is None else f"{op}-m{m}-{dtype}-over-size"
