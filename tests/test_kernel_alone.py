@@ -78,6 +78,7 @@ def weight(rows: int = 6, cols: int = 64, **options: Any) -> QuantizedTensor:
 
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
 
 
 # Where the op is skipped, and that it gives the same
@@ -85,8 +86,8 @@ X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
 
 @pytest.mark.parametrize(
     "x",
-    [X, X[0], X[None], X.view(1, 3, 1, 64), X.double()[:, ::1].float(), X.repeat(1, 2)[:, :64]],
-    ids=["2d", "1d", "3d", "4d", "copy", "rows"],
+    [X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS],
+    ids=["2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded"],
 )
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_plain_tensors_skip_the_op(
@@ -597,6 +598,10 @@ def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> N
             wrong += [flat[:0], torch.cat([flat, flat]), flat[:-1], value.to(torch.int64)]
             if flat.numel() > 1:
                 wrong.append(flat.repeat_interleave(2)[::2])
+            if position == BIAS:
+                wrong += [value[None], value[:, None]]
+        elif position == BIAS:  # of linear_4bit_dx
+            wrong.append(torch.ones(64))
         for bad in wrong:
             given = [*right[:position], bad, *right[position + 1 :]]
             assert kernel(*given) is None, (position, bad)
@@ -647,8 +652,12 @@ def capsule(header: Header) -> Any:
 
 def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
     read_with = native.library().read_tensors_with
-    assert not read_with(capsule(Header(2, 0)), Tensor, nn.Parameter)
-    assert not read_with(capsule(Header(1, 3)), Tensor, nn.Parameter)
+    elsewhere = (ctypes.c_void_p * 5)(*[1] * 5)
+    nowhere = Header(1, 3)
+    for header in (Header(2, 0, None, elsewhere), nowhere):
+        assert not read_with(capsule(header), Tensor, nn.Parameter)
+    later = Header(2, 0, ctypes.pointer(nowhere), elsewhere)
+    assert not read_with(capsule(later), Tensor, nn.Parameter)
     with pytest.raises(ValueError, match="PyCapsule"):
         read_with(object(), Tensor, nn.Parameter)
     assert native.linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
