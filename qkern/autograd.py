@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import linear
 
-import qkern.ops  # noqa: F401  registers torch.ops.qkern
-
-_linear_4bit = torch.ops.qkern.linear_4bit.default
-_linear_4bit_dx = torch.ops.qkern.linear_4bit_dx.default
+from qkern.ops import linear_4bit as _linear_4bit
+from qkern.ops import linear_4bit_dx as _linear_4bit_dx
 
 
 class Linear4bit(Function):
@@ -59,15 +58,56 @@ class Linear4bit(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``bias``, where needed."""
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            args = (dy, *ctx.saved_tensors, *ctx.static)
-            # Grad mode is on only under create_graph=True.
-            dx = Linear4bitDx.apply(*args) if torch.is_grad_enabled() else _linear_4bit_dx(*args)
-        if ctx.needs_input_grad[6]:
-            # Of no dimensions at all, sum() would take every one.
-            dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
+        needs = ctx.needs_input_grad
+        dx, dbias = _gradients(ctx, dy, needs[0], needs[6])
         return dx, None, None, None, None, None, dbias, None, None, None, None
+
+
+class KnownLinear4bit(Function):
+    """`Linear4bit` where the result is known already, with few arguments: each takes its time.
+
+    ``weight`` holds the five tensors, ``static`` what follows them in the op ``linear_4bit_dx`` and
+    ``product`` the result; in tuples, where autograd does not look for tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: tuple[Tensor | None, ...],
+        static: tuple[str, int, int, bool],
+        product: tuple[Tensor],
+    ) -> Tensor:
+        """Return the result; save the packed weight when a gradient will need it."""
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*weight)
+            ctx.static = static
+        return product[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x`` and ``bias``, where needed."""
+        return *_gradients(ctx, dy, *ctx.needs_input_grad[:2]), None, None, None
+
+
+# Function.apply first looks for functorch's wrappers among the arguments, which takes longer than
+# a small matmul. Where a kernel has read the arguments there is none.
+record_known_linear_4bit = super(Function, KnownLinear4bit).apply
+
+
+def _gradients(
+    ctx: Any, dy: Tensor, needs_x: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = dbias = None
+    if needs_x:
+        args = (dy, *ctx.saved_tensors, *ctx.static)
+        # Grad mode is on only under create_graph=True.
+        dx = Linear4bitDx.apply(*args) if torch.is_grad_enabled() else _linear_4bit_dx(*args)
+    if needs_bias:
+        # Of no dimensions at all, sum() would take every one.
+        dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
+    return dx, dbias
 
 
 class Linear4bitDx(Function):
@@ -120,7 +160,8 @@ class LoRALinear4bit(Function):
     One Function for base and adapter, so that both add to one result and, in backward, to one
     gradient of ``x``. Matrices ``x`` and ``adapter_input`` of ``[rows, in_features]``, of one
     dtype; ``adapter_input`` None stands for ``x`` (no dropout). The adapter is computed in the
-    dtype of ``lora_a`` and ``lora_b``, which is ``x``'s or a wider one. The weight's arguments are
+    dtype of ``lora_a`` and ``lora_b``, which is ``x``'s or a wider one. ``product`` is the base's
+    result in a tuple where it is known already, then of any shape, or None. The other arguments are
     as in `Linear4bit`.
     """
 
@@ -132,6 +173,7 @@ class LoRALinear4bit(Function):
         lora_a: Tensor,
         lora_b: Tensor,
         scaling: float,
+        product: tuple[Tensor] | None,
         packed: Tensor,
         absmax: Tensor,
         nested_absmax: Tensor | None,
@@ -146,8 +188,9 @@ class LoRALinear4bit(Function):
         """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
         weight = (packed, absmax, nested_absmax, nested_offset, codebook)
         static = (format, block_size, out_features, batch_invariant)
-        args = (x, adapter_input, lora_a, lora_b, scaling, *weight, bias, *static)
-        y, kept, hidden = lora_linear_4bit(*args)
+        y = _linear_4bit(x, *weight, bias, *static) if product is None else product[0]
+        kept = x if adapter_input is None else adapter_input
+        hidden = add_adapter(y, kept, lora_a, lora_b, scaling)
         trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
         ctx.save_for_backward(
             *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight
@@ -165,18 +208,19 @@ class LoRALinear4bit(Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dy = as_matrix(dy)
         kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
         needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
         graph = torch.is_grad_enabled()  # under create_graph=True
         dtype = lora_a.dtype
         dx = dinput = da = db = dbias = None
-        if ctx.needs_input_grad[10]:
+        if ctx.needs_input_grad[11]:
             dbias = dy.sum(0)
         if needs_x:
             args = (dy, *weight, *ctx.static)
             dx = Linear4bitDx.apply(*args) if graph else _linear_4bit_dx(*args)
         if not (needs_x or needs_input or needs_a or needs_b):
-            return (None,) * 10 + (dbias,) + (None,) * 4
+            return (None,) * 11 + (dbias,) + (None,) * 4
         wide_dy = dy.to(dtype)
         if needs_b:
             if graph:
@@ -193,22 +237,26 @@ class LoRALinear4bit(Function):
                 dx = dx + (dhidden @ lora_a).to(dx.dtype)
             else:
                 dx = _add_product(dx, dhidden, lora_a)
-        return dx, dinput, da, db, None, None, None, None, None, None, dbias, None, None, None, None
+        return dx, dinput, da, db, *(None,) * 7, dbias, *(None,) * 4
 
 
-def lora_linear_4bit(
-    x: Tensor,
-    adapter_input: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    *weight_arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`LoRALinear4bit` without gradients: the result, the adapter's input and ``h``."""
-    y = _linear_4bit(x, *weight_arguments)
-    kept = x if adapter_input is None else adapter_input
-    hidden = kept.to(lora_a.dtype) @ lora_a.t()
-    return _add_product(y, hidden, lora_b.t(), scaling), kept, hidden
+def add_adapter(
+    y: Tensor, adapter_input: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """Add the adapter's part to ``y``, in place; return ``adapter_input @ lora_a.T``."""
+    hidden = linear(as_dtype(adapter_input, lora_a.dtype), lora_a)
+    _add_product(as_matrix(y), hidden, lora_b.mT, scaling)
+    return hidden
+
+
+def as_matrix(y: Tensor) -> Tensor:
+    """``y`` of one dimension or more as a matrix; as it is where it is one."""
+    return y if y.dim() == 2 else y.flatten(0, -2) if y.dim() > 2 else y[None]
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, sooner where it has the dtype."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 _SLICE_BYTES = 4 << 20  # of a dense weight in float32; a smaller slice's matmul is slower
@@ -277,6 +325,6 @@ def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """``total += alpha * a @ b``, in place, rounded once; in one dtype, without a temporary."""
-    if a.dtype == total.dtype:
+    if a.dtype is total.dtype:
         return total.addmm_(a, b, alpha=alpha)
     return total.add_(a @ b, alpha=alpha)

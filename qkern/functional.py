@@ -11,11 +11,21 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from qkern import _errors, formats
-from qkern.autograd import Linear4bit, LoRALinear4bit, lora_linear_4bit
+from qkern.autograd import (
+    Linear4bit,
+    LoRALinear4bit,
+    add_adapter,
+    as_dtype,
+    as_matrix,
+    record_known_linear_4bit,
+)
 from qkern.backends import native
+from qkern.ops import assume, unobserved
+from qkern.ops import linear_4bit as _linear_4bit
 from qkern.tensor import QuantizedTensor
 
-_linear_4bit = torch.ops.qkern.linear_4bit.default
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
+_num_threads = torch.get_num_threads
 
 _batch_invariant = False
 
@@ -193,8 +203,49 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     autocast ``x`` and ``bias`` are cast to its dtype, as ``torch.nn.functional.linear`` does.
     Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or device.
     """
-    x, bias = _checked_input(x, qw, bias)
-    return _linear(x, qw, bias)
+    y = _by_kernel_alone(x, qw, bias)
+    if y is None:
+        x, bias = _checked_input(x, qw, bias)
+        args = (x, *_weight_arguments(qw, bias))
+        return Linear4bit.apply(*args) if _is_recorded(x, bias) else _linear_4bit(*args)
+    if _is_recorded(x, bias):
+        weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook)
+        static = (qw.format, qw.block_size, qw.shape[1], _batch_invariant)
+        return record_known_linear_4bit(x, bias, weight, static, (y,))
+    return y
+
+
+def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+    """The product without its op and without a graph.
+
+    None where somebody would miss the op, or where any argument is wrong or out of the ordinary.
+    """
+    if not unobserved() or _any_autocast() or not isinstance(qw, QuantizedTensor):
+        return None
+    shape = qw.shape
+    if len(shape) != 2:
+        return None
+    return native.linear_4bit_on_tensors(
+        x,
+        qw.packed,
+        qw.absmax,
+        qw.nested_absmax,
+        qw.nested_offset,
+        qw.codebook,
+        qw.format,
+        qw.block_size,
+        shape[0],
+        _batch_invariant,
+        bias,
+        shape[1],
+        _num_threads(),
+    )
+
+
+def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
 
 
 def _checked_input(
@@ -217,14 +268,6 @@ def _checked_input(
     if bias is not None:
         _check_bias(bias, x, shape[0])
     return x, bias
-
-
-def _linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """``linear_4bit`` of checked arguments."""
-    args = (x, *_weight_arguments(qw, bias))
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return Linear4bit.apply(*args)
-    return _linear_4bit(*args)
 
 
 def _weight_arguments(qw: QuantizedTensor, bias: Tensor | None) -> tuple[Any, ...]:
@@ -324,27 +367,29 @@ def lora_linear(
     backward keeps only ``x @ lora_a.T`` (and the dropped-out ``x`` with dropout). Raises as
     ``linear_4bit`` does.
     """
-    x, bias = _checked_input(x, qw, bias)
+    y = _by_kernel_alone(x, qw, bias)
+    if y is None:
+        x, bias = _checked_input(x, qw, bias)
     out_features, in_features = qw.shape
-    _check_adapter("lora_a", lora_a, x, (None, in_features))
-    _check_adapter("lora_b", lora_b, x, (out_features, lora_a.shape[0]))
+    _check_adapter("lora_a", lora_a, x, None, in_features)
+    _check_adapter("lora_b", lora_b, x, out_features, lora_a.shape[0])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
-    matrix = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
+    matrix = as_matrix(x)
     adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
     adapter_dtype = x.dtype
-    if x.is_cpu and x.dtype != torch.float32 and not _autocast_enabled(x):
-        adapter_dtype = _cpu_matmul_dtype(x.dtype)
-    args = (
-        matrix,
-        adapter_input,
-        lora_a.to(adapter_dtype),
-        lora_b.to(adapter_dtype),
-        scaling,
-        *_weight_arguments(qw, bias),
-    )
-    y = LoRALinear4bit.apply(*args) if torch.is_grad_enabled() else lora_linear_4bit(*args)[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    if adapter_dtype is not torch.float32 and x.is_cpu and not _autocast_enabled(x):
+        adapter_dtype = _cpu_matmul_dtype(adapter_dtype)
+    lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
+    if torch.is_grad_enabled():
+        known = None if y is None else (y,)
+        weight = _weight_arguments(qw, bias)
+        y = LoRALinear4bit.apply(matrix, adapter_input, lora_a, lora_b, scaling, known, *weight)
+    else:
+        if y is None:
+            y = _linear_4bit(matrix, *_weight_arguments(qw, bias))
+        add_adapter(y, matrix if adapter_input is None else adapter_input, lora_a, lora_b, scaling)
+    return y if y.dim() == x.dim() else y.view(*x.shape[:-1], out_features)
 
 
 @torch.compiler.assume_constant_result
@@ -353,9 +398,11 @@ def _cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if native.has_matmul(dtype) else torch.float32
 
 
-def _check_adapter(name: str, value: Any, x: Tensor, shape: tuple[int | None, int]) -> None:
+def _check_adapter(name: str, value: Any, x: Tensor, rows: int | None, columns: int) -> None:
     _errors.check_float_tensor(name, value)
-    if value.dim() != 2 or value.shape[1] != shape[1] or shape[0] not in (None, value.shape[0]):
-        takes = ", ".join("r" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: got shape {list(value.shape)}; takes [{takes}]")
-    _errors.check_device(name, value, x.device, "x")
+    shape = value.shape
+    if len(shape) != 2 or shape[1] != columns or rows not in (None, shape[0]):
+        takes = f"[{'r' if rows is None else rows}, {columns}]"
+        raise ValueError(f"{name}: got shape {list(shape)}; takes {takes}")
+    if not (value.is_cpu and x.is_cpu):  # two devices take longer to compare
+        _errors.check_device(name, value, x.device, "x")

@@ -10,12 +10,13 @@ themselves reject what would be unsafe.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkern import formats
-from qkern.backends import select
+from qkern import backends, formats
+from qkern.backends import native, select
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
 _LAYOUT = "str format, int block_size"
@@ -169,3 +170,52 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkern::{_name}", _fake, lib=_library)
+
+linear_4bit = torch.ops.qkern.linear_4bit.default
+_linear_4bit_dx_op = torch.ops.qkern.linear_4bit_dx.default
+
+_CPU = torch.device("cpu")
+
+
+def assume() -> bool:
+    """Stands for one of the questions below in a version of torch that does not answer it."""
+    return True
+
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", assume)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", assume)
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", assume)
+_is_tracing = getattr(torch._C, "_is_tracing", assume)
+_is_profiled = getattr(torch._C._autograd, "_profiler_enabled", assume)
+
+
+def unobserved() -> bool:
+    """Whether a CPU kernel may be called without its op, because nothing would see the op.
+
+    Dispatch takes several times as long as a small matmul. It is for torch.compile and other
+    tracers, modes, functorch's transforms and profilers; where none is at work and ``cpu`` is the
+    backend chosen, plain tensors get the same from the kernel itself. Gradients are up to the
+    caller.
+    """
+    return (
+        not (
+            _is_dynamo_compiling()
+            or _dispatch_modes()
+            or _function_modes()
+            or _transforms()
+            or _is_tracing()
+            or _is_profiled()
+        )
+        # No entry before the first op has run, whose errors for a wrong choice are the right ones.
+        and backends._selected.get(_CPU) is native
+    )
+
+
+def linear_4bit_dx(*args: Any) -> Tensor:
+    """The op ``linear_4bit_dx``, or its kernel alone where that makes no difference."""
+    if unobserved():
+        dx = native.linear_4bit_dx_on_tensors(*args, None, None, torch.get_num_threads())
+        if dx is not None:
+            return dx
+    return _linear_4bit_dx_op(*args)

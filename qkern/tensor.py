@@ -71,6 +71,9 @@ class QuantizedTensor:
             _errors.check_buffer("codebook", self.codebook, torch.float32, (16,))
         for name, tensor in self.tensors().items():
             _errors.check_device(name, tensor, self.packed.device, "packed")
+            # A kernel that reads memory would not see it. Of traced tensors one cannot ask.
+            if not torch.compiler.is_compiling() and tensor.is_neg():
+                raise ValueError(f"{name}: got a lazily negated tensor; takes its resolve_neg()")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled state, checked as a new one is."""

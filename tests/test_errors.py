@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qkern
 from qkern import QuantizedTensor, backends, formats, testing
+from qkern.backends import native
 from qkern.testing import OPS, Case
 
 needs_native = pytest.mark.skipif(
@@ -349,6 +350,23 @@ def test_bad_argument(error: type[Exception], call: Call, message: str) -> None:
         call()
     assert raised.type is error
     assert "; takes" in str(raised.value)
+
+
+MATMUL_CALLS = [entry for entry in BAD_CALLS if "linear" in entry[0].split("-")[0]]
+
+
+@needs_native
+@pytest.mark.parametrize("call", [e[2] for e in MATMUL_CALLS], ids=[e[0] for e in MATMUL_CALLS])
+def test_errors_do_not_depend_on_who_reads_the_tensors(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkern.linear_4bit(X, weight())  # so that the backend is chosen, and the kernel called first
+    with pytest.raises((TypeError, ValueError)) as read_by_the_binding:
+        call()
+    monkeypatch.setattr(native, "linear_4bit_on_tensors", native._refuse)
+    with pytest.raises(read_by_the_binding.type) as read_in_python:
+        call()
+    assert str(read_by_the_binding.value) == str(read_in_python.value)
 
 
 def test_every_public_function_is_covered() -> None:

@@ -33,6 +33,18 @@ inline void raise_on_error(const char* op, const Status& status) {
   throw std::runtime_error(what);
 }
 
+// Runs a CPU kernel without the GIL.
+template <typename Args>
+void launch(const char* op, Status (*fn)(const Args&, int), const Args& args, int num_threads) {
+  require(num_threads >= 1, "num_threads: takes 1 and above");
+  Status status;
+  {
+    pybind11::gil_scoped_release release;
+    status = fn(args, num_threads);
+  }
+  raise_on_error(op, status);
+}
+
 inline DType dtype_from(int number) {
   require(number >= 0 && number <= 2, "dtype: takes 0 (float32), 1 (bfloat16) or 2 (float16)");
   return static_cast<DType>(number);

@@ -10,24 +10,13 @@
 #include "../cpu/scratch.h"
 #include "arguments.h"
 #include "cuda.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace qkern::binding;
-
-template <typename Args>
-void launch(const char* op, qkern::Status (*fn)(const Args&, int), const Args& args,
-            int num_threads) {
-  require(num_threads >= 1, "num_threads: takes 1 and above");
-  qkern::Status status;
-  {
-    py::gil_scoped_release release;
-    status = fn(args, num_threads);
-  }
-  raise_on_error(op, status);
-}
 
 void quantize_4bit(Pointer x, int x_dtype, Size numel, int format, Pointer codebook,
                    Size block_size, Pointer packed, Pointer absmax, int num_threads) {
@@ -133,6 +122,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_absmax", quantize_absmax);
   m.def("linear_4bit", linear_4bit);
   m.def("linear_4bit_dx", linear_4bit_dx);
+  bind_tensors(m);
 #ifdef QKERN_HAVE_CUDA
   bind_cuda(m);
 #endif

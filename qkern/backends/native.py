@@ -10,11 +10,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkern import formats, reference
 from qkern.backends import _args
@@ -49,6 +50,31 @@ try:
 except ImportError as error:
     _C = None
     missing_reason = f"qkern._C cannot be imported: {error}"
+
+
+def _refuse(*arguments: Any) -> None:
+    """Stands for a matmul on tensors where there is none."""
+
+
+linear_4bit_on_tensors: Callable[..., Tensor | None] = _refuse
+"""``linear_4bit`` on plain CPU tensors, which the binding reads itself in a fraction of the time.
+
+Takes ``(x, packed, absmax, nested_absmax, nested_offset, codebook, format, block_size,
+out_features, batch_invariant, bias, in_features, num_threads)``, with ``in_features`` None for
+whatever ``x`` has. None, with nothing done, wherever an argument is not what it should be or not
+plain: a subclass, a layout that needs a copy, no elements. Newer versions of torch have the
+interface that this takes; with others the answer is always None.
+"""
+
+linear_4bit_dx_on_tensors: Callable[..., Tensor | None] = _refuse
+"""``linear_4bit_dx`` in the same way, with ``dy`` for ``x``, a bias of None, and the features
+exchanged."""
+
+_exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if _C and _exchange_api and _C.read_tensors_with(_exchange_api, Tensor, nn.Parameter):
+    linear_4bit_on_tensors = _C.linear_4bit_on_tensors
+    linear_4bit_dx_on_tensors = _C.linear_4bit_dx_on_tensors
+
 
 # Outputs name their device, because a caller may have set another default, such as meta.
 _CPU = torch.device("cpu")
@@ -234,6 +260,23 @@ def linear_4bit(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit``."""
+    done = linear_4bit_on_tensors(
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        codebook,
+        format,
+        block_size,
+        out_features,
+        batch_invariant,
+        bias,
+        None,
+        _args.num_threads(),
+    )
+    if done is not None:
+        return done
     shape = x.shape
     in_features = shape[-1]
     numel = out_features * in_features
@@ -288,6 +331,23 @@ def linear_4bit_dx(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit_dx``."""
+    done = linear_4bit_dx_on_tensors(
+        dy,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        codebook,
+        format,
+        block_size,
+        in_features,
+        batch_invariant,
+        None,
+        None,
+        _args.num_threads(),
+    )
+    if done is not None:
+        return done
     shape = dy.shape
     out_features = shape[-1]
     numel = out_features * in_features

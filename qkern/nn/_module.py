@@ -17,6 +17,15 @@ from qkern.tensor import QuantizedTensor
 _TENSORS = ("packed", "absmax", "nested_absmax", "nested_offset", "codebook")
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.name``, sooner: torch looks everywhere else before it looks among parameters.
+
+    Elsewhere it is where the module was parametrised or sharded.
+    """
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class QuantizedModule(nn.Module):
     """A module whose frozen weight is a :class:`~qkern.QuantizedTensor`.
 
@@ -58,13 +67,16 @@ class QuantizedModule(nn.Module):
         # Checking and building one takes as long as a small matmul, so the last one is kept. It
         # stands for the buffers as long as they are the same objects.
         kept, buffers = self._kept_weight, self._buffers
-        if kept is not None and kept.dtype is self._weight_dtype:
-            for name in _TENSORS:
-                if getattr(kept, name) is not buffers[name]:
-                    break
-            else:
-                return kept
-        kept = self._kept_weight = self._quantized(self.packed)
+        if (
+            kept is None
+            or kept.packed is not buffers["packed"]
+            or kept.absmax is not buffers["absmax"]
+            or kept.nested_absmax is not buffers["nested_absmax"]
+            or kept.nested_offset is not buffers["nested_offset"]
+            or kept.codebook is not buffers["codebook"]
+            or kept.dtype is not self._weight_dtype
+        ):
+            kept = self._kept_weight = self._quantized(self.packed)
         return kept
 
     def _quantized(self, packed: Tensor) -> QuantizedTensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.functional import linear_4bit, quantize_4bit
-from qkern.nn._module import QuantizedModule, zeros_quantized
+from qkern.nn._module import QuantizedModule, parameter, zeros_quantized
 from qkern.tensor import QuantizedTensor
 
 
@@ -111,8 +111,8 @@ class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype."""
-        bias: Tensor | None = self.bias
-        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        bias: Tensor | None = parameter(self, "bias")
+        return bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         """The sizes, whether there is a bias, and the format."""

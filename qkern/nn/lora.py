@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
+from qkern.nn._module import parameter
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
@@ -200,16 +201,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        base = self.base_layer
+        base: nn.Linear = self._modules["base_layer"]  # type: ignore[assignment]  # soonest so
         if not self.adapter_enabled:
             return base(x)
         if self._merged is not None:
             return self._merged[0](x)
         dropout = self.dropout if self.training else 0.0
         if isinstance(base, Linear4bit):
-            return lora_linear(
-                x, base.weight, self.lora_a, self.lora_b, self.scaling, base.bias_for(x), dropout
-            )
+            lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
+            bias = base.bias_for(x)
+            return lora_linear(x, base.weight, lora_a, lora_b, self.scaling, bias, dropout)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling

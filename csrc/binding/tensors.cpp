@@ -1,0 +1,329 @@
+// The CPU matmuls on tensors themselves, read by DLPack's C exchange interface: for a small layer,
+// asking every tensor for its address and sizes in Python takes longer than the kernel.
+//
+// Nothing is explained here and nothing trusted. Unless every argument is what the kernel takes, in
+// plain tensors, the answer is None and nothing has been done: qkern/backends/native.py then does
+// the rest, a copy or an error that names the argument.
+#include "tensors.h"
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+
+#include "arguments.h"
+#include "dlpack.h"
+
+namespace qkern::binding {
+namespace {
+
+namespace py = pybind11;
+
+constexpr int kMostDimensions = 8;
+
+// Set once, by read_tensors_with.
+struct Library {
+  int (*read)(void*, dlpack::Tensor*) = nullptr;
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* new_empty = nullptr;  // names of methods
+  PyObject* is_neg = nullptr;
+};
+
+Library library;
+
+// A dense tensor in the CPU's memory, of no subclass: one may mean something else by its elements.
+class PlainTensor {
+ public:
+  // False where `object` is no such tensor.
+  bool read(PyObject* object) {
+    if (Py_TYPE(object) != library.tensor && Py_TYPE(object) != library.parameter) return false;
+    if (library.read(object, &tensor_) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return tensor_.device_type == dlpack::kCpu && tensor_.dtype.lanes == 1 &&
+           tensor_.byte_offset == 0 && tensor_.data != nullptr &&
+           (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr));
+  }
+
+  // As read(), and whether the tensor is contiguous, of `numel` elements of a dtype.
+  bool read(PyObject* object, dlpack::DataTypeCode code, int bits, Size numel) {
+    return read(object) && is(code, bits) && contiguous_numel() == numel;
+  }
+
+  bool is(int code, int bits) const {
+    return tensor_.dtype.code == code && tensor_.dtype.bits == bits;
+  }
+
+  bool same_dtype(const PlainTensor& other) const {
+    return is(other.tensor_.dtype.code, other.tensor_.dtype.bits);
+  }
+
+  bool floating(DType* dtype) const {
+    if (is(dlpack::kFloat, 32)) {
+      *dtype = DType::kFloat32;
+    } else if (is(dlpack::kBfloat, 16)) {
+      *dtype = DType::kBFloat16;
+    } else if (is(dlpack::kFloat, 16)) {
+      *dtype = DType::kFloat16;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  // The number of elements, or -1 where they are not contiguous.
+  Size contiguous_numel() const {
+    Size numel = 1;
+    for (int i = tensor_.ndim - 1; i >= 0; --i) {
+      if (tensor_.shape[i] != 1 && tensor_.strides[i] != numel) return -1;
+      numel *= tensor_.shape[i];
+    }
+    return numel;
+  }
+
+  int ndim() const { return tensor_.ndim; }
+  Size size(int i) const { return tensor_.shape[i]; }
+  Size stride(int i) const { return tensor_.strides[i]; }
+
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(tensor_.data);
+  }
+
+ private:
+  dlpack::Tensor tensor_{};
+};
+
+// Whether memory holds the negated elements, which DLPack does not tell.
+bool is_negated(PyObject* tensor) {
+  PyObject* negated = PyObject_CallMethodNoArgs(tensor, library.is_neg);
+  if (negated == nullptr) throw py::error_already_set();
+  Py_DECREF(negated);
+  return negated != Py_False;
+}
+
+bool read_size(PyObject* object, Size* size) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  *size = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+bool read_codes(PyObject* format, PyObject* codebook, Codebook* codes) {
+  if (!PyUnicode_CheckExact(format)) return false;
+  if (PyUnicode_CompareWithASCIIString(format, "custom") == 0) {
+    PlainTensor values;
+    if (!values.read(codebook, dlpack::kFloat, 32, 16)) return false;
+    *codes = {kFormatCustom, values.data<const float>()};
+    return true;
+  }
+  if (PyUnicode_CompareWithASCIIString(format, "nf4") == 0) {
+    codes->format = kFormatNf4;
+  } else if (PyUnicode_CompareWithASCIIString(format, "fp4") == 0) {
+    codes->format = kFormatFp4;
+  } else {
+    return false;
+  }
+  return codebook == Py_None;
+}
+
+// The positions of the arguments. `width` is the size that x's last dimension must have, or None;
+// `features` is the result's.
+enum Argument {
+  kX,
+  kPacked,
+  kAbsmax,
+  kNestedAbsmax,
+  kNestedOffset,
+  kCodebook,
+  kFormat,
+  kBlockSize,
+  kFeatures,
+  kBatchInvariant,
+  kBias,
+  kWidth,
+  kNumThreads,
+  kArguments,
+};
+
+bool read_weight(PyObject* const* arguments, Size rows, Size cols, Weight4bit* weight) {
+  PlainTensor packed, absmax, nested_absmax, nested_offset;
+  if (!packed.read(arguments[kPacked]) || !packed.is(dlpack::kUInt, 8)) return false;
+  const Size bytes = packed.contiguous_numel();
+  // Divided first, since the product of wrong sizes may not fit in 64 bits.
+  if (rows <= 0 || cols <= 0 || bytes <= 0 || rows > 2 * bytes / cols) return false;
+  const Size numel = rows * cols;
+  Size block_size = 0;
+  if (bytes != numel / 2 + numel % 2 || !read_size(arguments[kBlockSize], &block_size) ||
+      block_size < kMinBlockSize || block_size > kMaxBlockSize ||
+      (block_size & (block_size - 1)) != 0) {
+    return false;
+  }
+  const Size blocks = (numel - 1) / block_size + 1;
+  if (arguments[kNestedAbsmax] == Py_None) {
+    if (!absmax.read(arguments[kAbsmax], dlpack::kFloat, 32, blocks) ||
+        arguments[kNestedOffset] != Py_None) {
+      return false;
+    }
+  } else {
+    const Size groups = (blocks - 1) / kNestedBlockSize + 1;
+    if (!absmax.read(arguments[kAbsmax], dlpack::kUInt, 8, blocks) ||
+        !nested_absmax.read(arguments[kNestedAbsmax], dlpack::kFloat, 32, groups) ||
+        !nested_offset.read(arguments[kNestedOffset], dlpack::kFloat, 32, 1)) {
+      return false;
+    }
+  }
+  weight->packed = packed.data<const std::uint8_t>();
+  weight->absmax = absmax.data<const void>();
+  weight->nested_absmax = nested_absmax.data<const float>();
+  weight->nested_offset = nested_offset.data<const float>();
+  weight->block_size = block_size;
+  weight->rows = rows;
+  weight->cols = cols;
+  return read_codes(arguments[kFormat], arguments[kCodebook], &weight->codes);
+}
+
+// x [..., width] as a matrix of unit inner stride, where it is one without a copy.
+bool read_rows(const PlainTensor& x, Linear4bitArgs* args) {
+  if (x.ndim() < 1 || x.ndim() > kMostDimensions || !x.floating(&args->dtype)) return false;
+  const Size width = x.size(x.ndim() - 1);
+  if (x.ndim() == 2 && (x.stride(1) == 1 || width == 1)) {
+    args->m = x.size(0);
+    args->x_row_stride = x.stride(0);
+  } else {
+    const Size numel = x.contiguous_numel();
+    if (numel <= 0) return false;
+    args->m = numel / width;
+    args->x_row_stride = width;
+  }
+  args->x = x.data<const void>();
+  return args->m > 0;
+}
+
+bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args) {
+  if (object == Py_None) return true;
+  PlainTensor bias;
+  if (!bias.read(object) || !bias.same_dtype(x) || bias.ndim() != 1 ||
+      bias.contiguous_numel() != features || is_negated(object)) {
+    return false;
+  }
+  args->bias = bias.data<const void>();
+  return true;
+}
+
+bool read_arguments(PyObject* const* arguments, bool input_gradient, PlainTensor* x,
+                    Linear4bitArgs* args, Size* features, Size* num_threads) {
+  if (library.read == nullptr || !x->read(arguments[kX]) || !read_rows(*x, args) ||
+      !read_size(arguments[kFeatures], features) ||
+      !read_size(arguments[kNumThreads], num_threads) || *num_threads < 1 ||
+      *num_threads > INT_MAX || !PyBool_Check(arguments[kBatchInvariant])) {
+    return false;
+  }
+  args->batch_invariant = arguments[kBatchInvariant] == Py_True;
+  const Size width = x->size(x->ndim() - 1);
+  Size expected = width;
+  if (arguments[kWidth] != Py_None && !read_size(arguments[kWidth], &expected)) return false;
+  const Size rows = input_gradient ? width : *features;
+  const Size cols = input_gradient ? *features : width;
+  return width == expected && read_weight(arguments, rows, cols, &args->weight) &&
+         (!input_gradient || arguments[kBias] == Py_None) &&
+         read_bias(arguments[kBias], *x, *features, args) && !is_negated(arguments[kX]);
+}
+
+// x.new_empty(*x.shape[:-1], features)
+py::object new_result(PyObject* x, const PlainTensor& tensor, Size features) {
+  PyObject* arguments[1 + kMostDimensions] = {x};
+  const int ndim = tensor.ndim();
+  bool complete = true;
+  for (int i = 0; i < ndim; ++i) {
+    arguments[1 + i] = PyLong_FromLongLong(i + 1 < ndim ? tensor.size(i) : features);
+    complete = complete && arguments[1 + i] != nullptr;
+  }
+  PyObject* result = nullptr;
+  if (complete) {
+    result = PyObject_VectorcallMethod(library.new_empty, arguments,
+                                       static_cast<std::size_t>(1 + ndim), nullptr);
+  }
+  for (int i = 0; i < ndim; ++i) Py_XDECREF(arguments[1 + i]);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+PyObject* matmul(const char* op, Status (*fn)(const Linear4bitArgs&, int), bool input_gradient,
+                 PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kArguments) {
+    PyErr_Format(PyExc_TypeError, "%s: takes %d arguments", op, static_cast<int>(kArguments));
+    return nullptr;
+  }
+  try {
+    Linear4bitArgs args;
+    PlainTensor x, y;
+    Size features = 0, num_threads = 0;
+    if (!read_arguments(arguments, input_gradient, &x, &args, &features, &num_threads)) {
+      Py_RETURN_NONE;
+    }
+    py::object result = new_result(arguments[kX], x, features);
+    if (!y.read(result.ptr()) || !y.same_dtype(x) || y.contiguous_numel() != args.m * features) {
+      Py_RETURN_NONE;
+    }
+    args.y = y.data<void>();
+    launch(op, fn, args, static_cast<int>(num_threads));
+    return result.release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyObject* linear_4bit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return matmul("linear_4bit", cpu::linear_4bit, false, arguments, count);
+}
+
+PyObject* linear_4bit_dx(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return matmul("linear_4bit_dx", cpu::linear_4bit_dx, true, arguments, count);
+}
+
+// Whether tensors of the types `tensor` and `parameter` can be read by the interface in `capsule`.
+bool read_tensors_with(const py::object& capsule, const py::type& tensor,
+                       const py::type& parameter) {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
+  if (api == nullptr || api->tensor_from_object == nullptr) return false;
+  library.new_empty = PyUnicode_InternFromString("new_empty");
+  library.is_neg = PyUnicode_InternFromString("is_neg");
+  if (library.new_empty == nullptr || library.is_neg == nullptr) throw py::error_already_set();
+  library.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  library.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  library.read = api->tensor_from_object;
+  return true;
+}
+
+// Functions of Python's own C interface: converting so many arguments, pybind11 takes longer than
+// reading the tensors does.
+using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyCFunction as_method(FastFunction function) {
+  // By way of a type that compilers take for any function.
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"linear_4bit_on_tensors", as_method(linear_4bit), METH_FASTCALL, nullptr},
+    {"linear_4bit_dx_on_tensors", as_method(linear_4bit_dx), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_tensors(py::module_& m) {
+  m.def("read_tensors_with", read_tensors_with);
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace qkern::binding

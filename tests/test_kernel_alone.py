@@ -1,0 +1,692 @@
+"""Small calls skip torch's dispatcher: only where nobody can tell, and with the same results."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qkern
+from qkern import QuantizedTensor, backends, reference, testing
+from qkern.backends import native
+from qkern.testing import OPS
+
+pytestmark = pytest.mark.skipif(
+    native.linear_4bit_on_tensors is native._refuse,
+    reason="no native kernels, or a torch without DLPack's C exchange interface",
+)
+
+BIAS = 10  # positions of arguments
+WIDTH = 11  # only the public functions give it
+NUM_THREADS = 12
+
+
+class Calls:
+    """What `native.linear_4bit_on_tensors` answered to the public functions."""
+
+    def __init__(self, kernel: Callable[..., Tensor | None]) -> None:
+        self.kernel = kernel
+        self.answers: list[Tensor | None] = []
+
+    def __call__(self, *arguments: Any) -> Tensor | None:
+        answer = self.kernel(*arguments)
+        if arguments[WIDTH] is not None:
+            self.answers.append(answer)
+        return answer
+
+    @property
+    def skipped_the_op(self) -> bool:
+        return any(answer is not None for answer in self.answers)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    qkern.linear_4bit(torch.zeros(1, 64), weight())  # so that the backend is chosen
+    wrapped = Calls(native.linear_4bit_on_tensors)
+    monkeypatch.setattr(native, "linear_4bit_on_tensors", wrapped)
+    return wrapped
+
+
+@pytest.fixture
+def without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes every call go the long way."""
+
+    def switch() -> None:
+        monkeypatch.setattr(native, "linear_4bit_on_tensors", native._refuse)
+        monkeypatch.setattr(native, "linear_4bit_dx_on_tensors", native._refuse)
+
+    return switch
+
+
+def weight(rows: int = 6, cols: int = 64, **options: Any) -> QuantizedTensor:
+    return qkern.quantize_4bit(torch.randn(rows, cols), **options)
+
+
+X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
+
+
+# Where the op is skipped, and that it gives the same
+
+
+@pytest.mark.parametrize(
+    "x",
+    [X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS],
+    ids=["2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded"],
+)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
+def test_plain_tensors_skip_the_op(
+    calls: Calls, x: Tensor, context: Callable[[], AbstractContextManager[None]]
+) -> None:
+    qw, bias = weight(), torch.randn(6)
+    with context():
+        y = qkern.nf4_linear(x, qw, bias)
+        expected = torch.ops.qkern.linear_4bit(x, *parts(qw), bias, "nf4", 64, 6)
+    assert calls.skipped_the_op
+    testing.assert_bitwise(y, expected)
+    assert y.shape == expected.shape
+    assert y.is_inference() == expected.is_inference()
+    assert not y._is_view()
+
+
+def parts(qw: QuantizedTensor) -> tuple[Tensor | None, ...]:
+    return qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+def test_every_case_gives_the_bits_of_the_long_way(
+    isa: str, name: str, without_kernels_alone: Callable[[], None]
+) -> None:
+    spec = OPS[name]
+    cases = [case for case in spec.cases if case.values == "normal"]
+    inputs = [
+        spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
+        for case in cases
+    ]
+    actual = [spec.run(values) for values in inputs]
+    without_kernels_alone()
+    for case, values, results in zip(cases, inputs, actual, strict=True):
+        for a, e in zip(results, spec.run(values), strict=True):
+            testing.assert_bitwise(a, e, f"{name}: {case}")
+
+
+def test_layers_skip_the_op(calls: Calls) -> None:
+    layer = qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6))
+    lora = qkern.nn.LoRALinear(layer, r=4, alpha=8)
+    for module in (layer, lora):
+        calls.answers.clear()
+        module(X)
+        assert calls.skipped_the_op, module
+
+
+def test_other_threads_see_their_own_modes(calls: Calls) -> None:
+    """A mode on this thread does not concern another."""
+    qw = weight()
+    with Ops():
+        thread = threading.Thread(target=qkern.nf4_linear, args=(X, qw))
+        thread.start()
+        thread.join()
+        assert calls.skipped_the_op
+        calls.answers.clear()
+        qkern.nf4_linear(X, qw)
+        assert not calls.skipped_the_op
+
+
+# Where somebody would notice
+
+
+class Ops(TorchDispatchMode):
+    """Notes the qkern ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """Notes the functions of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+Run = Callable[[Tensor, QuantizedTensor], Tensor]
+
+
+def in_a_mode(mode: type[Any]) -> Callable[[Run, QuantizedTensor], Tensor]:
+    def check(run: Run, qw: QuantizedTensor) -> Tensor:
+        with mode() as log:
+            y = run(X, qw)
+        assert "qkern.linear_4bit.default" in log.seen
+        return y
+
+    return check
+
+
+def in_a_profile(run: Run, qw: QuantizedTensor) -> Tensor:
+    with torch.profiler.profile() as profile:
+        y = run(X, qw)
+    assert "qkern::linear_4bit" in {event.key for event in profile.key_averages()}
+    return y
+
+
+def in_a_trace(run: Run, qw: QuantizedTensor) -> Tensor:
+    traced = torch.jit.trace(lambda x: run(x, qw), X, check_trace=False)
+    assert "qkern::linear_4bit" in str(traced.graph)
+    return traced(X)
+
+
+def in_a_graph(pre_dispatch: bool, mode: str) -> Callable[[Run, QuantizedTensor], Tensor]:
+    def check(run: Run, qw: QuantizedTensor) -> Tensor:
+        trace = make_fx(
+            lambda x: run(x, qw),
+            tracing_mode=mode,
+            pre_dispatch=pre_dispatch,
+            _allow_non_fake_inputs=True,
+        )
+        graph = trace(X)
+        assert "qkern.linear_4bit.default" in graph.code
+        return graph(X)
+
+    return check
+
+
+def compiled(run: Run, qw: QuantizedTensor) -> Tensor:
+    torch.compiler.reset()
+    return torch.compile(lambda x: run(x, qw), fullgraph=True, backend="eager")(X)
+
+
+def in_vmap(run: Run, qw: QuantizedTensor) -> Tensor:
+    return torch.func.vmap(lambda x: run(x, qw))(X[:, None])[:, 0]
+
+
+def on_the_reference(run: Run, qw: QuantizedTensor) -> Tensor:
+    with backends.use("reference"):
+        return run(X, qw)
+
+
+def on_a_module_of_ones_own(run: Run, qw: QuantizedTensor) -> Tensor:
+    with backends.use(reference):
+        return run(X, qw)
+
+
+OBSERVERS = {
+    "dispatch_mode": in_a_mode(Ops),
+    "function_mode": in_a_mode(Functions),
+    "profiler": in_a_profile,
+    "jit_trace": in_a_trace,
+    "make_fx": in_a_graph(False, "real"),
+    "make_fx_fake": in_a_graph(False, "fake"),
+    "make_fx_pre_dispatch": in_a_graph(True, "real"),
+    "compile": compiled,
+    "vmap": in_vmap,
+    "reference": on_the_reference,
+    "own_module": on_a_module_of_ones_own,
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*batching rule")
+@pytest.mark.parametrize("observe", OBSERVERS.values(), ids=list(OBSERVERS))
+def test_an_observer_gets_the_op(
+    calls: Calls, observe: Callable[[Run, QuantizedTensor], Tensor]
+) -> None:
+    qw = weight()
+    expected = qkern.nf4_linear(X, qw)
+    assert calls.skipped_the_op
+    calls.answers.clear()
+    y = observe(qkern.nf4_linear, qw)
+    assert not calls.skipped_the_op
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_within_a_transform_constants_take_the_op_too(calls: Calls) -> None:
+    qw = weight()
+    torch.func.vmap(lambda z: z + qkern.nf4_linear(X, qw).sum())(X)
+    assert not calls.skipped_the_op
+
+
+def test_functorchs_gradient_is_refused_as_before(calls: Calls) -> None:
+    qw = weight()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: qkern.nf4_linear(x, qw).sum())(X)
+    assert not calls.skipped_the_op
+
+
+def test_autocast_decides_the_dtype(calls: Calls) -> None:
+    qw = weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert qkern.nf4_linear(X, qw).dtype == torch.bfloat16
+        assert qkern.lora_linear(X, qw, X[:2], torch.ones(6, 2), 1.0).dtype == torch.bfloat16
+    assert not calls.skipped_the_op
+
+
+def test_the_environments_backend_is_obeyed(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    qw = weight()
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setenv("QKERN_BACKEND", "reference")
+    qkern.nf4_linear(X, qw)
+    qkern.nf4_linear(X, qw)
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setenv("QKERN_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="does not take cpu tensors"):
+        qkern.nf4_linear(X, qw)
+    assert not calls.skipped_the_op
+
+
+# Tensors that are not plain
+
+
+class Tagged(Tensor):
+    """A subclass that torch's own functions keep."""
+
+
+class Halved(Tensor):
+    """A subclass whose elements are half of those it holds."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Halved:
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.held / 2 if isinstance(arg, Halved) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def functional(x: Tensor) -> Tensor:
+    return torch._to_functional_tensor(x)
+
+
+UNUSUAL: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tagged": (lambda: X.as_subclass(Tagged), lambda y: y.as_subclass(Tensor)),
+    "wrapper": (lambda: Halved(X * 2), lambda y: y),
+    "functional": (lambda: functional(X), torch._from_functional_tensor),
+    "negated": (lambda: torch._neg_view(-X), lambda y: y),
+    "negated_column": (lambda: torch.complex(X, -X).conj().imag, lambda y: y),
+    "transposed": (lambda: X.T.contiguous().T, lambda y: y),
+    "gaps": (lambda: X[None].repeat(2, 1, 2)[:1, :, :64], lambda y: y[0]),
+}
+
+
+@pytest.mark.parametrize(("make", "read"), UNUSUAL.values(), ids=list(UNUSUAL))
+def test_other_tensors_take_the_long_way(
+    calls: Calls, make: Callable[[], Tensor], read: Callable[[Tensor], Tensor]
+) -> None:
+    qw = weight()
+    expected = qkern.nf4_linear(X, qw)
+    calls.answers.clear()
+    y = read(qkern.nf4_linear(make(), qw))
+    assert calls.answers == [None]
+    testing.assert_bitwise(y, expected)
+
+
+def test_a_negated_bias_is_negated(calls: Calls) -> None:
+    qw, bias = weight(), torch.randn(6)
+    expected = qkern.nf4_linear(X, qw, -bias)
+    calls.answers.clear()
+    testing.assert_bitwise(qkern.nf4_linear(X, qw, torch._neg_view(bias)), expected)
+    assert calls.answers == [None]
+
+
+def test_a_negated_part_of_a_weight_is_refused() -> None:
+    qw = weight(double_quant=False)
+    with pytest.raises(ValueError, match="absmax: got a lazily negated tensor; takes"):
+        replace(qw, absmax=torch._neg_view(qw.absmax))
+
+
+@pytest.mark.parametrize("shape", [(384,), (6, 64, 1), ()], ids=str)
+def test_weights_that_are_no_matrix_are_refused(shape: tuple[int, ...]) -> None:
+    qw = qkern.quantize_4bit(torch.randn(shape))
+    with pytest.raises(ValueError, match=r"qw: got shape .*; takes two dimensions"):
+        qkern.nf4_linear(X, qw)
+
+
+def test_empty_batches_keep_their_shape(calls: Calls) -> None:
+    assert qkern.nf4_linear(X[:0], weight()).shape == (0, 6)
+    assert calls.answers == [None]
+
+
+# Memory that moves
+
+
+def assert_layer_is_current(layer: qkern.nn.Linear4bit, calls: Calls) -> None:
+    calls.answers.clear()
+    with torch.no_grad():
+        y = layer(X)
+    assert calls.skipped_the_op
+    qw = layer.weight
+    dense = reference.dequantize_4bit(*parts(qw), qw.format, qw.block_size, qw.shape, torch.float32)
+    torch.testing.assert_close(y, nn.functional.linear(X, dense, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def other_layer() -> qkern.nn.Linear4bit:
+    return qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6))
+
+
+def copy_in_place(layer: qkern.nn.Linear4bit) -> None:
+    for name, buffer in other_layer().named_buffers():
+        layer.get_buffer(name).copy_(buffer)
+
+
+def swap_data(layer: qkern.nn.Linear4bit) -> None:
+    for name, buffer in other_layer().named_buffers():
+        layer.get_buffer(name).data = buffer.clone()
+    gc.collect()
+
+
+def swap_storage(layer: qkern.nn.Linear4bit) -> None:
+    for name, buffer in other_layer().named_buffers():
+        layer.get_buffer(name).set_(buffer.clone())
+
+
+def replace_buffers(layer: qkern.nn.Linear4bit) -> None:
+    for name, buffer in other_layer().named_buffers():
+        setattr(layer, name, buffer)
+
+
+def load(assign: bool) -> Callable[[qkern.nn.Linear4bit], None]:
+    def change(layer: qkern.nn.Linear4bit) -> None:
+        layer.load_state_dict(other_layer().state_dict(), assign=assign)
+
+    return change
+
+
+def cast_bias(layer: qkern.nn.Linear4bit) -> None:
+    layer.bfloat16().float()
+
+
+def share_memory(layer: qkern.nn.Linear4bit) -> None:
+    layer.share_memory()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(copy_in_place, swap_data, swap_storage, replace_buffers, cast_bias, share_memory),
+        *(load(False), load(True)),
+    ],
+)
+def test_a_changed_weight_is_read_anew(
+    calls: Calls, change: Callable[[qkern.nn.Linear4bit], None]
+) -> None:
+    layer = qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6)).requires_grad_(False)
+    assert_layer_is_current(layer, calls)
+    before = layer(X)
+    with torch.no_grad():
+        change(layer)
+    assert_layer_is_current(layer, calls)
+    if change not in (cast_bias, share_memory):
+        assert not torch.equal(layer(X), before)
+
+
+def test_each_buffer_that_is_replaced_is_noticed() -> None:
+    codebook = torch.linspace(-1, 1, 16)
+    layer, other = (
+        qkern.nn.Linear4bit.from_linear(
+            nn.Linear(64, 6), format="custom", codebook=codebook * scale
+        )
+        for scale in (1, 2)
+    )
+    for name in ("packed", "absmax", "nested_absmax", "nested_offset", "codebook"):
+        before = layer.weight
+        assert layer.weight is before
+        setattr(layer, name, getattr(other, name))
+        assert getattr(layer.weight, name) is getattr(other, name)
+    assert layer.bfloat16().weight.dtype == torch.bfloat16
+
+
+def test_a_weight_whose_memory_shrank_is_refused(calls: Calls) -> None:
+    qw = weight()
+    qw.packed.data = qw.packed[:-1].clone()
+    with pytest.raises(ValueError, match="packed: got 191 elements; takes 192"):
+        qkern.nf4_linear(X, qw)
+    assert calls.answers == [None]
+
+
+def test_a_parametrised_bias_and_adapter_are_found() -> None:
+    class Doubled(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    layer = qkern.nn.LoRALinear(qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6)), r=4, alpha=8)
+    nn.init.normal_(layer.lora_b)
+    plain = layer.base_layer.weight.dequantize() @ X.T
+    with torch.no_grad():
+        update = layer(X) - layer.base_layer(X)
+    bias = layer.base_layer.bias.detach().clone()
+    nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
+    nn.utils.parametrize.register_parametrization(layer, "lora_b", Doubled())
+    torch.testing.assert_close(layer(X), plain.T + 2 * bias + 2 * update, rtol=1e-4, atol=1e-4)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("lora", [False, True], ids=["linear", "lora"])
+def test_gradients_are_those_of_the_long_way(
+    calls: Calls, without_kernels_alone: Callable[[], None], shape: tuple[int, ...], lora: bool
+) -> None:
+    qw = weight()
+    leaves = [torch.randn(shape), torch.randn(6), torch.randn(2, 64), torch.randn(6, 2)]
+
+    def step() -> list[Tensor]:
+        x, bias, a, b = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = qkern.lora_linear(x, qw, a, b, 0.5, bias) if lora else qkern.nf4_linear(x, qw, bias)
+        assert y.requires_grad
+        inputs = [x, bias, a, b] if lora else [x, bias]
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    actual = step()
+    assert calls.skipped_the_op
+    without_kernels_alone()
+    for a, e in zip(actual, step(), strict=True):
+        testing.assert_bitwise(a.detach(), e.detach())
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("lora", [False, True], ids=["linear", "lora"])
+def test_results_can_be_changed_in_place(shape: tuple[int, ...], lora: bool) -> None:
+    """A view made inside an autograd Function could not."""
+    qw, a, b = weight(), torch.randn(2, 64), torch.randn(6, 2)
+    for requires_grad in (False, True):
+        x = torch.randn(shape, requires_grad=requires_grad)
+        y = qkern.lora_linear(x, qw, a, b, 0.5) if lora else qkern.nf4_linear(x, qw)
+        y += 1
+        y.relu_()
+        if requires_grad:
+            y.sum().backward()
+            assert x.grad is not None
+
+
+def test_what_needs_no_gradient_has_no_graph(calls: Calls) -> None:
+    qw, bias = weight(), torch.randn(6)
+    assert qkern.nf4_linear(X, qw, bias).grad_fn is None
+    assert qkern.nf4_linear(X, qw, bias.clone().requires_grad_()).requires_grad
+    with torch.no_grad():
+        assert qkern.nf4_linear(X.clone().requires_grad_(), qw).grad_fn is None
+    assert None not in calls.answers
+
+
+def test_a_weight_changed_before_backward_is_noticed(calls: Calls) -> None:
+    qw, x = weight(), X.clone().requires_grad_()
+    y = qkern.nf4_linear(x, qw)
+    assert calls.skipped_the_op
+    qw.packed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_saved_tensors_pass_the_hooks(calls: Calls) -> None:
+    qw, x = weight(), X.clone().requires_grad_()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        qkern.nf4_linear(x, qw)
+    assert calls.skipped_the_op
+    assert {id(tensor) for tensor in saved} == {id(part) for part in qw.tensors().values()}
+
+
+def test_forward_derivatives_of_a_recorded_product_are_refused(calls: Calls) -> None:
+    qw, x = weight(), X.clone().requires_grad_()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        qkern.nf4_linear(forward_ad.make_dual(x, X), qw)
+
+
+# Wrong arguments; the public functions' errors are in test_errors.py
+
+
+def arguments(name: str, **options: Any) -> list[Any]:
+    """Of ``linear_4bit_on_tensors`` or ``linear_4bit_dx_on_tensors``."""
+    qw = weight(**options)
+    dx = name == "linear_4bit_dx_on_tensors"
+    x, features, width = (torch.ones(3, 6), 64, 6) if dx else (X, 6, 64)
+    bias = None if dx else torch.ones(6)
+    return [x, *parts(qw), qw.format, 64, features, False, bias, width, 1]
+
+
+KERNELS = ["linear_4bit_on_tensors", "linear_4bit_dx_on_tensors"]
+WEIGHTS = [{}, {"double_quant": False}, {"format": "custom", "codebook": torch.linspace(-1, 1, 16)}]
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> None:
+    kernel, right = getattr(native, name), arguments(name, **options)
+    assert kernel(*right) is not None
+    for position, value in enumerate(right):
+        wrong: list[Any] = ["nf5", 1.0, -1, 0, 1 << 40, 1 << 70, object(), [value]]
+        if position != NUM_THREADS:
+            wrong += [7, 65]
+        if value is not None and position not in (BIAS, WIDTH):
+            wrong.append(None)
+        if isinstance(value, Tensor):
+            flat = value.reshape(-1)
+            wrong += [value.double() if value.is_floating_point() else value.int()]
+            wrong += [value.to("meta"), value.to_sparse(), value.as_subclass(Tagged)]
+            wrong += [flat[:0], torch.cat([flat, flat]), flat[:-1], value.to(torch.int64)]
+            if flat.numel() > 1:
+                wrong.append(flat.repeat_interleave(2)[::2])
+            if position == BIAS:
+                wrong += [value[None], value[:, None]]
+        elif position == BIAS:  # of linear_4bit_dx
+            wrong.append(torch.ones(64))
+        for bad in wrong:
+            given = [*right[:position], bad, *right[position + 1 :]]
+            assert kernel(*given) is None, (position, bad)
+    assert kernel(*right[:WIDTH], None, 1) is not None
+    with pytest.raises(TypeError, match="takes 13 arguments"):
+        kernel(*right[:-1])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_reference_is_kept(name: str) -> None:
+    kernel = getattr(native, name)
+    right = arguments(name)
+    refused = [right[0].double(), *right[1:]]
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(value) for value in (*right, refused[0])]
+
+    kernel(*right)
+    before = counts()
+    for _ in range(100):
+        kernel(*right)
+        kernel(*refused)
+    assert counts() == before
+    assert sys.getrefcount(kernel(*right)) == 1 + (sys.version_info < (3, 14))
+
+
+# Versions of torch
+
+
+class Header(ctypes.Structure):
+    """The stable start of DLPack's table of functions."""
+
+
+Header._fields_ = [
+    ("major", ctypes.c_uint32),
+    ("minor", ctypes.c_uint32),
+    ("previous", ctypes.POINTER(Header)),
+    ("functions", ctypes.c_void_p * 5),
+]
+
+
+def capsule(header: Header) -> Any:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(ctypes.addressof(header), b"dlpack_exchange_api", None)
+
+
+def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
+    read_with = native.library().read_tensors_with
+    elsewhere = (ctypes.c_void_p * 5)(*[1] * 5)
+    nowhere = Header(1, 3)
+    for header in (Header(2, 0, None, elsewhere), nowhere):
+        assert not read_with(capsule(header), Tensor, nn.Parameter)
+    later = Header(2, 0, ctypes.pointer(nowhere), elsewhere)
+    assert not read_with(capsule(later), Tensor, nn.Parameter)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        read_with(object(), Tensor, nn.Parameter)
+    assert native.linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
+
+
+def test_without_the_interface_all_goes_the_long_way() -> None:
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import qkern
+from qkern.backends import native
+assert native.linear_4bit_on_tensors is native._refuse
+x = torch.randn(3, 64, requires_grad=True)
+qw = qkern.quantize_4bit(torch.randn(6, 64))
+for _ in range(2):
+    qkern.nf4_linear(x, qw).sum().backward()
+torch.testing.assert_close(x.grad, 2 * qw.dequantize().sum(0).expand(3, 64))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_torchs_answers_every_op_is_dispatched() -> None:
+    code = """
+import torch
+del torch._C._is_tracing
+import qkern, qkern.ops
+x, qw = torch.randn(3, 64), qkern.quantize_4bit(torch.randn(6, 64))
+for _ in range(2):
+    assert qkern.nf4_linear(x, qw).shape == (3, 6)
+    assert not qkern.ops.unobserved()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
