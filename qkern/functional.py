@@ -20,12 +20,12 @@ from qkern.autograd import (
     record_known_linear_4bit,
 )
 from qkern.backends import native
+from qkern.backends._args import num_threads
 from qkern.ops import assume, unobserved
 from qkern.ops import linear_4bit as _linear_4bit
 from qkern.tensor import QuantizedTensor
 
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
-_num_threads = torch.get_num_threads
 
 _batch_invariant = False
 
@@ -238,7 +238,7 @@ def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Ten
         _batch_invariant,
         bias,
         shape[1],
-        _num_threads(),
+        num_threads(),
     )
 
 

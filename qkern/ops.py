@@ -5,6 +5,8 @@
 ``backends.select`` looks at the tensor's device at each call, so that a backend can be forced after
 tracing too. A user calls ``qkern.functional``, which checks arguments and explains errors; the ops
 themselves reject what would be unsafe.
+
+Where ``unobserved``, the matmuls' callers call the kernel alone: on a small layer an op costs more.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from qkern import backends, formats
 from qkern.backends import native, select
+from qkern.backends._args import num_threads
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
 _LAYOUT = "str format, int block_size"
@@ -178,7 +181,7 @@ _CPU = torch.device("cpu")
 
 
 def assume() -> bool:
-    """Stands for one of the questions below in a version of torch that does not answer it."""
+    """Stands for one of torch's private questions below in a version that does not answer it."""
     return True
 
 
@@ -193,10 +196,9 @@ _is_profiled = getattr(torch._C._autograd, "_profiler_enabled", assume)
 def unobserved() -> bool:
     """Whether a CPU kernel may be called without its op, because nothing would see the op.
 
-    Dispatch takes several times as long as a small matmul. It is for torch.compile and other
-    tracers, modes, functorch's transforms and profilers; where none is at work and ``cpu`` is the
-    backend chosen, plain tensors get the same from the kernel itself. Gradients are up to the
-    caller.
+    Tracers, modes, functorch's transforms and profilers would; and the backend chosen must be
+    ``cpu``. What depends on the tensors, the kernel's binding and the caller look after: subclasses
+    and other tensors that are not plain, gradients, autocast.
     """
     return (
         not (
@@ -215,7 +217,7 @@ def unobserved() -> bool:
 def linear_4bit_dx(*args: Any) -> Tensor:
     """The op ``linear_4bit_dx``, or its kernel alone where that makes no difference."""
     if unobserved():
-        dx = native.linear_4bit_dx_on_tensors(*args, None, None, torch.get_num_threads())
+        dx = native.linear_4bit_dx_on_tensors(*args, None, None, num_threads())
         if dx is not None:
             return dx
     return _linear_4bit_dx_op(*args)

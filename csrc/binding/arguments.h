@@ -1,6 +1,6 @@
 // How the integers that Python passes become the kernels' arguments, whatever backend runs them.
 // Pointers arrive as integers (0 = absent) that qkern/backends/_args.py took from checked tensors;
-// sizes and strides are in elements.
+// sizes and strides are in elements. (tensors.cpp reads tensors itself.)
 #pragma once
 
 #include <pybind11/pybind11.h>

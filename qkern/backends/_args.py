@@ -1,4 +1,4 @@
-"""The only place where tensors become pointers.
+"""The only place in Python where tensors become pointers.
 
 The kernels see addresses, sizes and strides and trust them, so everything a wrong tensor could do
 to memory is checked here: dtype, device, layout and number of elements of each.

@@ -201,7 +201,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        base: nn.Linear = self._modules["base_layer"]  # type: ignore[assignment]  # soonest so
+        # Sooner than by attribute, as in `parameter`.
+        base: nn.Linear = self._modules["base_layer"]  # type: ignore[assignment]
         if not self.adapter_enabled:
             return base(x)
         if self._merged is not None:
