@@ -451,6 +451,15 @@ def test_llama_cpp_beside_others_that_use_the_tile_unit():
         assert torch.equal(linear(x), expected), layout
 
 
+def test_llama_cpp_hides_no_more_than_amx():
+    layouts = require_llama_cpp()
+    assert llama_cpp_reason(limit="avx512vnni") == []
+    assert "cannot be limited to avx512" in llama_cpp_reason(limit="avx512")[0]
+    weight = llama_cpp.Weight(llama_cpp.KINDS[0], (64, 256))
+    limited = [name for name in layouts if name != "AMX"]
+    assert llama_cpp.Linear(weight, tuple(limited)).layout in limited
+
+
 def test_llama_cpp_weight_is_near_and_wrong_results_are_seen(monkeypatch):
     require_llama_cpp()
     right = llama_cpp.Linear.__call__

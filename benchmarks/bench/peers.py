@@ -33,6 +33,7 @@ INT4_GROUP = 64
 Linear = Callable[[Tensor], Tensor]
 
 _MEMORY_SHARE = 0.7  # of what is free, that all candidates of a contest may take
+_VNNI = "avx512vnni"  # what llama.cpp uses here besides AMX
 _SLOW_KIND_WEIGHTS = 1 << 27  # from more on, llama.cpp takes a minute to quantise to Q4_K
 
 
@@ -249,12 +250,12 @@ def llama_cpp_linear(
     """llama.cpp's product in the layout that its users get: see `bench.llama_cpp`.
 
     Other formats, uniform: 32 weights a scale (Q4_0), or 32 a scale and a minimum (Q4_K). No
-    backward. Its build is for one processor, so of what a run hides it can only leave out AMX.
+    backward. Its build is for one processor: of what a run hides, it can leave out AMX alone.
     """
     layouts = llama_cpp.working_layouts()
     if dtype != torch.float32:
         raise SkippedError("takes float32 activations")
-    if limit not in (None, "avx512"):
+    if limit not in (None, _VNNI):
         raise SkippedError(f"its build cannot be limited to {limit}")
     if kind != llama_cpp.KINDS[0] and qw.numel() > _SLOW_KIND_WEIGHTS:
         raise SkippedError("so many weights take it minutes to quantise")
