@@ -230,6 +230,9 @@ def _module(library: Library) -> ModuleType:
     """A copy of ``qkern.backends.native`` that calls `library`."""
     module = copy_of(native, NAME)
     module.library = lambda: library  # type: ignore[attr-defined]
+    # These read the tensors in this process, with its own kernels.
+    module.linear_4bit_on_tensors = native._refuse  # type: ignore[attr-defined]
+    module.linear_4bit_dx_on_tensors = native._refuse  # type: ignore[attr-defined]
     return module
 
 

@@ -23,7 +23,7 @@ INSTALL = "apt-get install g++-aarch64-linux-gnu qemu-user"
 # CMakeLists.txt has the same; libgomp, which the kernels look up by name, is torch's part there.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-math-errno")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-_X86_ONLY = ("isa_avx2", "isa_avx512", "isa_amx")
+_ISAS = ("isa_scalar", "isa_neon")
 
 
 class BuildError(RuntimeError):
@@ -38,9 +38,9 @@ def missing() -> str | None:
 
 def sources(kernels: Path) -> list[Path]:
     """The files of `kernels` (csrc/cpu) that are compiled for AArch64, and the server."""
-    return [p for p in sorted(kernels.glob("*.cpp")) if p.stem not in _X86_ONLY] + [
-        HERE / "server.cpp"
-    ]
+    files = sorted(kernels.glob("*.cpp"))
+    compiled = [p for p in files if p.stem in _ISAS or not p.stem.startswith("isa_")]
+    return [*compiled, HERE / "server.cpp"]
 
 
 def _hash(kernels: Path) -> str:
