@@ -1,11 +1,5 @@
 // AVX-512 with VNNI, AVX512-BF16 and AMX: tiles for bfloat16, all else as in isa_avx512vnni.cpp.
 // For the same reasons as there, all here has internal linkage.
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own AVX-512 intrinsics read an undefined register on purpose (its bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
 #include "simd_avx512.h"
 
 #include "kernels.h"

@@ -1,12 +1,6 @@
 // The kernels' one body, compiled for one instruction set. All of it has internal linkage, and no
 // standard template is instantiated here: a copy that the linker shared with other files might use
 // instructions that the processor lacks.
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own AVX-512 intrinsics read an undefined register on purpose (its bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
 #include "simd_avx512.h"
 
 #include "kernels.h"

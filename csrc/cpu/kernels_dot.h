@@ -17,7 +17,7 @@ static_assert(8.0 * kMostX * kMostCode < 2147483648.0, "a chunk's sums are 32-bi
 // A format's codes times a factor, as integers.
 struct IntegerCodes {
   float factor;
-  Simd::Lut16 lut;
+  Simd::Lut16 integers;
 
   // NF4: of the integers up to kMostCode the one with the least root mean square error, 2^-14.8 of
   // the codes' own, where rounding weights to float16 has 2^-12.3. FP4: every value is exact.
@@ -30,8 +30,10 @@ struct IntegerCodes {
       table[i] = static_cast<std::uint16_t>(
           static_cast<std::int32_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f));
     }
-    lut = Simd::make_lut16(table);
+    integers = Simd::make_lut16(table);
   }
+  Simd::Lut16 lut() const { return integers; }
+  float unscaled(float sum) const { return sum / factor; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x, as VectorKernel's. A register of packed
@@ -42,6 +44,8 @@ template <int kRows, int kStreams>
 struct DotKernel {
   using Codes = IntegerCodes;
 
+  // A chunk is one addition, so one chain takes a whole segment.
+  static constexpr std::int64_t kChainChunks = kVectorPanelFloats / kChunk;
   static constexpr int kShifts = 4;
   // Of a chunk of x: integers [shift][row][lane][2], then the lanes' scales [row][lane].
   static constexpr std::int64_t kXScales = std::int64_t{kShifts} * kRows * kLanes;
@@ -84,28 +88,28 @@ struct DotKernel {
     }
   }
 
-  using Words = __m512i[kStreams];
-  using Scales = Simd::F[kStreams];
-  using Totals = Simd::F[kStreams][kRows];
-  using Sums = __m512i[kStreams][kRows];
+  Simd::F total[kStreams][kRows];
+
+  using Words = Simd::I[kStreams];
+  using Sums = Simd::I[kStreams][kRows];
 
   template <int kShift>
   __attribute__((always_inline)) static void step(const Words& words, const Simd::Lut16& lut,
                                                   const float* x, Sums& sum) {
-    __m512i w[kStreams];
+    Simd::I w[kStreams];
     for (int s = 0; s < kStreams; ++s) {
-      const __m512i index = kShift == 0 ? words[s] : _mm512_srli_epi16(words[s], 4 * kShift);
+      const Simd::I index = kShift == 0 ? words[s] : _mm512_srli_epi16(words[s], 4 * kShift);
       w[s] = _mm512_permutexvar_epi16(index, lut);
     }
     for (int r = 0; r < kRows; ++r) {
-      const __m512i value = _mm512_loadu_si512(x + (kShift * kRows + r) * kLanes);
+      const Simd::I value = _mm512_loadu_si512(x + (kShift * kRows + r) * kLanes);
       for (int s = 0; s < kStreams; ++s) sum[s][r] = _mm512_dpwssd_epi32(sum[s][r], w[s], value);
     }
   }
 
-  __attribute__((always_inline)) static void chunk(const Words& words, const Simd::Lut16& lut,
-                                                   const float* x, const Scales& scale,
-                                                   Totals& total) {
+  __attribute__((always_inline)) void add(const Words& words, const Simd::Lut16& lut,
+                                          const float* x, const Segment&,
+                                          const Simd::F (&scale)[kStreams]) {
     Sums sum;
     for (int s = 0; s < kStreams; ++s) {
       for (int r = 0; r < kRows; ++r) sum[s][r] = _mm512_setzero_si512();
@@ -119,48 +123,6 @@ struct DotKernel {
       for (int s = 0; s < kStreams; ++s) {
         const Simd::F unscaled = Simd::mul(_mm512_cvtepi32_ps(sum[s][r]), x_scale);
         total[s][r] = Simd::fma(unscaled, scale[s], total[s][r]);
-      }
-    }
-  }
-
-  // out[s * kRows + r] += the sums over the segment.
-  static void run(const std::uint8_t* const* rows, std::int64_t row_bytes,
-                  const float* const* scales, std::int64_t block_size, const Codes& codes,
-                  const float* x, const Segment& segment, float* out) {
-    const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
-    const int lanes_per_scale =
-        block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
-    const Simd::I pattern = Simd::scale_pattern(lanes_per_scale);
-    const std::int64_t whole = segment.length / kChunk;
-    const Simd::Lut16 lut = codes.lut;
-    Totals total;
-    for (int s = 0; s < kStreams; ++s) {
-      for (int r = 0; r < kRows; ++r) total[s][r] = Simd::zero();
-    }
-    Words words;
-    Scales scale;
-    for (std::int64_t c = 0; c < whole; ++c) {
-      for (int s = 0; s < kStreams; ++s) {
-        const std::uint8_t* from = rows[s] + c * (kChunk / 2);
-        prefetch(from, kStreams * row_bytes);
-        words[s] = Simd::load_words(from);
-        scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
-      }
-      chunk(words, lut, x + c * kXChunk, scale, total);
-    }
-    if (whole < segment.chunks) {
-      const int left = static_cast<int>((segment.length - whole * kChunk) / kWordCodes);
-      const std::int64_t block = (whole * kChunk) >> shift;
-      for (int s = 0; s < kStreams; ++s) {
-        words[s] = Simd::load_words_partial(rows[s] + whole * (kChunk / 2), left);
-        // Nothing for the lanes past the end: what follows may be another row's NaN.
-        scale[s] = Simd::first_lanes(Simd::expand_scales(scales[s] + block, pattern), left);
-      }
-      chunk(words, lut, x + whole * kXChunk, scale, total);
-    }
-    for (int s = 0; s < kStreams; ++s) {
-      for (int r = 0; r < kRows; ++r) {
-        out[s * kRows + r] += Simd::reduce(total[s][r]) / codes.factor;
       }
     }
   }
@@ -196,8 +158,7 @@ bool integers_are_exact_enough(const Linear4bitArgs& args) {
     std::int64_t nonzero = 0, large = 0;
     for (std::int64_t i = 0; i < cols; i += kLanes) {
       const Simd::F x = load(i);
-      nonzero += __builtin_popcount(
-          _mm512_test_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(x)), _mm512_set1_epi32(-1)));
+      nonzero += __builtin_popcount(_mm512_cmp_ps_mask(x, Simd::zero(), _CMP_NEQ_UQ));
       large += __builtin_popcount(_mm512_cmp_ps_mask(Simd::mul(x, x), typical, _CMP_GE_OQ));
     }
     if (2 * large < nonzero) return false;

@@ -8,8 +8,6 @@ namespace {
 constexpr int kMaxVectorRows = 8;
 constexpr std::int64_t kMaxStreams = 4;  // rows of W read side by side
 constexpr std::int64_t kVectorPanelFloats = std::int64_t{1} << 17;
-// Registers of words summed in one chain of additions; see multiply_tile.
-constexpr std::int64_t kChainChunks = 32;
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
@@ -56,6 +54,8 @@ struct FloatCodes {
   const float* values;
 
   explicit FloatCodes(const Codebook& codes) : values(code_values(codes)) {}
+  Simd::Lut lut() const { return Simd::make_lut(values); }
+  static float unscaled(float sum) { return sum; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
@@ -65,6 +65,9 @@ template <int kRows, int kStreams>
 struct VectorKernel {
   using Codes = FloatCodes;
 
+  // Registers of words summed in one chain of additions; see multiply_tile.
+  static constexpr std::int64_t kChainChunks = 32;
+  static constexpr std::int64_t kXChunk = XLayout<kRows>::kChunkStride;
   static constexpr bool kScaleWeights = kRows >= 4;
 
   // As many as the registers hold the sums of.
@@ -77,8 +80,7 @@ struct VectorKernel {
   // Row r of x.
   template <typename T>
   static void place_row(const T* x, const Segment& segment, int r, float* out) {
-    permute_row(x, segment, XLayout<kRows>::kChunkStride,
-                out + r * XLayout<kRows>::row_stride(segment));
+    permute_row(x, segment, kXChunk, out + r * XLayout<kRows>::row_stride(segment));
   }
 
   Simd::F total[kStreams][kRows];
@@ -125,9 +127,10 @@ struct VectorKernel {
     }
   }
 
-  __attribute__((always_inline)) void chunk(const Simd::I (&words)[kStreams], const Simd::Lut& lut,
-                                            const float* x, std::int64_t x_stride,
-                                            const Simd::F (&scale)[kStreams]) {
+  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Simd::Lut& lut,
+                                          const float* x, const Segment& segment,
+                                          const Simd::F (&scale)[kStreams]) {
+    const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);
     if constexpr (kScaleWeights) {
       steps<0>(words, lut, x, x_stride, scale, total, total);
     } else {
@@ -145,53 +148,56 @@ struct VectorKernel {
       }
     }
   }
+};
 
-  // out[s * kRows + r] += the sums over the segment.
-  static void run(const std::uint8_t* const* rows, std::int64_t row_bytes,
-                  const float* const* scales, std::int64_t block_size, const Codes& codes,
-                  const float* x, const Segment& segment, float* out) {
-    const Simd::Lut lut = Simd::make_lut(codes.values);
-    constexpr std::int64_t kChunkStride = XLayout<kRows>::kChunkStride;
-    const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);
-    const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
-    const int lanes_per_scale =
-        block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
-    const Simd::I pattern = Simd::scale_pattern(lanes_per_scale);
-    const std::int64_t whole = segment.length / kChunk;
-    for (std::int64_t begin = 0; begin < segment.chunks; begin += kChainChunks) {
-      VectorKernel kernel;
+// out[s * kRows + r] += the sums of kStreams rows of W with kRows rows of x over the segment.
+template <template <int, int> class Kernel, int kRows, int kStreams>
+void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
+                 const float* const* scales, std::int64_t block_size,
+                 const typename Kernel<kRows, kStreams>::Codes& codes, const float* x,
+                 const Segment& segment, float* out) {
+  using Sums = Kernel<kRows, kStreams>;
+  const auto lut = codes.lut();
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
+  const int lanes_per_scale =
+      block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
+  const Simd::I pattern = Simd::scale_pattern(lanes_per_scale);
+  const std::int64_t whole = segment.length / kChunk;
+  for (std::int64_t begin = 0; begin < segment.chunks; begin += Sums::kChainChunks) {
+    Sums sums;
+    for (int s = 0; s < kStreams; ++s) {
+      for (int r = 0; r < kRows; ++r) sums.total[s][r] = Simd::zero();
+    }
+    Simd::I words[kStreams];
+    Simd::F scale[kStreams];
+    const std::int64_t end = min64(begin + Sums::kChainChunks, segment.chunks);
+    std::int64_t c = begin;
+    for (; c < min64(end, whole); ++c) {
       for (int s = 0; s < kStreams; ++s) {
-        for (int r = 0; r < kRows; ++r) kernel.total[s][r] = Simd::zero();
+        const std::uint8_t* from = rows[s] + c * (kChunk / 2);
+        prefetch(from, kStreams * row_bytes);
+        words[s] = Simd::load_words(from);
+        scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
       }
-      Simd::I words[kStreams];
-      Simd::F scale[kStreams];
-      const std::int64_t end = min64(begin + kChainChunks, segment.chunks);
-      std::int64_t c = begin;
-      for (; c < min64(end, whole); ++c) {
-        for (int s = 0; s < kStreams; ++s) {
-          const std::uint8_t* from = rows[s] + c * (kChunk / 2);
-          prefetch(from, kStreams * row_bytes);
-          words[s] = Simd::load_words(from);
-          scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
-        }
-        kernel.chunk(words, lut, x + c * kChunkStride, x_stride, scale);
-      }
-      if (c < end) {
-        const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
-        const std::int64_t block = (c * kChunk) >> shift;
-        for (int s = 0; s < kStreams; ++s) {
-          words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
-          // Nothing for the lanes past the end: what follows may be another row's NaN.
-          scale[s] = Simd::first_lanes(Simd::expand_scales(scales[s] + block, pattern), left);
-        }
-        kernel.chunk(words, lut, x + c * kChunkStride, x_stride, scale);
-      }
+      sums.add(words, lut, x + c * Sums::kXChunk, segment, scale);
+    }
+    if (c < end) {
+      const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
+      const std::int64_t block = (c * kChunk) >> shift;
       for (int s = 0; s < kStreams; ++s) {
-        for (int r = 0; r < kRows; ++r) out[s * kRows + r] += Simd::reduce(kernel.total[s][r]);
+        words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
+        // Nothing for the lanes past the end: what follows may be another row's NaN.
+        scale[s] = Simd::first_lanes(Simd::expand_scales(scales[s] + block, pattern), left);
+      }
+      sums.add(words, lut, x + c * Sums::kXChunk, segment, scale);
+    }
+    for (int s = 0; s < kStreams; ++s) {
+      for (int r = 0; r < kRows; ++r) {
+        out[s * kRows + r] += codes.unscaled(Simd::reduce(sums.total[s][r]));
       }
     }
   }
-};
+}
 
 struct VectorScratch {
   float* x;        // [kRows][chunks * kChunk] at most, as the kernel places it
@@ -227,8 +233,8 @@ struct VectorTask {
                     scratch.scales + s * segment.blocks);
       }
     }
-    Kernel<kRows, kCount>::run(rows, weight.cols / 2, scales, weight.block_size, codes, scratch.x,
-                               segment, out);
+    sum_segment<Kernel, kRows, kCount>(rows, weight.cols / 2, scales, weight.block_size, codes,
+                                       scratch.x, segment, out);
   }
 
   void place_x(const Segment& segment) const {

@@ -1,5 +1,11 @@
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 intrinsics read an undefined register on purpose (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #include <immintrin.h>
 
 #include <cstdint>
