@@ -338,10 +338,8 @@ Split linear_vector_split(const Linear4bitArgs& args) {
   constexpr std::int64_t kWanted = 512;  // blocks: about four for each of a large GPU's processors
   constexpr std::int64_t kBlockRows = 16;
   constexpr int kMaxParts = 16;
-  const Split split = split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows),
-                                kWanted, kMaxParts);
-  if (split.length <= kLongestPart) return split;
-  return {static_cast<int>(ceil_div(args.weight.cols, kLongestPart)), kLongestPart};
+  return split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows), kWanted,
+                   kMaxParts, ceil_div(args.weight.cols, kLongestPart));
 }
 
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
