@@ -297,10 +297,7 @@ def run(args: argparse.Namespace) -> int:
     about["load_average_after"] = list(os.getloadavg())
     found = found.better_of(limits(dtypes, clock, device))
     rows = [row for one in contests for row in report.records(*one, found)]
-    settings = {k: str(v) if hasattr(v, "parent") else v for k, v in vars(args).items()}
-    for option in ("memory_of", "replot"):
-        settings.pop(option)
-    content = report.content(about, found, settings, rows, wrong + notes)
+    content = report.content(about, found, report.settings(args), rows, wrong + notes)
     print(report.summary(content))
     if args.json:
         report.write_json(args.json, content)

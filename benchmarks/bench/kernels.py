@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from qkern.backends import native
 from . import matmul, mixed, overhead, peers
 from .peers import Choice
 from .timing import Call, Candidate, Problem, SkippedError
-from .weights import BLOCK_SIZE, case, clone, inputs, random_weight
+from .weights import BLOCK_SIZE, case, inputs, random_weight
 
 CONTESTS = ("quantize", "dequantize", "forward", "forward_backward", mixed.OP, overhead.OP)
 
@@ -161,12 +162,12 @@ def _dequantize(
         return torch.zeros(shape, dtype=dtype)  # zeroed, so that its pages exist
 
     def prepare() -> Call:
-        return partial(qkern.dequantize_4bit, clone(qw), out=out())
+        return partial(qkern.dequantize_4bit, deepcopy(qw), out=out())
 
     check = partial(testing.assert_bitwise, expected=expected)
 
     def prepare_fresh() -> Call:
-        return partial(qkern.dequantize_4bit, clone(qw), dtype)
+        return partial(qkern.dequantize_4bit, deepcopy(qw), dtype)
 
     ours = Candidate("qkern", prepare, check, bytes, footprint)
     found, missing = list(_per_isa(choice, ours)), []
@@ -182,7 +183,7 @@ def _dequantize(
 
             def prepare_theirs() -> Call:
                 # It takes no out= on a CPU.
-                packed, state = peers.to_bitsandbytes(clone(qw), dtype)
+                packed, state = peers.to_bitsandbytes(deepcopy(qw), dtype)
                 return partial(functional.dequantize_4bit, packed, state)
 
             near = partial(matmul.assert_near, exact=expected, tolerance=0.01)

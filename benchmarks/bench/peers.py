@@ -10,6 +10,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -25,7 +26,6 @@ from qkern import formats
 
 from . import llama_cpp
 from .timing import SkippedError
-from .weights import clone
 
 PEERS = ("bitsandbytes", "dense", "torchao", "llama.cpp")
 INT4_GROUP = 64
@@ -138,7 +138,7 @@ def qkern_linear(qw: qkern.QuantizedTensor, dtype: torch.dtype) -> LinearPeer:
     """The contestant itself."""
 
     def make(_: Tensor) -> Linear:
-        copy = clone(qw)
+        copy = deepcopy(qw)
         return lambda x: qkern.linear_4bit(x, copy)
 
     return LinearPeer(make, qw.nbytes, tolerance=0.0)  # held to a stricter rule
@@ -170,7 +170,7 @@ def bitsandbytes_linear(
         raise SkippedError("decodes wrong values where a block of weights spans two rows")
 
     def make(_: Tensor) -> Linear:
-        packed, state = to_bitsandbytes(clone(qw), dtype)
+        packed, state = to_bitsandbytes(deepcopy(qw), dtype)
         return lambda x: bnb.matmul_4bit(x, packed.t(), state)
 
     dense = qw.numel() * dtype.itemsize  # every call dequantises the whole weight

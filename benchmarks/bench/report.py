@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -125,6 +126,15 @@ def count_of_threads(threads: int) -> str:
 def digits(value: float) -> str:
     """Three digits, or all of those before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+_PRIVATE = ("memory_of", "json", "plot", "replot")
+"""Options that say where output goes: of no use to who reads it."""
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run's figures depend on."""
+    return {name: value for name, value in vars(args).items() if name not in _PRIVATE}
 
 
 def content(

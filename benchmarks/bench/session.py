@@ -163,10 +163,8 @@ def run(args: argparse.Namespace) -> int:
     limits = limits.better_of(session.limits())
     about["load_average_after"] = list(os.getloadavg())
     rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
-    # Where the output went is of no use to who reads it.
-    private = ("memory_of", "json", "plot", "replot")
-    settings = {k: v for k, v in vars(args).items() if k not in private}
-    content = report.content(about, limits, settings, rows, session.wrong + session.notes)
+    notes = session.wrong + session.notes
+    content = report.content(about, limits, report.settings(args), rows, notes)
     print(report.summary(content))
     if args.json:
         report.write_json(args.json, content)

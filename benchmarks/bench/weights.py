@@ -32,14 +32,6 @@ def random_weight(shape: tuple[int, int], dtype: torch.dtype) -> qkern.Quantized
     return qkern.QuantizedTensor(**stored | {"shape": tuple(shape)})
 
 
-def clone(qw: qkern.QuantizedTensor) -> qkern.QuantizedTensor:
-    """The same weight in memory of its own."""
-    tensors = {name: tensor.clone() for name, tensor in qw.tensors().items()}
-    fields = {name: getattr(qw, name) for name in ("format", "block_size", "shape", "dtype")}
-    missing = {"nested_absmax": None, "nested_offset": None, "codebook": None}
-    return qkern.QuantizedTensor(**missing | tensors | fields)
-
-
 def spread(n: int, count: int) -> Tensor:
     """At most `count` indices below `n`, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().unique()
