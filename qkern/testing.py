@@ -508,12 +508,12 @@ def _matmul_inputs(
     elif case.values == "large":
         # Near the end of the dtype's range, which sums of unscaled products would leave.
         x = x.clamp(-2, 2) * (torch.finfo(case.dtype).max / 128)
+    elif case.values == "unused":
+        # Large where all weights are zero, below: a rounding of x beside them must not show.
+        x[:, ::16] *= 1e4
     inputs: Inputs = {main: x.to(case.dtype)}
     inputs |= _weight(replace(case, values="normal"), out_features * in_features, generator)
     if case.values == "unused":
-        # Large where all weights are zero: a rounding of x beside them must not show.
-        x[:, ::16] *= 1e4
-        inputs[main] = x.to(case.dtype)
         zero = {"nf4": 7, "fp4": 0}[case.format]
         packed = inputs["packed"].view(out_features, in_features // 2)
         if main == "x":
