@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import linear
 
+from qkern.ops import forward_derivatives
 from qkern.ops import linear_4bit as _linear_4bit
 from qkern.ops import linear_4bit_dx as _linear_4bit_dx
 
@@ -102,12 +103,16 @@ def _gradients(
     dx = dbias = None
     if needs_x:
         args = (dy, *ctx.saved_tensors, *ctx.static)
-        # Grad mode is on only under create_graph=True.
-        dx = Linear4bitDx.apply(*args) if torch.is_grad_enabled() else _linear_4bit_dx(*args)
+        dx = recorded_linear_4bit_dx(*args) if _is_differentiated() else _linear_4bit_dx(*args)
     if needs_bias:
         # Of no dimensions at all, sum() would take every one.
         dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
     return dx, dbias
+
+
+def _is_differentiated() -> bool:
+    """Whether gradients are differentiated in turn: grad mode is on under create_graph=True."""
+    return torch.is_grad_enabled() or forward_derivatives()
 
 
 class Linear4bitDx(Function):
@@ -150,8 +155,54 @@ class Linear4bitDx(Function):
         ddy = None
         if ctx.needs_input_grad[0]:
             args = (ddx, *ctx.saved_tensors, None, *ctx.static)
-            ddy = Linear4bit.apply(*args) if torch.is_grad_enabled() else _linear_4bit(*args)
+            ddy = recorded_linear_4bit(*args) if _is_differentiated() else _linear_4bit(*args)
         return ddy, None, None, None, None, None, None, None, None, None
+
+
+# With tangents, in classes of their own: torch.compile takes no Function that has a jvp.
+
+
+class Linear4bitOfDuals(Linear4bit):
+    """`Linear4bit` with forward-mode derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        """Run the op; save the packed weight."""
+        ctx.save_for_forward(*args[:5])
+        ctx.of_tangents = args[6:]
+        return Linear4bit.forward(ctx, x, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+        """The same map of the tangents of ``x`` and ``bias``."""
+        bias = others[5]
+        return Linear4bitOfDuals.apply(x, *ctx.saved_tensors, bias, *ctx.of_tangents)
+
+
+class Linear4bitDxOfDuals(Linear4bitDx):
+    """`Linear4bitDx` with forward-mode derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *args: Any) -> Tensor:
+        """Run the op; save the packed weight."""
+        ctx.save_for_forward(*args[:5])
+        ctx.of_tangents = args[5:]
+        return Linear4bitDx.forward(ctx, dy, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor, *others: Any) -> Tensor:
+        """The same map of the tangent of ``dy``."""
+        return Linear4bitDxOfDuals.apply(dy, *ctx.saved_tensors, *ctx.of_tangents)
+
+
+def recorded_linear_4bit(*args: Any) -> Tensor:
+    """The op ``linear_4bit`` with derivatives; arguments as there."""
+    return (Linear4bitOfDuals if forward_derivatives() else Linear4bit).apply(*args)
+
+
+def recorded_linear_4bit_dx(*args: Any) -> Tensor:
+    """The op ``linear_4bit_dx`` with derivatives; arguments as there."""
+    return (Linear4bitDxOfDuals if forward_derivatives() else Linear4bitDx).apply(*args)
 
 
 class LoRALinear4bit(Function):
@@ -211,14 +262,14 @@ class LoRALinear4bit(Function):
         dy = as_matrix(dy)
         kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
         needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
-        graph = torch.is_grad_enabled()  # under create_graph=True
+        graph = _is_differentiated()
         dtype = lora_a.dtype
         dx = dinput = da = db = dbias = None
         if ctx.needs_input_grad[11]:
             dbias = dy.sum(0)
         if needs_x:
             args = (dy, *weight, *ctx.static)
-            dx = Linear4bitDx.apply(*args) if graph else _linear_4bit_dx(*args)
+            dx = recorded_linear_4bit_dx(*args) if graph else _linear_4bit_dx(*args)
         if not (needs_x or needs_input or needs_a or needs_b):
             return (None,) * 11 + (dbias,) + (None,) * 4
         wide_dy = dy.to(dtype)

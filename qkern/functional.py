@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
+from torch.nn.functional import linear
 
 from qkern import _errors, formats
 from qkern.autograd import (
-    Linear4bit,
     LoRALinear4bit,
     add_adapter,
     as_dtype,
     as_matrix,
     record_known_linear_4bit,
+    recorded_linear_4bit,
 )
 from qkern.backends import native
 from qkern.backends._args import num_threads
-from qkern.ops import assume, unobserved
+from qkern.ops import assume, forward_derivatives, unobserved
 from qkern.ops import linear_4bit as _linear_4bit
 from qkern.tensor import QuantizedTensor
 
@@ -207,7 +208,7 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     if y is None:
         x, bias = _checked_input(x, qw, bias)
         args = (x, *_weight_arguments(qw, bias))
-        return Linear4bit.apply(*args) if _is_recorded(x, bias) else _linear_4bit(*args)
+        return recorded_linear_4bit(*args) if _is_recorded(x, bias) else _linear_4bit(*args)
     if _is_recorded(x, bias):
         weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook)
         static = (qw.format, qw.block_size, qw.shape[1], _batch_invariant)
@@ -243,8 +244,8 @@ def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Ten
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
+    return forward_derivatives() or (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     )
 
 
@@ -381,7 +382,13 @@ def lora_linear(
     if adapter_dtype is not torch.float32 and x.is_cpu and not _autocast_enabled(x):
         adapter_dtype = _cpu_matmul_dtype(adapter_dtype)
     lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
-    if torch.is_grad_enabled():
+    if forward_derivatives():
+        # Separately: the function of both has no tangents.
+        y = recorded_linear_4bit(matrix, *_weight_arguments(qw, bias))
+        kept = matrix if adapter_input is None else adapter_input
+        hidden = linear(as_dtype(kept, adapter_dtype), lora_a)
+        y = y + as_dtype(linear(hidden, lora_b) * scaling, y.dtype)
+    elif torch.is_grad_enabled():
         known = None if y is None else (y,)
         weight = _weight_arguments(qw, bias)
         y = LoRALinear4bit.apply(matrix, adapter_input, lora_a, lora_b, scaling, known, *weight)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkern import backends, formats
 from qkern.backends import native, select
@@ -193,12 +194,17 @@ _is_tracing = getattr(torch._C, "_is_tracing", assume)
 _is_profiled = getattr(torch._C._autograd, "_profiler_enabled", assume)
 
 
+def forward_derivatives() -> bool:
+    """Whether tensors may carry tangents, of forward-mode automatic differentiation."""
+    return forward_ad._current_level >= 0
+
+
 def unobserved() -> bool:
     """Whether a CPU kernel may be called without its op, because nothing would see the op.
 
-    Tracers, modes, functorch's transforms and profilers would; and the backend chosen must be
-    ``cpu``. What depends on the tensors, the kernel's binding and the caller look after: subclasses
-    and other tensors that are not plain, gradients, autocast.
+    Tracers, modes, functorch's transforms, profilers and forward-mode derivatives would; and the
+    backend chosen must be ``cpu``. What depends on the tensors, the kernel's binding and the caller
+    look after: subclasses and other tensors that are not plain, gradients, autocast.
     """
     return (
         not (
@@ -208,6 +214,7 @@ def unobserved() -> bool:
             or _transforms()
             or _is_tracing()
             or _is_profiled()
+            or forward_derivatives()
         )
         # No entry before the first op has run, whose errors for a wrong choice are the right ones.
         and backends._selected.get(_CPU) is native

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import dropout, linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +139,61 @@ def recorded_saves() -> Iterator[list[Tensor]]:
 
 def storages(*tensors: Tensor) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("dual", ["x", "bias", "both"])
+def test_forward_mode(dual: str, grad_mode: bool) -> None:
+    qw = weight()
+    x, x_tangent = torch.randn(2, 4, 5, 130)
+    bias, bias_tangent = torch.randn(2, 37)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        y = qkern.linear_4bit(
+            x if dual == "bias" else forward_ad.make_dual(x, x_tangent),
+            qw,
+            bias if dual == "x" else forward_ad.make_dual(bias, bias_tangent),
+        )
+        found = forward_ad.unpack_dual(y).tangent
+    dense = qw.dequantize(torch.float32)
+    if dual == "bias":
+        assert torch.equal(found, bias_tangent.expand(4, 5, 37))
+    else:
+        testing.assert_matmul(
+            found.flatten(0, 1),
+            x_tangent.flatten(0, 1),
+            dense,
+            bias_tangent if dual == "both" else None,
+        )
+
+
+def test_forward_mode_over_backward() -> None:
+    qw = weight()
+    x, (dy, tangent) = leaf(5, 130), torch.randn(2, 5, 37)
+    y = qkern.linear_4bit(x, qw)
+    with forward_ad.dual_level():
+        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, tangent))
+        found = forward_ad.unpack_dual(dx)
+        testing.assert_matmul(found.primal, dy, qw.dequantize(torch.float32).mT)
+        testing.assert_matmul(found.tangent, tangent, qw.dequantize(torch.float32).mT)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "no_grad"])
+def test_lora_forward_mode(grad_mode: bool) -> None:
+    qw = weight()
+    x, x_tangent = torch.randn(2, 4, 5, 130)
+    a, a_tangent = torch.randn(2, 8, 130)
+    b, b_tangent = torch.randn(2, 37, 8)
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        duals = map(forward_ad.make_dual, (x, a, b), (x_tangent, a_tangent, b_tangent))
+        dual_x, dual_a, dual_b = duals
+        y = forward_ad.unpack_dual(qkern.lora_linear(dual_x, qw, dual_a, dual_b, 0.5))
+    dense = qw.dequantize(torch.float32).double()
+    x, x_tangent, a, a_tangent, b, b_tangent = (
+        t.double() for t in (x, x_tangent, a, a_tangent, b, b_tangent)
+    )
+    torch.testing.assert_close(y.primal.double(), x @ (dense + b @ a / 2).mT, rtol=1e-5, atol=1e-4)
+    expected = x_tangent @ (dense + b @ a / 2).mT + x @ (b_tangent @ a + b @ a_tangent).mT / 2
+    torch.testing.assert_close(y.tangent.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double_quant"])

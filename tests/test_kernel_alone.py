@@ -269,10 +269,12 @@ def test_within_a_transform_constants_take_the_op_too(calls: Calls) -> None:
     assert not calls.skipped_the_op
 
 
-def test_functorchs_gradient_is_refused_as_before(calls: Calls) -> None:
+def test_functorchs_derivatives_are_refused(calls: Calls) -> None:
     qw = weight()
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: qkern.nf4_linear(x, qw).sum())(X)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(lambda x: qkern.nf4_linear(x, qw), (X,), (X,))
     assert not calls.skipped_the_op
 
 
@@ -558,10 +560,11 @@ def test_saved_tensors_pass_the_hooks(calls: Calls) -> None:
     assert {id(tensor) for tensor in saved} == {id(part) for part in qw.tensors().values()}
 
 
-def test_forward_derivatives_of_a_recorded_product_are_refused(calls: Calls) -> None:
-    qw, x = weight(), X.clone().requires_grad_()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        qkern.nf4_linear(forward_ad.make_dual(x, X), qw)
+def test_tangents_take_the_op(calls: Calls) -> None:
+    qw = weight()
+    with forward_ad.dual_level():
+        qkern.nf4_linear(forward_ad.make_dual(X, X), qw)
+    assert not calls.skipped_the_op
 
 
 # Wrong arguments; the public functions' errors are in test_errors.py
