@@ -33,6 +33,8 @@ MAX_BLOCK_SIZE = 4096
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 """Number of absmax values that share one second-level scale in double quantisation."""
+STATE_BLOCK_SIZE = 256
+"""Number of an 8-bit optimizer state's elements that share one scale."""
 
 MAPS = ("signed", "unsigned")
 
@@ -228,6 +230,7 @@ def header() -> str:
         f"inline constexpr int kMinBlockSize = {MIN_BLOCK_SIZE};",
         f"inline constexpr int kMaxBlockSize = {MAX_BLOCK_SIZE};",
         f"inline constexpr int kNestedBlockSize = {NESTED_BLOCK_SIZE};",
+        f"inline constexpr int kStateBlockSize = {STATE_BLOCK_SIZE};",
         "",
         _float_array("kNf4Codes", NF4_CODES, "Value of each NF4 code, ascending."),
         "",

@@ -34,6 +34,10 @@ SCHEMAS = (
     "dequantize_8bit(Tensor codes, Tensor absmax, Tensor code, int block_size, ScalarType dtype)"
     " -> Tensor",
     "quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes,"
+    " int step, float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " float grad_scale=1.0, int? seed=None, int[] indices=[], int[] offsets=[]) -> ()",
     f"linear_4bit(Tensor x, {_WEIGHT}Tensor? codebook, Tensor? bias, {_LAYOUT},"
     " SymInt out_features, bool batch_invariant=False) -> Tensor",
     f"linear_4bit_dx(Tensor dy, {_WEIGHT}Tensor? codebook, {_LAYOUT},"
@@ -123,6 +127,23 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _adamw_step(params: Sequence[Tensor], *args: Any) -> None:
+    if not params:
+        return
+    select(params[0].device).adamw_step(params, *_with_defaults(args))
+    for tensors in (params, *args[1:5]):
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _with_defaults(args: Sequence[Any]) -> Sequence[Any]:
+    """The dispatcher leaves out trailing arguments that have their defaults."""
+    return (*args, *(1.0, None, (), ())[len(args) - 11 :])
+
+
+def _adamw_step_fake(params: Sequence[Tensor], *args: object) -> None:
+    return None
+
+
 def _linear_4bit(x: Tensor, *args: object) -> Tensor:
     return select(x.device).linear_4bit(x, *args)
 
@@ -169,6 +190,7 @@ for _name, _implementation, _fake in (
     ("quantize_8bit", _quantize_8bit, _quantize_8bit_fake),
     ("dequantize_8bit", _dequantize_8bit, _dequantize_8bit_fake),
     ("quantize_absmax", _quantize_absmax, _quantize_absmax_fake),
+    ("adamw_step", _adamw_step, _adamw_step_fake),
     ("linear_4bit", _linear_4bit, _linear_4bit_fake),
     ("linear_4bit_dx", _linear_4bit_dx, _linear_4bit_dx_fake),
 ):

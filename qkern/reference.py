@@ -235,6 +235,126 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
+def adamw_scalars(
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+) -> tuple[float, ...]:
+    """The factors of AdamW's step number ``step``, counted from 1, rounded to float32 once.
+
+    In the order of ``AdamWScalars`` in ``csrc/include/qkern/optim_math.h``.
+    """
+    values = (
+        grad_scale,
+        1 - lr * weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        lr / (1 - beta1**step),
+        1 / math.sqrt(1 - beta2**step),
+        eps,
+    )
+    return tuple(torch.tensor(values, dtype=torch.float64).float().tolist())
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_absmaxes: Sequence[Tensor],
+    exp_avg_sq_absmaxes: Sequence[Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+    seed: int | None,
+    indices: Sequence[int],
+    offsets: Sequence[int],
+) -> None:
+    """AdamW (arXiv 1711.05101, algorithm 2) on many parameters, all at the same ``step``.
+
+    Each parameter and its gradient have one dtype and any shape; all is updated in place, in
+    float32 arithmetic without fused operations, and rounded once. The moments are float32 of the
+    parameter's shape; or uint8 codes of it, with float32 scales ``[ceil(n / 256)]`` in
+    ``exp_avg_absmaxes`` and ``exp_avg_sq_absmaxes``, which are empty otherwise: ``exp_avg`` on the
+    signed dynamic map, ``exp_avg_sq`` on the unsigned one, quantised as `quantize_8bit` does.
+
+    ``seed`` rounds bfloat16 parameters up or down at random, without bias, instead of to nearest:
+    element ``i`` of parameter ``k`` draws the same number on every backend, from the seed,
+    ``indices[k]`` and ``offsets[k] + i``. Both lists may be empty: 0, 1, … and zeros.
+    """
+    factors = adamw_scalars(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
+    scale, decay, beta1_complement, beta2, beta2_complement, step_size, root_inverse, eps = factors
+    for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        states = [(exp_avgs[k], exp_avg_absmaxes[k : k + 1], "signed")]
+        states += [(exp_avg_sqs[k], exp_avg_sq_absmaxes[k : k + 1], "unsigned")]
+        m, v = (_moment(state, absmax, map) for state, absmax, map in states)
+        g = grad.float() * scale
+        m = m + (g - m) * beta1_complement
+        v = v * beta2 + g * g * beta2_complement
+        # Through float64, because torch's float32 square root may miss the last bit.
+        denominator = v.double().sqrt().float() * root_inverse + eps
+        new = param.float() * decay - m * step_size / denominator
+        if seed is not None and param.dtype is torch.bfloat16:
+            index = indices[k] if indices else k
+            first = offsets[k] if offsets else 0
+            new = _rounded_stochastically(new, _random_bits(new, seed, index, first))
+        param.copy_(new)
+        for (state, absmax, map), value in zip(states, (m, v), strict=True):
+            if absmax:
+                code = formats.map_tensor(map, state.device)
+                codes, scales = quantize_8bit(value, code, formats.STATE_BLOCK_SIZE)
+                state.copy_(codes)
+                absmax[0].copy_(scales)
+            else:
+                state.copy_(value)
+
+
+def _moment(state: Tensor, absmax: Sequence[Tensor], map: str) -> Tensor:
+    if not absmax:
+        return state
+    code = formats.map_tensor(map, state.device)
+    return dequantize_8bit(state, absmax[0], code, formats.STATE_BLOCK_SIZE, torch.float32)
+
+
+_LOW_WORD = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Wellons' "lowbias32" of 32-bit numbers in int64: a bijection that looks random."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & _LOW_WORD
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & _LOW_WORD
+    return x ^ (x >> 16)
+
+
+def _random_bits(like: Tensor, seed: int, index: int, first: int) -> Tensor:
+    """32 random bits for each element, int64 of the shape of ``like``."""
+    place = torch.arange(first, first + like.numel(), device=like.device)
+    block = place // formats.STATE_BLOCK_SIZE
+    x = _hash(torch.tensor(seed & _LOW_WORD, device=like.device))
+    for word in (seed >> 32, index & _LOW_WORD, block & _LOW_WORD, block >> 32):
+        x = _hash(x ^ word)
+    return _hash(x + place % formats.STATE_BLOCK_SIZE & _LOW_WORD).view(like.shape)
+
+
+def _rounded_stochastically(value: Tensor, random: Tensor) -> Tensor:
+    bits = value.contiguous().view(torch.int32).long() & _LOW_WORD
+    rounded = (bits + (random & 0xFFFF)) >> 16
+    rounded = torch.where(value.isnan(), 0x7FC0, rounded)
+    signed = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded)
+    return signed.to(torch.int16).view(torch.bfloat16)
+
+
 def _weight_slices(
     packed: Tensor,
     absmax: Tensor,

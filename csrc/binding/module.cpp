@@ -1,9 +1,13 @@
 // The Python module qkern._C: integers in (see arguments.h), kernels called, errors out. The GIL is
 // released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "../cpu/dispatch.h"
 #include "../cpu/parallel.h"
@@ -72,6 +76,12 @@ void linear_4bit_dx(Pointer dy, int dtype, Size m, Size dy_row_stride, Pointer p
          num_threads);
 }
 
+void adamw_step(const std::vector<std::array<Size, 10>>& tensors, py::tuple scalars,
+                std::optional<std::uint64_t> seed, int num_threads) {
+  const std::vector<qkern::AdamWTensor> read = adamw_tensors(tensors);
+  launch("adamw_step", qkern::cpu::adamw_step, adamw_args(read, scalars, seed), num_threads);
+}
+
 py::list available_isas() {
   const char* names[qkern::cpu::kMaxIsas];
   const int count = qkern::cpu::available_isas(names);
@@ -122,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_absmax", quantize_absmax);
   m.def("linear_4bit", linear_4bit);
   m.def("linear_4bit_dx", linear_4bit_dx);
+  m.def("adamw_step", adamw_step);
   bind_tensors(m);
 #ifdef QKERN_HAVE_CUDA
   bind_cuda(m);

@@ -62,6 +62,9 @@ struct KernelTable {
                                   std::uint8_t* codes, float* absmax);
   using Dequantize8bitFn = void (*)(const std::uint8_t* codes, const float* absmax,
                                     const float* map, BlockRange range, void* out);
+  // Elements [begin, end) of one tensor; begin is a multiple of kStateBlockSize.
+  using AdamWFn = void (*)(const AdamWArgs& args, const AdamWTensor& tensor, std::int64_t begin,
+                           std::int64_t end);
   using LinearFn = Status (*)(const Linear4bitArgs& args, int num_threads);
 
   QuantizeFn quantize_4bit[3];
@@ -70,6 +73,7 @@ struct KernelTable {
   Dequantize8bitFn dequantize_8bit[3];
   LinearFn linear_4bit[3];
   LinearFn linear_4bit_dx[3];
+  AdamWFn adamw_step[3];
 };
 
 const KernelTable& kernels_scalar();

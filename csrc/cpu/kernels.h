@@ -14,6 +14,8 @@
 #include "kernels_elementwise.h"
 #include "kernels_panel.h"
 
+#include "kernels_optim.h"
+
 #include "kernels_multiply.h"
 #include "kernels_tiled.h"
 #include "kernels_vector.h"

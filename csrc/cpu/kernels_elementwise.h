@@ -11,6 +11,23 @@ constexpr int kGroupRegisters = kGroup / Simd::kLanes;
 inline std::int64_t min64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t max64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
+template <typename T>
+void convert_row(const T* from, std::int64_t n, float* to) {
+  std::int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::storeu(to + i, Simd::load(from + i));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    Simd::store_partial(to + i, Simd::load_partial(from + i, rest), rest);
+  }
+}
+
+template <typename T>
+void store_row(const float* from, std::int64_t n, T* to) {
+  std::int64_t i = 0;
+  for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store(to + i, Simd::loadu(from + i));
+  for (; i < n; ++i) to[i] = from_float<T>(from[i]);
+}
+
 // Magnitudes compare as integers in every float format, and a NaN above infinity.
 inline std::uint32_t magnitude_bits(float v) { return float_bits(v) & 0x7fffffffu; }
 inline std::uint16_t magnitude_bits(BFloat16 v) { return v.bits & 0x7fffu; }

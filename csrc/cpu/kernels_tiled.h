@@ -16,16 +16,6 @@ struct SharedStatus {
 
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";
 
-template <typename T>
-void convert_row(const T* from, std::int64_t n, float* to) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) Simd::storeu(to + i, Simd::load(from + i));
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    Simd::store_partial(to + i, Simd::load_partial(from + i, rest), rest);
-  }
-}
-
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is
 // [step / kInterleave][kTileCols][kInterleave] elements, steps being those of the contraction; its
 // copy of x is [row][row_stride].

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <vector>
 
 #include "kernel_table.h"
 #include "parallel.h"
@@ -283,6 +284,37 @@ Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads) {
             args.codes + start, args.nested_absmax + b);
       }
     });
+  });
+}
+
+Status adamw_step(const AdamWArgs& args, int num_threads) {
+  // Runs of one tensor each, long enough that handing them out costs nothing.
+  constexpr std::int64_t kRun = std::int64_t{1} << 15;
+  static_assert(kRun % kStateBlockSize == 0, "runs are whole blocks");
+  struct Run {
+    const AdamWTensor* tensor;
+    std::int64_t begin;
+  };
+  std::vector<Run> runs;
+  for (std::int64_t i = 0; i < args.count; ++i) {
+    for (std::int64_t begin = 0; begin < args.tensors[i].numel; begin += kRun) {
+      runs.push_back({args.tensors + i, begin});
+    }
+  }
+  return with_kernels([&](const KernelTable& kernels) {
+    const std::int64_t count = static_cast<std::int64_t>(runs.size());
+    WorkQueue queue(count, 1);
+    auto body = [&] {
+      std::int64_t i, stop;
+      while (queue.next(&i, &stop)) {
+        const AdamWTensor& tensor = *runs[static_cast<std::size_t>(i)].tensor;
+        const std::int64_t begin = runs[static_cast<std::size_t>(i)].begin;
+        kernels.adamw_step[index_of(tensor.dtype)](args, tensor, begin,
+                                                   std::min(begin + kRun, tensor.numel));
+      }
+    };
+    parallel(static_cast<int>(std::min<std::int64_t>(count, num_threads)), body);
+    return Status::success();
   });
 }
 

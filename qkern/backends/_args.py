@@ -6,6 +6,8 @@ to memory is checked here: dtype, device, layout and number of elements of each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,43 @@ def rows(
     if x.stride(1) != 1 and width > 1:
         x = x.contiguous()
     return x, x.shape[0], x.stride(0)
+
+
+def adamw_tensors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_absmaxes: Sequence[Tensor],
+    exp_avg_sq_absmaxes: Sequence[Tensor],
+    device: torch.device | None = None,
+) -> list[tuple[int, ...]]:
+    """For each parameter: six addresses (0 is absent), dtype and number of elements."""
+    in_codes = len(exp_avg_absmaxes) > 0
+    counts = {len(grads), len(exp_avgs), len(exp_avg_sqs)}
+    scales = {len(exp_avg_absmaxes), len(exp_avg_sq_absmaxes)}
+    if counts != {len(params)} or scales != {len(params) if in_codes else 0}:
+        raise ValueError("params: got lists of different lengths; takes as many of everything")
+    state_dtype = torch.uint8 if in_codes else torch.float32
+    found: list[tuple[int, ...]] = []
+    for k, param in enumerate(params):
+        n, dtype = param.numel(), param.dtype
+        absmaxes = (0, 0)
+        if in_codes:
+            blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
+            absmaxes = (
+                pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks, device),
+                pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks, device),
+            )
+        found.append(
+            (
+                pointer("param", param, dtype, n, device),
+                pointer("grad", grads[k], dtype, n, device),
+                pointer("exp_avg", exp_avgs[k], state_dtype, n, device),
+                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n, device),
+                *absmaxes,
+                dtype_id("param", dtype),
+                n,
+            )
+        )
+    return found

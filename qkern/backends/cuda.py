@@ -186,6 +186,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, nested_offset
 
 
+adamw_step = reference.adamw_step  # no kernel of its own yet
+
+
 def device_limits(device: torch.device) -> Limits:
     """The limits of ``device``, which is the current one, that paths are chosen by."""
     return Limits(*library().cuda_device_limits())

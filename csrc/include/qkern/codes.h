@@ -13,6 +13,7 @@ inline constexpr int kFormatCustom = 2;
 inline constexpr int kMinBlockSize = 32;
 inline constexpr int kMaxBlockSize = 4096;
 inline constexpr int kNestedBlockSize = 256;
+inline constexpr int kStateBlockSize = 256;
 
 // Value of each NF4 code, ascending.
 inline constexpr float kNf4Codes[16] = {

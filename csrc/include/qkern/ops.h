@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "qkern/dtype.h"
+#include "qkern/optim_math.h"
 #include "qkern/status.h"
 
 // What the host hands to a kernel: pointers, sizes and strides, already validated by the caller.
@@ -100,8 +101,33 @@ struct Linear4bitArgs {
   float* workspace = nullptr;  // CUDA: as many bytes as the op's _workspace says
 };
 
+// One parameter, its gradient and its moments, all flat and contiguous. With `exp_avg_absmax` the
+// moments are 8-bit codes in blocks of kStateBlockSize (exp_avg against the signed dynamic map,
+// exp_avg_sq against the unsigned one), else float.
+struct AdamWTensor {
+  void* param = nullptr;
+  const void* grad = nullptr;
+  void* exp_avg = nullptr;
+  void* exp_avg_sq = nullptr;
+  float* exp_avg_absmax = nullptr;
+  float* exp_avg_sq_absmax = nullptr;
+  DType dtype = DType::kFloat32;  // of param and grad
+  std::int64_t numel = 0;
+  std::int64_t index = 0;  // among all, for random numbers
+  std::int64_t first = 0;  // of its parameter's elements, a multiple of kStateBlockSize
+};
+
+struct AdamWArgs {
+  const AdamWTensor* tensors = nullptr;
+  std::int64_t count = 0;
+  AdamWScalars scalars{};
+  bool stochastic_rounding = false;  // of bfloat16 parameters
+  std::uint64_t seed = 0;
+};
+
 namespace cpu {
 
+Status adamw_step(const AdamWArgs& args, int num_threads);
 Status quantize_4bit(const Quantize4bitArgs& args, int num_threads);
 Status dequantize_4bit(const Dequantize4bitArgs& args, int num_threads);
 Status quantize_8bit(const Quantize8bitArgs& args, int num_threads);

@@ -1,0 +1,85 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define QKERN_MATH __host__ __device__ __forceinline__
+#else
+#define QKERN_MATH inline
+#endif
+
+// One element of an optimizer's step, for every backend. The same operations in the same order,
+// each rounded once and none contracted, so that all backends give the same bits.
+namespace qkern {
+
+// AdamW's factors at one step t; adamw_scalars in qkern/reference.py derives them.
+struct AdamWScalars {
+  float grad_scale;        // of gradients: clipping, inverse loss scale, the sign to maximise
+  float decay;             // 1 - lr * weight_decay
+  float beta1_complement;  // 1 - beta1
+  float beta2;
+  float beta2_complement;    // 1 - beta2
+  float step_size;           // lr / (1 - beta1^t)
+  float root_bias2_inverse;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+};
+
+namespace {
+
+// Plain operators: for compilers that are told not to contract them.
+struct PlainMath {
+  static float add(float a, float b) { return a + b; }
+  static float sub(float a, float b) { return a - b; }
+  static float mul(float a, float b) { return a * b; }
+  static float div(float a, float b) { return a / b; }
+  static float sqrt(float a) { return __builtin_sqrtf(a); }
+};
+
+// Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2:
+// the decay comes before the update and does not pass through the moments.
+template <typename Math>
+QKERN_MATH void adamw_element(const AdamWScalars& s, float grad, float* param, float* exp_avg,
+                              float* exp_avg_sq) {
+  const float g = Math::mul(grad, s.grad_scale);
+  const float m = Math::add(*exp_avg, Math::mul(Math::sub(g, *exp_avg), s.beta1_complement));
+  const float v =
+      Math::add(Math::mul(*exp_avg_sq, s.beta2), Math::mul(Math::mul(g, g), s.beta2_complement));
+  const float denominator = Math::add(Math::mul(Math::sqrt(v), s.root_bias2_inverse), s.eps);
+  const float update = Math::div(Math::mul(m, s.step_size), denominator);
+  *param = Math::sub(Math::mul(*param, s.decay), update);
+  *exp_avg = m;
+  *exp_avg_sq = v;
+}
+
+// 32 bits that look random: Wellons' "lowbias32", a bijection with little bias.
+QKERN_MATH std::uint32_t hash_bits(std::uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+// The seed of 256 neighbours, of which the i-th draws hash_bits(seed + i).
+QKERN_MATH std::uint32_t block_seed(std::uint64_t seed, std::int64_t tensor, std::int64_t block) {
+  const std::uint64_t place = static_cast<std::uint64_t>(block);
+  std::uint32_t x = hash_bits(static_cast<std::uint32_t>(seed));
+  x = hash_bits(x ^ static_cast<std::uint32_t>(seed >> 32));
+  x = hash_bits(x ^ static_cast<std::uint32_t>(tensor));
+  x = hash_bits(x ^ static_cast<std::uint32_t>(place));
+  return hash_bits(x ^ static_cast<std::uint32_t>(place >> 32));
+}
+
+// bfloat16's bits of a value, up or down with the probability of being nearer: unbiased, where
+// rounding to nearest drops every update below half a step.
+QKERN_MATH std::uint16_t round_stochastically(float value, std::uint32_t random) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const std::uint32_t rounded = (bits + (random & 0xffffu)) >> 16;
+  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+}  // namespace
+}  // namespace qkern
