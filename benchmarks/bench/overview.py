@@ -45,6 +45,8 @@ LINES = (
     Line("forward + backward, 1 row", "forward_backward", 1),
     Line("forward + backward, 512 rows", "forward_backward", 512),
     Line("LoRA training step", "train_step"),
+    Line("its peak memory", "memory"),
+    Line("generation, batch 1", "generate"),
 )
 
 
@@ -93,8 +95,8 @@ def lines(content: dict[str, Any], dtype: str) -> list[tuple[Line, dict[str, Rec
             for row in content["results"]
             if (row["op"], row["m"], row["dtype"]) == (line.op, line.m, dtype)
         ]
-        if rows:
-            by_name = {row["name"]: row for row in rows if row["shape"] == rows[0]["shape"]}
+        by_name = {row["name"]: row for row in rows if row["shape"] == rows[0]["shape"]}
+        if "qkern" in by_name:  # not where each instruction set has its own name
             by_name["qkern"] = by_name.get(line.ours, by_name["qkern"])
             found.append((line, by_name))
     return found
@@ -135,7 +137,7 @@ def _compared(content: dict[str, Any], dtype: str) -> list[tuple[str, dict[str, 
     return [
         (line.label, {name: rows[REFERENCE]["ms"] / row["ms"] for name, row in rows.items()})
         for line, rows in lines(content, dtype)
-        if REFERENCE in rows
+        if REFERENCE in rows and line.op != "memory"
     ]
 
 
@@ -178,20 +180,26 @@ def _panel(
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown: milliseconds, of a training step tokens/s; what nobody measured has no column."""
+    """Markdown: milliseconds, tokens/s or MiB; what nobody measured has no column."""
     chosen = [(dtype, line, rows) for dtype in DTYPES for line, rows in lines(content, dtype)]
     chosen.sort(key=lambda entry: LINES.index(entry[1]))
     columns = [name for name in COLUMNS if any(name in rows for *_, rows in chosen)]
     cells = [["", "", *columns, f"ratio to {REFERENCE}"]]
     for dtype, line, rows in chosen:
-        ratio = digits(rows[REFERENCE]["ms"] / rows["qkern"]["ms"]) if REFERENCE in rows else ""
+        ratio = digits(_cost(rows[REFERENCE]) / _cost(rows["qkern"])) if REFERENCE in rows else ""
         values = [_value(rows[name]) if name in rows else "" for name in columns]
         cells.append([line.label, dtype, *values, ratio])
     cells.insert(1, ["---"] * len(cells[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+def _cost(row: Record) -> float:
+    return float(row["peak_bytes"] if "peak_bytes" in row else row["ms"])
+
+
 def _value(row: Record) -> str:
+    if "peak_bytes" in row:
+        return f"{row['peak_bytes'] / 2**20:,.0f} MiB"
     if row.get("unit") == "tokens/s":
         return f"{digits(row['rate'])} tokens/s"
     return digits(row["ms"])

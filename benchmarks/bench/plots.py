@@ -43,7 +43,9 @@ def plot_all(directory: Path, content: dict[str, Any]) -> list[Path]:
             written += time_over_size(directory, op, m, dtype, group)
     for op, label in (("train_step", "tokens/s"), ("generate", "tokens/s"), ("memory", "MiB")):
         if group := [row for row in rows if row["op"] == op]:
-            written += bars(directory, op, label, group)
+            # Other sizes of a step have a plot of their own.
+            first = [row for row in group if row["shape"] == group[0]["shape"]]
+            written += bars(directory, op, label, first)
     for op, draw in ((mixed.OP, mixed_loops), (overhead.OP, overheads)):
         of_op = [row for row in rows if row["op"] == op]
         for (m, dtype), group in _grouped(of_op, "m", "dtype").items():
