@@ -1,0 +1,158 @@
+"""A parameter's two moments, in 32 or 8 bits, and the forms in which checkpoints have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import formats
+
+BLOCK = formats.STATE_BLOCK_SIZE
+_MAPS = ("signed", "unsigned")
+_ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in _MAPS)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """``exp_avg`` and ``exp_avg_sq`` of one shape: float32; or uint8 codes of the dynamic maps,
+    signed and unsigned, with float32 scales ``[ceil(n / 256)]``."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_absmax: Tensor | None = None
+    exp_avg_sq_absmax: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        """32 or 8."""
+        return 32 if self.exp_avg_absmax is None else 8
+
+    def absmaxes(self) -> tuple[Tensor, Tensor]:
+        """The scales of 8-bit moments."""
+        assert self.exp_avg_absmax is not None
+        assert self.exp_avg_sq_absmax is not None
+        return self.exp_avg_absmax, self.exp_avg_sq_absmax
+
+    def view(self, shape: torch.Size | tuple[int, ...]) -> Moments:
+        """The same in another shape."""
+        return replace(
+            self, exp_avg=self.exp_avg.view(shape), exp_avg_sq=self.exp_avg_sq.view(shape)
+        )
+
+    def to_bits(self, bits: int) -> Moments:
+        """The same values in 32 or, quantised, in 8 bits."""
+        if bits == self.bits:
+            return self
+        pair = (self.exp_avg, self.exp_avg_sq)
+        if bits == 8:
+            encoded = [
+                torch.ops.qkern.quantize_8bit(
+                    moment.contiguous(), formats.map_tensor(map, moment.device), BLOCK
+                )
+                for moment, map in zip(pair, _MAPS, strict=True)
+            ]
+            (exp_avg, absmax), (exp_avg_sq, sq_absmax) = encoded
+            return Moments(exp_avg, exp_avg_sq, absmax, sq_absmax)
+        decoded = [
+            torch.ops.qkern.dequantize_8bit(
+                codes, absmax, formats.map_tensor(map, codes.device), BLOCK, torch.float32
+            )
+            for codes, absmax, map in zip(pair, self.absmaxes(), _MAPS, strict=True)
+        ]
+        return Moments(*decoded)
+
+    def like(self, param: Tensor) -> Moments:
+        """A copy on the parameter's device; where that is sharded (DTensor), sharded alike."""
+        copy = Moments(
+            *(
+                None if t is None else t.to(param.device, copy=True)
+                for t in (
+                    self.exp_avg,
+                    self.exp_avg_sq,
+                    self.exp_avg_absmax,
+                    self.exp_avg_sq_absmax,
+                )
+            )
+        )
+        if not hasattr(param, "to_local"):
+            return copy
+        sharded = of_zeros(param, 32)
+        sharded.exp_avg.to_local().copy_(copy.exp_avg)
+        sharded.exp_avg_sq.to_local().copy_(copy.exp_avg_sq)
+        return sharded
+
+
+def of_zeros(param: Tensor, bits: int) -> Moments:
+    """Moments before the first step, in the parameter's shape and on its device."""
+    if bits == 32:
+        return Moments(
+            *(
+                torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
+                for _ in range(2)
+            )
+        )
+    codes = (
+        torch.full(param.shape, code, dtype=torch.uint8, device=param.device)
+        for code in _ZERO_CODES
+    )
+    blocks = formats.num_blocks(param.numel(), BLOCK)
+    return Moments(*codes, *(torch.zeros(blocks, device=param.device) for _ in range(2)))
+
+
+def to_state(moments: Moments) -> dict[str, Tensor]:
+    """As ``state_dict`` has them."""
+    return {name: value for name, value in vars(moments).items() if value is not None}
+
+
+# bitsandbytes' names, and under which key it hides them from FSDP.
+_BITSANDBYTES = {
+    "state1": "exp_avg",
+    "state2": "exp_avg_sq",
+    "absmax1": "exp_avg_absmax",
+    "absmax2": "exp_avg_sq_absmax",
+}
+_BITSANDBYTES_NESTED = "__bnb_optimizer_quant_state__"
+
+
+def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int, Moments]:
+    """The step and the moments that a checkpoint has for ``param``.
+
+    Raises ``ValueError``, starting with ``name``, for what is not AdamW's or does not fit.
+    """
+    state = {**state, **state.get(_BITSANDBYTES_NESTED, {})}
+    for number, map in enumerate(_MAPS, 1):
+        found = state.get(f"qmap{number}")
+        if found is not None and not torch.equal(found.cpu().float(), formats.map_tensor(map)):
+            raise ValueError(f"{name}.qmap{number}: got another map; takes the dynamic map")
+    state = {_BITSANDBYTES.get(key, key): value for key, value in state.items()}
+    if state.get("max_exp_avg_sq") is not None:
+        raise ValueError(f"{name}: got max_exp_avg_sq, of AMSGrad; takes AdamW's state")
+    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+    if missing:
+        raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
+    step = int(state["step"])
+    moments = [_local(state[key]).to(param.device) for key in ("exp_avg", "exp_avg_sq")]
+    for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+        if moment.shape != param.shape:
+            raise ValueError(
+                f"{name}.{key}: got shape {list(moment.shape)}; takes {list(param.shape)}"
+            )
+    if moments[0].dtype != torch.uint8:
+        return step, Moments(*(moment.float() for moment in moments))
+    blocks = formats.num_blocks(param.numel(), BLOCK)
+    absmaxes = []
+    for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+        absmax = state.get(key)
+        if absmax is None or absmax.numel() != blocks:
+            got = "none" if absmax is None else f"{absmax.numel()} scales"
+            raise ValueError(f"{name}.{key}: got {got}; takes {blocks}, one for each {BLOCK} codes")
+        absmaxes.append(absmax.to(param.device, torch.float32).view(-1))
+    return step, Moments(*moments, *absmaxes)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

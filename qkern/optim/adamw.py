@@ -1,0 +1,418 @@
+"""AdamW with moments in 32 or 8 bits, in memory or in a file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+import qkern.ops  # noqa: F401  registers torch.ops.qkern
+from qkern import _errors
+from qkern.optim._moments import Moments, from_state, of_zeros, to_state
+from qkern.optim.paging import FilePager, Piece
+
+PAGERS = ("auto", "none", "mmap")
+DEFAULT_BUDGET = 256 << 20
+
+
+class PagedAdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), of which the moments may live in a file.
+
+    Drop-in for ``torch.optim.AdamW``: the same order of decay and update, the same state in 32
+    bits, parameter groups, schedulers, closures and ``GradScaler``. One kernel call updates all
+    parameters of a group.
+
+    Args:
+        params: Parameters or groups, as ``torch.optim.Optimizer`` takes them: float32, bfloat16 or
+            float16, each with gradients of its own dtype. The arithmetic is float32 and rounded
+            once.
+        lr: Learning rate, at least 0.
+        betas: Decay of the two moments, each from 0 to below 1.
+        eps: Added to the root of the second moment, at least 0.
+        weight_decay: Decoupled: a step first scales a parameter by ``1 - lr * weight_decay``.
+        amsgrad: False; there is no AMSGrad here.
+        bits: 32, or 8: moments as codes of the 8-bit dynamic map, a scale for each 256 (Dettmers
+            et al., arXiv 2110.02861), the nearest code exactly. A parameter of fewer than
+            ``min_8bit_size`` elements has 32 all the same. May differ between groups.
+        pager: Where the moments are. ``"none"``: in memory, on the parameter's device. ``"mmap"``:
+            in the file ``path``, read and written chunk by chunk during a step, with at most
+            ``budget_bytes`` of it in memory; for parameters on a CPU. ``"auto"``: ``"mmap"`` where
+            there is a ``path``. The attribute ``pager`` tells which it is.
+        path: The file, which must not exist; or with ``resume`` must, written by an optimizer of
+            the same parameters, whose steps and moments are then taken as last committed. Every
+            ``step`` commits: if the process is killed within one, the file has the step before.
+        resume: See ``path``.
+        budget_bytes: Most memory that holds parts of the file, 256 MiB by default.
+        durable: Let every step wait for the disk, so that a power cut loses no commit either.
+        max_grad_norm: Clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_``
+            does, but within the step: the gradients themselves stay. ``grad_norm`` is the last one.
+        maximize: Ascend instead. May differ between groups.
+        min_8bit_size: See ``bits``.
+        stochastic_rounding: Round bfloat16 parameters up or down at random, by how near each is,
+            so that updates below half a step are not lost. The numbers follow from ``seed``.
+        seed: From 0 to 2^32 - 1.
+
+    Raises:
+        TypeError: A parameter's dtype is none of the three.
+        ValueError: An argument is out of its range, or arguments contradict each other.
+        FileExistsError, FileNotFoundError, qkern.optim.ChunkFileError: See ``path``.
+    """
+
+    # GradScaler leaves inverse scaling and the check for infinities to `step`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        bits: int = 32,
+        pager: str = "auto",
+        path: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        budget_bytes: int | None = None,
+        durable: bool = False,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        min_8bit_size: int = 4096,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if amsgrad:
+            raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
+        if pager not in PAGERS:
+            raise ValueError(f"pager: got {pager!r}; takes one of {', '.join(PAGERS)}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: got {max_grad_norm}; takes a norm above 0, or None")
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed: got {seed}; takes 0 to 2^32 - 1")
+        if pager == "auto":
+            pager = "none" if path is None else "mmap"
+        in_file = {"path": path, "budget_bytes": budget_bytes}
+        in_file |= {"resume": resume or None, "durable": durable or None}
+        for name, value in in_file.items():
+            if pager == "none" and value is not None:
+                raise ValueError(f'{name}: got {value!r} with pager "none"; goes with "mmap"')
+        if pager == "mmap" and path is None:
+            raise ValueError('path: got None with pager "mmap"; takes the name of a file')
+        self.pager = pager
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._min_8bit_size = min_8bit_size
+        self._seed = seed if stochastic_rounding else None
+        self._file: FilePager | None = None
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "bits": bits,
+        }
+        super().__init__(params, defaults)
+        if path is not None:
+            self._open_file(path, resume, budget_bytes or DEFAULT_BUDGET, durable)
+
+    def _open_file(
+        self, path: str | os.PathLike[str], resume: bool, budget_bytes: int, durable: bool
+    ) -> None:
+        params = self._params()
+        for param in params:
+            if not param.is_cpu:
+                raise ValueError(
+                    f'pager: got "mmap" with a parameter on {param.device}; takes those on a cpu'
+                )
+        shapes = [tuple(_local(param).shape) for param in params]
+        bits = [self._bits(param, group) for group in self.param_groups for param in group["params"]]
+        self._file = FilePager(path, shapes, bits, budget_bytes, resume=resume, durable=durable)
+        for param, step in zip(params, self._file.steps, strict=True):
+            if step:
+                self.state[param]["step"] = torch.tensor(float(step))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
+        if getattr(self, "_file", None) is not None:
+            raise RuntimeError(
+                'param_group: got one after the file was made; with pager "mmap" all are given at'
+                " construction"
+            )
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns what ``closure`` does, or None.
+
+        With ``GradScaler``, gradients that are not all finite leave everything as it was. With a
+        file, an error (a full disk) leaves the file at the step before; parameters may then be
+        updated already and must come from a checkpoint, as the message says.
+
+        Raises:
+            TypeError: A gradient is sparse, or of another dtype than its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        updates = self._collect()
+        scale = self._grad_scale([grad for *_, grad in updates])
+        if self._file is None:
+            self._step_in_memory(updates, scale)
+        else:
+            self._step_in_file(updates, scale)
+        return loss
+
+    def _collect(self) -> list[tuple[int, dict[str, Any], Tensor, Tensor]]:
+        """Each parameter with a gradient: its number, group, and both."""
+        updates = []
+        index = 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    _check_grad(param, param.grad)
+                    updates.append((index, group, param, param.grad))
+                index += 1
+        return updates
+
+    def _grad_scale(self, grads: Sequence[Tensor]) -> float:
+        scale = 1.0
+        inverse = getattr(self, "grad_scale", None)
+        if inverse is not None:
+            scale = 1.0 / float(inverse)
+        if self.max_grad_norm is not None and grads:
+            norm = get_total_norm(grads)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self.grad_norm = norm * scale
+            # The same small number as in torch's clip_grad_norm_.
+            scale *= min(1.0, self.max_grad_norm / (float(self.grad_norm) + 1e-6))
+        return scale
+
+    def _step_in_memory(
+        self, updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]], scale: float
+    ) -> None:
+        calls = _Calls(scale, self._seed)
+        copies = []
+        for index, group, param, grad in updates:
+            state = self.state[param]
+            moments = self._moments(param, group)
+            state["step"] += 1
+            data = _local(param)
+            if not data.is_contiguous():
+                copies.append((data, data.contiguous()))
+                data = copies[-1][1]
+            calls.add(group, int(state["step"]), index, 0, data, _local(grad), moments)
+        calls.run()
+        for data, copy in copies:
+            data.copy_(copy)
+
+    def _step_in_file(
+        self, updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]], scale: float
+    ) -> None:
+        assert self._file is not None
+        found = {index: (group, param, grad) for index, group, param, grad in updates}
+        steps = list(self._file.steps)
+        flat = {}
+        for index, (_, param, grad) in found.items():
+            steps[index] += 1
+            data = _local(param)
+            flat[index] = (data.contiguous().view(-1), _local(grad).contiguous().view(-1))
+
+        def update(pieces: Sequence[tuple[Piece, Moments]]) -> None:
+            calls = _Calls(scale, self._seed)
+            for piece, moments in pieces:
+                if piece.param in found:
+                    data, grad = (
+                        t[piece.first : piece.first + piece.numel] for t in flat[piece.param]
+                    )
+                    group = found[piece.param][0]
+                    step = steps[piece.param]
+                    calls.add(group, step, piece.param, piece.first, data, grad, moments)
+            calls.run()
+
+        self._file.step(found, update, steps)
+        for index, (_, param, _) in found.items():
+            data = _local(param)
+            if not data.is_contiguous():
+                data.copy_(flat[index][0].view(data.shape))
+            self.state[param]["step"] = torch.tensor(float(steps[index]))
+
+    def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
+        """The parameter's moments in memory, made of zeros at its first step."""
+        state = self.state[param]
+        if "exp_avg" not in state:
+            state.setdefault("step", torch.tensor(0.0))
+            state |= to_state(of_zeros(param, self._bits(param, group)))
+        return Moments(
+            *(_local(state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq")),
+            state.get("exp_avg_absmax"),
+            state.get("exp_avg_sq_absmax"),
+        )
+
+    def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
+        if group["bits"] == 32 or param.numel() < self._min_8bit_size:
+            return 32
+        if _local(param) is not param:
+            raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
+        return 8
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of ``torch.optim.Optimizer``; with a file, the moments come from it.
+
+        Those tensors are mapped from an unnamed file beside it, so that a state of any size fits.
+        """
+        found = super().state_dict()
+        if self._file is not None:
+            for index, moments in self._file.read().items():
+                param = self._params()[index]
+                found["state"][index] |= to_state(moments.view(_local(param).shape))
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of any pager and width, of this class, of torch's AdamW or Adam, or of
+        bitsandbytes' AdamW (paged or not, 32 or 8 bits).
+
+        Moments come to this optimizer's width: 8-bit codes are decoded for 32 bits exactly, and
+        32-bit moments quantised for 8 with the error of 8 bits. Where they are stays as it is.
+
+        Raises:
+            ValueError: The groups or the shapes do not fit, or the state is of another optimizer.
+        """
+        groups = state_dict["param_groups"]
+        names = [name for group in groups for name in group["params"]]
+        params = self._params()
+        wanted: dict[int, tuple[int, Moments]] = {}
+        kept = [
+            mine | group | {"bits": mine["bits"]}  # other classes' groups lack some options
+            for group, mine in zip(groups, self.param_groups, strict=False)
+        ]
+        for index, (name, param) in enumerate(zip(names, params)):
+            if state := state_dict["state"].get(name):
+                step, moments = from_state(f"state[{name}]", state, _local(param))
+                group = next(g for g in self.param_groups if any(param is p for p in g["params"]))
+                wanted[index] = (step, moments.to_bits(self._bits(param, group)))
+        # Its own loading would cast moments to the parameter's dtype.
+        kept += groups[len(kept) :]  # whose number it checks
+        super().load_state_dict({"state": {}, "param_groups": kept})
+        if self._file is not None:
+            self._file.load(wanted)
+        for index, (step, moments) in wanted.items():
+            param = params[index]
+            self.state[param] = {"step": torch.tensor(float(step))}
+            if self._file is None:
+                self.state[param] |= to_state(moments.like(param))
+
+    def close(self) -> None:
+        """Close the file, if there is one; it keeps the last step."""
+        if self._file is not None:
+            self._file.close()
+
+
+class PagedAdamW8bit(PagedAdamW):
+    """`PagedAdamW` with ``bits=8``."""
+
+    def __init__(self, params: Iterable[Any], *args: Any, **options: Any) -> None:
+        super().__init__(params, *args, **{"bits": 8} | options)
+
+
+class _Calls:
+    """Updates gathered into one call of the op for each of a kind."""
+
+    def __init__(self, scale: float, seed: int | None) -> None:
+        self._scale, self._seed = scale, seed
+        self._found: defaultdict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+        self._groups: dict[int, dict[str, Any]] = {}
+
+    def add(
+        self,
+        group: dict[str, Any],
+        step: int,
+        index: int,
+        first: int,
+        param: Tensor,
+        grad: Tensor,
+        moments: Moments,
+    ) -> None:
+        """One parameter or piece of one, contiguous, with its number and first element."""
+        if param.numel() == 0:
+            return
+        self._groups[id(group)] = group
+        key = (id(group), step, moments.bits, param.device)
+        self._found[key].append((param, grad.contiguous(), moments, index, first))
+
+    def run(self) -> None:
+        for (group_id, step, bits, _), pieces in self._found.items():
+            group = self._groups[group_id]
+            params, grads, moments, indices, offsets = zip(*pieces, strict=True)
+            scales = ([], []) if bits == 32 else tuple(zip(*(m.absmaxes() for m in moments)))
+            torch.ops.qkern.adamw_step(
+                params,
+                grads,
+                [m.exp_avg for m in moments],
+                [m.exp_avg_sq for m in moments],
+                *scales,
+                step,
+                float(group["lr"]),
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                -self._scale if group["maximize"] else self._scale,
+                # Another number each step.
+                None if self._seed is None else self._seed << 31 ^ step,
+                indices,
+                offsets,
+            )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What of a sharded tensor (DTensor) is here; others as they are."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = float(group[name])
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value}; takes a number of 0 and above")
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr: got shape {list(group['lr'].shape)}; takes one number")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas: got {group['betas']}; takes two numbers from 0 to below 1")
+    if group["bits"] not in (32, 8):
+        raise ValueError(f"bits: got {group['bits']!r}; takes 32 or 8")
+    if group.get("amsgrad"):
+        raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
+    for param in group["params"]:
+        _errors.check_float_tensor("params", param)
+
+
+def _check_grad(param: Tensor, grad: Tensor) -> None:
+    if grad.is_sparse:
+        raise TypeError("grad: got a sparse tensor; takes a dense one")
+    if grad.dtype != param.dtype:
+        raise TypeError(f"grad: got {grad.dtype}; takes {param.dtype}, as the parameter has")
+
+

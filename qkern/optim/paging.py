@@ -1,0 +1,283 @@
+"""FilePager: moments in a file, brought to memory chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qkern import formats
+from qkern.optim._chunkfile import ChunkFile, ChunkFileError
+from qkern.optim._moments import BLOCK, Moments
+from qkern.optim._stream import ChunkStream, StreamStats
+
+_MOST_CHUNK_BYTES = 16 << 20
+_LEAST_CHUNK_BYTES = 64 << 10
+_CHUNKS_OF_BUDGET = 16  # so that reads and writes have room beside the update
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring elements of one parameter, whose moments lie in one chunk."""
+
+    param: int
+    first: int
+    numel: int
+    bits: int
+    offset: int
+    """Of the piece in its chunk, in bytes."""
+
+    def parts(self) -> list[tuple[int, int, torch.dtype]]:
+        """Offset in bytes, elements and dtype of each tensor, as `Moments` has them."""
+        dtype = torch.float32 if self.bits == 32 else torch.uint8
+        scales = 0 if self.bits == 32 else formats.num_blocks(self.numel, BLOCK)
+        counts = [(self.numel, dtype)] * 2 + [(scales, torch.float32)] * (2 if scales else 0)
+        found, offset = [], self.offset
+        for numel, kind in counts:
+            found.append((offset, numel, kind))
+            offset += _aligned(numel * kind.itemsize)
+        return found
+
+    @property
+    def end(self) -> int:
+        """Of its bytes in the chunk."""
+        offset, numel, dtype = self.parts()[-1]
+        return offset + _aligned(numel * dtype.itemsize)
+
+    def moments(self, buffer: memoryview) -> Moments:
+        """Flat views of a chunk's bytes."""
+        return Moments(
+            *(
+                torch.frombuffer(buffer, dtype=dtype, count=numel, offset=offset)
+                for offset, numel, dtype in self.parts()
+            )
+        )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[list[Piece]]:
+    """Which pieces each chunk holds: parameters in order, cut where a chunk is full."""
+    chunks: list[list[Piece]] = []
+    room_from = chunk_bytes  # in the last chunk
+    for param, (numel, width) in enumerate(zip(numels, bits, strict=True)):
+        first = 0
+        while first < numel:
+            piece = Piece(param, first, numel - first, width, room_from)
+            if piece.end > chunk_bytes:
+                # Whole blocks, as many as the rest of the chunk takes; the scales need a little.
+                block_bytes = BLOCK * 8 if width == 32 else BLOCK * 2 + 8
+                blocks = (chunk_bytes - room_from - 4 * _ALIGNMENT) // block_bytes
+                if blocks <= 0:
+                    chunks.append([])
+                    room_from = 0
+                    continue
+                piece = Piece(param, first, min(blocks * BLOCK, numel - first), width, room_from)
+            chunks[-1].append(piece)
+            first += piece.numel
+            room_from = piece.end
+    return chunks
+
+
+class FilePager:
+    """The moments of parameters of known shapes in a file that always holds one whole step.
+
+    Args:
+        path: The file.
+        shapes: Of each parameter.
+        bits: Of each parameter's moments, 32 or 8.
+        budget_bytes: Most memory for chunks.
+        resume: Open an existing file instead of making one.
+        durable: Wait for the disk at every commit.
+
+    Raises:
+        ValueError: ``budget_bytes`` is too little.
+        FileExistsError, FileNotFoundError, OSError, ChunkFileError: As `ChunkFile` does.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shapes: Sequence[tuple[int, ...]],
+        bits: Sequence[int],
+        budget_bytes: int,
+        *,
+        resume: bool = False,
+        durable: bool = False,
+    ) -> None:
+        if budget_bytes < _LEAST_CHUNK_BYTES:
+            raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
+        chunk_bytes = budget_bytes // _CHUNKS_OF_BUDGET // mmap.PAGESIZE * mmap.PAGESIZE
+        chunk_bytes = min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+        numels = [math.prod(shape) for shape in shapes]
+        layout = {
+            "what": "AdamW",
+            "params": [
+                {"shape": list(shape), "bits": width}
+                for shape, width in zip(shapes, bits, strict=True)
+            ],
+        }
+        if resume:
+            self._file = ChunkFile.open(path, durable=durable)
+            chunk_bytes = self._file.layout.get("chunk_bytes", 0)
+            if self._file.layout != layout | {"chunk_bytes": chunk_bytes}:
+                self._file.close()
+                self._file = ChunkFile.open(path, layout | {"chunk_bytes": chunk_bytes})
+        self._chunks = plan(numels, bits, chunk_bytes)
+        sizes = [pieces[-1].end for pieces in self._chunks]
+        if not resume:
+            meta = {"steps": [0] * len(shapes)}
+            self._file = ChunkFile.create(
+                path,
+                sizes,
+                layout | {"chunk_bytes": chunk_bytes},
+                meta,
+                durable=durable,
+                # Twenty digits a parameter, and the rest.
+                meta_capacity=64 + 22 * len(shapes),
+            )
+        try:
+            if self._file.sizes != tuple(sizes):
+                raise ChunkFileError(f"{path}: got chunks of other sizes than its layout has")
+            self._stream = ChunkStream(self._file, budget_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+        self._numels, self._bits = numels, list(bits)
+        self.steps: list[int] = list(self._file.meta["steps"])
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts of what was read, written, found in memory and evicted."""
+        return self._stream.stats
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that holds chunks now."""
+        return self._stream.held_bytes
+
+    def step(
+        self,
+        params: Collection[int],
+        update: Callable[[Sequence[tuple[Piece, Moments]]], object],
+        steps: Sequence[int],
+    ) -> None:
+        """Call ``update`` for every chunk with a piece of ``params``, then commit with ``steps``.
+
+        Raises ``RuntimeError`` from whatever went wrong after the first chunk.
+        """
+        chunks = [
+            index
+            for index, pieces in enumerate(self._chunks)
+            if any(piece.param in params for piece in pieces)
+        ]
+        updated = 0
+
+        def of_chunk(index: int, buffer: memoryview) -> None:
+            nonlocal updated
+            updated += 1
+            update([(piece, piece.moments(buffer)) for piece in self._chunks[index]])
+
+        try:
+            self._stream.run(self._stream.resident_first(chunks), of_chunk)
+            self._commit(steps)
+        except Exception as error:
+            if not updated:
+                raise
+            raise RuntimeError(
+                f"{self._file.path}: a step broke off and the file has the one before, but"
+                f" parameters of {updated} of {len(chunks)} chunks are updated; load them and this"
+                f" file from before the step: {error}"
+            ) from error
+
+    def _commit(self, steps: Sequence[int]) -> None:
+        try:
+            self._file.commit({"steps": list(steps)})
+        except BaseException:
+            self._file.rollback()
+            raise
+        self.steps = list(steps)
+
+    def read(self) -> dict[int, Moments]:
+        """The flat moments of every parameter with a step, in an unnamed file mapped to memory."""
+        wanted = {index for index, step in enumerate(self.steps) if step}
+        whole = {}
+        offset = 0
+        for index in sorted(wanted):
+            whole[index] = Piece(index, 0, self._numels[index], self._bits[index], offset)
+            offset = whole[index].end
+        if not offset:
+            return {}
+        with tempfile.TemporaryFile(dir=Path(self._file.path).parent) as file:
+            file.truncate(offset)
+            buffer = memoryview(mmap.mmap(file.fileno(), offset))
+        moments = {index: piece.moments(buffer) for index, piece in whole.items()}
+
+        def copy(index: int, chunk: memoryview) -> None:
+            for piece in self._chunks[index]:
+                if piece.param in wanted:
+                    for to, part in _matching(moments[piece.param], piece, piece.moments(chunk)):
+                        to.copy_(part)
+
+        self._run(wanted, copy, write=False)
+        return moments
+
+    def load(self, moments: Mapping[int, tuple[int, Moments]]) -> None:
+        """Replace everything by the steps and moments given; parameters left out have none."""
+
+        def copy(index: int, chunk: memoryview) -> None:
+            for piece in self._chunks[index]:
+                mine = piece.moments(chunk)
+                if piece.param not in moments:
+                    for part in vars(mine).values():
+                        if part is not None:
+                            part.zero_()
+                    continue
+                flat = moments[piece.param][1].view((-1,))
+                for given, part in _matching(flat, piece, mine):
+                    part.copy_(given)
+
+        self._run(range(len(self._numels)), copy, write=True)
+        steps = [moments[i][0] if i in moments else 0 for i in range(len(self._numels))]
+        self._commit(steps)
+
+    def _run(
+        self,
+        params: Collection[int],
+        update: Callable[[int, memoryview], object],
+        *,
+        write: bool,
+    ) -> None:
+        chunks = [
+            index
+            for index, pieces in enumerate(self._chunks)
+            if any(piece.param in params for piece in pieces)
+        ]
+        self._stream.run(self._stream.resident_first(chunks), update, write=write)
+
+    def close(self) -> None:
+        """Close the file and free the memory."""
+        self._stream.drop()
+        self._file.close()
+
+
+def _matching(whole: Moments, piece: Piece, part: Moments) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of a piece, with the same elements of its parameter's flat moments."""
+    blocks = slice(piece.first // BLOCK, formats.num_blocks(piece.first + piece.numel, BLOCK))
+    elements = slice(piece.first, piece.first + piece.numel)
+    found = []
+    for name, of_piece in vars(part).items():
+        if of_piece is not None:
+            of_whole = getattr(whole, name)
+            found.append((of_whole[blocks if "absmax" in name else elements], of_piece))
+    return found
