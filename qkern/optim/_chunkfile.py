@@ -189,7 +189,7 @@ class ChunkFile:
                     checked[:] = bytes(len(sizes))
                 self._open_direct(partial)
                 self._write_record(1, self._slots, self._checksums, meta_json)
-                partial.rename(path)
+                partial = partial.rename(path)
                 if durable:
                     _sync_directory(path.parent)
         except BaseException:
