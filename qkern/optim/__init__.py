@@ -1,0 +1,1 @@
+"""Optimizers whose state may live outside fast memory."""
