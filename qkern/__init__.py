@@ -8,7 +8,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from qkern import io, nn
+from qkern import io, nn, optim
 from qkern.functional import (
     batch_invariant,
     dequantize_4bit,
@@ -34,6 +34,7 @@ __all__ = [
     "lora_linear",
     "nf4_linear",
     "nn",
+    "optim",
     "quantize_4bit",
     "quantize_8bit",
 ]

@@ -43,6 +43,22 @@ static bool compares_magnitudes(const EncodeTable& table) {
   return kLookup == Lookup::kCount ? table.sign_magnitude : kLookup == Lookup::kBinsMagnitude;
 }
 
+// How a dynamic map encodes in 8 bits: by one lookup and one comparison, where counting the
+// thresholds below t takes eight. Floats of one sign that agree in all but their `shift` lowest
+// bits are a bucket, which holds one threshold at most. Its word has in the top eight bits the code
+// of its smallest magnitude, and below them the lowest bits of the last magnitude that keeps it: a
+// larger one has the next code, the one above for t > 0 and the one below for t < 0.
+struct BucketTable {
+  static constexpr int kBuckets = 3584;  // of a sign; [2^-27, 2) at the smaller shift
+  static constexpr std::uint32_t kFirstExponent = 100;
+
+  const float* map;
+  const float* thresholds;
+  int shift;
+  std::uint32_t first;                // magnitudes below have the first bucket's code
+  std::uint32_t words[2 * kBuckets];  // t >= 0, t < 0
+};
+
 // A range of blocks [begin, end) of a flat tensor of numel elements.
 struct BlockRange {
   std::int64_t numel;
@@ -62,9 +78,10 @@ struct KernelTable {
                                   std::uint8_t* codes, float* absmax);
   using Dequantize8bitFn = void (*)(const std::uint8_t* codes, const float* absmax,
                                     const float* map, BlockRange range, void* out);
-  // Elements [begin, end) of one tensor; begin is a multiple of kStateBlockSize.
-  using AdamWFn = void (*)(const AdamWArgs& args, const AdamWTensor& tensor, std::int64_t begin,
-                           std::int64_t end);
+  // Elements [begin, end) of one tensor; begin is a multiple of kStateBlockSize. The tables are
+  // those of the signed and of the unsigned map.
+  using AdamWFn = void (*)(const AdamWArgs& args, const BucketTable* tables,
+                           const AdamWTensor& tensor, std::int64_t begin, std::int64_t end);
   using LinearFn = Status (*)(const Linear4bitArgs& args, int num_threads);
 
   QuantizeFn quantize_4bit[3];

@@ -28,41 +28,67 @@ inline void store_params(const float* values, std::int64_t n, const AdamWArgs& a
   }
 }
 
+// The codes of a block or less, as quantize_8bit gives them.
+inline void encode_by_buckets(const BucketTable& table, float reciprocal, std::int64_t n,
+                              const float* __restrict values, std::uint8_t* __restrict codes) {
+  const std::uint32_t first = table.first;
+  const int shift = table.shift;
+  const std::uint32_t low_bits = (1u << shift) - 1u;
+  std::uint32_t bits[kStateBlockSize], buckets[kStateBlockSize], words[kStateBlockSize];
+  for (std::int64_t i = 0; i < n; ++i) {
+    bits[i] = float_bits(values[i] * reciprocal);
+    const std::uint32_t bucket = (bits[i] & 0x7fffffffu) >> shift;
+    buckets[i] = (bucket < first ? 0u : bucket - first) + (bits[i] >> 31) * BucketTable::kBuckets;
+  }
+  for (std::int64_t i = n; i % Simd::kLanes != 0; ++i) buckets[i] = 0;
+  for (std::int64_t i = 0; i < n; i += Simd::kLanes) {
+    Simd::gather_words(table.words, buckets + i, words + i);
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    const bool next = (bits[i] & low_bits) > (words[i] & 0xffffffu);
+    const std::uint32_t step = next ? 1u : 0u;
+    codes[i] = static_cast<std::uint8_t>(
+        (words[i] >> 24) + (static_cast<std::int32_t>(bits[i]) < 0 ? 0u - step : step));
+  }
+}
+
 // One of the moments of a block, as floats.
 struct Moment {
   void* state;
   float* absmax;  // of 8-bit codes, else nullptr
-  const float* map;
-  const float* thresholds;
+  const BucketTable& table;
   float buffer[kStateBlockSize];
 
   float* load(std::int64_t at, std::int64_t n) {
     if (absmax == nullptr) return static_cast<float*>(state) + at;
     dequantize_8bit<float>(static_cast<const std::uint8_t*>(state) + at,
-                           absmax + at / kStateBlockSize, map, BlockRange{n, kStateBlockSize, 0, 1},
-                           buffer);
+                           absmax + at / kStateBlockSize, table.map,
+                           BlockRange{n, kStateBlockSize, 0, 1}, buffer);
     return buffer;
   }
 
   void store(std::int64_t at, std::int64_t n) {
     if (absmax == nullptr) return;
-    quantize_8bit<float>(buffer, BlockRange{n, kStateBlockSize, 0, 1}, thresholds,
-                         static_cast<std::uint8_t*>(state) + at, absmax + at / kStateBlockSize);
+    std::uint8_t* codes = static_cast<std::uint8_t*>(state) + at;
+    float* scale = absmax + at / kStateBlockSize;
+    *scale = block_absmax(buffer, n);
+    const float reciprocal = block_reciprocal(*scale);
+    if (float_bits(reciprocal) < kFloatInf) {
+      encode_by_buckets(table, reciprocal, n, buffer, codes);
+    } else {  // a NaN, or of a subnormal scale: t may be beyond the buckets
+      quantize_8bit<float>(buffer, BlockRange{n, kStateBlockSize, 0, 1}, table.thresholds, codes,
+                           scale);
+    }
   }
 };
 
 template <typename T>
-void adamw_step(const AdamWArgs& args, const AdamWTensor& tensor, std::int64_t begin,
-                std::int64_t end) {
+void adamw_step(const AdamWArgs& args, const BucketTable* tables, const AdamWTensor& tensor,
+                std::int64_t begin, std::int64_t end) {
   T* params = static_cast<T*>(tensor.param);
   const T* grads = static_cast<const T*>(tensor.grad);
-  Moment exp_avg{
-      tensor.exp_avg, tensor.exp_avg_absmax, kDynamicMapSigned, kDynamicThresholdsSigned, {}};
-  Moment exp_avg_sq{tensor.exp_avg_sq,
-                    tensor.exp_avg_sq_absmax,
-                    kDynamicMapUnsigned,
-                    kDynamicThresholdsUnsigned,
-                    {}};
+  Moment exp_avg{tensor.exp_avg, tensor.exp_avg_absmax, tables[0], {}};
+  Moment exp_avg_sq{tensor.exp_avg_sq, tensor.exp_avg_sq_absmax, tables[1], {}};
   for (std::int64_t at = begin; at < end; at += kStateBlockSize) {
     const std::int64_t n = min64(kStateBlockSize, end - at);
     float* m = exp_avg.load(at, n);

@@ -115,6 +115,48 @@ void map_thresholds(const float* map, float* thresholds) {
   }
 }
 
+// Every bucket of the dynamic maps' thresholds has one at most; a test compares all codes.
+BucketTable make_bucket_table(const float* map, const float* thresholds, int shift) {
+  BucketTable table{};
+  table.map = map;
+  table.thresholds = thresholds;
+  table.shift = shift;
+  table.first = BucketTable::kFirstExponent << (23 - shift);
+  const std::uint32_t low_bits = (1u << shift) - 1u;
+  for (std::uint32_t i = 0; i < 2u * BucketTable::kBuckets; ++i) {
+    const bool negative = i >= BucketTable::kBuckets;
+    const std::uint32_t bucket = table.first + (negative ? i - BucketTable::kBuckets : i);
+    const std::uint32_t smallest_bits = bucket << shift | (negative ? 0x80000000u : 0u);
+    float smallest;
+    std::memcpy(&smallest, &smallest_bits, sizeof(smallest));
+    std::uint32_t code = 0;
+    std::uint32_t last = low_bits;
+    for (int k = 0; k < 255; ++k) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &thresholds[k], sizeof(bits));
+      if (thresholds[k] < smallest) ++code;
+      if (bits >> shift == smallest_bits >> shift) {
+        // t > threshold: for t < 0, only below its magnitude.
+        const std::uint32_t low = bits & low_bits;
+        if (!negative) last = low;
+        if (negative && low > 0) last = low - 1;
+      }
+    }
+    // The first bucket of a sign also stands for all below: none of them has the next code.
+    if (bucket == table.first) last = low_bits;
+    table.words[i] = code << 24 | last;
+  }
+  return table;
+}
+
+// Of the signed and the unsigned map, at the largest shifts that leave one threshold a bucket.
+const BucketTable* bucket_tables() {
+  static const BucketTable tables[2] = {
+      make_bucket_table(kDynamicMapSigned, kDynamicThresholdsSigned, 17),
+      make_bucket_table(kDynamicMapUnsigned, kDynamicThresholdsUnsigned, 16)};
+  return tables;
+}
+
 // A sum of floats without rounding: each is an integer below 2^24 times a power of two, so 64-bit
 // integers, one for each exponent, hold up to 2^39 of them in any order.
 class ExactSum {
@@ -301,6 +343,7 @@ Status adamw_step(const AdamWArgs& args, int num_threads) {
       runs.push_back({args.tensors + i, begin});
     }
   }
+  const BucketTable* tables = bucket_tables();
   return with_kernels([&](const KernelTable& kernels) {
     const std::int64_t count = static_cast<std::int64_t>(runs.size());
     WorkQueue queue(count, 1);
@@ -309,7 +352,7 @@ Status adamw_step(const AdamWArgs& args, int num_threads) {
       while (queue.next(&i, &stop)) {
         const AdamWTensor& tensor = *runs[static_cast<std::size_t>(i)].tensor;
         const std::int64_t begin = runs[static_cast<std::size_t>(i)].begin;
-        kernels.adamw_step[index_of(tensor.dtype)](args, tensor, begin,
+        kernels.adamw_step[index_of(tensor.dtype)](args, tables, tensor, begin,
                                                    std::min(begin + kRun, tensor.numel));
       }
     };

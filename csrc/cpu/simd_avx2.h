@@ -296,6 +296,13 @@ struct Simd {
     std::memcpy(out, &low, 4);
     std::memcpy(out + 4, &high, 4);
   }
+  // out[i] = table[index[i]], for as many as a register holds.
+  static void gather_words(const std::uint32_t* table, const std::uint32_t* index,
+                           std::uint32_t* out) {
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    const __m256i found = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), at, 4);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), found);
+  }
   // table[p[i]] of 256 floats.
   static F gather_bytes(const float* table, const std::uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

@@ -297,6 +297,11 @@ struct Simd {
   static void store_bytes(std::uint8_t* out, I codes) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
   }
+  // out[i] = table[index[i]], for as many as a register holds.
+  static void gather_words(const std::uint32_t* table, const std::uint32_t* index,
+                           std::uint32_t* out) {
+    _mm512_storeu_si512(out, _mm512_i32gather_epi32(_mm512_loadu_si512(index), table, 4));
+  }
   // table[p[i]] of 256 floats.
   static F gather_bytes(const float* table, const std::uint8_t* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -315,6 +315,11 @@ struct Simd {
     const std::uint32_t word = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
     std::memcpy(out, &word, sizeof(word));
   }
+  // out[i] = table[index[i]], for as many as a register holds.
+  static void gather_words(const std::uint32_t* table, const std::uint32_t* index,
+                           std::uint32_t* out) {
+    for (int i = 0; i < kLanes; ++i) out[i] = table[index[i]];
+  }
   // table[p[i]] of 256 floats.
   static F gather_bytes(const float* table, const std::uint8_t* p) {
     const float lanes[4] = {table[p[0]], table[p[1]], table[p[2]], table[p[3]]};

@@ -227,6 +227,11 @@ struct Simd {
   static void store_bytes(std::uint8_t* out, I codes) {
     for (int i = 0; i < kLanes; ++i) out[i] = static_cast<std::uint8_t>(codes.lane[i]);
   }
+  // out[i] = table[index[i]], for as many as a register holds.
+  static void gather_words(const std::uint32_t* table, const std::uint32_t* index,
+                           std::uint32_t* out) {
+    for (int i = 0; i < kLanes; ++i) out[i] = table[index[i]];
+  }
   // table[p[i]] of 256 floats.
   static F gather_bytes(const float* table, const std::uint8_t* p) {
     return map([&](int i) { return table[p[i]]; });

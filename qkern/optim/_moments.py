@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +15,12 @@ _MAPS = ("signed", "unsigned")
 _ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in _MAPS)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """``exp_avg`` and ``exp_avg_sq`` of one shape: float32; or uint8 codes of the dynamic maps,
-    signed and unsigned, with float32 scales ``[ceil(n / 256)]``."""
+class Moments(NamedTuple):
+    """``exp_avg`` and ``exp_avg_sq``, of one shape.
+
+    Both float32; or uint8 codes of the dynamic maps, signed and unsigned, with float32 scales
+    ``[ceil(n / 256)]``.
+    """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -39,8 +40,8 @@ class Moments:
 
     def view(self, shape: torch.Size | tuple[int, ...]) -> Moments:
         """The same in another shape."""
-        return replace(
-            self, exp_avg=self.exp_avg.view(shape), exp_avg_sq=self.exp_avg_sq.view(shape)
+        return self._replace(
+            exp_avg=self.exp_avg.view(shape), exp_avg_sq=self.exp_avg_sq.view(shape)
         )
 
     def to_bits(self, bits: int) -> Moments:
@@ -67,22 +68,12 @@ class Moments:
 
     def like(self, param: Tensor) -> Moments:
         """A copy on the parameter's device; where that is sharded (DTensor), sharded alike."""
-        copy = Moments(
-            *(
-                None if t is None else t.to(param.device, copy=True)
-                for t in (
-                    self.exp_avg,
-                    self.exp_avg_sq,
-                    self.exp_avg_absmax,
-                    self.exp_avg_sq_absmax,
-                )
-            )
-        )
+        copy = Moments(*(t.to(param.device, copy=True) for t in to_state(self).values()))
         if not hasattr(param, "to_local"):
             return copy
         sharded = of_zeros(param, 32)
-        sharded.exp_avg.to_local().copy_(copy.exp_avg)
-        sharded.exp_avg_sq.to_local().copy_(copy.exp_avg_sq)
+        local(sharded.exp_avg).copy_(copy.exp_avg)
+        local(sharded.exp_avg_sq).copy_(copy.exp_avg_sq)
         return sharded
 
 
@@ -105,7 +96,7 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
 
 def to_state(moments: Moments) -> dict[str, Tensor]:
     """As ``state_dict`` has them."""
-    return {name: value for name, value in vars(moments).items() if value is not None}
+    return {name: value for name, value in moments._asdict().items() if value is not None}
 
 
 # bitsandbytes' names, and under which key it hides them from FSDP.
@@ -135,7 +126,7 @@ def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int,
     if missing:
         raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
     step = int(state["step"])
-    moments = [_local(state[key]).to(param.device) for key in ("exp_avg", "exp_avg_sq")]
+    moments = [local(state[key]).to(param.device) for key in ("exp_avg", "exp_avg_sq")]
     for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         if moment.shape != param.shape:
             raise ValueError(
@@ -154,5 +145,7 @@ def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int,
     return step, Moments(*moments, *absmaxes)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def local(tensor: Tensor) -> Tensor:
+    """What of a sharded tensor (DTensor) is here; others as they are."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

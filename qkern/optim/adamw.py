@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import qkern.ops  # noqa: F401  registers torch.ops.qkern
 from qkern import _errors
-from qkern.optim._moments import Moments, from_state, of_zeros, to_state
+from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
 from qkern.optim.paging import FilePager, Piece
 
 PAGERS = ("auto", "none", "mmap")
@@ -133,8 +133,10 @@ class PagedAdamW(Optimizer):
                 raise ValueError(
                     f'pager: got "mmap" with a parameter on {param.device}; takes those on a cpu'
                 )
-        shapes = [tuple(_local(param).shape) for param in params]
-        bits = [self._bits(param, group) for group in self.param_groups for param in group["params"]]
+        shapes = [tuple(local(param).shape) for param in params]
+        bits = [
+            self._bits(param, group) for group in self.param_groups for param in group["params"]
+        ]
         self._file = FilePager(path, shapes, bits, budget_bytes, resume=resume, durable=durable)
         for param, step in zip(params, self._file.steps, strict=True):
             if step:
@@ -210,15 +212,16 @@ class PagedAdamW(Optimizer):
     ) -> None:
         calls = _Calls(scale, self._seed)
         copies = []
-        for index, group, param, grad in updates:
-            state = self.state[param]
-            moments = self._moments(param, group)
-            state["step"] += 1
-            data = _local(param)
+        found = [self._moments(param, group) for _, group, param, _ in updates]
+        steps = [self.state[param]["step"] for _, _, param, _ in updates]
+        if steps:
+            torch._foreach_add_(steps, 1)
+        for (index, group, param, grad), step, moments in zip(updates, steps, found, strict=True):
+            data = local(param)
             if not data.is_contiguous():
                 copies.append((data, data.contiguous()))
                 data = copies[-1][1]
-            calls.add(group, int(state["step"]), index, 0, data, _local(grad), moments)
+            calls.add(group, int(step), index, 0, data, local(grad), moments)
         calls.run()
         for data, copy in copies:
             data.copy_(copy)
@@ -232,8 +235,8 @@ class PagedAdamW(Optimizer):
         flat = {}
         for index, (_, param, grad) in found.items():
             steps[index] += 1
-            data = _local(param)
-            flat[index] = (data.contiguous().view(-1), _local(grad).contiguous().view(-1))
+            data = local(param)
+            flat[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
 
         def update(pieces: Sequence[tuple[Piece, Moments]]) -> None:
             calls = _Calls(scale, self._seed)
@@ -249,7 +252,7 @@ class PagedAdamW(Optimizer):
 
         self._file.step(found, update, steps)
         for index, (_, param, _) in found.items():
-            data = _local(param)
+            data = local(param)
             if not data.is_contiguous():
                 data.copy_(flat[index][0].view(data.shape))
             self.state[param]["step"] = torch.tensor(float(steps[index]))
@@ -261,7 +264,8 @@ class PagedAdamW(Optimizer):
             state.setdefault("step", torch.tensor(0.0))
             state |= to_state(of_zeros(param, self._bits(param, group)))
         return Moments(
-            *(_local(state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq")),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
             state.get("exp_avg_absmax"),
             state.get("exp_avg_sq_absmax"),
         )
@@ -269,7 +273,7 @@ class PagedAdamW(Optimizer):
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         if group["bits"] == 32 or param.numel() < self._min_8bit_size:
             return 32
-        if _local(param) is not param:
+        if local(param) is not param:
             raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
         return 8
 
@@ -287,13 +291,13 @@ class PagedAdamW(Optimizer):
         if self._file is not None:
             for index, moments in self._file.read().items():
                 param = self._params()[index]
-                found["state"][index] |= to_state(moments.view(_local(param).shape))
+                found["state"][index] |= to_state(moments.view(local(param).shape))
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of any pager and width, of this class, of torch's AdamW or Adam, or of
-        bitsandbytes' AdamW (paged or not, 32 or 8 bits).
+        """Take over a state of any pager and width, of this class or another AdamW.
 
+        Others are torch's AdamW and Adam, and bitsandbytes' AdamW (paged or not, 32 or 8 bits).
         Moments come to this optimizer's width: 8-bit codes are decoded for 32 bits exactly, and
         32-bit moments quantised for 8 with the error of 8 bits. Where they are stays as it is.
 
@@ -308,9 +312,9 @@ class PagedAdamW(Optimizer):
             mine | group | {"bits": mine["bits"]}  # other classes' groups lack some options
             for group, mine in zip(groups, self.param_groups, strict=False)
         ]
-        for index, (name, param) in enumerate(zip(names, params)):
+        for index, (name, param) in enumerate(zip(names, params, strict=False)):
             if state := state_dict["state"].get(name):
-                step, moments = from_state(f"state[{name}]", state, _local(param))
+                step, moments = from_state(f"state[{name}]", state, local(param))
                 group = next(g for g in self.param_groups if any(param is p for p in g["params"]))
                 wanted[index] = (step, moments.to_bits(self._bits(param, group)))
         # Its own loading would cast moments to the parameter's dtype.
@@ -366,13 +370,14 @@ class _Calls:
         for (group_id, step, bits, _), pieces in self._found.items():
             group = self._groups[group_id]
             params, grads, moments, indices, offsets = zip(*pieces, strict=True)
-            scales = ([], []) if bits == 32 else tuple(zip(*(m.absmaxes() for m in moments)))
+            scales = [m.absmaxes() for m in moments if bits == 8]
             torch.ops.qkern.adamw_step(
                 params,
                 grads,
                 [m.exp_avg for m in moments],
                 [m.exp_avg_sq for m in moments],
-                *scales,
+                [of_exp_avg for of_exp_avg, _ in scales],
+                [of_exp_avg_sq for _, of_exp_avg_sq in scales],
                 step,
                 float(group["lr"]),
                 *group["betas"],
@@ -384,12 +389,6 @@ class _Calls:
                 indices,
                 offsets,
             )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor (DTensor) is here; others as they are."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -414,5 +413,3 @@ def _check_grad(param: Tensor, grad: Tensor) -> None:
         raise TypeError("grad: got a sparse tensor; takes a dense one")
     if grad.dtype != param.dtype:
         raise TypeError(f"grad: got {grad.dtype}; takes {param.dtype}, as the parameter has")
-
-

@@ -239,7 +239,7 @@ class FilePager:
             for piece in self._chunks[index]:
                 mine = piece.moments(chunk)
                 if piece.param not in moments:
-                    for part in vars(mine).values():
+                    for part in mine:
                         if part is not None:
                             part.zero_()
                     continue
@@ -276,7 +276,7 @@ def _matching(whole: Moments, piece: Piece, part: Moments) -> list[tuple[Tensor,
     blocks = slice(piece.first // BLOCK, formats.num_blocks(piece.first + piece.numel, BLOCK))
     elements = slice(piece.first, piece.first + piece.numel)
     found = []
-    for name, of_piece in vars(part).items():
+    for name, of_piece in part._asdict().items():
         if of_piece is not None:
             of_whole = getattr(whole, name)
             found.append((of_whole[blocks if "absmax" in name else elements], of_piece))
