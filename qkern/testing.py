@@ -115,7 +115,7 @@ class Case:
     point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), for the matmuls'
     activations ``special`` (rows and columns of very different size), ``large``, and ``unused``
     (large where the weights are zero), and for block scales ``constant``, ``negative`` and
-    ``halfway`` (`HALFWAY_TAILS`).
+    ``halfway`` (`HALFWAY_TAILS`). `bits` and `stochastic_rounding` are an optimizer step's.
     """
 
     shape: tuple[int, ...]
@@ -129,6 +129,8 @@ class Case:
     bias: bool = False
     batch_invariant: bool = False
     map: str = "signed"
+    bits: int = 32
+    stochastic_rounding: bool = False
 
     @property
     def numel(self) -> int:
@@ -140,8 +142,11 @@ class Case:
         parts = [DTYPE_NAMES[self.dtype], "x".join(map(str, self.shape)) or "scalar"]
         parts += [self.codebook or self.format, f"b{self.block_size}"]
         parts += [
-            name for name in ("double_quant", "bias", "batch_invariant") if getattr(self, name)
+            name
+            for name in ("double_quant", "bias", "batch_invariant", "stochastic_rounding")
+            if getattr(self, name)
         ]
+        parts += [f"{self.bits}bit"] if self.bits != 32 else []
         parts += [value for value in (self.layout, self.values, self.map) if value not in _DEFAULTS]
         return "-".join(parts)
 
@@ -167,18 +172,40 @@ class OpSpec:
     comparison: str
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
+    writes: tuple[str, ...] = ()
+    """The lists of tensors that the op changes in place; they are its results."""
 
-    def run(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The op's results on the backend now selected, through the dispatcher."""
-        return _as_tuple(getattr(torch.ops.qkern, self.name)(**inputs))
+    def run(self, inputs: Inputs, in_place: bool = False) -> tuple[Tensor, ...]:
+        """The op's results on the backend now selected, through the dispatcher.
+
+        `inputs` stay as they are, what the op changes being copied, unless `in_place`.
+        """
+        return self._results(getattr(torch.ops.qkern, self.name), inputs, in_place)
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The results `qkern.reference` states, computed on the inputs' own device."""
-        return _as_tuple(getattr(reference, self.name)(**inputs))
+        return self._results(getattr(reference, self.name), inputs, False)
+
+    def _results(
+        self, function: Callable[..., Any], inputs: Inputs, in_place: bool
+    ) -> tuple[Tensor, ...]:
+        if not in_place:
+            inputs = inputs | {name: [_twin(t) for t in inputs[name]] for name in self.writes}
+        result = function(**inputs)
+        if not self.writes:
+            return _as_tuple(result)
+        return tuple(tensor for name in self.writes for tensor in inputs[name])
 
     def id(self, case: Case, target: Target) -> str:
         """A test id: ``op-backend-dtype-shape-…``."""
         return f"{self.name}-{target}-{case}"
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """A copy that lies in its storage as `tensor` does, with copies of what is around it."""
+    storage = tensor.untyped_storage().clone()
+    twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return twin.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -411,11 +438,13 @@ def _scales(n: int, values: str, generator: torch.Generator) -> Tensor:
 
 def _place(inputs: Inputs, case: Case, device: torch.device, main: str) -> Inputs:
     """Move to `device`; give `main` the case's layout and misalign the other tensors with it."""
+    other = "contiguous" if case.layout == "contiguous" else "offset"
     placed = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            other = "contiguous" if case.layout == "contiguous" else "offset"
             value = with_layout(value.to(device), case.layout if name == main else other)
+        elif isinstance(value, list) and any(isinstance(item, Tensor) for item in value):
+            value = [with_layout(item.to(device), other) for item in value]
         placed[name] = value
     return placed
 
@@ -533,6 +562,58 @@ def _linear_4bit_inputs(case: Case, device: torch.device, generator: torch.Gener
 
 def _linear_4bit_dx_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
     return _matmul_inputs(case, device, generator, "dy", "in_features")
+
+
+# Beside the case's shape: a block and a bit, and less than any register.
+_ADAMW_SHAPES = ((257,), (1,), (3, 5))
+
+
+def _adamw_step_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
+    inputs: Inputs = {"params": [], "grads": [], "exp_avgs": [], "exp_avg_sqs": []}
+    inputs |= {"exp_avg_absmaxes": [], "exp_avg_sq_absmaxes": []}
+    for shape in (case.shape, *_ADAMW_SHAPES):
+        of_shape = replace(case, shape=shape, dtype=torch.float32)
+        grad = _source(replace(of_shape, dtype=case.dtype), (), generator)
+        moments = [_source(of_shape, (), generator) * 0.1, _source(of_shape, (), generator) ** 2]
+        inputs["params"].append(_normal(shape, generator).to(case.dtype))
+        inputs["grads"].append(grad)
+        names = (("exp_avg", "signed"), ("exp_avg_sq", "unsigned"))
+        for (name, map), moment in zip(names, moments, strict=True):
+            if case.bits == 8:
+                code = formats.map_tensor(map)
+                moment, absmax = reference.quantize_8bit(moment, code, formats.STATE_BLOCK_SIZE)
+                inputs[f"{name}_absmaxes"].append(absmax)
+            inputs[f"{name}s"].append(moment)
+    count = len(inputs["params"])
+    inputs |= {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    inputs |= {"weight_decay": 0.1, "grad_scale": 0.7}
+    inputs["seed"] = 0x123456789 if case.stochastic_rounding else None
+    inputs["indices"] = [5 * k for k in range(count)]
+    inputs["offsets"] = [(1 << 33) + 256 * k for k in range(count)]
+    return _place(inputs, case, device, "")
+
+
+def _adamw_step_cases() -> tuple[Case, ...]:
+    cases = []
+    for dtype, bits in itertools.product(DTYPES, (32, 8)):
+        base = Case((), dtype, block_size=formats.STATE_BLOCK_SIZE, bits=bits)
+        cases += [replace(base, shape=shape) for shape in (*FLAT_SHAPES, BIG_SHAPE, (70_001,))]
+        for values in ("special", "zeros", "nonfinite"):
+            cases.append(replace(base, shape=(5, 515), values=values))
+        cases.append(replace(base, shape=(7, 333), layout="offset"))
+        random = replace(base, stochastic_rounding=True)
+        cases += [replace(random, shape=(3, 1111)), replace(random, shape=(70_001,))]
+        cases.append(replace(random, shape=(5, 515), values="nonfinite"))
+    return _unique(cases)
+
+
+def _adamw_step_bytes(case: Case) -> int:
+    numels = [math.prod(shape) for shape in (case.shape, *_ADAMW_SHAPES)]
+    states = 16 * sum(numels)
+    if case.bits == 8:
+        blocks = sum(formats.num_blocks(n, formats.STATE_BLOCK_SIZE) for n in numels)
+        states = 4 * sum(numels) + 16 * blocks
+    return states + 3 * sum(numels) * case.dtype.itemsize
 
 
 def _weight_bytes(n: int, case: Case) -> int:
@@ -763,6 +844,18 @@ OPS: Mapping[str, OpSpec] = MappingProxyType(
                 "bitwise",
                 _quantize_absmax_bytes,
                 _no_flops,
+            ),
+            OpSpec(
+                "adamw_step",
+                _adamw_step_cases(),
+                _adamw_step_inputs,
+                "bitwise",
+                _adamw_step_bytes,
+                _no_flops,
+                (
+                    *("params", "exp_avgs", "exp_avg_sqs"),
+                    *("exp_avg_absmaxes", "exp_avg_sq_absmaxes"),
+                ),
             ),
             OpSpec(
                 "linear_4bit",

@@ -63,8 +63,10 @@ def run_guarded(spec: testing.OpSpec, case: testing.Case, guarded: GuardedTorch)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             inputs[name] = guarded.copy(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            inputs[name] = [guarded.copy(tensor) for tensor in value]
     native.torch = guarded  # type: ignore[attr-defined]
-    actual = spec.run(inputs)
+    actual = spec.run(inputs, in_place=True)
     native.torch = torch  # type: ignore[attr-defined]
     for a, e in zip(actual, expected, strict=True):
         testing.assert_bitwise(a, e)

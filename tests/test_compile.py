@@ -23,6 +23,7 @@ OPCHECK_CASES = {
     "quantize_8bit": [Case((3, 70)), Case((5, 33), torch.float16, layout="step")],
     "dequantize_8bit": [Case((3, 70)), Case((5, 33), torch.bfloat16, layout="transposed")],
     "quantize_absmax": [Case((300,)), Case((3,), layout="step")],
+    "adamw_step": [Case((300,)), Case((3, 70), torch.bfloat16, bits=8)],
     "linear_4bit": [
         Case((3, 37, 130), double_quant=True, bias=True),
         Case((3, 37, 130), torch.bfloat16, format="custom", codebook="unsorted"),

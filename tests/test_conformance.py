@@ -269,7 +269,7 @@ def test_flushing_subnormals_to_zero_changes_no_bits(
         inputs[main] = torch.randn_like(inputs[main]) * 1e-39
     torch.set_num_threads(2)
     expected = spec.run(inputs)
-    assert all((result != 0).any() for result in expected)
+    assert all((result != 0).any() for result in expected if result.numel() > 1000)
     try:
         assert torch.set_flush_denormal(True)
         flushed = spec.run(inputs)
@@ -313,6 +313,8 @@ def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "linear_4bit_dx_on_tensors", native._refuse)
     assert torch.ones(2).new_empty(3, 16).isnan().all()
     for spec in OPS.values():
+        if spec.writes:  # allocates nothing
+            continue
         shape = (3, 16, 64) if spec.comparison == "matmul" else (3, 64)
         for result in spec.run(inputs_of(spec, Case(shape), torch.device("cpu"))):
             poison = result.isnan() if result.is_floating_point() else result == 255

@@ -143,8 +143,9 @@ def test_bytes_count_the_tensors_of_a_case(name: str) -> None:
         if case.layout != "contiguous":
             continue
         inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
-        tensors = [t for name, t in inputs.items() if name != "codebook"]
-        tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+        values = [value for name, value in inputs.items() if name != "codebook"]
+        flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
+        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
         tensors += spec.reference(inputs)
         assert spec.bytes(case) == sum(t.nbytes for t in tensors), str(case)
 

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import functools
 import os
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ class _Buffer:
     address: int
     nbytes: int
     written: bool = False
+    read: bool = True
 
 
 def _in(address: int, nbytes: int) -> _Buffer | int:
@@ -43,7 +45,11 @@ def _in(address: int, nbytes: int) -> _Buffer | int:
 
 
 def _out(address: int, nbytes: int) -> _Buffer:
-    return _Buffer(address, nbytes, written=True)
+    return _Buffer(address, nbytes, written=True, read=False)
+
+
+def _changed(address: int, nbytes: int) -> _Buffer | int:
+    return _Buffer(address, nbytes, written=True) if address else 0
 
 
 class Server:
@@ -73,7 +79,8 @@ class Server:
         buffers = [a for a in arguments if isinstance(a, _Buffer)]
         for argument in arguments:
             if isinstance(argument, _Buffer):
-                words.append(f"{'>' if argument.written else '<'}{argument.nbytes}")
+                sign = "<" if not argument.written else "+" if argument.read else ">"
+                words.append(f"{sign}{argument.nbytes}")
             else:
                 words.append(f"={int(argument)}")
         request = [" ".join(words).encode() + b"\n"]
@@ -204,6 +211,24 @@ class Library:
             *(_in(absmax, 4 * n), n, _out(codes, n), _out(nested_absmax, 4 * groups)),
             *(_out(offset, 4), threads),
         )
+
+    def adamw_step(
+        self,
+        pieces: Sequence[tuple[int, ...]],
+        scalars: Sequence[float],
+        seed: int | None,
+        threads: int,
+    ) -> None:
+        arguments: list[_Buffer | int] = [len(pieces)]
+        for param, grad, exp_avg, exp_avg_sq, absmax, sq_absmax, dtype, n, *place in pieces:
+            item, state = _ITEM_SIZE[dtype], 1 if absmax else 4
+            blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
+            arguments += [_changed(param, n * item), _in(grad, n * item)]
+            arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
+            arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
+            arguments += [dtype, n, *place]
+        arguments += struct.unpack("<8I", struct.pack("<8f", *scalars))
+        self._call("adamw_step", *arguments, int(seed is not None), seed or 0, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments

@@ -3,11 +3,11 @@
 //
 // A request is one line and the bytes of its buffers:
 //     op side flush argument...
-// An argument is `=<number>`, or a buffer of so many bytes, `<number` that the op reads or
-// `>number` that it writes. side (`after`, `before`) says at which end of each buffer the unmapped
-// page lies; the other end has kFill up to the next page. flush (0, 1): whether the caller's FPCR
-// flushes subnormals to zero.
-// The answer is a line, `ok` or what went wrong, and after `ok` the bytes that the op wrote.
+// An argument is `=<number>`, or a buffer of so many bytes, `<number` that the op reads, `>number`
+// that it writes or `+number` that it changes. side (`after`, `before`) says at which end of each
+// buffer the unmapped page lies; the other end has kFill up to the next page. flush (0, 1): whether
+// the caller's FPCR flushes subnormals to zero. The answer is a line, `ok` or what went wrong, and
+// after `ok` the bytes that the op wrote.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -200,6 +200,39 @@ Status linear_4bit_dx(Arguments& from) {
   return qkern::cpu::linear_4bit_dx(args, from.number());
 }
 
+float to_float(std::int64_t bits) {
+  const std::uint32_t low = static_cast<std::uint32_t>(bits);
+  float value;
+  std::memcpy(&value, &low, sizeof(value));
+  return value;
+}
+
+Status adamw_step(Arguments& from) {
+  std::vector<qkern::AdamWTensor> tensors(static_cast<std::size_t>(from.size()));
+  for (qkern::AdamWTensor& tensor : tensors) {
+    tensor.param = from.at<void>();
+    tensor.grad = from.at<const void>();
+    tensor.exp_avg = from.at<void>();
+    tensor.exp_avg_sq = from.at<void>();
+    tensor.exp_avg_absmax = from.at<float>();
+    tensor.exp_avg_sq_absmax = from.at<float>();
+    tensor.dtype = from.dtype();
+    tensor.numel = from.size();
+    tensor.index = from.size();
+    tensor.first = from.size();
+  }
+  qkern::AdamWArgs args;
+  args.tensors = tensors.data();
+  args.count = static_cast<std::int64_t>(tensors.size());
+  float scalars[8];
+  for (float& scalar : scalars) scalar = to_float(from.size());
+  args.scalars = {scalars[0], scalars[1], scalars[2], scalars[3],
+                  scalars[4], scalars[5], scalars[6], scalars[7]};
+  args.stochastic_rounding = from.number() != 0;
+  args.seed = static_cast<std::uint64_t>(from.size());
+  return qkern::cpu::adamw_step(args, from.number());
+}
+
 struct Op {
   const char* name;
   Status (*run)(Arguments&);
@@ -208,7 +241,7 @@ constexpr Op kOps[] = {
     {"quantize_4bit", quantize_4bit},     {"dequantize_4bit", dequantize_4bit},
     {"quantize_8bit", quantize_8bit},     {"dequantize_8bit", dequantize_8bit},
     {"quantize_absmax", quantize_absmax}, {"linear_4bit", linear_4bit},
-    {"linear_4bit_dx", linear_4bit_dx},
+    {"linear_4bit_dx", linear_4bit_dx},   {"adamw_step", adamw_step},
 };
 
 const Op& find_op(const std::string& name) {
@@ -248,7 +281,7 @@ Request read_request(const std::string& line) {
       request.values.push_back(number);
       continue;
     }
-    auto& list = word[0] == '>' ? request.outputs : request.inputs;
+    auto& list = word[0] == '<' ? request.inputs : request.outputs;
     list.emplace_back(static_cast<std::size_t>(number), side == "after");
     read_exactly(list.back().data(), list.back().bytes());
     request.values.push_back(
@@ -297,7 +330,7 @@ int main() {
   for (int i = 0; i < count; ++i) std::printf(" %s", names[i]);
   std::printf("\n");
   std::fflush(stdout);
-  char line[1024];
+  char line[8192];
   while (std::fgets(line, sizeof(line), stdin) != nullptr) {
     Request request = read_request(line);
     const std::string answer = perform(request);
