@@ -17,6 +17,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -550,20 +551,23 @@ def test_an_error_at_every_call(
     assert stages >= {"create", "run", "commit", "open"}
 
 
-def test_nothing_but_rollback_follows_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_commit_follows_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     with create(tmp_path / "state") as file:
+        take_step(file, 1)
+        file.write(0, payload(0, 2, SIZES[0]))
         calls.fail_at(0, errno.EIO)
         with pytest.raises(OSError, match="state"):
-            file.write(0, bytes(SIZES[0]))
+            file.write(0, payload(0, 3, SIZES[0]))
         calls.hook = None
-        for attempt in (lambda: file.commit({}), lambda: file.write(0, bytes(SIZES[0]))):
-            with pytest.raises(ChunkFileError, match=r"takes rollback\(\) first"):
-                attempt()
+        assert contents(file) == version(1)  # and not the torn rest
+        file.write(1, payload(1, 2, SIZES[1]))
+        with pytest.raises(ChunkFileError, match=r"a write or commit failed; takes rollback\(\)"):
+            file.commit({"step": 2})
         file.rollback()
-        take_step(file, 1)
+        assert contents(file) == version(1)
+        take_step(file, 4)
+    assert reopened(tmp_path / "state") == (4, version(4))
 
 
 def test_a_record_that_may_be_on_disk_is_taken_back(
@@ -582,7 +586,7 @@ def test_a_record_that_may_be_on_disk_is_taken_back(
         calls.fail_at(0, errno.EIO)
         with pytest.raises(OSError, match="state"):
             file.rollback()
-        with pytest.raises(ChunkFileError, match=r"takes rollback\(\) first"):
+        with pytest.raises(ChunkFileError, match=r"a commit failed; takes rollback\(\) first"):
             file.write(0, payload(0, 3, SIZES[0]))
         calls.hook = None
         file.rollback()
@@ -618,6 +622,9 @@ def in_child(work: Callable[[], object]) -> int:
         try:
             work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(status)
     return pid
@@ -627,7 +634,8 @@ def exit_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_200_kills_lose_nothing_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_lose_nothing_committed(tmp_path: Path, kills: int) -> None:
     """A child counts up and reports each commit; killed at random, it goes on from the last."""
     path = tmp_path / "state"
     sizes = (40_000, 8, 65_536, 24_000, 100_000)
@@ -647,7 +655,7 @@ def test_200_kills_lose_nothing_committed(tmp_path: Path) -> None:
                 os.write(report, struct.pack("<Q", step))
 
     step = 0
-    for _ in range(200):
+    for _ in range(kills):
         reader, writer = os.pipe()
         pid = in_child(lambda writer=writer: count_up(writer))
         os.close(writer)
@@ -668,7 +676,7 @@ def test_200_kills_lose_nothing_committed(tmp_path: Path) -> None:
             assert step >= reported
             for index, data in enumerate(contents(file)):
                 assert set(np.frombuffer(data, np.uint64)) == {step * (index + 1)}
-    assert step >= 200
+    assert step >= kills // 2  # it did get on
 
 
 # Full disks.
@@ -791,13 +799,14 @@ def test_creation_killed_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_two_creators(tmp_path: Path) -> None:
     partial = tmp_path / "state.partial"
     with partial.open("wb") as other:
-        other.write(b"being made")
+        other.write(b"being made" * 10_000)
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError, match="in use"):
             create(tmp_path / "state")
-        assert partial.read_bytes() == b"being made"
-    create(tmp_path / "state").close()
+        assert partial.read_bytes() == b"being made" * 10_000
+    create(tmp_path / "state").close()  # what a dead creator left does not show
+    assert reopened(tmp_path / "state") == (0, version(0))
 
 
 def test_a_creator_that_finds_the_others_file_complete(
@@ -851,7 +860,8 @@ def test_a_forked_child_neither_uses_nor_keeps_the_file(tmp_path: Path) -> None:
         os.read(leave[0], 1)
 
     pid = in_child(child)
-    assert select.select([ready[0]], [], [], 300)[0]
+    os.close(ready[1])
+    assert os.read(ready[0], 1) == b"x"
     take_step(file, 1)
     file.close()
     try:
@@ -859,8 +869,8 @@ def test_a_forked_child_neither_uses_nor_keeps_the_file(tmp_path: Path) -> None:
     finally:
         os.close(leave[1])
         assert exit_status(pid) == 0
-        for fd in (*ready, leave[0]):
-            os.close(fd)
+        os.close(ready[0])
+        os.close(leave[0])
 
 
 # The stream.

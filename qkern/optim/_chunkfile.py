@@ -60,7 +60,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -123,8 +123,8 @@ class ChunkFile:
         self._offsets: tuple[list[int], list[int]] = ([], [])
         self._pending: dict[int, int] = {}  # chunk: checksum, of what is written, not committed
         self._checked: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-        self._failed = False  # a write or commit failed: nothing but rollback may follow
-        self._record_in_doubt = False
+        self._failed = False  # a write or commit did: no commit before a rollback
+        self._record_in_doubt = False  # a commit failed that may have left its record
         self._stamp = itertools.count(1)
         self._stamps: list[int] = []
         _open_files.add(self)
@@ -185,8 +185,6 @@ class ChunkFile:
                 self._allocate()
                 self._transfer(os.pwritev, memoryview(header), 0)
                 self._checksums = _checksums_of_zeros(sizes)
-                for checked in self._checked:
-                    checked[:] = bytes(len(sizes))
                 self._open_direct(partial)
                 self._write_record(1, self._slots, self._checksums, meta_json)
                 partial = partial.rename(path)
@@ -346,7 +344,7 @@ class ChunkFile:
             # Some filesystems refuse only when one reads.
             os.preadv(self._direct_fd, [mmap.mmap(-1, ALIGNMENT)], 0)
             same = os.path.sameopenfile(self._fd, self._direct_fd)
-        except OSError:
+        except OSError:  # then data goes through the page cache
             same = False
         if not same and self._direct_fd >= 0:
             os.close(self._direct_fd)
@@ -412,13 +410,16 @@ class ChunkFile:
     def write(self, index: int, buffer: Buffer) -> None:
         """Write a chunk from a buffer of exactly its size; ``commit`` makes it count.
 
-        After an error nothing but ``rollback`` or ``close`` may follow.
+        After an error the chunk reads as committed, and ``commit`` raises until a ``rollback``.
 
         Raises:
+            ChunkFileError: A commit failed before.
             OSError: The disk failed.
         """
         view = self._view(index, buffer)
-        self._check_usable()
+        self._check_open()
+        if self._record_in_doubt:  # its record may count, with the slots it names
+            self._raise_failed("commit")
         slot = self._slots[index] ^ 1
         self._stamps[index] = next(self._stamp)
         self._pending.pop(index, None)
@@ -435,15 +436,18 @@ class ChunkFile:
     def commit(self, meta: dict[str, Any]) -> None:
         """Make everything written since the last commit count, all at once, with ``meta``.
 
-        After an error the file holds the version before or the new one, whole; nothing but
-        ``rollback``, which settles for the version before, or ``close`` may follow.
+        After an error the file holds the version before or the new one, whole. What may follow is
+        ``rollback``, which settles for the version before, or ``close``.
 
         Raises:
             ValueError: ``meta`` has more bytes than the file reserves.
+            ChunkFileError: A write or commit failed before.
             OSError: The disk failed.
         """
         meta_json = _to_json(meta)
-        self._check_usable()
+        self._check_open()
+        if self._failed:
+            self._raise_failed("write or commit")
         slots, checksums = bytearray(self._slots), list(self._checksums)
         for index, checksum in self._pending.items():
             slots[index] ^= 1
@@ -592,10 +596,8 @@ class ChunkFile:
         if self._fd < 0:
             raise ValueError(f"{self.path}: closed, or opened by the process this one forked from")
 
-    def _check_usable(self) -> None:
-        self._check_open()
-        if self._failed:
-            raise ChunkFileError(f"{self.path}: a write or commit failed; takes rollback() first")
+    def _raise_failed(self, call: str) -> NoReturn:
+        raise ChunkFileError(f"{self.path}: a {call} failed; takes rollback() first")
 
 
 def _close_inherited() -> None:
