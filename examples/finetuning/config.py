@@ -40,6 +40,9 @@ class Config:
     warmup_ratio: float
     adam_beta2: float
     max_grad_norm: float
+    optim_bits: int
+    pager: str
+    budget: int
     batch_size: int
     accumulation: int
     max_steps: int
@@ -64,7 +67,7 @@ class Config:
     _FREE_ON_RESUME = (
         *("model", "data", "data_format", "eval_data", "dtype", "device", "threads"),
         *("max_steps", "max_minutes", "output", "resume", "overwrite"),
-        *("save_steps", "keep_checkpoints", "eval_steps"),
+        *("save_steps", "keep_checkpoints", "eval_steps", "pager", "budget"),
     )
 
     def fixed_settings(self) -> dict[str, Any]:
@@ -171,6 +174,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     group.add_argument("--adam-beta2", type=_fraction, default=0.999, help="AdamW's second beta")
     group.add_argument(
         "--max-grad-norm", type=_positive_float, default=0.3, help="gradients are clipped to it"
+    )
+    group.add_argument(
+        "--optim-bits", type=int, choices=(32, 8), default=32, help="of AdamW's moments"
+    )
+    group.add_argument(
+        "--pager",
+        choices=("none", "mmap"),
+        default="none",
+        help="where AdamW's moments are: in memory, or in a file in --output",
+    )
+    group.add_argument(
+        "--budget",
+        type=_positive_int,
+        default=256,
+        help="MiB of memory for parts of that file",
     )
     group.add_argument("--batch-size", type=_positive_int, default=1, help="sequences at a time")
     group.add_argument(

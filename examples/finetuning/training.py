@@ -101,20 +101,29 @@ class Trainer:
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
         self.checkpoint_root = config.output / "checkpoints"
+        self._state_file = config.output / "optimizer.state"
         self.history = History(warmup_steps=math.ceil(config.warmup_ratio * config.max_steps))
         self._epoch_order: tuple[int, list[list[int]]] | None = None
+        self.parameters = list(qkern.nn.lora_parameters(self.model))
         self._make_optimizer()
         self.loss = TargetLoss(model)
         qkern.nn.prepare_for_training(model, config.gradient_checkpointing)
 
     def _make_optimizer(self) -> None:
-        self.parameters = list(qkern.nn.lora_parameters(self.model))
-        self.optimizer = torch.optim.AdamW(
+        config = self.config
+        options: dict[str, Any] = {}
+        if config.pager == "mmap":
+            # Scratch: checkpoints have the state, and this file's step is later than theirs.
+            self._state_file.unlink(missing_ok=True)
+            options = {"path": self._state_file, "budget_bytes": config.budget << 20}
+        self.optimizer = qkern.optim.PagedAdamW(
             self.parameters,
-            lr=self.config.learning_rate,
-            betas=(0.9, self.config.adam_beta2),
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
             weight_decay=0.0,
-            fused=self.device.type in ("cpu", "cuda"),
+            bits=config.optim_bits,
+            pager=config.pager,
+            **options,
         )
         warmup = max(1, self.history.warmup_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -137,6 +146,13 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the step or time limit. False where a signal asked to stop; then it is saved."""
+        try:
+            return self._run()
+        finally:
+            self.optimizer.close()
+            self._state_file.unlink(missing_ok=True)
+
+    def _run(self) -> bool:
         config, history = self.config, self.history
         limit = 60 * config.max_minutes
         with _stop_request() as stop, _ProgressBar(config, history, self.device) as bar:
@@ -242,6 +258,7 @@ class Trainer:
         self.history = History.from_json(state["history"])
         qkern.io.load_adapter(self.model, path)
         # After the history: the schedule keeps the warm-up it began with.
+        self.optimizer.close()
         self._make_optimizer()
         saved = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])

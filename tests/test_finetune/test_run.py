@@ -297,6 +297,21 @@ def test_a_finished_run_can_be_extended(run: Finetune, tmp_path: Path) -> None:
     _assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+def test_moments_in_a_file_change_nothing(
+    run: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = ("--lora-r", "128")  # enough that the adapters' moments are large enough for 8 bits
+    assert run("memory", *rank, "--optim-bits", "8") == 0
+    in_file = (*rank, "--optim-bits", "8", "--pager", "mmap", "--budget", "1")
+    _interrupt_at(monkeypatch, 5, signal.SIGINT)
+    assert run("file", *in_file) == 130
+    assert run("file", *in_file, "--resume") == 0
+    _assert_same_run(tmp_path / "file", tmp_path / "memory")
+    assert not list((tmp_path / "file").glob("optimizer*"))
+    assert run("32 bits", *rank) == 0
+    assert _losses(tmp_path / "32 bits") != _losses(tmp_path / "memory")
+
+
 def test_a_second_signal_interrupts_at_once() -> None:
     with _stop_request() as stop:
         assert not stop
