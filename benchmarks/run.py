@@ -37,7 +37,7 @@ PEERS = ("bitsandbytes", "dense", "torchao", "llama.cpp")
 DTYPES = ("float32", "bfloat16", "float16")
 STANDARD_OPS = (
     *("quantize", "dequantize", "forward", "forward_backward"),
-    *("mixed", "overhead"),
+    *("mixed", "overhead", "adamw"),
     *("train_step", "generate", "memory"),
 )
 
@@ -55,7 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=list(STANDARD_OPS),
         help="comma-separated: "
         + ", ".join(STANDARD_OPS)
-        + "; or an op of qkern.testing.OPS, without peers",
+        + "; adamw_in_file, which writes gigabytes to the disk; or an op of qkern.testing.OPS, "
+        "without peers",
     )
     add(
         "--peer",
@@ -73,7 +74,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--shape",
         type=_shapes,
-        help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 64x64,576x576)",
+        help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 64x64,576x576); "
+        "of adamw [parameters]x[elements] (8x4194304,420x9216, in_file 8x16777216)",
     )
     add(
         "--m",

@@ -18,15 +18,22 @@ import qkern
 from qkern import reference, testing
 from qkern.backends import native
 
-from . import matmul, mixed, overhead, peers
+from . import matmul, mixed, optimizer, overhead, peers
 from .peers import Choice
 from .timing import Call, Candidate, Problem, SkippedError
 from .weights import BLOCK_SIZE, case, inputs, random_weight
 
-CONTESTS = ("quantize", "dequantize", "forward", "forward_backward", mixed.OP, overhead.OP)
+CONTESTS = (
+    *("quantize", "dequantize", "forward", "forward_backward", mixed.OP, overhead.OP),
+    *(optimizer.OP, optimizer.IN_FILE),
+)
 
 _EQUAL_SHARE = 0.999  # of bitsandbytes' codes that must be qkern's: it rounds ties otherwise
-_DEFAULT_SHAPES = {"overhead": overhead.SHAPES}
+_DEFAULT_SHAPES = {
+    "overhead": overhead.SHAPES,
+    optimizer.OP: optimizer.SHAPES,
+    optimizer.IN_FILE: optimizer.FILE_SHAPES,
+}
 _DEFAULT_ROWS = {"overhead": (1,), "mixed": (1, 64)}
 _SHAPES = ((4096, 4096),)
 _ROWS = (1, 4, 8, 64, 512)
@@ -51,6 +58,10 @@ def contest(
 
     `op` is one of `CONTESTS`, or an op of `qkern.testing.OPS`, which has no peers here.
     """
+    if op == optimizer.OP:
+        return optimizer.contest(shape, dtype, choice)
+    if op == optimizer.IN_FILE:
+        return optimizer.file_contest(shape, dtype)
     if op in testing.OPS:
         return _table_op(op, shape, m, dtype, choice)
     without_rows = {"quantize": _quantize, "dequantize": _dequantize}
@@ -91,15 +102,16 @@ def _table_op(
     given = inputs(op, of)
 
     def prepare() -> Call:
-        copy = {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
-        return lambda: spec.run(copy)
+        copy = deepcopy(given)
+        return lambda: spec.run(copy, in_place=True)
 
     def check(_: object) -> None:
         isa = native.isa() if native.missing_reason is None else None
         name = qkern.backends.selected_name("cpu")
         testing.check(spec, of, testing.Target(name, isa if name == "cpu" else None))
 
-    footprint = sum(v.nbytes for v in given.values() if isinstance(v, Tensor))
+    flat = [v for value in given.values() for v in (value if isinstance(value, list) else [value])]
+    footprint = sum(v.nbytes for v in flat if isinstance(v, Tensor))
     ours = Candidate("qkern", prepare, check, spec.bytes(of), footprint)
     return problem, list(_per_isa(choice, ours)), []
 
