@@ -134,11 +134,11 @@ def look_up(table_ptr, index, SIZE: tl.constexpr):
     A gather from a table in registers goes through shared memory: an access a look-up, in as many
     banks as there are entries. Triton 3.2 has none; there a look-up is a load that hits the L1 cache.
     """
+    index = index.to(tl.int32)
     if _HAS_GATHER:
         table = tl.load(table_ptr + tl.arange(0, SIZE))
         # One dimension: a table has no other that could match the index's.
-        flat = tl.reshape(index.to(tl.int32), (index.numel,))
-        found = tl.reshape(tl.gather(table, flat, 0), index.shape)
+        found = tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
     else:
         found = tl.load(table_ptr + index)
     return found
@@ -157,7 +157,8 @@ def load_scales(
     else:
         codes = tl.load(absmax_ptr + block, mask=mask, other=0)
         nested_absmax = tl.load(nested_absmax_ptr + (block >> _NESTED_SHIFT), mask=mask, other=0.0)
-        restored = tl.load(map_ptr + codes) * nested_absmax + nested_offset
+        # An offset of a byte would count as signed.
+        restored = tl.load(map_ptr + codes.to(tl.int32)) * nested_absmax + nested_offset
         scales = tl.where(mask, restored, 0.0)
     return scales
 

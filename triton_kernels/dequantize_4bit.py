@@ -45,16 +45,16 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + element, out, mask=inside[:, None] if WHOLE else element < n)
 
 
-def dequantize_4bit(weight: codec.Weight, out: Tensor) -> None:
+def dequantize_4bit(weight: codec.Weight, out: Tensor, target: launch.Target) -> None:
     """Values of ``weight`` into the contiguous, not empty ``out``."""
     n = out.numel()
-    config = launch.DEQUANTIZE
-    _dequantize_4bit_kernel[(triton.cdiv(n, config.units * UNIT.value),)](
+    config = launch.codes(target)
+    _dequantize_4bit_kernel[(triton.cdiv(n, config.elements),)](
         *weight.pointers,
         out,
         n,
         weight.unit_shift,
-        UNITS=config.units,
+        UNITS=config.elements // UNIT.value,
         WHOLE=n % UNIT.value == 0,
         **config.options,
     )

@@ -33,19 +33,19 @@ def _dequantize_8bit_kernel(
 
 
 def dequantize_8bit(
-    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor
+    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor, target: launch.Target
 ) -> None:
     """Values of the contiguous, not empty ``codes`` into ``out``."""
     n = codes.numel()
-    config = launch.DEQUANTIZE
-    _dequantize_8bit_kernel[(triton.cdiv(n, config.units * UNIT.value),)](
+    config = launch.codes(target)
+    _dequantize_8bit_kernel[(triton.cdiv(n, config.elements),)](
         codes,
         absmax,
         code,
         out,
         n,
         unit_shift(block_size),
-        UNITS=config.units,
+        UNITS=config.elements // UNIT.value,
         WHOLE=n % UNIT.value == 0,
         **config.options,
     )

@@ -1,8 +1,8 @@
 """How each kernel is launched: tile sizes, warps, stages and splits, and why.
 
-**None of it was timed on a GPU.** What the choices rest on: the machine code of every one of them on
-every target (`tests/triton_budget.csv`: no spills, wide accesses, tensor cores), and the arithmetic
-said at each. ``tune`` measures where there is a device.
+**None of it was timed on a GPU.** The choices rest on the machine code of each of them on every
+target (``tests/triton_budget.csv``) and on the arithmetic said beside them. Set
+``QKERN_TRITON_TUNE`` to a file to have matmuls measured instead: see ``tune``.
 """
 
 from __future__ import annotations
@@ -12,112 +12,96 @@ from typing import Any
 
 import torch
 
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-"""Of every launch: a multiply and an add are two roundings. Dot products fuse all the same."""
-
-ONE_WARP = OPTIONS | {"num_warps": 1}
+from qkern import formats
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A device: ``"cuda"`` with a compute capability (major * 10 + minor) or ``"hip"`` with a name
-    such as ``"gfx942"``, and its processors (SMs, CUs)."""
+    """A device: its kind, architecture and processors (SMs or CUs).
+
+    ``kind`` is ``"cuda"`` with an ``arch`` such as 90 (compute capability 9.0), or ``"hip"`` with one
+    such as ``"gfx942"``.
+    """
 
     kind: str
     arch: int | str
     processors: int
 
-    def has_dot(self, dtype: torch.dtype) -> bool:
-        """Whether dot products of ``dtype`` compile to matrix instructions, or well without.
+    @property
+    def is_cdna(self) -> bool:
+        """AMD's processors with warps of 64 and MFMA, which multiplies float32 too."""
+        return self.kind == "hip" and str(self.arch).startswith("gfx9")
 
-        Without bfloat16 (compute capability 7.5), a bfloat16 product becomes thousands of accesses
-        to local memory; values go to float32 there, in which their products are exact.
+    @property
+    def warp_size(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.is_cdna else 32
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether Triton turns dot products of ``dtype``, summed in float32, into matrix instructions.
+
+        Not below compute capability 8.0: there a 16-bit dot product becomes scalar code with
+        thousands of accesses to local memory, though the processor has instructions for float16.
         """
-        return dtype != torch.bfloat16 or self.kind == "hip" or int(self.arch) >= 80
+        if dtype == torch.float32:
+            return self.is_cdna
+        return self.kind == "hip" or int(self.arch) >= 80
 
 
 @dataclass(frozen=True, slots=True)
-class Blockwise:
-    """Encoders: blocks a program."""
+class Launch:
+    """What every launch says."""
 
-    blocks: int
     num_warps: int
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords for the launch."""
-        return OPTIONS | {"num_warps": self.num_warps}
-
-
-_ENCODED = 4096
-"""Elements a program: 32 a thread of four warps, so that codes leave in 16-byte pieces."""
-
-
-def blockwise(block_size: int) -> Blockwise:
-    """For the encoders: a program takes 4096 elements, in as many blocks as these are."""
-    return Blockwise(blocks=max(1, _ENCODED // block_size), num_warps=4)
+        """Keywords for the launch. A multiply and an add stay two roundings; dot products fuse."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
-    """Decoders: units of 32 elements a program."""
+class Elements(Launch):
+    """A launch whose programs take ``elements`` each."""
 
-    units: int
-    num_warps: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords for the launch."""
-        return OPTIONS | {"num_warps": self.num_warps}
+    elements: int
 
 
-DEQUANTIZE = Units(units=128, num_warps=4)
-"""A unit a thread: its 16 bytes of codes are one access, its scale another."""
+_THREAD_CODES = formats.MIN_BLOCK_SIZE
+"""Elements a thread: 16 bytes of codes are one access, and 32 values of 16 bits four."""
+
+
+def codes(target: Target) -> Elements:
+    """For the encoders and decoders; a block longer than this takes a whole program."""
+    num_warps = 4
+    return Elements(num_warps, _THREAD_CODES * num_warps * target.warp_size)
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
-    """Exact sum of scales: programs, and scales that each takes at a time."""
+class Programs(Elements):
+    """A launch of a fixed number of programs, each taking ``elements`` at a time."""
 
     programs: int
-    block: int
-    num_warps: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords for the launch."""
-        return OPTIONS | {"num_warps": self.num_warps}
 
 
-SUM = Sum(programs=32, block=1024, num_warps=4)
-"""Fixed, because the last step reads all programs' parts at once; 32 are enough for what lies in
-memory beside a weight a hundred times as large."""
+SUM = Programs(num_warps=4, elements=1024, programs=32)
+"""The exact sum of scales. The number is fixed, because the last step reads all parts at once; 32
+programs read a model's scales in less time than it takes to launch them."""
 
+MEAN = Launch(num_warps=1)
+"""Arithmetic on 14 numbers."""
 
-@dataclass(frozen=True, slots=True)
-class SumParts:
-    """The sum over a split contraction: elements a program."""
-
-    block: int
-    num_warps: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords for the launch."""
-        return OPTIONS | {"num_warps": self.num_warps}
-
-
-SUM_PARTS = SumParts(block=1024, num_warps=4)
+SUM_PARTS = Elements(num_warps=4, elements=1024)
+"""Two 16-byte loads a thread and part."""
 
 
 @dataclass(frozen=True, slots=True)
-class Matmul:
-    """A matmul: rows, columns of the result and depth of a tile, and how the depth is split."""
+class Matmul(Launch):
+    """A matmul's tile, its columns being the result's, and how the contraction is split."""
 
     block_m: int
     block_out: int
     block_depth: int
-    num_warps: int
     num_stages: int
     parts: int
     depth_a_part: int
@@ -126,15 +110,41 @@ class Matmul:
     @property
     def options(self) -> dict[str, Any]:
         """Keywords for the launch."""
-        return OPTIONS | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": False,
+        }
 
 
 _LEAST_STEPS = 4
-"""Steps of the loop in a part, at least: fewer would not repay the part's write and read."""
+"""Rounds of the loop in a part: a shorter part costs more to write and read than it saves."""
 _MOST_PARTS = 32
 _PROGRAMS_A_PROCESSOR = 2
+"""Programs that are to run at once on each: one decodes while another waits for memory."""
 _INVARIANT_ROWS = 16
-"""Rows of a tile in batch-invariant mode, whatever M: another tile may add in another order."""
+"""Rows of a tile in batch-invariant mode, whatever M is: another tile may add in another order."""
+
+# (rows, columns, depth, warps) of tiles by the most rows they are for; the last serves all others.
+# A tile of W is decoded anew for every tile of rows, so these grow until the registers are full:
+# the sums, 16 KiB of decoded weights and the operands on their way. Weights are decoded 32 a thread.
+_MATRIX_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 4), (128, 128, 64, 8))
+_CDNA_TILES = ((16, 64, 128, 4), (32, 64, 128, 4), (64, 128, 64, 4))
+_RDNA_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 8))
+_CDNA_FLOAT_TILES = ((16, 64, 64, 4), (64, 64, 32, 4))
+# Scalar products keep whole rows and columns of both operands in registers; RDNA has fewer.
+_SCALAR_TILES = ((16, 64, 32, 4), (32, 64, 32, 8), (64, 64, 32, 8))
+
+Tile = tuple[int, int, int, int]
+
+
+def tiles(target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles for products of ``dtype``, those for few rows first."""
+    if not target.multiplies(dtype):
+        return _SCALAR_TILES if target.kind == "cuda" else _SCALAR_TILES[:2]
+    if target.is_cdna:
+        return _CDNA_FLOAT_TILES if dtype == torch.float32 else _CDNA_TILES
+    return _MATRIX_TILES if target.kind == "cuda" else _RDNA_TILES
 
 
 def matmul(
@@ -145,27 +155,35 @@ def matmul(
     depth: int,
     batch_invariant: bool = False,
 ) -> Matmul:
-    """For ``[rows, depth]`` times ``[depth, out]``."""
+    """For ``[rows, depth]`` times ``[depth, out]`` in ``dtype``."""
     if batch_invariant:
         rows = _INVARIANT_ROWS
-    upcast = not target.has_dot(dtype)
-    block_m = next((size for size in (16, 32, 64) if rows <= size), 64)
-    wide = dtype != torch.float32 and not upcast
-    block_out, block_depth = (128, 64) if wide and block_m >= 64 else (64, 64 if wide else 32)
-    num_warps = 4
-    tiles = -(-rows // block_m) * -(-out // block_out)
-    wanted = _PROGRAMS_A_PROCESSOR * target.processors // tiles
-    most = depth // (_LEAST_STEPS * block_depth)
-    parts = max(1, min(wanted, most, _MOST_PARTS))
-    steps = -(-(-(-depth // block_depth)) // parts)
-    depth_a_part = steps * block_depth
+    found = tiles(target, dtype)
+    tile = next((tile for tile in found if rows <= tile[0]), found[-1])
+    return matmul_of(target, dtype, tile, rows, out, depth)
+
+
+def matmul_of(
+    target: Target,
+    dtype: torch.dtype,
+    tile: Tile,
+    rows: int,
+    out: int,
+    depth: int,
+) -> Matmul:
+    """The launch with a ``tile``: split so that every processor has work, never by atomics."""
+    block_m, block_out, block_depth, num_warps = tile
+    programs = -(-rows // block_m) * -(-out // block_out)
+    wanted = _PROGRAMS_A_PROCESSOR * target.processors // programs
+    parts = max(1, min(wanted, depth // (_LEAST_STEPS * block_depth), _MOST_PARTS))
+    depth_a_part = -(-depth // (parts * block_depth)) * block_depth
     return Matmul(
+        num_warps=num_warps,
         block_m=block_m,
         block_out=block_out,
         block_depth=block_depth,
-        num_warps=num_warps,
         num_stages=2 if target.kind == "hip" else 3,
         parts=-(-depth // depth_a_part),
         depth_a_part=depth_a_part,
-        upcast=upcast,
+        upcast=not target.multiplies(dtype),
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import launch
+from qkern.triton_kernels import launch, tune
 from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
 
 
@@ -101,14 +101,14 @@ def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, numel, N, PARTS: tl.constexp
 def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``parts`` ``[parts, M, N]``, added in order, and ``bias`` into ``out`` ``[M, N]``."""
     config = launch.SUM_PARTS
-    _sum_parts_kernel[(triton.cdiv(out.numel(), config.block),)](
+    _sum_parts_kernel[(triton.cdiv(out.numel(), config.elements),)](
         parts,
         bias,
         out,
         out.numel(),
         parts.shape[2],
         PARTS=parts.shape[0],
-        BLOCK=config.block,
+        BLOCK=config.elements,
         **config.options,
     )
 
@@ -124,27 +124,32 @@ def linear_4bit(
     """``x`` ``[M, K]``, of unit inner stride, times the ``[N, K]`` weight into ``y`` ``[M, N]``."""
     M, K = x.shape
     N = y.shape[1]
-    config = launch.matmul(target, x.dtype, M, N, K, batch_invariant)
-    parts = config.parts
-    out = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_out)
-    _linear_4bit_kernel[(tiles * parts,)](
-        *weight.pointers,
-        x,
-        bias if parts == 1 else None,
-        out,
-        M,
-        N,
-        K,
-        x.stride(0),
-        weight.unit_shift,
-        config.depth_a_part,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_out,
-        BLOCK_K=config.block_depth,
-        ALIGNED=K % UNIT.value == 0,
-        UPCAST=config.upcast,
-        **config.options,
-    )
-    if parts > 1:
-        sum_parts(out, bias, y)
+
+    def start(config: launch.Matmul) -> None:
+        parts = config.parts
+        out = y
+        if parts > 1:
+            out = torch.empty((parts, *y.shape), dtype=torch.float32, device=x.device)
+        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_out)
+        _linear_4bit_kernel[(tiles * parts,)](
+            *weight.pointers,
+            x,
+            bias if parts == 1 else None,
+            out,
+            M,
+            N,
+            K,
+            x.stride(0),
+            weight.unit_shift,
+            config.depth_a_part,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_out,
+            BLOCK_K=config.block_depth,
+            ALIGNED=K % UNIT.value == 0,
+            UPCAST=config.upcast,
+            **config.options,
+        )
+        if parts > 1:
+            sum_parts(out, bias, y)
+
+    start(tune.matmul("linear_4bit", start, target, x.dtype, M, N, K, batch_invariant))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import launch
+from qkern.triton_kernels import launch, tune
 from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
 from qkern.triton_kernels.linear_4bit import sum_parts
 
@@ -86,26 +86,31 @@ def linear_4bit_dx(
     """``dy`` ``[M, N]``, of unit inner stride, times the ``[N, K]`` weight into ``dx`` ``[M, K]``."""
     M, N = dy.shape
     K = dx.shape[1]
-    config = launch.matmul(target, dy.dtype, M, K, N, batch_invariant)
-    parts = config.parts
-    out = dx if parts == 1 else torch.empty((parts, M, K), dtype=torch.float32, device=dy.device)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(K, config.block_out)
-    _linear_4bit_dx_kernel[(tiles * parts,)](
-        *weight.pointers,
-        dy,
-        out,
-        M,
-        N,
-        K,
-        dy.stride(0),
-        weight.unit_shift,
-        config.depth_a_part,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_depth,
-        BLOCK_K=config.block_out,
-        ALIGNED=K % UNIT.value == 0,
-        UPCAST=config.upcast,
-        **config.options,
-    )
-    if parts > 1:
-        sum_parts(out, None, dx)
+
+    def start(config: launch.Matmul) -> None:
+        parts = config.parts
+        out = dx
+        if parts > 1:
+            out = torch.empty((parts, *dx.shape), dtype=torch.float32, device=dy.device)
+        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(K, config.block_out)
+        _linear_4bit_dx_kernel[(tiles * parts,)](
+            *weight.pointers,
+            dy,
+            out,
+            M,
+            N,
+            K,
+            dy.stride(0),
+            weight.unit_shift,
+            config.depth_a_part,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_depth,
+            BLOCK_K=config.block_out,
+            ALIGNED=K % UNIT.value == 0,
+            UPCAST=config.upcast,
+            **config.options,
+        )
+        if parts > 1:
+            sum_parts(out, None, dx)
+
+    start(tune.matmul("linear_4bit_dx", start, target, dy.dtype, M, K, N, batch_invariant))

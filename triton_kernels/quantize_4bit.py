@@ -53,12 +53,14 @@ def quantize_4bit(
     codebook: Tensor | None,
     packed: Tensor,
     absmax: Tensor,
+    target: launch.Target,
 ) -> None:
     """Codes of the contiguous, not empty ``x`` into ``packed``, scales into ``absmax``."""
     n = x.numel()
     thresholds, codes = codec.encode_tables(format, codebook, x.device)
-    config = launch.blockwise(block_size)
-    _quantize_4bit_kernel[(triton.cdiv(n, config.blocks * block_size),)](
+    config = launch.codes(target)
+    blocks = max(1, config.elements // block_size)
+    _quantize_4bit_kernel[(triton.cdiv(n, blocks * block_size),)](
         x,
         thresholds,
         codes,
@@ -66,7 +68,7 @@ def quantize_4bit(
         absmax,
         n,
         BLOCK_SIZE=block_size,
-        BLOCKS=config.blocks,
+        BLOCKS=blocks,
         SIGNED=format == "fp4",
         WHOLE=n % block_size == 0,
         **config.options,

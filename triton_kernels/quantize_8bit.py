@@ -45,11 +45,13 @@ def quantize_8bit(
     block_size: int,
     codes: Tensor,
     absmax: Tensor,
+    target: launch.Target,
 ) -> None:
     """Codes of the contiguous, not empty ``x``, less ``offset``, by ``codec.byte_thresholds``."""
     n = x.numel()
-    config = launch.blockwise(block_size)
-    _quantize_8bit_kernel[(triton.cdiv(n, config.blocks * block_size),)](
+    config = launch.codes(target)
+    blocks = max(1, config.elements // block_size)
+    _quantize_8bit_kernel[(triton.cdiv(n, blocks * block_size),)](
         x,
         offset,
         thresholds,
@@ -57,7 +59,7 @@ def quantize_8bit(
         absmax,
         n,
         BLOCK_SIZE=block_size,
-        BLOCKS=config.blocks,
+        BLOCKS=blocks,
         WHOLE=n % block_size == 0,
         **config.options,
     )

@@ -103,7 +103,11 @@ def _mean_kernel(limbs_ptr, offset_ptr, n, PROGRAMS: tl.constexpr):
 
 
 def quantize_absmax(
-    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor
+    absmax: Tensor,
+    codes: Tensor,
+    nested_absmax: Tensor,
+    nested_offset: Tensor,
+    target: launch.Target,
 ) -> None:
     """Codes, second-level scales and offset of the contiguous, not empty ``absmax``."""
     n = absmax.numel()
@@ -111,8 +115,8 @@ def quantize_absmax(
     config = launch.SUM
     # Whatever the order of these integer sums, the result is the same.
     limbs = torch.empty((config.programs, _LIMBS.value), dtype=torch.int64, device=device)
-    _sum_kernel[(config.programs,)](absmax, limbs, n, BLOCK=config.block, **config.options)
-    _mean_kernel[(1,)](limbs, nested_offset, n, PROGRAMS=config.programs, **launch.ONE_WARP)
+    _sum_kernel[(config.programs,)](absmax, limbs, n, BLOCK=config.elements, **config.options)
+    _mean_kernel[(1,)](limbs, nested_offset, n, PROGRAMS=config.programs, **launch.MEAN.options)
     quantize_8bit(
         absmax,
         nested_offset,
@@ -120,4 +124,5 @@ def quantize_absmax(
         formats.NESTED_BLOCK_SIZE,
         codes,
         nested_absmax,
+        target,
     )

@@ -86,7 +86,7 @@ def quantize_4bit(
     if n:
         with on_device(device):
             _kernels("quantize_4bit").quantize_4bit(
-                x.contiguous(), format, block_size, codebook, packed, absmax
+                x.contiguous(), format, block_size, codebook, packed, absmax, target_of(device)
             )
     return packed, absmax
 
@@ -130,7 +130,7 @@ def dequantize_4bit_out(
     _args.pointer("out", out, out.dtype, n, packed.device)
     if n:
         with on_device(packed.device):
-            _kernels("dequantize_4bit").dequantize_4bit(weight, out)
+            _kernels("dequantize_4bit").dequantize_4bit(weight, out, target_of(packed.device))
 
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
         with on_device(device):
             thresholds = _kernels("codec").byte_thresholds(code)
             _kernels("quantize_8bit").quantize_8bit(
-                x.contiguous(), None, thresholds, block_size, codes, absmax
+                x.contiguous(), None, thresholds, block_size, codes, absmax, target_of(device)
             )
     return codes, absmax
 
@@ -166,7 +166,7 @@ def dequantize_8bit(
     out = torch.empty(codes.shape, dtype=dtype, device=device)
     if n:
         with on_device(device):
-            _kernels("dequantize_8bit").dequantize_8bit(codes, absmax, code, block_size, out)
+            _kernels("dequantize_8bit").dequantize_8bit(codes, absmax, code, block_size, out, target_of(device))
     return out
 
 
@@ -183,7 +183,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested_absmax = torch.empty(groups, dtype=torch.float32, device=device)
     nested_offset = torch.empty((), dtype=torch.float32, device=device)
     with on_device(device):
-        _kernels("quantize_absmax").quantize_absmax(absmax, codes, nested_absmax, nested_offset)
+        _kernels("quantize_absmax").quantize_absmax(absmax, codes, nested_absmax, nested_offset, target_of(device))
     return codes, nested_absmax, nested_offset
 
 
