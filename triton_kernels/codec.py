@@ -22,7 +22,6 @@ UNIT = tl.constexpr(formats.MIN_BLOCK_SIZE)
 UNIT_BYTES = tl.constexpr(formats.MIN_BLOCK_SIZE // 2)
 
 _NESTED_SHIFT = tl.constexpr(formats.NESTED_BLOCK_SIZE.bit_length() - 1)
-_HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
 _QUIET_NAN_BITS = tl.constexpr(0x7FC00000)
 _INF_BITS = tl.constexpr(0x7F800000)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
@@ -127,21 +126,26 @@ def _padded(values: tuple[float, ...], size: int, device: torch.device) -> Tenso
     return torch.tensor(padded, dtype=torch.float32, device=device)
 
 
-@triton.jit
-def look_up(table_ptr, index, SIZE: tl.constexpr):
-    """``table[index]`` for an integer ``index`` of any shape, all of it below ``SIZE``.
+if hasattr(tl, "gather"):
 
-    A gather from a table in registers goes through shared memory: an access a look-up, in as many
-    banks as there are entries. Triton 3.2 has none; there a look-up is a load that hits the L1 cache.
-    """
-    index = index.to(tl.int32)
-    if _HAS_GATHER:
+    @triton.jit
+    def look_up(table_ptr, index, SIZE: tl.constexpr):
+        """``table[index]`` for an integer ``index`` of any shape, all of it below ``SIZE``.
+
+        A gather from registers goes through shared memory: an access a look-up, without conflicts
+        among the 16 values of a code table, which lie in 16 banks.
+        """
         table = tl.load(table_ptr + tl.arange(0, SIZE))
         # One dimension: a table has no other that could match the index's.
-        found = tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
-    else:
-        found = tl.load(table_ptr + index)
-    return found
+        flat = tl.reshape(index.to(tl.int32), (index.numel,))
+        return tl.reshape(tl.gather(table, flat, 0), index.shape)
+
+else:
+
+    @triton.jit
+    def look_up(table_ptr, index, SIZE: tl.constexpr):
+        """The same in Triton 3.2, which has no gather: each look-up is a load from the L1 cache."""
+        return tl.load(table_ptr + index.to(tl.int32))
 
 
 @triton.jit
@@ -200,7 +204,7 @@ def decode_tile(
     ``rows`` is int64 ``[R]``, ``first`` a multiple of ``COLUMNS``. ``ALIGNED`` says that K is a
     multiple of a unit, so that codes are read a unit at a time; else each is on its own.
     """
-    tl.static_assert(COLUMNS % UNIT == 0)
+    tl.static_assert(COLUMNS // UNIT * UNIT == COLUMNS)
     ROWS: tl.constexpr = rows.shape[0]
     if ALIGNED:
         UNITS: tl.constexpr = COLUMNS // UNIT

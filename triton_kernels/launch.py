@@ -132,8 +132,9 @@ _MATRIX_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 4), (128, 128, 
 _CDNA_TILES = ((16, 64, 128, 4), (32, 64, 128, 4), (64, 128, 64, 4))
 _RDNA_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 8))
 _CDNA_FLOAT_TILES = ((16, 64, 64, 4), (64, 64, 32, 4))
-# Scalar products keep whole rows and columns of both operands in registers; RDNA has fewer.
-_SCALAR_TILES = ((16, 64, 32, 4), (32, 64, 32, 8), (64, 64, 32, 8))
+# Scalar products keep whole rows and columns of both operands in registers, of which RDNA spills.
+_SCALAR_TILES = ((16, 128, 32, 4), (64, 64, 32, 8))
+_RDNA_SCALAR_TILES = ((16, 128, 32, 4), (32, 64, 32, 8))
 
 Tile = tuple[int, int, int, int]
 
@@ -141,7 +142,7 @@ Tile = tuple[int, int, int, int]
 def tiles(target: Target, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles for products of ``dtype``, those for few rows first."""
     if not target.multiplies(dtype):
-        return _SCALAR_TILES if target.kind == "cuda" else _SCALAR_TILES[:2]
+        return _SCALAR_TILES if target.kind == "cuda" else _RDNA_SCALAR_TILES
     if target.is_cdna:
         return _CDNA_FLOAT_TILES if dtype == torch.float32 else _CDNA_TILES
     return _MATRIX_TILES if target.kind == "cuda" else _RDNA_TILES

@@ -43,7 +43,7 @@ def _linear_4bit_kernel(
     Programs go through the rows of x first, so that those which run together share W in the cache.
     ``UPCAST`` multiplies in float32, for devices whose dot product has no such 16-bit type.
     """
-    tl.static_assert(BLOCK_K % UNIT == 0)
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -91,8 +91,10 @@ def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, numel, N, PARTS: tl.constexp
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < numel
     sum = tl.load(parts_ptr + element, mask=mask, other=0.0)
-    for part in range(1, PARTS):
-        sum += tl.load(parts_ptr + part * numel + element, mask=mask, other=0.0)
+    offset = element
+    for _ in range(1, PARTS):
+        offset += numel
+        sum += tl.load(parts_ptr + offset, mask=mask, other=0.0)
     if bias_ptr is not None:
         sum += tl.load(bias_ptr + element % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + element, sum.to(out_ptr.dtype.element_ty), mask=mask)

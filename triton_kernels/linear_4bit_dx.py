@@ -38,7 +38,7 @@ def _linear_4bit_dx_kernel(
 
     Order of programs and ``UPCAST`` are those of ``_linear_4bit_kernel``.
     """
-    tl.static_assert(BLOCK_K % UNIT == 0)
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)

@@ -28,7 +28,7 @@ def _quantize_4bit_kernel(
     ``SIGNED`` codes are a sign and a magnitude's code. ``WHOLE`` says that the last block is not
     short, so that masks leave accesses wide.
     """
-    tl.static_assert(BLOCK_SIZE % UNIT == 0)
+    tl.static_assert(BLOCK_SIZE // UNIT * UNIT == BLOCK_SIZE)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]

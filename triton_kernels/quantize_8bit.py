@@ -23,7 +23,7 @@ def _quantize_8bit_kernel(
     WHOLE: tl.constexpr,
 ):
     """``BLOCKS`` blocks a program, of ``x - offset`` where there is an offset."""
-    tl.static_assert(BLOCK_SIZE % UNIT == 0)
+    tl.static_assert(BLOCK_SIZE // UNIT * UNIT == BLOCK_SIZE)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     inside = block * BLOCK_SIZE < n
