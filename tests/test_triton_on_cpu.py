@@ -68,9 +68,7 @@ matmuls = pytest.mark.parametrize(
 @matmuls
 @every_target
 @pytest.mark.slow
-def test_batch_invariant(
-    spec: OpSpec, on: semantics.SemanticsTarget, dtype: torch.dtype
-) -> None:
+def test_batch_invariant(spec: OpSpec, on: semantics.SemanticsTarget, dtype: torch.dtype) -> None:
     """A row's bits do not depend on how many rows come with it, nor on which place it has."""
     case = Case((70, 37, 130), dtype, double_quant=True, batch_invariant=True)
     inputs = conformance.inputs_of(spec, case, CPU)
@@ -140,13 +138,18 @@ def test_values_at_the_edge(on: semantics.SemanticsTarget) -> None:
         conformance.test_every_nan_stays_nan(on, dtype, CPU)
 
 
+@one_target
+def test_the_mean_of_scales_is_exact(on: semantics.SemanticsTarget) -> None:
+    semantics.check_exact_means(on)
+
+
 def test_large_launches_were_checked_for_races() -> None:
-    """By address ranges where not access by access; a few whose ranges meet are not, and none unseen."""
+    """By address ranges where not access by access; a few whose ranges meet are not."""
     assert len(semantics.unchecked) < 40
 
 
 def interpret(stride: int, largest: int, first: int = 0) -> None:
-    """`interpreter.py` in a process of its own, for Triton decides at import whether it interprets."""
+    """`interpreter.py` in a process of its own: Triton decides at import if it interprets."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(__file__).parent / "triton_cpu" / "interpreter.py"]
         + [str(stride), str(largest), str(first)],

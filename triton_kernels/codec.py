@@ -53,7 +53,8 @@ def dynamic_thresholds(device: torch.device) -> Tensor:
 def byte_thresholds(code: Tensor) -> Tensor:
     """The thresholds of an ascending float32 ``[256]`` map, as ``dynamic_thresholds``.
 
-    Midpoints of neighbours, rounded down: a float32 exceeds one exactly when it exceeds the midpoint.
+    Midpoints of neighbours, rounded down: a float32 exceeds one exactly when it exceeds the exact
+    midpoint.
     """
     exact = (code[:-1].double() + code[1:].double()) / 2
     rounded = exact.float()
@@ -149,9 +150,7 @@ else:
 
 
 @triton.jit
-def load_scales(
-    absmax_ptr, nested_absmax_ptr, nested_offset, map_ptr, block, mask
-):
+def load_scales(absmax_ptr, nested_absmax_ptr, nested_offset, map_ptr, block, mask):
     """Float32 scales of the blocks ``block`` (int64, any shape); 0 where not ``mask``.
 
     Two roundings where the scales are double-quantised; launches turn fused multiply-add off.
@@ -170,11 +169,7 @@ def load_scales(
 @triton.jit
 def load_offset(nested_offset_ptr):
     """What is added to every double-quantised scale; 0 where there is none."""
-    if nested_offset_ptr is None:
-        offset = 0.0
-    else:
-        offset = tl.load(nested_offset_ptr)
-    return offset
+    return 0.0 if nested_offset_ptr is None else tl.load(nested_offset_ptr)
 
 
 @triton.jit

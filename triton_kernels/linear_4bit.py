@@ -1,7 +1,7 @@
 """linear_4bit: y = x Wᵀ + bias on a 4-bit W, which is decoded a tile at a time.
 
-With few rows of x there are few tiles of y, so K is split among programs: each writes a float32 part,
-and a second kernel adds the parts in order. No atomics: the same call gives the same bits.
+With few rows of x there are few tiles of y, so K is split among programs: each writes a float32
+part, and a second kernel adds the parts in order. No atomics: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _linear_4bit_kernel(
     ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of y, or of one of its float32 parts ``[splits, M, N]``, summed over ``k_split`` terms.
+    """A tile of y, or of one of its parts ``[splits, M, N]``, which sum ``k_split`` terms each.
 
     Programs go through the rows of x first, so that those which run together share W in the cache.
     ``UPCAST`` multiplies in float32, for devices whose dot product has no such 16-bit type.
@@ -86,7 +86,9 @@ def _linear_4bit_kernel(
 
 
 @triton.jit
-def _sum_parts_kernel(parts_ptr, bias_ptr, out_ptr, numel, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_parts_kernel(
+    parts_ptr, bias_ptr, out_ptr, numel, N, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """``out`` of ``parts[PARTS, numel]``, added from first to last; its rows have N elements."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < numel

@@ -34,7 +34,7 @@ def _linear_4bit_dx_kernel(
     ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of dx, or of one of its float32 parts ``[splits, M, K]``, summed over ``n_split`` rows.
+    """A tile of dx, or of one of its parts ``[splits, M, K]``, which sum ``n_split`` terms each.
 
     Order of programs and ``UPCAST`` are those of ``_linear_4bit_kernel``.
     """

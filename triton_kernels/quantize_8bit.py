@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import codec, launch
+from qkern.triton_kernels import launch
 from qkern.triton_kernels.codec import UNIT, block_absmax, block_reciprocal, count_below
 
 

@@ -37,7 +37,8 @@ def matmul(
     batch_invariant: bool,
 ) -> launch.Matmul:
     """The launch for a problem, whose ``start`` may be called to measure: ``launch.matmul``'s choice,
-    or the fastest tile."""
+    or the fastest tile.
+    """
     path = os.environ.get("QKERN_TRITON_TUNE")
     if not path or batch_invariant:
         return launch.matmul(target, dtype, rows, out, depth, batch_invariant)
@@ -46,7 +47,9 @@ def matmul(
     if choices is None:
         choices = _CHOICES[file] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     # Numbers of rows between two powers of two have the same best tile, nearly.
-    problem = f"{op} {target.kind} {target.arch} {dtype} {1 << (rows - 1).bit_length()} {out} {depth}"
+    problem = (
+        f"{op} {target.kind} {target.arch} {dtype} {1 << (rows - 1).bit_length()} {out} {depth}"
+    )
     tile = choices.get(problem)
     if tile is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

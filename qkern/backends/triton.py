@@ -1,7 +1,7 @@
 """The Triton backend: ``qkern.triton_kernels`` on tensors of one CUDA or ROCm device.
 
-For CUDA tensors where the native library has no CUDA kernels, and for AMD devices, which torch calls
-CUDA too. Triton itself is imported when this backend is asked for, and it compiles a kernel at the
+For CUDA tensors where the native library has no CUDA kernels, and for AMD devices, which torch
+calls CUDA too. Triton is imported when this backend is asked for, and it compiles a kernel at the
 first call that needs it. Every op starts its kernels on the caller's current stream and returns.
 Inputs that hold no element go to the reference.
 """
@@ -123,9 +123,7 @@ def dequantize_4bit_out(
 ) -> None:
     """See ``qkern.reference.dequantize_4bit_out``."""
     n = out.numel()
-    weight = _weight(
-        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, n
-    )
+    weight = _weight(packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, n)
     _args.dtype_id("out", out.dtype)
     _args.pointer("out", out, out.dtype, n, packed.device)
     if n:
@@ -166,7 +164,9 @@ def dequantize_8bit(
     out = torch.empty(codes.shape, dtype=dtype, device=device)
     if n:
         with on_device(device):
-            _kernels("dequantize_8bit").dequantize_8bit(codes, absmax, code, block_size, out, target_of(device))
+            _kernels("dequantize_8bit").dequantize_8bit(
+                codes, absmax, code, block_size, out, target_of(device)
+            )
     return out
 
 
@@ -183,7 +183,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested_absmax = torch.empty(groups, dtype=torch.float32, device=device)
     nested_offset = torch.empty((), dtype=torch.float32, device=device)
     with on_device(device):
-        _kernels("quantize_absmax").quantize_absmax(absmax, codes, nested_absmax, nested_offset, target_of(device))
+        _kernels("quantize_absmax").quantize_absmax(
+            absmax, codes, nested_absmax, nested_offset, target_of(device)
+        )
     return codes, nested_absmax, nested_offset
 
 

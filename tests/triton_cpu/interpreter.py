@@ -1,7 +1,7 @@
 """Runs the op table on Triton's interpreter: a process of its own, with ``TRITON_INTERPRET=1``.
 
-``interpreter.py STRIDE LARGEST [FIRST]``: every STRIDE-th case, from the FIRST on, of at most LARGEST
-multiply-adds or elements. Prints each case before it runs, and their number at the end.
+``interpreter.py STRIDE LARGEST [FIRST]``: every STRIDE-th case, from the FIRST on, of at most
+LARGEST multiply-adds or elements. Prints each case before it runs, and their number at the end.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton_cpu import semantics
 
 from qkern import backends, testing
+from triton_cpu import semantics
 
 Handle = interpreter.TensorHandle
 
@@ -45,7 +45,7 @@ def widened(handle: Any) -> Any:
 
 
 def correct_bfloat16() -> None:
-    """Make the interpreter convert, add and multiply bfloat16 by value; it works on the raw bits."""
+    """Make the interpreter convert, add and multiply bfloat16 by value, not by its bits."""
     builder = interpreter.InterpreterBuilder
     cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
 
@@ -71,6 +71,19 @@ def correct_bfloat16() -> None:
         setattr(builder, f"create_{name}", lambda self, source, to: cast_impl(self, source, to))
 
 
+class Interpreted(testing.Target):
+    """A target of the conformance table: the kernels in the interpreter, launched as by `module`."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module.__name__, "interpreter")
+        object.__setattr__(self, "module", module)
+
+    def activate(self) -> Any:
+        return backends.use(self.module)
+
+
 def main(stride: str, largest: str, first: str = "0") -> None:
     """Command line."""
     correct_bfloat16()
@@ -78,15 +91,9 @@ def main(stride: str, largest: str, first: str = "0") -> None:
     table = [(spec, case) for spec in testing.OPS.values() for case in spec.cases]
     chosen = [(s, c) for s, c in table if c.numel <= int(largest)][int(first) :: int(stride)]
     for i, (spec, case) in enumerate(chosen):
-        print(spec.id(case, testing.Target("interpreter")), flush=True)
-
-        class Interpreted(testing.Target):
-            __slots__ = ()
-
-            def activate(self, module: Any = modules[i % len(modules)]) -> Any:
-                return backends.use(module)
-
-        testing.check(spec, case, Interpreted("interpreter"))
+        target = Interpreted(modules[i % len(modules)])
+        print(spec.id(case, target), flush=True)
+        testing.check(spec, case, target)
     print(f"{len(chosen)} cases")
 
 

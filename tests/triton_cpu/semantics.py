@@ -12,11 +12,12 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from module_copy import copy_of
 
-from qkern import backends
+from qkern import backends, reference
 from qkern.backends import triton
-from qkern.testing import Target
+from qkern.testing import Target, assert_bitwise
 
 NAME = "triton"
 
@@ -93,3 +94,26 @@ class SemanticsTarget(Target):
         """Run every qkern op inside the context on the kernels."""
         with session(), backends.use(self.module):
             yield
+
+
+WIDE_SUMS = (
+    # Next to the middle of two float64: what lies 100 bits below decides, either way.
+    (1.0, 2.0**-24, 2.0**-53, 2.0**-100),
+    (1.0, 2.0**-24, 2.0**-53, -(2.0**-100)),
+    (2.0**-149, 2.0**-149, -(2.0**-149)),
+    (3e38, 3e38, 3e38, -(2.0**-149)),
+    (2.0**127, 2.0**-149, -(2.0**127)),
+    (-1.0, -(2.0**-24), -(2.0**-53), -(2.0**-120)),
+)
+"""Scales whose sum needs more bits than any float has."""
+
+
+def check_exact_means(target: Target) -> None:
+    """Raise AssertionError unless the mean of wide sums is rounded as the exact one is."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(8, 3000, generator=generator)
+    random *= torch.exp2(40 * torch.randn(8, 3000, generator=generator)).clamp(1e-38, 1e30)
+    for scales in (*map(torch.tensor, WIDE_SUMS), *random):
+        with target.activate():
+            (_, _, offset) = torch.ops.qkern.quantize_absmax(scales)
+        assert_bitwise(offset, reference.quantize_absmax(scales)[2], f"mean of {scales[:4]}")

@@ -1,4 +1,4 @@
-"""What the machine code of Triton's kernels says: registers, spills, accesses, matrix instructions."""
+"""What the machine code of Triton's kernels says: registers, spills, accesses."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def _of_amdgcn(call: str, compiled: Compiled, architecture: int | str) -> Figure
         + metadata("vgpr_spill_count"),
         stack_bytes=metadata("private_segment_fixed_size"),
         shared_bytes=compiled.shared_bytes,
-        matrix_instructions=sum(n for o, n in opcodes.items() if o.startswith(("v_mfma", "v_wmma"))),
+        matrix_instructions=sum(
+            n for o, n in opcodes.items() if o.startswith(("v_mfma", "v_wmma"))
+        ),
         load_bits=widest("load"),
         store_bits=widest("store"),
         instructions=sum(opcodes.values()),
