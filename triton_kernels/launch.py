@@ -19,8 +19,8 @@ from qkern import formats
 class Target:
     """A device: its kind, architecture and processors (SMs or CUs).
 
-    ``kind`` is ``"cuda"`` with an ``arch`` such as 90 (compute capability 9.0), or ``"hip"`` with one
-    such as ``"gfx942"``.
+    ``kind`` is ``"cuda"`` with an ``arch`` such as 90 (compute capability 9.0), or ``"hip"`` with
+    one such as ``"gfx942"``.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Target:
         return 64 if self.is_cdna else 32
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether Triton turns dot products of ``dtype``, summed in float32, into matrix instructions.
+        """Whether Triton makes matrix instructions of dot products of ``dtype``, summed in float32.
 
         Not below compute capability 8.0: there a 16-bit dot product becomes scalar code with
         thousands of accesses to local memory, though the processor has instructions for float16.
@@ -127,7 +127,7 @@ _INVARIANT_ROWS = 16
 
 # (rows, columns, depth, warps) of tiles by the most rows they are for; the last serves all others.
 # A tile of W is decoded anew for every tile of rows, so these grow until the registers are full:
-# the sums, 16 KiB of decoded weights and the operands on their way. Weights are decoded 32 a thread.
+# the sums, 16 KiB of decoded weights and the operands on their way. A thread decodes 32 weights.
 _MATRIX_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 4), (128, 128, 64, 8))
 _CDNA_TILES = ((16, 64, 128, 4), (32, 64, 128, 4), (64, 128, 64, 4))
 _RDNA_TILES = ((16, 64, 64, 4), (32, 64, 64, 4), (64, 128, 64, 8))

@@ -1,7 +1,8 @@
-"""quantize_absmax, double quantisation: the scales' exact mean, then 8-bit codes of the differences.
+"""quantize_absmax, double quantisation: the scales' exact mean, then codes of the differences.
 
-A float32 is an integer below 2**24 times 2**(bin - 149), with a bin from 0 to 253. Programs add such
-integers up as *limbs* of 24 bits, so the sum is exact whatever the order, and one program rounds it.
+A float32 is an integer below 2**24 times 2**(bin - 149), with a bin from 0 to 253. Programs add
+such integers up as *limbs* of 24 bits, so the sum is exact whatever the order, and one program
+rounds it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _digit(limbs, index):
 
 @triton.jit
 def _carried(limbs):
-    """The same sum with limbs from 0 to 2**24 - 1, but for the last used one, which has the sign."""
+    """The same sum with limbs from 0 to 2**24 - 1, but for the last one, which has the sign."""
     place = tl.arange(0, _LIMBS)
     for i in tl.static_range(_USED_LIMBS - 1):
         digit = _digit(limbs, i)

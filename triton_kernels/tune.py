@@ -1,12 +1,13 @@
-"""Choosing a matmul's tile by measuring, where ``QKERN_TRITON_TUNE`` names a file to keep choices in.
+"""Choosing a matmul's tile by measuring, where ``QKERN_TRITON_TUNE`` names a file for the choices.
 
-Off by default: the choices of ``launch`` need no measuring and are the same in every process. On, the
-first call of each kind of problem times every tile that ``launch`` has for it, and the file keeps the
-fastest. Batch-invariant calls are never tuned, nor are calls inside the capture of a CUDA graph.
+Off by default: the choices of ``launch`` need no measuring and are the same in every process. On,
+the first call of each kind of problem times every tile that ``launch`` has for it, and the file
+keeps the fastest. Batch-invariant calls are never tuned, nor are calls that a CUDA graph captures.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -36,8 +37,9 @@ def matmul(
     depth: int,
     batch_invariant: bool,
 ) -> launch.Matmul:
-    """The launch for a problem, whose ``start`` may be called to measure: ``launch.matmul``'s choice,
-    or the fastest tile.
+    """The launch for a problem: ``launch.matmul``'s choice, or with the fastest tile.
+
+    ``start`` runs the problem with a launch, and may be called to measure.
     """
     path = os.environ.get("QKERN_TRITON_TUNE")
     if not path or batch_invariant:
@@ -54,11 +56,11 @@ def matmul(
     if tile is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return launch.matmul(target, dtype, rows, out, depth)
-        times = {}
+        times: dict[launch.Tile, float] = {}
         for candidate in launch.tiles(target, dtype):
             config = launch.matmul_of(target, dtype, candidate, rows, out, depth)
-            times[candidate] = milliseconds(lambda config=config: start(config))
-        tile = choices[problem] = list(min(times, key=lambda candidate: times[candidate]))
+            times[candidate] = milliseconds(functools.partial(start, config))
+        tile = choices[problem] = list(min(times, key=times.__getitem__))
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         partial.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", "utf-8")
         partial.replace(file)

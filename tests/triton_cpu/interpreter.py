@@ -72,7 +72,7 @@ def correct_bfloat16() -> None:
 
 
 class Interpreted(testing.Target):
-    """A target of the conformance table: the kernels in the interpreter, launched as by `module`."""
+    """A target of the op table: the kernels in the interpreter, launched by `module`."""
 
     __slots__ = ("module",)
 

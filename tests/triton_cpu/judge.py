@@ -74,8 +74,6 @@ def take_kernels_from(folder: Path) -> None:
 
 def judge_numbers(scope: str) -> str | None:
     """What the cases of a scope notice."""
-    from ttsem.sanitize import KernelFault
-
     name, cases = CASES[scope]
     spec = testing.OPS[name]
     if scope == "quantize_absmax":
@@ -84,20 +82,29 @@ def judge_numbers(scope: str) -> str | None:
         except AssertionError as wrong:
             return f"numbers: {wrong}"
     for case in cases:
-        try:
-            # Few processors split what is one tile of rows, and not what is several.
-            target = semantics.SemanticsTarget(SM_75 if case.batch_invariant else SM_90)
-            testing.check(spec, case, target, "cpu")
-            if case.batch_invariant:
-                inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator())
-                with target.activate():
-                    (whole,) = spec.run(inputs)
-                    (row,) = spec.run(inputs | {"x": inputs["x"][:1]})
-                testing.assert_bitwise(row, whole[:1])
-        except KernelFault as fault:
-            return f"{FAULTS[fault.fault.kind]}: {case}: {fault}"
-        except AssertionError as wrong:
-            return f"numbers: {case}: {wrong}"
+        if found := judge_case(spec, case):
+            return f"{found.partition(':')[0]}: {case}:{found.partition(':')[2]}"
+    return None
+
+
+def judge_case(spec: testing.OpSpec, case: Case) -> str | None:
+    """What one case notices."""
+    from ttsem.sanitize import KernelFault
+
+    # Few processors split what is one tile of rows, and not what is several.
+    target = semantics.SemanticsTarget(SM_75 if case.batch_invariant else SM_90)
+    try:
+        testing.check(spec, case, target, "cpu")
+        if case.batch_invariant:
+            inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator())
+            with target.activate():
+                (whole,) = spec.run(inputs)
+                (row,) = spec.run(inputs | {"x": inputs["x"][:1]})
+            testing.assert_bitwise(row, whole[:1])
+    except KernelFault as fault:
+        return f"{FAULTS[fault.fault.kind]}: {fault}"
+    except AssertionError as wrong:
+        return f"numbers: {wrong}"
     return None
 
 

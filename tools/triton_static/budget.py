@@ -1,7 +1,7 @@
 """The committed table of figures, ``tests/triton_budget.csv``.
 
-``PYTHONPATH=tools:. python -m triton_static.budget [--write] [ARCH ...]`` prints the table, with each
-target that is missed; ``--write`` replaces the committed rows of these architectures.
+``PYTHONPATH=tools:. python -m triton_static.budget [--write] [ARCH ...]`` prints the table, with
+each target that is missed; ``--write`` replaces the committed rows of these architectures.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def faults(f: Figures) -> list[str]:
     found = []
     if f.spills or f.stack_bytes:
         found.append(f"{f.spills} accesses to local memory, {f.stack_bytes} bytes of stack")
-    if f.load_bits < 128 and f.kernel not in ("mean_kernel",):
+    if f.load_bits < 128 and f.kernel != "mean_kernel":
         found.append(f"loads of {f.load_bits} bits")
     name = f.kernel.removesuffix("_kernel")
     if name in ("linear_4bit", "linear_4bit_dx"):

@@ -1,8 +1,8 @@
 """Compiles what the Triton backend would launch for a call on a device that is not here.
 
-The backend runs on CPU tensors with a stub for Triton's driver; Triton's own binder specialises each
-launch, compiles it for the stub's target and returns before it would start. So what is examined is
-what a user gets, arguments' alignment included.
+The backend runs on CPU tensors with a stub for Triton's driver; Triton's own binder specialises
+each launch, compiles it for the stub's target and returns before it would start. So what is
+examined is what a user gets, arguments' alignment included.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def missing() -> str | None:
 
 
 def cpu_backend(arch: int | str, processors: int = _PROCESSORS) -> ModuleType:
-    """A copy of ``qkern.backends.triton`` for CPU tensors, which takes them for those of ``arch``."""
+    """A copy of ``qkern.backends.triton`` that takes CPU tensors for those of an ``arch``."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         from module_copy import copy_of
@@ -155,7 +155,7 @@ ROWS = (1, 32, 64, 512)
 
 
 def calls(only: str = "") -> dict[str, Callable[[], object]]:
-    """The calls whose launches are examined by id: ``op-dtype-variant``; those with ``only`` in it."""
+    """The calls whose launches are examined, by ``op-dtype-variant`` with ``only`` in it."""
     ops = torch.ops.qkern
     found: dict[str, Callable[[], object]] = {}
     weight = functools.cache(_weight)

@@ -1,4 +1,4 @@
-"""What the compilers' intermediate text must not hold, though results on a CPU would be the same."""
+"""What the compilers' text must not hold, though results on a CPU would be the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rounding_faults(compiled: Compiled) -> list[str]:
 
 
 def _amd_rounding_faults(compiled: Compiled) -> list[str]:
-    """From LLVM's text: exact division is itself made of fused multiply-adds in the machine code."""
+    """From LLVM's text: in machine code, exact division is itself made of fused multiply-adds."""
     llir = compiled.asm["llir"]
     flags = r"\bf(?:add|sub|mul|div) (?:[a-z]+ )*?(fast|contract|arcp|afn|reassoc)\b"
     found = [f"{flag} in LLVM's text" for flag in sorted(set(re.findall(flags, llir)))]
