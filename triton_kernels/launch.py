@@ -164,6 +164,13 @@ def matmul(
     return matmul_of(target, dtype, tile, rows, out, depth)
 
 
+def _stages(target: Target, dtype: torch.dtype) -> int:
+    """Tiles in flight. Float32 is limited by multiplying, and has no registers left for a second."""
+    if dtype == torch.float32 or not target.multiplies(dtype):
+        return 1
+    return 2 if target.kind == "hip" else 3
+
+
 def matmul_of(
     target: Target,
     dtype: torch.dtype,
@@ -183,7 +190,7 @@ def matmul_of(
         block_m=block_m,
         block_out=block_out,
         block_depth=block_depth,
-        num_stages=2 if target.kind == "hip" else 3,
+        num_stages=_stages(target, dtype),
         parts=-(-depth // depth_a_part),
         depth_a_part=depth_a_part,
         upcast=not target.multiplies(dtype),

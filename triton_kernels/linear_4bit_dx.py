@@ -83,7 +83,7 @@ def linear_4bit_dx(
     target: launch.Target,
     batch_invariant: bool = False,
 ) -> None:
-    """``dy`` ``[M, N]``, of unit inner stride, times the ``[N, K]`` weight into ``[M, K]`` ``dx``."""
+    """``dy`` ``[M, N]``, of unit inner stride, times the ``[N, K]`` weight: ``dx`` ``[M, K]``."""
     M, N = dy.shape
     K = dx.shape[1]
 

@@ -60,7 +60,7 @@ def matmul(
         for candidate in launch.tiles(target, dtype):
             config = launch.matmul_of(target, dtype, candidate, rows, out, depth)
             times[candidate] = milliseconds(functools.partial(start, config))
-        tile = choices[problem] = list(min(times, key=times.__getitem__))
+        tile = choices[problem] = list(min(times.items(), key=lambda item: item[1])[0])
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         partial.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", "utf-8")
         partial.replace(file)

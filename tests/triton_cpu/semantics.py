@@ -70,12 +70,13 @@ def session() -> Iterator[None]:
             sanitize.session(90, "<qkern>", cuda_is_cpu=False) as state,
             warnings.catch_warnings(),
         ):
+            # Triton is to find a device; torch and its compiler are not.
+            _fakedriver.unstub_torch_cuda()
             # Overflow to infinity is what a conversion is to do.
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
         unchecked.extend([""] * state.races_unchecked)
     finally:
-        _fakedriver.unstub_torch_cuda()
         vars(driver).clear()
         vars(driver).update(before)
 
