@@ -165,7 +165,7 @@ def matmul(
 
 
 def _stages(target: Target, dtype: torch.dtype) -> int:
-    """Tiles in flight. Float32 is limited by multiplying, and has no registers left for a second."""
+    """Tiles in flight; float32, which multiplying limits, has registers for one only."""
     if dtype == torch.float32 or not target.multiplies(dtype):
         return 1
     return 2 if target.kind == "hip" else 3

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,15 +56,29 @@ def triton_version() -> str:
 _MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)")
 
 
-def _of_cubin(call: str, compiled: Compiled, architecture: int | str) -> Figures:
+@contextlib.contextmanager
+def _cubin(compiled: Compiled) -> Iterator[tuple[Path, Path]]:
+    """cuobjdump, and a file that it can read."""
+    disassemblers = toolchain.disassembler_folder()
+    if disassemblers is None:
+        raise toolchain.ToolError("cuobjdump not found")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        disassemblers = toolchain.disassembler_folder()
-        assert disassemblers is not None
-        tool = disassemblers / "cuobjdump"
-        used = toolchain.run([tool, "--dump-resource-usage", cubin])
-        (code,) = sass.parse(toolchain.run([tool, "-sass", cubin]))
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        yield disassemblers / "cuobjdump", path
+
+
+def machine_code(compiled: Compiled) -> sass.Function:
+    """The machine code of a kernel for one of NVIDIA's architectures."""
+    with _cubin(compiled) as (tool, path):
+        (code,) = sass.parse(toolchain.run([tool, "-sass", path]))
+    return code
+
+
+def _of_cubin(call: str, compiled: Compiled, architecture: int | str) -> Figures:
+    with _cubin(compiled) as (tool, path):
+        used = toolchain.run([tool, "--dump-resource-usage", path])
+    code = machine_code(compiled)
     resources = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
 
     def widest(*bases: str) -> int:
