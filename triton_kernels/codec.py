@@ -127,7 +127,8 @@ def _padded(values: tuple[float, ...], size: int, device: torch.device) -> Tenso
     return torch.tensor(padded, dtype=torch.float32, device=device)
 
 
-if hasattr(tl, "gather"):
+# Triton 3.2 has no gather, and 3.3's compiler fails on one from 256 entries.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4):
 
     @triton.jit
     def look_up(table_ptr, index, SIZE: tl.constexpr):
@@ -145,7 +146,7 @@ else:
 
     @triton.jit
     def look_up(table_ptr, index, SIZE: tl.constexpr):
-        """The same in Triton 3.2, which has no gather: each look-up is a load from the L1 cache."""
+        """The same for older versions: each look-up is a load, from the L1 cache."""
         return tl.load(table_ptr + index.to(tl.int32))
 
 

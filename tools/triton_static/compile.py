@@ -41,6 +41,8 @@ class Compiled:
     num_warps: int
     arguments: dict[str, Any]
     """Those of the launch by the kernel's parameters; tensors as they were."""
+    constants: frozenset[str]
+    """Parameters that are part of the code."""
     grid: tuple[int, ...]
 
 
@@ -115,6 +117,7 @@ def compiling(arch: int | str) -> Iterator[list[Compiled]]:
                 kernel.metadata.shared,
                 kernel.metadata.num_warps,
                 {name: arguments[name] for name in self.arg_names if name in arguments},
+                frozenset(p.name for p in self.params if p.is_constexpr),
                 tuple(grid),
             )
         )
