@@ -41,6 +41,10 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
+ALL = frozenset(row["architecture"] for row in _rows(ROOT / "tests" / "triton_budget.csv"))
+"""Every architecture that tests compile for."""
+
+
 def triton_compiled() -> Compiled:
     """Of the Triton kernels."""
     found: Compiled = defaultdict(set)
@@ -74,14 +78,22 @@ def _backend(target: str) -> str:
 
 
 def _dtypes(names: Iterable[str]) -> str:
-    return ", ".join(DTYPES[name] for name in DTYPES if name in set(names))
+    found = frozenset(names)
+    return ", ".join(DTYPES[name] for name in DTYPES if name in found)
 
 
 def _architectures(names: Iterable[str]) -> str:
-    """NVIDIA's as compute capabilities, AMD's by name."""
-    nvidia = sorted(int(name) for name in names if name.isdigit())
-    amd = sorted((n for n in names if not n.isdigit()), key=lambda n: (len(n), n))
-    return ", ".join([*(f"{n // 10}.{n % 10}" for n in nvidia), *amd])
+    """NVIDIA's as compute capabilities, a run of those that tests compile for by its ends."""
+    known = sorted({int(n) for n in ALL if n.isdigit()})
+    nvidia = sorted(int(n) for n in names if n.isdigit())
+    texts = [f"{n // 10}.{n % 10}" for n in nvidia]
+    if len(nvidia) > 2 and nvidia == known[known.index(nvidia[0]) :][: len(nvidia)]:
+        texts = [f"{texts[0]} to {texts[-1]}"]
+    return ", ".join([*texts, *sorted((n for n in names if not n.isdigit()), key=_by_number)])
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def summary() -> str:
