@@ -67,8 +67,8 @@ test-emulated: setup  ## run every small case of the op table on sanitized build
 	$(PYTEST) tests/test_cuda_emulated.py -k test_every_small_case $(PYTEST_ARGS)
 
 # On a CPU: by ttsem, Triton's interpreter, and the machine code for twelve architectures.
-test-triton: setup  ## run all tests of the Triton kernels
-	$(PYTEST) -n $(WORKERS) tests/test_triton_*.py $(PYTEST_ARGS)
+test-triton: setup  ## run all tests of the Triton kernels, on every case
+	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) tests/test_triton_*.py $(PYTEST_ARGS)
 
 TRITON_VERSIONS ?= 3.2.0 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 triton-versions: setup  ## compile the Triton kernels with other versions of Triton (downloads 2 GB)

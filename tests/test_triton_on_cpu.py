@@ -33,7 +33,9 @@ TABLE = [(spec, case) for spec in OPS.values() for case in spec.cases]
 SMALL = 70_000
 """Elements, or multiply-adds: a larger case is emulated for seconds, and exercises nothing else."""
 QUICK_STRIDE = 16
-LARGE_STRIDE = 12
+EVERY_CASE = bool(os.environ.get("QKERN_TRITON_EVERY_CASE"))
+"""Whether slow tests are all cases, as `make test-triton` asks."""
+SMALL_STRIDE, LARGE_STRIDE = (1, 1) if EVERY_CASE else (3, 24)
 CPU = torch.device("cpu")
 
 targets = {str(device): semantics.SemanticsTarget(device) for device in semantics.DEVICES}
@@ -46,8 +48,9 @@ def params() -> list[object]:
     for i, (spec, case) in enumerate([*small, *large[::LARGE_STRIDE]]):
         target = targets[str(semantics.DEVICES[i % len(semantics.DEVICES)])]
         quick = i % QUICK_STRIDE == i // QUICK_STRIDE % QUICK_STRIDE and case.numel <= SMALL
-        marks = [] if quick else [pytest.mark.slow]
-        found.append(pytest.param(spec, case, target, id=spec.id(case, target), marks=marks))
+        if quick or i % SMALL_STRIDE == 0 or case.numel > SMALL:
+            marks = [] if quick else [pytest.mark.slow]
+            found.append(pytest.param(spec, case, target, id=spec.id(case, target), marks=marks))
     return found
 
 
