@@ -110,7 +110,7 @@ def test_nonfinite_activations_stay_in_their_row(
 @pytest.mark.slow
 @one_target
 @dtypes
-@pytest.mark.parametrize("cols", [96, 130 * 32])
+@pytest.mark.parametrize("cols", [96, 416])
 @matmuls
 def test_a_nonfinite_scale_stays_in_its_block(
     spec: OpSpec, cols: int, on: semantics.SemanticsTarget, dtype: torch.dtype
