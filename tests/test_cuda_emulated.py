@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cuda_emulator import backend, build
 
-from qkern import testing
+from qkern import backends, testing
 from qkern.backends import _cuda_paths
 from qkern.testing import OPS, Case, OpSpec
 
@@ -26,7 +26,12 @@ if build.compiler() is None:
     pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
 
 QUICK_STRIDE = 3
-TABLE = [(spec, case) for spec in OPS.values() for case in spec.cases]
+TABLE = [
+    (spec, case)
+    for spec in OPS.values()
+    if backends.has_kernel("cuda", spec.name)
+    for case in spec.cases
+]
 
 
 @pytest.fixture(scope="session")

@@ -158,10 +158,12 @@ def test_use_forces_and_restores_the_instruction_set() -> None:
     assert native.isa() == before
 
 
-def test_use_rejects() -> None:
+def test_use_rejects(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="name: got 'fast'; takes one of"), backends.use("fast"):
         pass
-    with pytest.raises(RuntimeError, match="'triton' is missing"), backends.use("triton"):
+    forced = backends.use("triton")
+    monkeypatch.setattr(backends.triton, "missing_reason", lambda: "not installed")
+    with pytest.raises(RuntimeError, match="'triton' is missing: not installed"), forced:
         pass
     with pytest.raises(ValueError, match="isa: got"), backends.use("reference", isa="avx2"):
         pass

@@ -4,6 +4,7 @@ A backend is a module with one function per op, of the op's signature:
 
 ``cpu``        native kernels (``qkern._C``) on CPU tensors; the default there when built
 ``cuda``       native kernels on CUDA tensors; the default there when built
+``triton``     Triton kernels on CUDA and ROCm tensors, compiled at the first call; the next choice
 ``reference``  plain PyTorch (``qkern.reference``) on any device; the default otherwise
 
 ``QKERN_BACKEND`` forces one for the process, ``use`` for a ``with`` block.
@@ -19,14 +20,19 @@ from types import ModuleType
 import torch
 
 from qkern import reference
-from qkern.backends import cuda, native
+from qkern.backends import cuda, native, triton
 
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Backends of each device type, the preferred first; any other type has the reference only."""
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": cuda, "reference": reference}
+_MODULES: dict[str, ModuleType] = {
+    "cpu": native,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 
 _forced: str | ModuleType | None = None
 _selected: dict[torch.device, ModuleType] = {}
@@ -39,12 +45,17 @@ def _missing(name: str) -> str | None:
         return native.missing_reason
     if name == "cuda":
         return cuda.missing_reason
-    return None if name in _MODULES else "not part of this version"
+    return triton.missing_reason() if name == "triton" else None
 
 
 def available(device_type: str = "cpu") -> dict[str, str | None]:
     """The backends for tensors of ``device_type``, preferred first: None, or why it is missing."""
     return {name: _missing(name) for name in _ORDER.get(device_type, ("reference",))}
+
+
+def has_kernel(name: str, op: str) -> bool:
+    """Whether the backend ``name`` computes ``op`` itself, rather than by the reference."""
+    return name == "reference" or getattr(_MODULES[name], op) is not getattr(reference, op)
 
 
 def select(device: torch.device) -> ModuleType:

@@ -1,0 +1,1 @@
+"""Triton's kernels compiled for devices that are not here, and their machine code's figures."""

@@ -1,0 +1,159 @@
+"""linear_4bit: y = x Wᵀ + bias on a 4-bit W, which is decoded a tile at a time.
+
+With few rows of x there are few tiles of y, so K is split among programs: each writes a float32
+part, and a second kernel adds the parts in order. No atomics: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkern.triton_kernels import launch, tune
+from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
+
+
+@triton.jit
+def _linear_4bit_kernel(
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    map_ptr,
+    table_ptr,
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    unit_shift,
+    k_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of y, or of one of its parts ``[splits, M, N]``, which sum ``k_split`` terms each.
+
+    Programs go through the rows of x first, so that those which run together share W in the cache.
+    ``UPCAST`` multiplies in float32, for devices whose dot product has no such 16-bit type.
+    """
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    tile_m = program % tiles_m
+    tile_n = program // tiles_m % tiles_n
+    split = (program // tiles_m // tiles_n).to(tl.int64)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
+
+    offset = load_offset(nested_offset_ptr)
+    x_rows = x_ptr + rows[:, None] * stride_xm
+    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
+        weight = decode_tile(
+            packed_ptr,
+            absmax_ptr,
+            nested_absmax_ptr,
+            offset,
+            map_ptr,
+            table_ptr,
+            columns,
+            first,
+            N,
+            K,
+            unit_shift,
+            BLOCK_K,
+            ALIGNED,
+        )
+        weight = tl.trans(weight.to(dtype))
+        sum = tl.dot(x.to(dtype), weight, sum, input_precision="ieee")
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+        sum += bias[None, :]
+    y = y_ptr + (split * M + rows[:, None]) * N + columns[None, :]
+    tl.store(y, sum.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < N))
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr, bias_ptr, out_ptr, numel, N, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``out`` of ``parts[PARTS, numel]``, added from first to last; its rows have N elements."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < numel
+    sum = tl.load(parts_ptr + element, mask=mask, other=0.0)
+    offset = element
+    for _ in range(1, PARTS):
+        offset += numel
+        sum += tl.load(parts_ptr + offset, mask=mask, other=0.0)
+    if bias_ptr is not None:
+        sum += tl.load(bias_ptr + element % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + element, sum.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``parts`` ``[parts, M, N]``, added in order, and ``bias`` into ``out`` ``[M, N]``."""
+    config = launch.SUM_PARTS
+    _sum_parts_kernel[(triton.cdiv(out.numel(), config.elements),)](
+        parts,
+        bias,
+        out,
+        out.numel(),
+        parts.shape[2],
+        PARTS=parts.shape[0],
+        BLOCK=config.elements,
+        **config.options,
+    )
+
+
+def linear_4bit(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    y: Tensor,
+    target: launch.Target,
+    batch_invariant: bool = False,
+) -> None:
+    """``x`` ``[M, K]``, of unit inner stride, times the ``[N, K]`` weight into ``y`` ``[M, N]``."""
+    M, K = x.shape
+    N = y.shape[1]
+
+    def start(config: launch.Matmul) -> None:
+        parts = config.parts
+        out = y
+        if parts > 1:
+            out = torch.empty((parts, *y.shape), dtype=torch.float32, device=x.device)
+        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_out)
+        _linear_4bit_kernel[(tiles * parts,)](
+            *weight.pointers,
+            x,
+            bias if parts == 1 else None,
+            out,
+            M,
+            N,
+            K,
+            x.stride(0),
+            weight.unit_shift,
+            config.depth_a_part,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_out,
+            BLOCK_K=config.block_depth,
+            ALIGNED=K % UNIT.value == 0,
+            UPCAST=config.upcast,
+            **config.options,
+        )
+        if parts > 1:
+            sum_parts(out, bias, y)
+
+    start(tune.matmul("linear_4bit", start, target, x.dtype, M, N, K, batch_invariant))

@@ -1,0 +1,116 @@
+"""linear_4bit_dx: dx = dy W on a 4-bit W, decoded a tile at a time; see ``linear_4bit``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkern.triton_kernels import launch, tune
+from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
+from qkern.triton_kernels.linear_4bit import sum_parts
+
+
+@triton.jit
+def _linear_4bit_dx_kernel(
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    map_ptr,
+    table_ptr,
+    dy_ptr,
+    dx_ptr,
+    M,
+    N,
+    K,
+    stride_dym,
+    unit_shift,
+    n_split,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of dx, or of one of its parts ``[splits, M, K]``, which sum ``n_split`` terms each.
+
+    Order of programs and ``UPCAST`` are those of ``_linear_4bit_kernel``.
+    """
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    program = tl.program_id(0)
+    tile_m = program % tiles_m
+    first = (program // tiles_m % tiles_k).to(tl.int64) * BLOCK_K
+    split = (program // tiles_m // tiles_k).to(tl.int64)
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = tl.float32 if UPCAST else dy_ptr.dtype.element_ty
+
+    offset = load_offset(nested_offset_ptr)
+    dy_rows = dy_ptr + rows[:, None] * stride_dym
+    sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(split * n_split, tl.minimum((split + 1) * n_split, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_rows + n[None, :], mask=(rows[:, None] < M) & (n[None, :] < N), other=0.0)
+        weight = decode_tile(
+            packed_ptr,
+            absmax_ptr,
+            nested_absmax_ptr,
+            offset,
+            map_ptr,
+            table_ptr,
+            n,
+            first,
+            N,
+            K,
+            unit_shift,
+            BLOCK_K,
+            ALIGNED,
+        )
+        sum = tl.dot(dy.to(dtype), weight.to(dtype), sum, input_precision="ieee")
+
+    dx = dx_ptr + (split * M + rows[:, None]) * K + columns[None, :]
+    tl.store(dx, sum.to(dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < K))
+
+
+def linear_4bit_dx(
+    dy: Tensor,
+    weight: Weight,
+    dx: Tensor,
+    target: launch.Target,
+    batch_invariant: bool = False,
+) -> None:
+    """``dy`` ``[M, N]``, of unit inner stride, times the ``[N, K]`` weight: ``dx`` ``[M, K]``."""
+    M, N = dy.shape
+    K = dx.shape[1]
+
+    def start(config: launch.Matmul) -> None:
+        parts = config.parts
+        out = dx
+        if parts > 1:
+            out = torch.empty((parts, *dx.shape), dtype=torch.float32, device=dy.device)
+        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(K, config.block_out)
+        _linear_4bit_dx_kernel[(tiles * parts,)](
+            *weight.pointers,
+            dy,
+            out,
+            M,
+            N,
+            K,
+            dy.stride(0),
+            weight.unit_shift,
+            config.depth_a_part,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_depth,
+            BLOCK_K=config.block_out,
+            ALIGNED=K % UNIT.value == 0,
+            UPCAST=config.upcast,
+            **config.options,
+        )
+        if parts > 1:
+            sum_parts(out, None, dx)
+
+    start(tune.matmul("linear_4bit_dx", start, target, dy.dtype, M, K, N, batch_invariant))

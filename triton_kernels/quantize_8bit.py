@@ -1,0 +1,65 @@
+"""quantize_8bit: blocks of 32 to 4096 values to a byte each against a map of 256, and an absmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qkern.triton_kernels import launch
+from qkern.triton_kernels.codec import UNIT, block_absmax, block_reciprocal, count_below
+
+
+@triton.jit
+def _quantize_8bit_kernel(
+    x_ptr,
+    offset_ptr,
+    thresholds_ptr,
+    codes_ptr,
+    absmax_ptr,
+    n,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """``BLOCKS`` blocks a program, of ``x - offset`` where there is an offset."""
+    tl.static_assert(BLOCK_SIZE // UNIT * UNIT == BLOCK_SIZE)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    inside = block * BLOCK_SIZE < n
+    mask = inside[:, None] if WHOLE else element < n
+    x = tl.load(x_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    if offset_ptr is not None:
+        # What lies outside stays zero, which no block's absmax notices.
+        x = tl.where(mask, x - tl.load(offset_ptr), 0.0)
+    absmax = block_absmax(x)
+    tl.store(absmax_ptr + block, absmax, mask=inside)
+    codes = count_below(thresholds_ptr, x * block_reciprocal(absmax)[:, None], 8)
+    tl.store(codes_ptr + element, codes.to(tl.uint8), mask=mask)
+
+
+def quantize_8bit(
+    x: Tensor,
+    offset: Tensor | None,
+    thresholds: Tensor,
+    block_size: int,
+    codes: Tensor,
+    absmax: Tensor,
+    target: launch.Target,
+) -> None:
+    """Codes of the contiguous, not empty ``x``, less ``offset``, by ``codec.byte_thresholds``."""
+    n = x.numel()
+    config = launch.codes(target)
+    blocks = max(1, config.elements // block_size)
+    _quantize_8bit_kernel[(triton.cdiv(n, blocks * block_size),)](
+        x,
+        offset,
+        thresholds,
+        codes,
+        absmax,
+        n,
+        BLOCK_SIZE=block_size,
+        BLOCKS=blocks,
+        WHOLE=n % block_size == 0,
+        **config.options,
+    )

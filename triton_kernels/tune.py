@@ -1,0 +1,68 @@
+"""Choosing a matmul's tile by measuring, where ``QKERN_TRITON_TUNE`` names a file for the choices.
+
+Off by default: the choices of ``launch`` need no measuring and are the same in every process. On,
+the first call of each kind of problem times every tile that ``launch`` has for it, and the file
+keeps the fastest. Batch-invariant calls are never tuned, nor are calls that a CUDA graph captures.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from qkern.triton_kernels import launch
+
+_CHOICES: dict[Path, dict[str, list[int]]] = {}
+"""What was read from or written to each file: problem to tile."""
+
+
+def milliseconds(start: Callable[[], None]) -> float:
+    """Median time of a call on the current device."""
+    return float(triton.testing.do_bench(start, return_mode="median"))
+
+
+def matmul(
+    op: str,
+    start: Callable[[launch.Matmul], None],
+    target: launch.Target,
+    dtype: torch.dtype,
+    rows: int,
+    out: int,
+    depth: int,
+    batch_invariant: bool,
+) -> launch.Matmul:
+    """The launch for a problem: ``launch.matmul``'s choice, or with the fastest tile.
+
+    ``start`` runs the problem with a launch, and may be called to measure.
+    """
+    path = os.environ.get("QKERN_TRITON_TUNE")
+    if not path or batch_invariant:
+        return launch.matmul(target, dtype, rows, out, depth, batch_invariant)
+    file = Path(path)
+    choices = _CHOICES.get(file)
+    if choices is None:
+        choices = _CHOICES[file] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    # Numbers of rows between two powers of two have the same best tile, nearly.
+    problem = (
+        f"{op} {target.kind} {target.arch} {dtype} {1 << (rows - 1).bit_length()} {out} {depth}"
+    )
+    tile = choices.get(problem)
+    if tile is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return launch.matmul(target, dtype, rows, out, depth)
+        times: dict[launch.Tile, float] = {}
+        for candidate in launch.tiles(target, dtype):
+            config = launch.matmul_of(target, dtype, candidate, rows, out, depth)
+            times[candidate] = milliseconds(functools.partial(start, config))
+        tile = choices[problem] = list(min(times.items(), key=lambda item: item[1])[0])
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", "utf-8")
+        partial.replace(file)
+    a, b, c, d = tile
+    return launch.matmul_of(target, dtype, (a, b, c, d), rows, out, depth)
