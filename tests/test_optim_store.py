@@ -180,6 +180,10 @@ def test_rollback_restores_the_commit_and_changes_stamps(tmp_path: Path) -> None
     assert reopened(tmp_path / "state") == (2, version(1))
 
 
+def documented_checksum(chunk: bytes) -> int:
+    return zlib.crc32(chunk)
+
+
 def test_the_format_is_as_documented(tmp_path: Path) -> None:
     """Read a file by nothing but the format's description."""
     with create(tmp_path / "state") as file:
@@ -211,9 +215,18 @@ def test_the_format_is_as_documented(tmp_path: Path) -> None:
     for index, size in enumerate(sizes):
         chunk = raw[offset : offset + size]
         assert chunk == payload(index, 1, size)
-        assert zlib.crc32(chunk) == checksums[index]
+        assert documented_checksum(chunk) == checksums[index]
         offset += up(size)
     assert offset == len(raw)
+
+
+def test_the_checksum_of_a_long_chunk(tmp_path: Path) -> None:
+    sizes = ((2 << 20) + 5, 1 << 20)
+    with create(tmp_path / "state", sizes) as file:
+        assert file._checksums == [documented_checksum(chunk) for chunk in version(0, sizes)]
+        take_step(file, 1)
+        assert file._checksums == [documented_checksum(chunk) for chunk in version(1, sizes)]
+    assert reopened(tmp_path / "state") == (1, version(1, sizes))
 
 
 def test_space_is_allocated_at_creation(tmp_path: Path) -> None:
@@ -225,7 +238,6 @@ def test_space_is_allocated_at_creation(tmp_path: Path) -> None:
 def test_sizes_past_32_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate")  # sparse, so it takes no space
     sizes = (3 << 30, 5000)
-    monkeypatch.setattr("qkern.optim._chunkfile._checksums_of_zeros", lambda sizes: [0, 0])
     with create(tmp_path / "state", sizes) as file:
         file.write(1, payload(1, 1, 5000))
         file.commit({"step": 1})
@@ -762,6 +774,7 @@ def test_creation_refuses_what_exists(tmp_path: Path) -> None:
     create(path).close()
     with pytest.raises(FileExistsError, match=str(path)):
         create(path)
+    assert list(tmp_path.iterdir()) == [path]
     assert reopened(path) == (0, version(0))
 
 

@@ -56,7 +56,7 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -177,7 +177,10 @@ class ChunkFile:
             with self._errors_name_path():
                 self._lock()
                 # Whoever held the lock may have finished: then this is its file, or nameless.
-                if path.exists() or not _names(partial, fd):
+                ours = _names(partial, fd)
+                if not ours or path.exists():
+                    if ours:
+                        partial.unlink()
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         except BaseException:
             self.close()
@@ -488,20 +491,21 @@ class ChunkFile:
         """
         self._check_open()
         damaged = []
-        piece = memoryview(mmap.mmap(-1, _PIECE_BYTES))
-        for index, size in enumerate(self.sizes):
-            slot = self._slots[index]
-            checksum = 0
-            for start in range(0, size, _PIECE_BYTES):
-                part = piece[: min(_PIECE_BYTES, size - start)]
-                with self._errors_name_path():
-                    self._transfer(os.preadv, part, self._offsets[slot][index] + start)
-                checksum = crc32(part, checksum)
+        memory = memoryview(mmap.mmap(-1, _PIECE_BYTES))
+        for index, slot in enumerate(self._slots):
+            checksum = _checksum(self._read_pieces(slot, index, memory))
             self._checked[slot][index] = checksum == self._checksums[index]
             if not self._checked[slot][index]:
                 damaged.append(index)
         if damaged:
             raise DamagedChunksError(self.path, damaged, len(self))
+
+    def _read_pieces(self, slot: int, index: int, memory: memoryview) -> Iterator[memoryview]:
+        for start in range(0, self.sizes[index], len(memory)):
+            piece = memory[: self.sizes[index] - start]
+            with self._errors_name_path():
+                self._transfer(os.preadv, piece, self._offsets[slot][index] + start)
+            yield piece
 
     def _view(self, index: int, buffer: Buffer) -> memoryview:
         if not 0 <= index < len(self.sizes):
@@ -632,14 +636,20 @@ def _to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
 
+def _checksum(pieces: Iterable[memoryview]) -> int:
+    checksum = 0
+    for piece in pieces:
+        checksum = crc32(piece, checksum)
+    return checksum
+
+
 def _checksums_of_zeros(sizes: Sequence[int]) -> list[int]:
-    zeros = bytes(min(max(sizes, default=0), _PIECE_BYTES))
-    known = {}
-    for size in set(sizes):
-        checksum = 0
-        for start in range(0, size, _PIECE_BYTES):
-            checksum = crc32(memoryview(zeros)[: size - start], checksum)
-        known[size] = checksum
+    zeros = memoryview(bytes(_PIECE_BYTES))
+
+    def checksum(size: int) -> int:
+        return _checksum(zeros[: size - start] for start in range(0, size, _PIECE_BYTES))
+
+    known = {size: checksum(size) for size in set(sizes)}
     return [known[size] for size in sizes]
 
 
