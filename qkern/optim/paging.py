@@ -177,11 +177,7 @@ class FilePager:
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk.
         """
-        chunks = [
-            index
-            for index, pieces in enumerate(self._chunks)
-            if any(piece.param in params for piece in pieces)
-        ]
+        chunks = self._chunks_of(params)
         updated = 0
 
         def of_chunk(index: int, buffer: memoryview) -> None:
@@ -262,12 +258,18 @@ class FilePager:
         *,
         write: bool,
     ) -> None:
-        chunks = [
+        chunks = self._chunks_of(params)
+        self._stream.run(self._stream.resident_first(chunks), update, write=write)
+
+    def _chunks_of(self, params: Collection[int]) -> list[int]:
+        """The chunks with a piece of ``params``, at the file's last commit."""
+        # Nothing is left to take back, unless an error kept the last call from doing it.
+        self._file.rollback()
+        return [
             index
             for index, pieces in enumerate(self._chunks)
             if any(piece.param in params for piece in pieces)
         ]
-        self._stream.run(self._stream.resident_first(chunks), update, write=write)
 
     def close(self) -> None:
         """Close the file and free the memory."""
