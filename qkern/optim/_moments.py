@@ -66,15 +66,23 @@ class Moments(NamedTuple):
         ]
         return Moments(*decoded)
 
-    def like(self, param: Tensor) -> Moments:
-        """A copy on the parameter's device; where that is sharded (DTensor), sharded alike."""
-        copy = Moments(*(t.to(param.device, copy=True) for t in to_state(self).values()))
+    def like(self, param: Tensor, copy: bool = False) -> Moments:
+        """On the parameter's device; where that is sharded (DTensor), as its shards."""
+        found = [t.to(param.device, copy=copy) for t in to_state(self).values()]
         if not hasattr(param, "to_local"):
-            return copy
-        sharded = of_zeros(param, 32)
-        local(sharded.exp_avg).copy_(copy.exp_avg)
-        local(sharded.exp_avg_sq).copy_(copy.exp_avg_sq)
-        return sharded
+            return Moments(*found)
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(param, DTensor)
+        strides = torch.empty(param.shape, device="meta").stride()
+        return Moments(
+            *(
+                DTensor.from_local(
+                    t, param.device_mesh, param.placements, shape=param.shape, stride=strides
+                )
+                for t in found
+            )
+        )
 
 
 def of_zeros(param: Tensor, bits: int) -> Moments:
@@ -126,7 +134,8 @@ def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int,
     if missing:
         raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
     step = int(state["step"])
-    moments = [local(state[key]).to(param.device) for key in ("exp_avg", "exp_avg_sq")]
+    # torch's have the parameter's strides.
+    moments = [local(state[k]).to(param.device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
     for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         if moment.shape != param.shape:
             raise ValueError(

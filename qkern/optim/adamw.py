@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import defaultdict
@@ -89,13 +90,12 @@ class PagedAdamW(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        if amsgrad:
-            raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
+        _check_amsgrad(amsgrad)
         if pager not in PAGERS:
             raise ValueError(f"pager: got {pager!r}; takes one of {', '.join(PAGERS)}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: got {max_grad_norm}; takes a norm above 0, or None")
-        if not 0 <= seed < 1 << 32:
+        if not (isinstance(seed, int) and 0 <= seed < 1 << 32):
             raise ValueError(f"seed: got {seed}; takes 0 to 2^32 - 1")
         if pager == "auto":
             pager = "none" if path is None else "mmap"
@@ -122,7 +122,8 @@ class PagedAdamW(Optimizer):
         }
         super().__init__(params, defaults)
         if path is not None:
-            self._open_file(path, resume, budget_bytes or DEFAULT_BUDGET, durable)
+            budget_bytes = DEFAULT_BUDGET if budget_bytes is None else budget_bytes
+            self._open_file(path, resume, budget_bytes, durable)
 
     def _open_file(
         self, path: str | os.PathLike[str], resume: bool, budget_bytes: int, durable: bool
@@ -138,6 +139,8 @@ class PagedAdamW(Optimizer):
             self._bits(param, group) for group in self.param_groups for param in group["params"]
         ]
         self._file = FilePager(path, shapes, bits, budget_bytes, resume=resume, durable=durable)
+        # A hook, so that those of others see the moments too.
+        self.register_state_dict_post_hook(_add_moments)
         for param, step in zip(params, self._file.steps, strict=True):
             if step:
                 self.state[param]["step"] = torch.tensor(float(step))
@@ -200,11 +203,14 @@ class PagedAdamW(Optimizer):
         if inverse is not None:
             scale = 1.0 / float(inverse)
         if self.max_grad_norm is not None and grads:
+            if any(grad.dtype is not torch.float32 for grad in grads):
+                # In their own dtype float16's norm may overflow where no gradient does.
+                grads = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
             norm = get_total_norm(grads)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             self.grad_norm = norm * scale
-            # The same small number as in torch's clip_grad_norm_.
-            scale *= min(1.0, self.max_grad_norm / (float(self.grad_norm) + 1e-6))
+            # The same small number as in torch's clip_grad_norm_; and a NaN stays one.
+            scale *= min(self.max_grad_norm / (float(self.grad_norm) + 1e-6), 1.0)
         return scale
 
     def _step_in_memory(
@@ -223,8 +229,8 @@ class PagedAdamW(Optimizer):
                 data = copies[-1][1]
             calls.add(group, int(step), index, 0, data, local(grad), moments)
         calls.run()
-        for data, copy in copies:
-            data.copy_(copy)
+        for data, changed in copies:
+            data.copy_(changed)
 
     def _step_in_file(
         self, updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]], scale: float
@@ -271,7 +277,7 @@ class PagedAdamW(Optimizer):
         )
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
-        if group["bits"] == 32 or param.numel() < self._min_8bit_size:
+        if group["bits"] == 32 or param.numel() < max(self._min_8bit_size, 1):
             return 32
         if local(param) is not param:
             raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
@@ -287,12 +293,7 @@ class PagedAdamW(Optimizer):
 
         Those tensors are mapped from an unnamed file beside it, so that a state of any size fits.
         """
-        found = super().state_dict()
-        if self._file is not None:
-            for index, moments in self._file.read().items():
-                param = self._params()[index]
-                found["state"][index] |= to_state(moments.view(local(param).shape))
-        return found
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of any pager and width, of this class or another AdamW.
@@ -304,29 +305,39 @@ class PagedAdamW(Optimizer):
         Raises:
             ValueError: The groups or the shapes do not fit, or the state is of another optimizer.
         """
-        groups = state_dict["param_groups"]
-        names = [name for group in groups for name in group["params"]]
-        params = self._params()
+        # All of it is done here: torch's own loading casts moments to the parameter's dtype.
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = _fitting_groups(state_dict["param_groups"], self.param_groups)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        pairs = [(param, group) for group in groups for param in group["params"]]
         wanted: dict[int, tuple[int, Moments]] = {}
-        kept = [
-            mine | group | {"bits": mine["bits"]}  # other classes' groups lack some options
-            for group, mine in zip(groups, self.param_groups, strict=False)
-        ]
-        for index, (name, param) in enumerate(zip(names, params, strict=False)):
+        for index, (name, (param, group)) in enumerate(zip(names, pairs, strict=True)):
             if state := state_dict["state"].get(name):
                 step, moments = from_state(f"state[{name}]", state, local(param))
-                group = next(g for g in self.param_groups if any(param is p for p in g["params"]))
                 wanted[index] = (step, moments.to_bits(self._bits(param, group)))
-        # Its own loading would cast moments to the parameter's dtype.
-        kept += groups[len(kept) :]  # whose number it checks
-        super().load_state_dict({"state": {}, "param_groups": kept})
         if self._file is not None:
             self._file.load(wanted)
+        found: defaultdict[Tensor, Any] = defaultdict(dict)
         for index, (step, moments) in wanted.items():
-            param = params[index]
-            self.state[param] = {"step": torch.tensor(float(step))}
+            param = pairs[index][0]
+            found[param] = {"step": torch.tensor(float(step))}
             if self._file is None:
-                self.state[param] |= to_state(moments.like(param))
+                found[param] |= to_state(moments.like(param, copy=True))
+        self.__setstate__({"state": found, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._file is not None:
+            raise TypeError(
+                'pager: got "mmap", and a file cannot be copied or pickled with its optimizer; take'
+                " state_dict() instead"
+            )
+        mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_file")
+        return super().__getstate__() | {name: getattr(self, name) for name in mine}
 
     def close(self) -> None:
         """Close the file, if there is one; it keeps the last step."""
@@ -392,24 +403,62 @@ class _Calls:
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr: got shape {list(group['lr'].shape)}; takes one number")
     for name in ("lr", "eps", "weight_decay"):
         value = float(group[name])
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: got {value}; takes a number of 0 and above")
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"lr: got shape {list(group['lr'].shape)}; takes one number")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas: got {group['betas']}; takes two numbers from 0 to below 1")
     if group["bits"] not in (32, 8):
         raise ValueError(f"bits: got {group['bits']!r}; takes 32 or 8")
-    if group.get("amsgrad"):
-        raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
+    _check_amsgrad(group.get("amsgrad"))
     for param in group["params"]:
         _errors.check_float_tensor("params", param)
 
 
+def _check_amsgrad(amsgrad: object) -> None:
+    if amsgrad:
+        raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
+
+
+def _fitting_groups(
+    saved: Sequence[dict[str, Any]], mine: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The options of a checkpoint's groups, for the parameters of these.
+
+    Other classes' groups lack some options; the width of moments stays.
+    """
+    if len(saved) != len(mine):
+        raise ValueError(f"param_groups: got {len(saved)} groups; takes {len(mine)}")
+    found = []
+    for number, (group, own) in enumerate(zip(saved, mine, strict=True)):
+        if len(group["params"]) != len(own["params"]):
+            raise ValueError(
+                f"param_groups[{number}].params: got {len(group['params'])} parameters;"
+                f" takes {len(own['params'])}"
+            )
+        _check_amsgrad(group.get("amsgrad"))
+        options = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+        found.append(own | options | {"bits": own["bits"]})
+    return found
+
+
+def _add_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """To a ``state_dict``, from the optimizer's file."""
+    assert isinstance(optimizer, PagedAdamW)
+    assert optimizer._file is not None
+    params = optimizer._params()
+    for index, moments in optimizer._file.read().items():
+        param = params[index]
+        shaped = moments.view(local(param).shape).like(param)
+        # Another dict: the one there is the optimizer's own.
+        state_dict["state"][index] = state_dict["state"][index] | to_state(shaped)
+
+
 def _check_grad(param: Tensor, grad: Tensor) -> None:
-    if grad.is_sparse:
+    if grad.layout is not torch.strided:
         raise TypeError("grad: got a sparse tensor; takes a dense one")
     if grad.dtype != param.dtype:
         raise TypeError(f"grad: got {grad.dtype}; takes {param.dtype}, as the parameter has")

@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,6 +56,8 @@ class Piece:
         return Moments(
             *(
                 torch.frombuffer(buffer, dtype=dtype, count=numel, offset=offset)
+                if numel
+                else torch.empty(0, dtype=dtype)
                 for offset, numel, dtype in self.parts()
             )
         )
@@ -176,11 +177,7 @@ class FilePager:
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk.
         """
-        chunks = [
-            index
-            for index, pieces in enumerate(self._chunks)
-            if any(piece.param in params for piece in pieces)
-        ]
+        chunks = self._chunks_of(params)
         updated = 0
 
         def of_chunk(index: int, buffer: memoryview) -> None:
@@ -216,11 +213,14 @@ class FilePager:
         for index in sorted(wanted):
             whole[index] = Piece(index, 0, self._numels[index], self._bits[index], offset)
             offset = whole[index].end
-        if not offset:
-            return {}
-        with tempfile.TemporaryFile(dir=Path(self._file.path).parent) as file:
-            file.truncate(offset)
-            buffer = memoryview(mmap.mmap(file.fileno(), offset))
+        size = max(offset, 1)  # parameters without elements take none
+        with tempfile.TemporaryFile(dir=self._file.path.parent) as file:
+            if hasattr(os, "posix_fallocate"):
+                # Without space of its own, a mapping on a full disk ends the process by a signal.
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            buffer = memoryview(mmap.mmap(file.fileno(), size))
         moments = {index: piece.moments(buffer) for index, piece in whole.items()}
 
         def copy(index: int, chunk: memoryview) -> None:
@@ -258,12 +258,18 @@ class FilePager:
         *,
         write: bool,
     ) -> None:
-        chunks = [
+        chunks = self._chunks_of(params)
+        self._stream.run(self._stream.resident_first(chunks), update, write=write)
+
+    def _chunks_of(self, params: Collection[int]) -> list[int]:
+        """The chunks with a piece of ``params``, at the file's last commit."""
+        # Nothing is left to take back, unless an error kept the last call from doing it.
+        self._file.rollback()
+        return [
             index
             for index, pieces in enumerate(self._chunks)
             if any(piece.param in params for piece in pieces)
         ]
-        self._stream.run(self._stream.resident_first(chunks), update, write=write)
 
     def close(self) -> None:
         """Close the file and free the memory."""
