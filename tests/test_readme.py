@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qkern
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own_module, whole_model = re.findall(
+    own_module, whole_model, optimizers = re.findall(
         r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -41,3 +43,10 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "adapter_model.safetensors",
         "adapter_config.json",
     }
+
+    names["parameters"] = list(qkern.nn.lora_parameters(names["model"]))
+    exec(compile(optimizers, "README.md", "exec"), names)
+    assert (tmp_path / "adamw.state").exists()
+    names["parameters"][0].grad = torch.ones_like(names["parameters"][0])
+    names["optimizer"].step()
+    names["optimizer"].close()
