@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -187,9 +188,15 @@ def file_contest(
         assert torch.equal(param.detach(), _expected(shape, dtype, 32)), "not the reference's bits"
 
     moved = 2 * state_bytes
-    candidates = [
-        Candidate("qkern", in_file, check_file, 0),
-        Candidate("qkern (in memory)", in_memory, lambda _: None, 0),
-        Candidate("disk", disk, lambda _: None, 0),
-    ]
-    return Problem(IN_FILE, dtype, shape, work=moved / 1e9, unit="GB/s"), candidates, []
+    candidates, missing = [Candidate("qkern", in_file, check_file)], []
+    # The parameters and gradients of both, and the moments of one; some is left for the rest.
+    needed = 4 * shape[0] * shape[1] * dtype.itemsize + state_bytes + BUDGET_BYTES
+    available = psutil.virtual_memory().available
+    if needed < 0.9 * available:
+        candidates.append(Candidate("qkern (in memory)", in_memory, lambda _: None))
+    else:
+        missing.append(
+            f"qkern (in memory): needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are free"
+        )
+    candidates.append(Candidate("disk", disk, lambda _: None))
+    return Problem(IN_FILE, dtype, shape, work=moved / 1e9, unit="GB/s"), candidates, missing

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import mixed, overhead
+from . import mixed, optimizer, overhead
 from .report import Record, count_of_threads
 
 COLOURS = {
@@ -34,7 +34,7 @@ def plot_all(directory: Path, content: dict[str, Any]) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     rows: list[Record] = content["results"]
     written = roofline(directory, rows, content["limits"])
-    kernels = [row for row in rows if row.get("bytes")]
+    kernels = [row for row in rows if row.get("bytes") and row["op"] != optimizer.OP]
     for (op, shape, dtype), group in _grouped(kernels, "op", "shape", "dtype").items():
         if len({row["m"] for row in group}) > 1:
             written += time_over_m(directory, op, shape, dtype, group)
@@ -50,6 +50,10 @@ def plot_all(directory: Path, content: dict[str, Any]) -> list[Path]:
         of_op = [row for row in rows if row["op"] == op]
         for (m, dtype), group in _grouped(of_op, "m", "dtype").items():
             written += draw(directory, m, dtype, group)
+    in_file = [row for row in rows if row["op"] == optimizer.IN_FILE]
+    for (dtype,), group in _grouped(in_file, "dtype").items():
+        if len({tuple(row["shape"]) for row in group}) > 1:
+            written += step_over_state(directory, dtype, group)
     steps = [row for row in rows if row["op"] == "train_step"]
     for (dtype,), group in _grouped(steps, "dtype").items():
         if len({row["shape"][1] for row in group}) > 1:
@@ -165,6 +169,18 @@ def speed_over_sequence(directory: Path, dtype: str, rows: Sequence[Record]) -> 
     axes.set_title(f"LoRA training step, {dtype}")
     axes.legend(fontsize=8)
     return _save(figure, directory, f"train_step-{dtype}-over-sequence")
+
+
+def step_over_state(directory: Path, dtype: str, rows: Sequence[Record]) -> list[Path]:
+    """The time of an optimizer's step over the size of its state, past the memory it may take."""
+    figure, axes = _figure()
+    _lines(axes, rows, lambda row: 8 * math.prod(row["shape"]) / 1e9)
+    axes.axvline(optimizer.BUDGET_BYTES / 1e9, color="tab:gray", linestyle=":", linewidth=1)
+    axes.annotate(
+        " budget", (optimizer.BUDGET_BYTES / 1e9, axes.get_ylim()[0]), fontsize=8, rotation=90
+    )
+    axes.set(xlabel="moments, GB", title=f"AdamW step with its moments in a file, {dtype}")
+    return _save(figure, directory, f"{optimizer.IN_FILE}-{dtype}-over-state")
 
 
 def _lines(axes: Axes, rows: Sequence[Record], x_of: Any) -> None:
