@@ -115,6 +115,7 @@ def fsdp_checkpoint(rank: int, folder: Path, pager: str) -> dict[str, Any]:
         train(net, optimizer, 0, STEPS // 2, part(rank))
         how = StateDictOptions(full_state_dict=kind == "full", cpu_offload=kind == "full")
         state = get_optimizer_state_dict(net, optimizer, options=how)
+        net.zero_grad()  # torch gives an optimizer a state only where no gradient is
         other = "none" if pager == "mmap" else "mmap"  # and across pagers
         again = PagedAdamW(net.parameters(), **options(rank, folder, other, f"{kind}-b-"))
         if kind == "sharded":

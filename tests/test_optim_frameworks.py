@@ -140,7 +140,8 @@ def test_accelerate(tmp_path: Path, pager: str) -> None:
             for x, y in data:
                 with accelerator.accumulate(net):
                     accelerator.backward((net(x) - y).square().mean())
-                    accelerator.clip_grad_norm_(net.parameters(), 0.5)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(net.parameters(), 0.5)
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
@@ -192,7 +193,7 @@ def trained(folder: Path, steps: int, pager: str, bits: int, resume: bool = Fals
     path = {"path": folder / f"state{steps}{resume}"} if pager == "mmap" else {}
     optimizer = PagedAdamW(model.parameters(), lr=1e-2, bits=bits, **path)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(128, (64, 16), generator=generator)
+    ids = torch.randint(4, (64, 16), generator=generator)  # soon learnt to be below 4
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "out"),
         max_steps=8,

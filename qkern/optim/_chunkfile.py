@@ -675,7 +675,10 @@ def _difference(got: Any, wanted: Any, name: str) -> str:
             if found := _difference(a, b, f"{name}[{i}]"):
                 return found
     elif type(got) is not type(wanted) or got != wanted:
-        return f"{name}: got {_short(got)}; takes {_short(wanted)}"
+        texts = _short(got), _short(wanted)
+        if texts[0] == texts[1]:  # long lists that begin alike
+            texts = f"a list of {len(got)}", f"one of {len(wanted)}"
+        return f"{name}: got {texts[0]}; takes {texts[1]}"
     return ""
 
 
