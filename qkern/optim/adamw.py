@@ -155,6 +155,8 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
+            for param in self.param_groups[-1]["params"]:
+                self._bits(param, self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()
             raise
