@@ -56,6 +56,7 @@ def params() -> list[object]:
 
 
 @pytest.mark.parametrize(("spec", "case", "on"), params())
+@semantics.in_own_process
 def test_op(spec: OpSpec, case: Case, on: semantics.SemanticsTarget) -> None:
     testing.check(spec, case, on, CPU)
 
@@ -72,6 +73,7 @@ matmuls = pytest.mark.parametrize(
 @matmuls
 @every_target
 @pytest.mark.slow
+@semantics.in_own_process
 def test_batch_invariant(spec: OpSpec, on: semantics.SemanticsTarget, dtype: torch.dtype) -> None:
     """A row's bits do not depend on how many rows come with it, nor on which place it has."""
     case = Case((70, 37, 130), dtype, double_quant=True, batch_invariant=True)
@@ -85,12 +87,14 @@ def test_batch_invariant(spec: OpSpec, on: semantics.SemanticsTarget, dtype: tor
 
 @one_target
 @pytest.mark.parametrize("layout", ["contiguous", "offset"])
+@semantics.in_own_process
 def test_dequantize_into_out(layout: str, on: semantics.SemanticsTarget) -> None:
     conformance.test_dequantize_into_out(on, torch.bfloat16, layout, True, CPU)
 
 
 @one_target
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+@semantics.in_own_process
 def test_same_call_gives_the_same_bits(spec: OpSpec, on: semantics.SemanticsTarget) -> None:
     shape = (3, 70, 515) if spec.comparison == "matmul" else (4001,)
     inputs = conformance.inputs_of(spec, Case(shape), CPU)
@@ -102,6 +106,7 @@ def test_same_call_gives_the_same_bits(spec: OpSpec, on: semantics.SemanticsTarg
 @one_target
 @dtypes
 @matmuls
+@semantics.in_own_process
 def test_nonfinite_activations_stay_in_their_row(
     spec: OpSpec, on: semantics.SemanticsTarget, dtype: torch.dtype
 ) -> None:
@@ -113,6 +118,7 @@ def test_nonfinite_activations_stay_in_their_row(
 @dtypes
 @pytest.mark.parametrize("cols", [96, 416])
 @matmuls
+@semantics.in_own_process
 def test_a_nonfinite_scale_stays_in_its_block(
     spec: OpSpec, cols: int, on: semantics.SemanticsTarget, dtype: torch.dtype
 ) -> None:
@@ -121,6 +127,7 @@ def test_a_nonfinite_scale_stays_in_its_block(
 
 @one_target
 @matmuls
+@semantics.in_own_process
 def test_any_leading_dimensions(spec: OpSpec, on: semantics.SemanticsTarget) -> None:
     for lead in ((), (2, 0, 3), (2, 1, 3)):
         conformance.test_any_leading_dimensions(spec, on, lead, CPU)
@@ -128,6 +135,7 @@ def test_any_leading_dimensions(spec: OpSpec, on: semantics.SemanticsTarget) -> 
 
 @one_target
 @matmuls
+@semantics.in_own_process
 def test_float16_overflow_is_infinite_not_wrapped(
     spec: OpSpec, on: semantics.SemanticsTarget
 ) -> None:
@@ -135,6 +143,7 @@ def test_float16_overflow_is_infinite_not_wrapped(
 
 
 @one_target
+@semantics.in_own_process
 def test_values_at_the_edge(on: semantics.SemanticsTarget) -> None:
     conformance.test_a_huge_scale_and_gradient_spread_no_nan(on, CPU)
     conformance.test_unchecked_nan_block_has_the_canonical_nan(on, CPU)
@@ -143,10 +152,12 @@ def test_values_at_the_edge(on: semantics.SemanticsTarget) -> None:
 
 
 @one_target
+@semantics.in_own_process
 def test_the_mean_of_scales_is_exact(on: semantics.SemanticsTarget) -> None:
     semantics.check_exact_means(on)
 
 
+@semantics.in_own_process
 def test_large_launches_were_checked_for_races() -> None:
     """By address ranges where not access by access; a few whose ranges meet are not."""
     assert len(semantics.unchecked) < 40

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +58,30 @@ def backend(device: Device) -> ModuleType:
     return module
 
 
+@functools.cache
+def _process() -> ProcessPoolExecutor:
+    """A fresh interpreter, for this process's lifetime."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def _run(module: str, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(*args, **kwargs)
+
+
+def in_own_process(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs in a process which runs nothing but such tests.
+
+    ttsem switches the printer of Triton's IR for a whole process, which fails in one where other
+    tests have used Triton's compiler in their way, and would disturb theirs.
+    """
+
+    @functools.wraps(test)
+    def run(*args: object, **kwargs: object) -> None:
+        _process().submit(_run, test.__module__, test.__qualname__, args, kwargs).result()
+
+    return run
+
+
 unchecked: list[str] = []
 """Names of launches that were too large to be checked for races exactly."""
 
@@ -89,6 +117,9 @@ class SemanticsTarget(Target):
     def __init__(self, device: Device) -> None:
         super().__init__(NAME, str(device))
         object.__setattr__(self, "module", backend(device))
+
+    def __reduce__(self) -> tuple[type[SemanticsTarget], tuple[Device]]:
+        return SemanticsTarget, (next(d for d in DEVICES if str(d) == self.isa),)
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
