@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import torch
 from setuptools import find_packages
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from triton_cpu import semantics
 
 import qkern
 from qkern import backends, formats
@@ -99,15 +104,17 @@ def test_tables_are_those_of_formats() -> None:
         assert thresholds.tolist() == [*expected, float("inf")]
 
 
-@pytest.fixture
-def emulated():
-    """Every op on the Triton kernels under ttsem."""
-    pytest.importorskip("triton")
-    pytest.importorskip("ttsem")
-    from triton_cpu import semantics
+def emulated(test: Callable[..., None]) -> Callable[..., None]:
+    """A test with every op on the Triton kernels under ttsem."""
 
-    with semantics.SemanticsTarget(semantics.DEVICES[0]).activate():
-        yield
+    @functools.wraps(test)
+    def run(*args: object, **kwargs: object) -> None:
+        with semantics.SemanticsTarget(semantics.DEVICES[0]).activate():
+            test(*args, **kwargs)
+
+    missing = triton.missing_reason() or importlib.util.find_spec("ttsem") is None
+    needs_both = pytest.mark.skipif(bool(missing), reason="needs triton and ttsem")
+    return needs_both(semantics.in_own_process(run))
 
 
 @pytest.fixture
@@ -115,7 +122,8 @@ def qw() -> qkern.QuantizedTensor:
     return qkern.quantize_4bit(torch.randn(40, 96), double_quant=True)
 
 
-def test_gradients(qw: qkern.QuantizedTensor, emulated: None) -> None:
+@emulated
+def test_gradients(qw: qkern.QuantizedTensor) -> None:
     x = torch.randn(5, 96, requires_grad=True)
     a = torch.randn(4, 96, requires_grad=True)
     b = torch.randn(40, 4, requires_grad=True)
@@ -129,7 +137,8 @@ def test_gradients(qw: qkern.QuantizedTensor, emulated: None) -> None:
     assert all(grad.count_nonzero() for grad in found[2:])
 
 
-def test_opcheck(qw: qkern.QuantizedTensor, emulated: None) -> None:
+@emulated
+def test_opcheck(qw: qkern.QuantizedTensor) -> None:
     weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, None)
     ops = torch.ops.qkern
     layout = ("nf4", 64)
@@ -144,7 +153,8 @@ def test_opcheck(qw: qkern.QuantizedTensor, emulated: None) -> None:
         torch.library.opcheck(op.default, arguments, test_utils=utils)
 
 
-def test_compiled_without_a_graph_break(qw: qkern.QuantizedTensor, emulated: None) -> None:
+@emulated
+def test_compiled_without_a_graph_break(qw: qkern.QuantizedTensor) -> None:
     compiled = torch.compile(
         lambda x: qkern.nf4_linear(x, qw).relu(), fullgraph=True, backend="aot_eager"
     )
