@@ -6,8 +6,10 @@ SCOPE is an entry of `CASES`, whose cases run under ttsem, or with an ARCHITECTU
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -77,35 +79,39 @@ def judge_numbers(scope: str) -> str | None:
     name, cases = CASES[scope]
     spec = testing.OPS[name]
     if scope == "quantize_absmax":
-        try:
-            semantics.check_exact_means(semantics.SemanticsTarget(SM_90))
-        except AssertionError as wrong:
-            return f"numbers: {wrong}"
+        target = semantics.SemanticsTarget(SM_90)
+        if found := noticed(lambda: semantics.check_exact_means(target)):
+            return found
     for case in cases:
-        if found := judge_case(spec, case):
+        if found := noticed(functools.partial(check_case, spec, case)):
             return f"{found.partition(':')[0]}: {case}:{found.partition(':')[2]}"
     return None
 
 
-def judge_case(spec: testing.OpSpec, case: Case) -> str | None:
-    """What one case notices."""
+def noticed(check: Callable[[], None]) -> str | None:
+    """What is wrong by a check, starting with its kind."""
     from ttsem.sanitize import KernelFault
 
-    # Few processors split what is one tile of rows, and not what is several.
-    target = semantics.SemanticsTarget(SM_75 if case.batch_invariant else SM_90)
     try:
-        testing.check(spec, case, target, "cpu")
-        if case.batch_invariant:
-            inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator())
-            with target.activate():
-                (whole,) = spec.run(inputs)
-                (row,) = spec.run(inputs | {"x": inputs["x"][:1]})
-            testing.assert_bitwise(row, whole[:1])
+        check()
     except KernelFault as fault:
         return f"{FAULTS[fault.fault.kind]}: {fault}"
     except AssertionError as wrong:
         return f"numbers: {wrong}"
     return None
+
+
+def check_case(spec: testing.OpSpec, case: Case) -> None:
+    """Raise an error for what is wrong in one case."""
+    # Few processors split what is one tile of rows, and not what is several.
+    target = semantics.SemanticsTarget(SM_75 if case.batch_invariant else SM_90)
+    testing.check(spec, case, target, "cpu")
+    if case.batch_invariant:
+        inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator())
+        with target.activate():
+            (whole,) = spec.run(inputs)
+            (row,) = spec.run(inputs | {"x": inputs["x"][:1]})
+        testing.assert_bitwise(row, whole[:1])
 
 
 def judge_code(scope: str, architecture: str) -> str | None:
