@@ -6,6 +6,8 @@ part, and a second kernel adds the parts in order. No atomics: the same call giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -117,6 +119,35 @@ def sum_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     )
 
 
+def split_matmul(
+    op: str,
+    start_kernel: Callable[[int, Tensor, launch.Matmul], None],
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    target: launch.Target,
+    batch_invariant: bool,
+) -> None:
+    """``x`` ``[M, depth]`` times a weight into ``out`` ``[M, columns]``, in parts where it pays.
+
+    ``start_kernel`` starts so many programs, which write ``out`` or float32 parts of it.
+    """
+    rows, depth = x.shape
+    columns = out.shape[1]
+
+    def start(config: launch.Matmul) -> None:
+        parts = config.parts
+        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_out)
+        if parts == 1:
+            start_kernel(tiles, out, config)
+            return
+        sums = torch.empty((parts, *out.shape), dtype=torch.float32, device=x.device)
+        start_kernel(tiles * parts, sums, config)
+        sum_parts(sums, bias, out)
+
+    start(tune.matmul(op, start, target, x.dtype, rows, columns, depth, batch_invariant))
+
+
 def linear_4bit(
     x: Tensor,
     weight: Weight,
@@ -129,16 +160,11 @@ def linear_4bit(
     M, K = x.shape
     N = y.shape[1]
 
-    def start(config: launch.Matmul) -> None:
-        parts = config.parts
-        out = y
-        if parts > 1:
-            out = torch.empty((parts, *y.shape), dtype=torch.float32, device=x.device)
-        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_out)
-        _linear_4bit_kernel[(tiles * parts,)](
+    def start(programs: int, out: Tensor, config: launch.Matmul) -> None:
+        _linear_4bit_kernel[(programs,)](
             *weight.pointers,
             x,
-            bias if parts == 1 else None,
+            bias if config.parts == 1 else None,
             out,
             M,
             N,
@@ -153,7 +179,5 @@ def linear_4bit(
             UPCAST=config.upcast,
             **config.options,
         )
-        if parts > 1:
-            sum_parts(out, bias, y)
 
-    start(tune.matmul("linear_4bit", start, target, x.dtype, M, N, K, batch_invariant))
+    split_matmul("linear_4bit", start, x, bias, y, target, batch_invariant)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import launch, tune
+from qkern.triton_kernels import launch
 from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
-from qkern.triton_kernels.linear_4bit import sum_parts
+from qkern.triton_kernels.linear_4bit import split_matmul
 
 
 @triton.jit
@@ -87,13 +86,8 @@ def linear_4bit_dx(
     M, N = dy.shape
     K = dx.shape[1]
 
-    def start(config: launch.Matmul) -> None:
-        parts = config.parts
-        out = dx
-        if parts > 1:
-            out = torch.empty((parts, *dx.shape), dtype=torch.float32, device=dy.device)
-        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(K, config.block_out)
-        _linear_4bit_dx_kernel[(tiles * parts,)](
+    def start(programs: int, out: Tensor, config: launch.Matmul) -> None:
+        _linear_4bit_dx_kernel[(programs,)](
             *weight.pointers,
             dy,
             out,
@@ -110,7 +104,5 @@ def linear_4bit_dx(
             UPCAST=config.upcast,
             **config.options,
         )
-        if parts > 1:
-            sum_parts(out, None, dx)
 
-    start(tune.matmul("linear_4bit_dx", start, target, dy.dtype, M, K, N, batch_invariant))
+    split_matmul("linear_4bit_dx", start, dy, None, dx, target, batch_invariant)

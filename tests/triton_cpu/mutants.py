@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "bias_added_to_every_part",
         "linear_4bit.py",
-        "bias if parts == 1 else None",
+        "bias if config.parts == 1 else None",
         "bias",
         "linear_4bit",
         "numbers",
