@@ -130,14 +130,9 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _adamw_step(params: Sequence[Tensor], *args: Any) -> None:
     if not params:
         return
-    select(params[0].device).adamw_step(params, *_with_defaults(args))
+    select(params[0].device).adamw_step(params, *args)
     for tensors in (params, *args[1:5]):
         torch.autograd.graph.increment_version(tensors)
-
-
-def _with_defaults(args: Sequence[Any]) -> Sequence[Any]:
-    """The dispatcher leaves out trailing arguments that have their defaults."""
-    return (*args, *(1.0, None, (), ())[len(args) - 11 :])
 
 
 def _adamw_step_fake(params: Sequence[Tensor], *args: object) -> None:

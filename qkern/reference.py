@@ -182,17 +182,24 @@ def dequantize_4bit_out(
         )
 
 
+def byte_thresholds(code: Tensor) -> Tensor:
+    """Midpoints of neighbours in an ascending float32 map, rounded down: one less than its values.
+
+    A float32 exceeds one exactly when it exceeds the exact midpoint.
+    """
+    exact = (code[:-1].double() + code[1:].double()) / 2
+    rounded = exact.float()
+    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
+    return torch.where(rounded.double() > exact, below, rounded)
+
+
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantise ``x`` to ``(codes uint8 of x's shape, absmax float32 [blocks])``.
 
     ``code`` is an ascending float32 ``[256]`` map. The code is the exact nearest entry to the
     scaled value, a tie going to the lower one.
     """
-    exact = (code[:-1].double() + code[1:].double()) / 2
-    thresholds = exact.float()
-    below = torch.nextafter(thresholds, torch.full_like(thresholds, -math.inf))
-    thresholds = torch.where(thresholds.double() > exact, below, thresholds)
-
+    thresholds = byte_thresholds(code)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     flat = codes.view(-1)
     absmax = x.new_empty(formats.num_blocks(x.numel(), block_size), dtype=torch.float32)
@@ -274,10 +281,10 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
-    seed: int | None,
-    indices: Sequence[int],
-    offsets: Sequence[int],
+    grad_scale: float = 1.0,
+    seed: int | None = None,
+    indices: Sequence[int] = (),
+    offsets: Sequence[int] = (),
 ) -> None:
     """AdamW (arXiv 1711.05101, algorithm 2) on many parameters, all at the same ``step``.
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern import formats
+from qkern import formats, reference
 
 UNIT = tl.constexpr(formats.MIN_BLOCK_SIZE)
 UNIT_BYTES = tl.constexpr(formats.MIN_BLOCK_SIZE // 2)
@@ -51,16 +51,8 @@ def dynamic_thresholds(device: torch.device) -> Tensor:
 
 
 def byte_thresholds(code: Tensor) -> Tensor:
-    """The thresholds of an ascending float32 ``[256]`` map, as ``dynamic_thresholds``.
-
-    Midpoints of neighbours, rounded down: a float32 exceeds one exactly when it exceeds the exact
-    midpoint.
-    """
-    exact = (code[:-1].double() + code[1:].double()) / 2
-    rounded = exact.float()
-    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    rounded = torch.where(rounded.double() > exact, below, rounded)
-    return torch.nn.functional.pad(rounded, (0, 1), value=math.inf)
+    """The thresholds of an ascending float32 ``[256]`` map, as ``dynamic_thresholds``."""
+    return torch.nn.functional.pad(reference.byte_thresholds(code), (0, 1), value=math.inf)
 
 
 @functools.cache

@@ -140,7 +140,6 @@ def adamw_tensors(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_absmaxes: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
-    device: torch.device | None = None,
 ) -> list[tuple[int, ...]]:
     """For each parameter: six addresses (0 is absent), dtype and number of elements."""
     in_codes = len(exp_avg_absmaxes) > 0
@@ -156,15 +155,15 @@ def adamw_tensors(
         if in_codes:
             blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
             absmaxes = (
-                pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks, device),
-                pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks, device),
+                pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks),
+                pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks),
             )
         found.append(
             (
-                pointer("param", param, dtype, n, device),
-                pointer("grad", grads[k], dtype, n, device),
-                pointer("exp_avg", exp_avgs[k], state_dtype, n, device),
-                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n, device),
+                pointer("param", param, dtype, n),
+                pointer("grad", grads[k], dtype, n),
+                pointer("exp_avg", exp_avgs[k], state_dtype, n),
+                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n),
                 *absmaxes,
                 dtype_id("param", dtype),
                 n,

@@ -259,10 +259,10 @@ def adamw_step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
-    seed: int | None,
-    indices: Sequence[int],
-    offsets: Sequence[int],
+    grad_scale: float = 1.0,
+    seed: int | None = None,
+    indices: Sequence[int] = (),
+    offsets: Sequence[int] = (),
 ) -> None:
     """See ``qkern.reference.adamw_step``."""
     tensors = _args.adamw_tensors(
