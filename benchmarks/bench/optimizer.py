@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from qkern import reference
 from qkern.optim import PagedAdamW
+from qkern.optim._moments import of_zeros
 
 from . import peers
 from .timing import Call, Candidate, Problem, SkippedError
@@ -54,20 +55,15 @@ def _bytes(shape: tuple[int, int], dtype: torch.dtype, bits: int) -> int:
 
 def _expected(shape: tuple[int, int], dtype: torch.dtype, bits: int) -> Tensor:
     """The first parameter after two steps, by the reference."""
-    param = _parameters((1, shape[1]), dtype)[0].detach()
-    grad = _parameters((1, shape[1]), dtype)[0].grad
-    optimizer = PagedAdamW([torch.nn.Parameter(param)], bits=bits, min_8bit_size=0)
-    optimizer.param_groups[0]["params"][0].grad = torch.zeros_like(param)
-    optimizer.step()  # makes the moments, of zeros
-    state = next(iter(optimizer.state.values()))
-    moments = [[state[name]] for name in ("exp_avg", "exp_avg_sq")]
-    scales = [[state[f"{name}_absmax"]] if bits == 8 else [] for name in ("exp_avg", "exp_avg_sq")]
-    param = _parameters((1, shape[1]), dtype)[0].detach()
-    assert grad is not None
+    (param,) = _parameters((1, shape[1]), dtype)
+    moments = of_zeros(param.detach(), bits)
+    scales = moments.absmaxes() if bits == 8 else ()
+    assert param.grad is not None
+    lists = [[param.detach()], [param.grad], [moments.exp_avg], [moments.exp_avg_sq]]
+    lists += [[scale] for scale in scales] or [[], []]
     for step in (1, 2):
-        factors = (1e-3, 0.9, 0.999, 1e-8, 1e-2, 1.0, None, (), ())
-        reference.adamw_step([param], [grad], *moments, *scales, step, *factors)
-    return param
+        reference.adamw_step(*lists, step, 1e-3, 0.9, 0.999, 1e-8, 1e-2)
+    return param.detach()
 
 
 def contest(
@@ -97,7 +93,7 @@ def contest(
         return Candidate(name, prepare, check, bytes, bytes)
 
     candidates = [
-        candidate("qkern", lambda params: PagedAdamW(params), 32, exactly=True),
+        candidate("qkern", PagedAdamW, 32, exactly=True),
         candidate(
             "qkern (8 bits)",
             lambda params: PagedAdamW(params, bits=8, min_8bit_size=0),
