@@ -36,8 +36,7 @@ SCHEMAS = (
     "quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)",
     "adamw_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
     " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] exp_avg_absmaxes, Tensor(e!)[] exp_avg_sq_absmaxes,"
-    " int step, float lr, float beta1, float beta2, float eps, float weight_decay,"
-    " float grad_scale=1.0, int? seed=None, int[] indices=[], int[] offsets=[]) -> ()",
+    " Tensor factors, int? seed=None, int[] indices=[], int[] offsets=[]) -> ()",
     f"linear_4bit(Tensor x, {_WEIGHT}Tensor? codebook, Tensor? bias, {_LAYOUT},"
     " SymInt out_features, bool batch_invariant=False) -> Tensor",
     f"linear_4bit_dx(Tensor dy, {_WEIGHT}Tensor? codebook, {_LAYOUT},"

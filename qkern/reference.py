@@ -242,30 +242,62 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
-def adamw_scalars(
-    step: int,
-    lr: float,
+ADAMW_FACTORS = 10
+"""Floats that `adamw_step` takes for each parameter: ``AdamWFactors`` in
+``csrc/include/qkern/optim_math.h``."""
+
+
+def adamw_factors(
+    steps: Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_scale: float,
-) -> tuple[float, ...]:
-    """The factors of AdamW's step number ``step``, counted from 1, rounded to float32 once.
+    grad_scale: float | Tensor = 1.0,
+    skip: float | Tensor = 0.0,
+) -> Tensor:
+    """The factors of ``adamw_step`` for parameters that are at the numbers ``steps``, from 1.
 
-    In the order of ``AdamWScalars`` in ``csrc/include/qkern/optim_math.h``.
+    Computed in float64 and rounded once. Nothing waits for a device, so this can be captured in a
+    CUDA graph.
+
+    Args:
+        steps: ``[n]``, on the parameters' device.
+        lr: Learning rate, a number or a tensor of one element there, as the last two may be too.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        grad_scale: What gradients are multiplied by: clipping, an inverse loss scale, the sign to
+            maximise.
+        skip: Unless 0, the step leaves everything as it is.
+
+    Returns:
+        float32 ``[n, 10]``, in the order of ``AdamWFactors`` in
+        ``csrc/include/qkern/optim_math.h``.
     """
-    values = (
+    steps = steps.double()
+    lr, grad_scale, skip = (
+        value.to(steps.device, torch.float64).reshape(()) if isinstance(value, Tensor) else value
+        for value in (lr, grad_scale, skip)
+    )
+    columns = (
         grad_scale,
         1 - lr * weight_decay,
         1 - beta1,
         beta2,
         1 - beta2,
-        lr / (1 - beta1**step),
-        1 / math.sqrt(1 - beta2**step),
+        lr / (1 - torch.pow(beta1, steps)),
+        1 / (1 - torch.pow(beta2, steps)).sqrt(),
         eps,
+        skip,
+        steps,
     )
-    return tuple(torch.tensor(values, dtype=torch.float64).float().tolist())
+    factors = torch.empty(len(steps), ADAMW_FACTORS, device=steps.device)
+    for index, column in enumerate(columns):
+        factors[:, index] = column
+    return factors
 
 
 def adamw_step(
@@ -275,18 +307,12 @@ def adamw_step(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_absmaxes: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float = 1.0,
+    factors: Tensor,
     seed: int | None = None,
     indices: Sequence[int] = (),
     offsets: Sequence[int] = (),
 ) -> None:
-    """AdamW (arXiv 1711.05101, algorithm 2) on many parameters, all at the same ``step``.
+    """AdamW (arXiv 1711.05101, algorithm 2) on many parameters.
 
     Each parameter and its gradient have one dtype and any shape; all is updated in place, in
     float32 arithmetic without fused operations, and rounded once. The moments are float32 of the
@@ -294,13 +320,19 @@ def adamw_step(
     ``exp_avg_absmaxes`` and ``exp_avg_sq_absmaxes``, which are empty otherwise: ``exp_avg`` on the
     signed dynamic map, ``exp_avg_sq`` on the unsigned one, quantised as `quantize_8bit` does.
 
+    Row ``indices[k]`` of ``factors``, float32 ``[rows, 10]`` on the parameters' device, holds what
+    else parameter ``k`` is updated by: see `adamw_factors`.
+
     ``seed`` rounds bfloat16 parameters up or down at random, without bias, instead of to nearest:
-    element ``i`` of parameter ``k`` draws the same number on every backend, from the seed,
-    ``indices[k]`` and ``offsets[k] + i``. Both lists may be empty: 0, 1, … and zeros.
+    element ``i`` of parameter ``k`` draws the same number on every backend, from the seed, its
+    step, ``indices[k]`` and ``offsets[k] + i``. Both lists may be empty: 0, 1, … and zeros.
     """
-    factors = adamw_scalars(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
-    scale, decay, beta1_complement, beta2, beta2_complement, step_size, root_inverse, eps = factors
     for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        row = factors[indices[k] if indices else k].tolist()
+        scale, decay, beta1_complement, beta2, beta2_complement, *row = row
+        step_size, root_inverse, eps, skip, step = row
+        if skip != 0:
+            continue
         states = [(exp_avgs[k], exp_avg_absmaxes[k : k + 1], "signed")]
         states += [(exp_avg_sqs[k], exp_avg_sq_absmaxes[k : k + 1], "unsigned")]
         m, v = (_moment(state, absmax, map) for state, absmax, map in states)
@@ -313,7 +345,8 @@ def adamw_step(
         if seed is not None and param.dtype is torch.bfloat16:
             index = indices[k] if indices else k
             first = offsets[k] if offsets else 0
-            new = _rounded_stochastically(new, _random_bits(new, seed, index, first))
+            random = _random_bits(new, seed << 31 ^ int(step), index, first)
+            new = _rounded_stochastically(new, random)
         param.copy_(new)
         for (state, absmax, map), value in zip(states, (m, v), strict=True):
             if absmax:

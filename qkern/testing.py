@@ -564,8 +564,9 @@ def _linear_4bit_dx_inputs(case: Case, device: torch.device, generator: torch.Ge
     return _matmul_inputs(case, device, generator, "dy", "in_features")
 
 
-# Beside the case's shape: a block and a bit, and less than any register.
-_ADAMW_SHAPES = ((257,), (1,), (3, 5))
+# Beside the case's shape: a block and a bit, less than any register, and one that is skipped.
+_ADAMW_SHAPES = ((257,), (1,), (3, 5), (300,))
+_ADAMW_INDICES = (1, 4, 7, 10, 13)
 
 
 def _adamw_step_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -584,12 +585,16 @@ def _adamw_step_inputs(case: Case, device: torch.device, generator: torch.Genera
                 moment, absmax = reference.quantize_8bit(moment, code, formats.STATE_BLOCK_SIZE)
                 inputs[f"{name}_absmaxes"].append(absmax)
             inputs[f"{name}s"].append(moment)
-    count = len(inputs["params"])
-    inputs |= {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-    inputs |= {"weight_decay": 0.1, "grad_scale": 0.7}
-    inputs["seed"] = 0x123456789 if case.stochastic_rounding else None
-    inputs["indices"] = [5 * k for k in range(count)]
-    inputs["offsets"] = [(1 << 33) + 256 * k for k in range(count)]
+    factors = torch.full((_ADAMW_INDICES[-1] + 1, reference.ADAMW_FACTORS), math.nan)
+    for k, index in enumerate(_ADAMW_INDICES):
+        # Each row is as no other, so that a wrong one shows.
+        skip = index == _ADAMW_INDICES[-1]
+        row = (torch.tensor([3.0 + k]), 1e-2 * (k + 1), 0.9, 0.99, 1e-8, 0.1, 0.7 - k, skip)
+        factors[index] = reference.adamw_factors(*row)[0]
+    inputs["factors"] = factors
+    inputs["seed"] = 0x12345678 if case.stochastic_rounding else None
+    inputs["indices"] = list(_ADAMW_INDICES)
+    inputs["offsets"] = [(1 << 33) + 256 * k for k in range(len(_ADAMW_INDICES))]
     return _place(inputs, case, device, "")
 
 
@@ -613,7 +618,8 @@ def _adamw_step_bytes(case: Case) -> int:
     if case.bits == 8:
         blocks = sum(formats.num_blocks(n, formats.STATE_BLOCK_SIZE) for n in numels)
         states = 4 * sum(numels) + 16 * blocks
-    return states + 3 * sum(numels) * case.dtype.itemsize
+    factors = 4 * reference.ADAMW_FACTORS * (_ADAMW_INDICES[-1] + 1)
+    return factors + states + 3 * sum(numels) * case.dtype.itemsize
 
 
 def _weight_bytes(n: int, case: Case) -> int:

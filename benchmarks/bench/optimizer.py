@@ -62,7 +62,9 @@ def _expected(shape: tuple[int, int], dtype: torch.dtype, bits: int) -> Tensor:
     lists = [[param.detach()], [param.grad], [moments.exp_avg], [moments.exp_avg_sq]]
     lists += [[scale] for scale in scales] or [[], []]
     for step in (1, 2):
-        reference.adamw_step(*lists, step, 1e-3, 0.9, 0.999, 1e-8, 1e-2)
+        numbers = torch.tensor([float(step)])
+        factors = reference.adamw_factors(numbers, 1e-3, 0.9, 0.999, 1e-8, 1e-2)
+        reference.adamw_step(*lists, factors)
     return param.detach()
 
 

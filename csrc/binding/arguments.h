@@ -173,7 +173,7 @@ inline Linear4bitArgs linear_4bit_args(Pointer x, int dtype, Size m, Size x_row_
 
 // Each: param, grad, exp_avg, exp_avg_sq, their absmax (0 for float moments), dtype, numel, index,
 // first.
-inline std::vector<AdamWTensor> adamw_tensors(const std::vector<std::array<Size, 10>>& tensors) {
+inline std::vector<AdamWTensor> adamw_tensors(const std::vector<std::array<Size, 11>>& tensors) {
   std::vector<AdamWTensor> read;
   read.reserve(tensors.size());
   for (const auto& from : tensors) {
@@ -185,27 +185,24 @@ inline std::vector<AdamWTensor> adamw_tensors(const std::vector<std::array<Size,
     tensor.exp_avg_sq = at<void>(pointer(3));
     tensor.exp_avg_absmax = at<float>(pointer(4));
     tensor.exp_avg_sq_absmax = at<float>(pointer(5));
-    tensor.dtype = dtype_from(static_cast<int>(from[6]));
-    tensor.numel = from[7];
-    tensor.index = from[8];
-    tensor.first = from[9];
+    tensor.factors = at<const AdamWFactors>(pointer(6));
+    tensor.dtype = dtype_from(static_cast<int>(from[7]));
+    tensor.numel = from[8];
+    tensor.index = from[9];
+    tensor.first = from[10];
     require((from[4] == 0) == (from[5] == 0), "absmax: takes those of both moments or neither");
-    require(from[7] >= 0 && from[9] >= 0 && from[9] % kStateBlockSize == 0,
+    require(from[8] >= 0 && from[10] >= 0 && from[10] % kStateBlockSize == 0,
             "first: takes a multiple of the block size");
     read.push_back(tensor);
   }
   return read;
 }
 
-inline AdamWArgs adamw_args(const std::vector<AdamWTensor>& tensors, const pybind11::tuple& scalars,
+inline AdamWArgs adamw_args(const std::vector<AdamWTensor>& tensors,
                             std::optional<std::uint64_t> seed) {
-  require(scalars.size() == 8, "scalars: takes 8");
-  const auto scalar = [&](std::size_t i) { return scalars[i].cast<float>(); };
   AdamWArgs args;
   args.tensors = tensors.data();
   args.count = static_cast<Size>(tensors.size());
-  args.scalars = {scalar(0), scalar(1), scalar(2), scalar(3),
-                  scalar(4), scalar(5), scalar(6), scalar(7)};
   args.stochastic_rounding = seed.has_value();
   args.seed = seed.value_or(0);
   return args;

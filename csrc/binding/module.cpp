@@ -76,10 +76,10 @@ void linear_4bit_dx(Pointer dy, int dtype, Size m, Size dy_row_stride, Pointer p
          num_threads);
 }
 
-void adamw_step(const std::vector<std::array<Size, 10>>& tensors, py::tuple scalars,
-                std::optional<std::uint64_t> seed, int num_threads) {
+void adamw_step(const std::vector<std::array<Size, 11>>& tensors, std::optional<std::uint64_t> seed,
+                int num_threads) {
   const std::vector<qkern::AdamWTensor> read = adamw_tensors(tensors);
-  launch("adamw_step", qkern::cpu::adamw_step, adamw_args(read, scalars, seed), num_threads);
+  launch("adamw_step", qkern::cpu::adamw_step, adamw_args(read, seed), num_threads);
 }
 
 py::list available_isas() {

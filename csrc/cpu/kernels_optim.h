@@ -6,12 +6,12 @@ namespace qkern::cpu {
 namespace {
 
 // In place where memory has the elements as floats already.
-inline void adamw_floats(const AdamWScalars& from, std::int64_t n, const float* __restrict grad,
+inline void adamw_floats(const AdamWFactors& from, std::int64_t n, const float* __restrict grad,
                          float* __restrict param, float* __restrict exp_avg,
                          float* __restrict exp_avg_sq) {
-  const AdamWScalars scalars = from;  // in registers: stores might else change it
+  const AdamWFactors factors = from;  // in registers: stores might else change it
   for (std::int64_t i = 0; i < n; ++i) {
-    adamw_element<PlainMath>(scalars, grad[i], param + i, exp_avg + i, exp_avg_sq + i);
+    adamw_element<PlainMath>(factors, grad[i], param + i, exp_avg + i, exp_avg_sq + i);
   }
 }
 
@@ -85,6 +85,8 @@ struct Moment {
 template <typename T>
 void adamw_step(const AdamWArgs& args, const BucketTable* tables, const AdamWTensor& tensor,
                 std::int64_t begin, std::int64_t end) {
+  const AdamWFactors& factors = *tensor.factors;
+  if (factors.skip != 0.0f) return;
   T* params = static_cast<T*>(tensor.param);
   const T* grads = static_cast<const T*>(tensor.grad);
   Moment exp_avg{tensor.exp_avg, tensor.exp_avg_absmax, tables[0], {}};
@@ -94,14 +96,15 @@ void adamw_step(const AdamWArgs& args, const BucketTable* tables, const AdamWTen
     float* m = exp_avg.load(at, n);
     float* v = exp_avg_sq.load(at, n);
     if constexpr (sizeof(T) == sizeof(float)) {
-      adamw_floats(args.scalars, n, grads + at, params + at, m, v);
+      adamw_floats(factors, n, grads + at, params + at, m, v);
     } else {
       float grad[kStateBlockSize], param[kStateBlockSize];
       convert_row(grads + at, n, grad);
       convert_row(params + at, n, param);
-      adamw_floats(args.scalars, n, grad, param, m, v);
+      adamw_floats(factors, n, grad, param, m, v);
       const std::int64_t block = (tensor.first + at) / kStateBlockSize;
-      store_params(param, n, args, block_seed(args.seed, tensor.index, block), params + at);
+      const std::uint64_t seed = step_seed(args.seed, factors.step);
+      store_params(param, n, args, block_seed(seed, tensor.index, block), params + at);
     }
     exp_avg.store(at, n);
     exp_avg_sq.store(at, n);

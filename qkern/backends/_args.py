@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qkern import _errors, formats
+from qkern.reference import ADAMW_FACTORS
 
 DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMAT_IDS = formats.FORMAT_IDS
@@ -133,40 +134,53 @@ def rows(
     return x, x.shape[0], x.stride(0)
 
 
-def adamw_tensors(
+def adamw_pieces(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_absmaxes: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
+    factors: Tensor,
+    indices: Sequence[int],
+    offsets: Sequence[int],
+    device: torch.device | None = None,
 ) -> list[tuple[int, ...]]:
-    """For each parameter: six addresses (0 is absent), dtype and number of elements."""
+    """For each parameter seven addresses (0 is absent), dtype, elements, index and offset."""
     in_codes = len(exp_avg_absmaxes) > 0
-    counts = {len(grads), len(exp_avgs), len(exp_avg_sqs)}
+    lists = (params, grads, exp_avgs, exp_avg_sqs, indices or params, offsets or params)
     scales = {len(exp_avg_absmaxes), len(exp_avg_sq_absmaxes)}
-    if counts != {len(params)} or scales != {len(params) if in_codes else 0}:
+    if len(set(map(len, lists))) != 1 or scales != {len(params) if in_codes else 0}:
         raise ValueError("params: got lists of different lengths; takes as many of everything")
+    indices = indices or range(len(params))
+    if factors.dim() != 2 or factors.shape[1] != ADAMW_FACTORS:
+        raise ValueError(f"factors: got shape {list(factors.shape)}; takes [n, {ADAMW_FACTORS}]")
+    factors_ptr = pointer("factors", factors, torch.float32, factors.numel(), device)
+    if not all(0 <= index < len(factors) for index in indices):
+        raise ValueError(f"indices: got {list(indices)}; takes rows of factors, of {len(factors)}")
     state_dtype = torch.uint8 if in_codes else torch.float32
     found: list[tuple[int, ...]] = []
-    for k, param in enumerate(params):
+    for k, (param, index) in enumerate(zip(params, indices, strict=True)):
         n, dtype = param.numel(), param.dtype
         absmaxes = (0, 0)
         if in_codes:
             blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
             absmaxes = (
-                pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks),
-                pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks),
+                pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks, device),
+                pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks, device),
             )
         found.append(
             (
-                pointer("param", param, dtype, n),
-                pointer("grad", grads[k], dtype, n),
-                pointer("exp_avg", exp_avgs[k], state_dtype, n),
-                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n),
+                pointer("param", param, dtype, n, device),
+                pointer("grad", grads[k], dtype, n, device),
+                pointer("exp_avg", exp_avgs[k], state_dtype, n, device),
+                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n, device),
                 *absmaxes,
+                factors_ptr + index * ADAMW_FACTORS * factors.itemsize,
                 dtype_id("param", dtype),
                 n,
+                index,
+                offsets[k] if offsets else 0,
             )
         )
     return found

@@ -253,27 +253,17 @@ def adamw_step(
     exp_avg_sqs: Sequence[Tensor],
     exp_avg_absmaxes: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float = 1.0,
+    factors: Tensor,
     seed: int | None = None,
     indices: Sequence[int] = (),
     offsets: Sequence[int] = (),
 ) -> None:
     """See ``qkern.reference.adamw_step``."""
-    tensors = _args.adamw_tensors(
-        params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes
+    absmaxes = (exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    pieces = _args.adamw_pieces(
+        params, grads, exp_avgs, exp_avg_sqs, *absmaxes, factors, indices, offsets
     )
-    pieces = [
-        (*pointers, indices[k] if indices else k, offsets[k] if offsets else 0)
-        for k, pointers in enumerate(tensors)
-    ]
-    scalars = reference.adamw_scalars(step, lr, beta1, beta2, eps, weight_decay, grad_scale)
-    library().adamw_step(pieces, scalars, seed, _args.num_threads())
+    library().adamw_step(pieces, seed, _args.num_threads())
 
 
 def linear_4bit(

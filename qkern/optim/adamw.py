@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 import qkern.ops  # noqa: F401  registers torch.ops.qkern
-from qkern import _errors
+from qkern import _errors, reference
 from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
 from qkern.optim.paging import FilePager, Piece
 
@@ -176,14 +176,12 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return loss
         updates = self._collect()
         scale = self._grad_scale([grad for *_, grad in updates])
+        found_inf = getattr(self, "found_inf", None)
         if self._file is None:
-            self._step_in_memory(updates, scale)
-        else:
+            self._step_in_memory(updates, scale, found_inf)
+        elif found_inf is None or not bool(found_inf):
             self._step_in_file(updates, scale)
         return loss
 
@@ -199,77 +197,118 @@ class PagedAdamW(Optimizer):
                 index += 1
         return updates
 
-    def _grad_scale(self, grads: Sequence[Tensor]) -> float:
-        scale = 1.0
+    def _grad_scale(self, grads: Sequence[Tensor]) -> float | Tensor:
+        """What gradients are to be multiplied by; no number of a GPU is waited for."""
+        scale: float | Tensor = 1.0
         inverse = getattr(self, "grad_scale", None)
         if inverse is not None:
-            scale = 1.0 / float(inverse)
+            scale = 1.0 / inverse.double()
         if self.max_grad_norm is not None and grads:
             if any(grad.dtype is not torch.float32 for grad in grads):
                 # In their own dtype float16's norm may overflow where no gradient does.
                 grads = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
             norm = get_total_norm(grads)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            self.grad_norm = norm * scale
+            if isinstance(scale, Tensor):
+                scale = scale.to(norm.device)
+            self.grad_norm = (norm * scale).to(norm.dtype)
             # The same small number as in torch's clip_grad_norm_; and a NaN stays one.
-            scale *= min(self.max_grad_norm / (float(self.grad_norm) + 1e-6), 1.0)
+            clip = self.max_grad_norm / (self.grad_norm.double() + 1e-6)
+            scale = scale * clip.clamp(max=1.0)
         return scale
 
+    def _factors(
+        self, steps: Mapping[int, Tensor], scale: float | Tensor, skip: float | Tensor, like: Tensor
+    ) -> Tensor:
+        """Factors for a call of the op with parameters where ``like`` is, a row for each number."""
+        device = _device_of_steps(like)
+        none = torch.zeros((), device=device)
+        tables = []
+        first = 0
+        for group in self.param_groups:
+            numbers = range(first, first + len(group["params"]))
+            first = numbers.stop
+            if numbers:
+                tables.append(
+                    reference.adamw_factors(
+                        torch.stack([steps.get(number, none) for number in numbers]),
+                        group["lr"],
+                        group["betas"][0],
+                        group["betas"][1],
+                        group["eps"],
+                        group["weight_decay"],
+                        -scale if group["maximize"] else scale,
+                        skip,
+                    )
+                )
+        return torch.cat(tables).to(like.device)
+
     def _step_in_memory(
-        self, updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]], scale: float
+        self,
+        updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]],
+        scale: float | Tensor,
+        found_inf: Tensor | None,
     ) -> None:
-        calls = _Calls(scale, self._seed)
         copies = []
-        found = [self._moments(param, group) for _, group, param, _ in updates]
-        steps = [self.state[param]["step"] for _, _, param, _ in updates]
-        if steps:
-            torch._foreach_add_(steps, 1)
-        for (index, group, param, grad), step, moments in zip(updates, steps, found, strict=True):
-            data = local(param)
-            if not data.is_contiguous():
-                copies.append((data, data.contiguous()))
-                data = copies[-1][1]
-            calls.add(group, int(step), index, 0, data, local(grad), moments)
-        calls.run()
+        by_device = defaultdict(list)
+        for update in updates:
+            by_device[update[2].device].append(update)
+        for device, found in by_device.items():
+            moments = [self._moments(param, group) for _, group, param, _ in found]
+            steps = {index: self.state[param]["step"] for index, _, param, _ in found}
+            skip = 0.0 if found_inf is None else found_inf.to(device, torch.float32)
+            torch._foreach_add_(list(steps.values()), 1 - skip)
+            calls = _Calls(self._factors(steps, scale, skip, found[0][2]), self._seed)
+            for (index, _, param, grad), of_param in zip(found, moments, strict=True):
+                data = local(param)
+                if not data.is_contiguous():
+                    copies.append((data, data.contiguous()))
+                    data = copies[-1][1]
+                calls.add(index, 0, data, local(grad), of_param)
+            calls.run()
         for data, changed in copies:
             data.copy_(changed)
 
     def _step_in_file(
-        self, updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]], scale: float
+        self,
+        updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]],
+        scale: float | Tensor,
     ) -> None:
         assert self._file is not None
-        found = {index: (group, param, grad) for index, group, param, grad in updates}
+        if not updates:
+            return
+        found = {index: (param, grad) for index, _, param, grad in updates}
         steps = list(self._file.steps)
         flat = {}
-        for index, (_, param, grad) in found.items():
+        for index, (param, grad) in found.items():
             steps[index] += 1
             data = local(param)
             flat[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
+        tensors = {index: torch.tensor(float(steps[index])) for index in found}
+        factors = self._factors(tensors, scale, 0.0, updates[0][2])
 
         def update(pieces: Sequence[tuple[Piece, Moments]]) -> None:
-            calls = _Calls(scale, self._seed)
+            calls = _Calls(factors, self._seed)
             for piece, moments in pieces:
                 if piece.param in found:
                     data, grad = (
                         t[piece.first : piece.first + piece.numel] for t in flat[piece.param]
                     )
-                    group = found[piece.param][0]
-                    step = steps[piece.param]
-                    calls.add(group, step, piece.param, piece.first, data, grad, moments)
+                    calls.add(piece.param, piece.first, data, grad, moments)
             calls.run()
 
         self._file.step(found, update, steps)
-        for index, (_, param, _) in found.items():
+        for index, (param, _) in found.items():
             data = local(param)
             if not data.is_contiguous():
                 data.copy_(flat[index][0].view(data.shape))
-            self.state[param]["step"] = torch.tensor(float(steps[index]))
+            self.state[param]["step"] = tensors[index]
 
     def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
         """The parameter's moments in memory, made of zeros at its first step."""
         state = self.state[param]
         if "exp_avg" not in state:
-            state.setdefault("step", torch.tensor(0.0))
+            state.setdefault("step", torch.zeros((), device=_device_of_steps(param)))
             state |= to_state(of_zeros(param, self._bits(param, group)))
         return Moments(
             local(state["exp_avg"]),
@@ -325,7 +364,7 @@ class PagedAdamW(Optimizer):
         found: defaultdict[Tensor, Any] = defaultdict(dict)
         for index, (step, moments) in wanted.items():
             param = pairs[index][0]
-            found[param] = {"step": torch.tensor(float(step))}
+            found[param] = {"step": torch.tensor(float(step), device=_device_of_steps(param))}
             if self._file is None:
                 found[param] |= to_state(moments.like(param, copy=True))
         self.__setstate__({"state": found, "param_groups": groups})
@@ -355,33 +394,20 @@ class PagedAdamW8bit(PagedAdamW):
 
 
 class _Calls:
-    """Updates gathered into one call of the op for each of a kind."""
+    """Updates gathered into one call of the op for each width of moments."""
 
-    def __init__(self, scale: float, seed: int | None) -> None:
-        self._scale, self._seed = scale, seed
-        self._found: defaultdict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
-        self._groups: dict[int, dict[str, Any]] = {}
+    def __init__(self, factors: Tensor, seed: int | None) -> None:
+        self._factors, self._seed = factors, seed
+        self._found: defaultdict[int, list[tuple[Any, ...]]] = defaultdict(list)
 
-    def add(
-        self,
-        group: dict[str, Any],
-        step: int,
-        index: int,
-        first: int,
-        param: Tensor,
-        grad: Tensor,
-        moments: Moments,
-    ) -> None:
+    def add(self, index: int, first: int, param: Tensor, grad: Tensor, moments: Moments) -> None:
         """One parameter or piece of one, contiguous, with its number and first element."""
-        if param.numel() == 0:
-            return
-        self._groups[id(group)] = group
-        key = (id(group), step, moments.bits, param.device)
-        self._found[key].append((param, grad.contiguous(), moments, index, first))
+        if param.numel():
+            piece = (param, grad.contiguous(), moments, index, first)
+            self._found[moments.bits].append(piece)
 
     def run(self) -> None:
-        for (group_id, step, bits, _), pieces in self._found.items():
-            group = self._groups[group_id]
+        for bits, pieces in self._found.items():
             params, grads, moments, indices, offsets = zip(*pieces, strict=True)
             scales = [m.absmaxes() for m in moments if bits == 8]
             torch.ops.qkern.adamw_step(
@@ -391,17 +417,19 @@ class _Calls:
                 [m.exp_avg_sq for m in moments],
                 [of_exp_avg for of_exp_avg, _ in scales],
                 [of_exp_avg_sq for _, of_exp_avg_sq in scales],
-                step,
-                float(group["lr"]),
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                -self._scale if group["maximize"] else self._scale,
-                # Another number each step.
-                None if self._seed is None else self._seed << 31 ^ step,
+                self._factors,
+                self._seed,
                 indices,
                 offsets,
             )
+
+
+def _device_of_steps(param: Tensor) -> torch.device:
+    """Where the number of a parameter's steps is.
+
+    On a GPU with the parameter, so that no step waits for the host and may be in a CUDA graph.
+    """
+    return param.device if param.is_cuda else torch.device("cpu")
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from types import ModuleType
 
 from module_copy import copy_of
 
-from qkern import backends, formats
+from qkern import backends, formats, reference
 from qkern.backends import native
 from qkern.testing import Target
 
@@ -215,19 +214,28 @@ class Library:
     def adamw_step(
         self,
         pieces: Sequence[tuple[int, ...]],
-        scalars: Sequence[float],
         seed: int | None,
         threads: int,
     ) -> None:
         arguments: list[_Buffer | int] = [len(pieces)]
-        for param, grad, exp_avg, exp_avg_sq, absmax, sq_absmax, dtype, n, *place in pieces:
+        for (
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            absmax,
+            sq_absmax,
+            factors,
+            dtype,
+            n,
+            *place,
+        ) in pieces:
             item, state = _ITEM_SIZE[dtype], 1 if absmax else 4
             blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
             arguments += [_changed(param, n * item), _in(grad, n * item)]
             arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
             arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
-            arguments += [dtype, n, *place]
-        arguments += struct.unpack("<8I", struct.pack("<8f", *scalars))
+            arguments += [_in(factors, 4 * reference.ADAMW_FACTORS), dtype, n, *place]
         self._call("adamw_step", *arguments, int(seed is not None), seed or 0, threads)
 
     def linear_4bit(self, *arguments: int) -> None:

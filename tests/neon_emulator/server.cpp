@@ -200,13 +200,6 @@ Status linear_4bit_dx(Arguments& from) {
   return qkern::cpu::linear_4bit_dx(args, from.number());
 }
 
-float to_float(std::int64_t bits) {
-  const std::uint32_t low = static_cast<std::uint32_t>(bits);
-  float value;
-  std::memcpy(&value, &low, sizeof(value));
-  return value;
-}
-
 Status adamw_step(Arguments& from) {
   std::vector<qkern::AdamWTensor> tensors(static_cast<std::size_t>(from.size()));
   for (qkern::AdamWTensor& tensor : tensors) {
@@ -216,6 +209,7 @@ Status adamw_step(Arguments& from) {
     tensor.exp_avg_sq = from.at<void>();
     tensor.exp_avg_absmax = from.at<float>();
     tensor.exp_avg_sq_absmax = from.at<float>();
+    tensor.factors = from.at<const qkern::AdamWFactors>();
     tensor.dtype = from.dtype();
     tensor.numel = from.size();
     tensor.index = from.size();
@@ -224,10 +218,6 @@ Status adamw_step(Arguments& from) {
   qkern::AdamWArgs args;
   args.tensors = tensors.data();
   args.count = static_cast<std::int64_t>(tensors.size());
-  float scalars[8];
-  for (float& scalar : scalars) scalar = to_float(from.size());
-  args.scalars = {scalars[0], scalars[1], scalars[2], scalars[3],
-                  scalars[4], scalars[5], scalars[6], scalars[7]};
   args.stochastic_rounding = from.number() != 0;
   args.seed = static_cast<std::uint64_t>(from.size());
   return qkern::cpu::adamw_step(args, from.number());

@@ -111,6 +111,7 @@ struct AdamWTensor {
   void* exp_avg_sq = nullptr;
   float* exp_avg_absmax = nullptr;
   float* exp_avg_sq_absmax = nullptr;
+  const AdamWFactors* factors = nullptr;
   DType dtype = DType::kFloat32;  // of param and grad
   std::int64_t numel = 0;
   std::int64_t index = 0;  // among all, for random numbers
@@ -120,7 +121,6 @@ struct AdamWTensor {
 struct AdamWArgs {
   const AdamWTensor* tensors = nullptr;
   std::int64_t count = 0;
-  AdamWScalars scalars{};
   bool stochastic_rounding = false;  // of bfloat16 parameters
   std::uint64_t seed = 0;
 };

@@ -13,8 +13,8 @@
 // each rounded once and none contracted, so that all backends give the same bits.
 namespace qkern {
 
-// AdamW's factors at one step t; adamw_scalars in qkern/reference.py derives them.
-struct AdamWScalars {
+// AdamW's factors for a parameter at its step t; adamw_factors in qkern/reference.py derives them.
+struct AdamWFactors {
   float grad_scale;        // of gradients: clipping, inverse loss scale, the sign to maximise
   float decay;             // 1 - lr * weight_decay
   float beta1_complement;  // 1 - beta1
@@ -23,6 +23,8 @@ struct AdamWScalars {
   float step_size;           // lr / (1 - beta1^t)
   float root_bias2_inverse;  // 1 / sqrt(1 - beta2^t)
   float eps;
+  float skip;  // unless 0, the parameter and its moments stay as they are
+  float step;  // t
 };
 
 namespace {
@@ -39,7 +41,7 @@ struct PlainMath {
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2:
 // the decay comes before the update and does not pass through the moments.
 template <typename Math>
-QKERN_MATH void adamw_element(const AdamWScalars& s, float grad, float* param, float* exp_avg,
+QKERN_MATH void adamw_element(const AdamWFactors& s, float grad, float* param, float* exp_avg,
                               float* exp_avg_sq) {
   const float g = Math::mul(grad, s.grad_scale);
   const float m = Math::add(*exp_avg, Math::mul(Math::sub(g, *exp_avg), s.beta1_complement));
@@ -60,6 +62,11 @@ QKERN_MATH std::uint32_t hash_bits(std::uint32_t x) {
   x *= 0x846ca68bu;
   x ^= x >> 16;
   return x;
+}
+
+// Another seed for each step.
+QKERN_MATH std::uint64_t step_seed(std::uint64_t seed, float step) {
+  return seed << 31 ^ static_cast<std::uint64_t>(step);
 }
 
 // The seed of 256 neighbours, of which the i-th draws hash_bits(seed + i).
