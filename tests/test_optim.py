@@ -24,9 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_gpu import FakeGpu
+
 from qkern import formats, reference, testing
 from qkern.backends import native
-from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit
+from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver
 from qkern.optim._moments import BLOCK, Moments
 from qkern.optim.paging import plan
 
@@ -93,12 +97,18 @@ class Made:
             self._count += 1
             options = {"budget_bytes": LEAST_BUDGET} | options
             options |= {"path": self.folder / f"state{self._count}"}
+        if self.pager == "unified":
+            options = {"budget_bytes": LEAST_BUDGET} | options
         return PagedAdamW(params, pager=self.pager, **options)
 
 
-@pytest.fixture(params=["none", "mmap"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
-    return Made(request.param, tmp_path)
+@pytest.fixture(params=["none", "mmap", "managed", "pinned"])
+def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    if request.param in ("none", "mmap"):
+        return Made(request.param, tmp_path)
+    gpu = FakeGpu(managed=request.param == "managed", eagerness=1.0)
+    monkeypatch.setattr(_driver, "driver", gpu)
+    return Made("unified", tmp_path)
 
 
 def close_to_fused(
@@ -464,7 +474,7 @@ def test_gradients_not_finite_leave_everything(make: Made, unscale: bool, bad: f
         ({"weight_decay": -1}, "weight_decay: got -1"),
         ({"bits": 4}, "bits: got 4; takes 32 or 8"),
         ({"bits": "8"}, "bits: got '8'; takes 32 or 8"),
-        ({"pager": "disk"}, "pager: got 'disk'; takes one of auto, none, mmap"),
+        ({"pager": "disk"}, "pager: got 'disk'; takes one of auto, none, unified, mmap"),
         ({"seed": -1}, "seed: got -1; takes 0 to"),
         ({"seed": 1 << 32}, "seed: got 4294967296"),
         ({"seed": 0.5}, "seed: got 0.5"),
@@ -763,7 +773,7 @@ def test_file_equals_memory(tmp_path: Path, bits: int, budget: int) -> None:
         train(optimizer, in_file, 5, step)
         train(other, in_memory, 5, step)
         assert_same(in_file, in_memory)
-        assert optimizer._file.held_bytes <= budget
+        assert optimizer._pager.held_bytes <= budget
     assert_same_state(optimizer.state_dict(), other.state_dict())
 
 
@@ -817,7 +827,7 @@ def test_chunks_without_a_gradient_stay_on_disk(tmp_path: Path) -> None:
         param.grad = None
     optimizer.step()
     # A parameter has 240 kB; chunks have 64 KiB, so that its last may hold some of the next.
-    assert 240_000 <= optimizer._file.stats.written_bytes <= 240_000 + 2 * (64 << 10)
+    assert 240_000 <= optimizer._pager.stats.written_bytes <= 240_000 + 2 * (64 << 10)
 
 
 def test_resume_after_close(tmp_path: Path) -> None:
@@ -1021,11 +1031,13 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     train(optimizer, params, 1)
     pid = os.fork()
     if pid == 0:
+        status = 1
         try:
-            optimizer._file.step((), lambda pieces: None, optimizer._file.steps)
+            optimizer._pager.step((), lambda pieces: None, optimizer._pager.steps)
         except ValueError:
-            os._exit(42)
-        os._exit(1)
+            status = 42
+        finally:
+            os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     train(optimizer, params, 1, 1)
     whole = make_params()
@@ -1035,18 +1047,23 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
 
 # Checkpoints.
 
-KINDS = [(pager, bits) for pager in ("none", "mmap") for bits in (32, 8)]
+KINDS = [(pager, bits) for pager in ("none", "mmap", "unified") for bits in (32, 8)]
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["state_dict", "torch.save"])
 @pytest.mark.parametrize("to", KINDS, ids=lambda kind: f"to-{kind[0]}-{kind[1]}")
 @pytest.mark.parametrize("start", KINDS, ids=lambda kind: f"from-{kind[0]}-{kind[1]}")
 def test_checkpoints_across_pagers_and_widths(
-    tmp_path: Path, start: tuple[str, int], to: tuple[str, int], saved: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: tuple[str, int],
+    to: tuple[str, int],
+    saved: bool,
 ) -> None:
+    monkeypatch.setattr(_driver, "driver", FakeGpu(eagerness=1.0))
     params, whole = make_params(), make_params()
     optimizer = Made(start[0], tmp_path)(params, bits=start[1], lr=1e-2)
-    other = PagedAdamW(whole, bits=start[1], lr=1e-2)
+    other = PagedAdamW(whole, pager="none", bits=start[1], lr=1e-2)
     train(optimizer, params, 5)
     train(other, whole, 5)
     state = optimizer.state_dict()
@@ -1057,7 +1074,7 @@ def test_checkpoints_across_pagers_and_widths(
         state = torch.load(file, weights_only=True)
     if start[1] != to[1]:  # the conversion that is stated, done by hand
         for index, of_it in other.state_dict()["state"].items():
-            wide = PagedAdamW(whole[index : index + 1], bits=to[1], lr=1e-2)
+            wide = PagedAdamW(whole[index : index + 1], pager="none", bits=to[1], lr=1e-2)
             moments = Moments(*(of_it.get(key) for key in Moments._fields))
             bits = to[1] if whole[index].numel() >= 4096 else 32
             found = {k: v for k, v in moments.to_bits(bits)._asdict().items() if v is not None}
@@ -1416,3 +1433,21 @@ def test_the_op_refuses(change: dict[str, Any], error: type[Exception], text: st
     arguments |= {"factors": torch.zeros(2, 10)} | change
     with pytest.raises(error, match=text):
         torch.ops.qkern.adamw_step(**arguments)
+
+
+def test_moments_on_another_device_are_brought_and_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with parameters on a GPU, for which copies on the CPU stand here."""
+    monkeypatch.setattr(Moments, "on", lambda moments, device: moments._replace(**clones(moments)))
+    params, whole = make_params(), make_params()
+    optimizer = PagedAdamW(params, path=tmp_path / "state", budget_bytes=LEAST_BUDGET, bits=8)
+    other = PagedAdamW(whole, bits=8)
+    train(optimizer, params, 3)
+    train(other, whole, 3)
+    assert_same(params, whole)
+    assert_same_state(optimizer.state_dict(), other.state_dict())
+
+
+def clones(moments: Moments) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in moments._asdict().items() if t is not None}

@@ -66,6 +66,17 @@ class Moments(NamedTuple):
         ]
         return Moments(*decoded)
 
+    def on(self, device: torch.device) -> Moments:
+        """The same on ``device``; themselves where they are there."""
+        if self.exp_avg.device == device:
+            return self
+        return self._replace(**{name: t.to(device) for name, t in to_state(self).items()})
+
+    def copy_(self, other: Moments) -> None:
+        """Take over the values of others of the same shape and width."""
+        for to, value in zip(to_state(self).values(), to_state(other).values(), strict=True):
+            to.copy_(value)
+
     def like(self, param: Tensor, copy: bool = False) -> Moments:
         """On the parameter's device; where that is sharded (DTensor), as its shards."""
         found = [t.to(param.device, copy=copy) for t in to_state(self).values()]
@@ -117,8 +128,10 @@ _BITSANDBYTES = {
 _BITSANDBYTES_NESTED = "__bnb_optimizer_quant_state__"
 
 
-def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int, Moments]:
-    """The step and the moments that a checkpoint has for ``param``.
+def from_state(
+    name: str, state: Mapping[str, Any], param: Tensor, device: torch.device
+) -> tuple[int, Moments]:
+    """The step and the moments that a checkpoint has for ``param``, on ``device``.
 
     Raises ``ValueError``, starting with ``name``, for what is not AdamW's or does not fit.
     """
@@ -135,7 +148,7 @@ def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int,
         raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
     step = int(state["step"])
     # torch's have the parameter's strides.
-    moments = [local(state[k]).to(param.device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
+    moments = [local(state[k]).to(device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
     for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         if moment.shape != param.shape:
             raise ValueError(
@@ -150,7 +163,7 @@ def from_state(name: str, state: Mapping[str, Any], param: Tensor) -> tuple[int,
         if absmax is None or absmax.numel() != blocks:
             got = "none" if absmax is None else f"{absmax.numel()} scales"
             raise ValueError(f"{name}.{key}: got {got}; takes {blocks}, one for each {BLOCK} codes")
-        absmaxes.append(absmax.to(param.device, torch.float32).view(-1))
+        absmaxes.append(absmax.to(device, torch.float32).view(-1))
     return step, Moments(*moments, *absmaxes)
 
 

@@ -1,4 +1,4 @@
-"""AdamW with moments in 32 or 8 bits, in memory or in a file."""
+"""AdamW with moments in 32 or 8 bits, in a device's memory, in the host's or in a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from torch.optim import Optimizer
 
 import qkern.ops  # noqa: F401  registers torch.ops.qkern
 from qkern import _errors, reference
+from qkern.optim import _driver
 from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
+from qkern.optim._unified import UnifiedPager
 from qkern.optim.paging import FilePager, Piece
 
-PAGERS = ("auto", "none", "mmap")
-DEFAULT_BUDGET = 256 << 20
+PAGERS = ("auto", "none", "unified", "mmap")
+_FILE_BUDGET = 256 << 20
 
 
 class PagedAdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), of which the moments may live in a file.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), with moments outside fast memory if wanted.
 
     Drop-in for ``torch.optim.AdamW``: the same order of decay and update, the same state in 32
-    bits, parameter groups, schedulers, closures and ``GradScaler``. One kernel call updates all
-    parameters of a group.
+    bits, parameter groups, schedulers, closures and ``GradScaler``. One kernel call updates many
+    parameters. On a GPU a step waits for nothing, and with the pager ``"none"`` a CUDA graph can
+    capture it.
 
     Args:
         params: Parameters or groups, as ``torch.optim.Optimizer`` takes them: float32, bfloat16 or
@@ -42,15 +45,20 @@ class PagedAdamW(Optimizer):
         bits: 32, or 8: moments as codes of the 8-bit dynamic map, a scale for each 256 (Dettmers
             et al., arXiv 2110.02861), the nearest code exactly. A parameter of fewer than
             ``min_8bit_size`` elements has 32 all the same. May differ between groups.
-        pager: Where the moments are. ``"none"``: in memory, on the parameter's device. ``"mmap"``:
-            in the file ``path``, read and written chunk by chunk during a step, with at most
-            ``budget_bytes`` of it in memory; for parameters on a CPU. ``"auto"``: ``"mmap"`` where
-            there is a ``path``. The attribute ``pager`` tells which it is.
+        pager: Where the moments are. ``"none"``: in memory, on the parameter's device.
+            ``"unified"``, for parameters on GPUs: in host memory, from where they come to the GPU
+            and leave again chunk by chunk during a step; as CUDA's managed memory, or where CPU and
+            GPU cannot use that at the same time (WSL, Windows, ROCm) page-locked and copied:
+            ``paging`` tells which. ``"mmap"``: in the file ``path``, read and written by chunks
+            during a step. ``"auto"``: ``"mmap"`` where there is a ``path``, ``"unified"`` where all
+            parameters are on GPUs, else ``"none"``; the attribute ``pager`` tells.
         path: The file, which must not exist; or with ``resume`` must, written by an optimizer of
             the same parameters, whose steps and moments are then taken as last committed. Every
             ``step`` commits: if the process is killed within one, the file has the step before.
         resume: See ``path``.
-        budget_bytes: Most memory that holds parts of the file, 256 MiB by default.
+        budget_bytes: Most memory for moments, on each GPU (``"unified"``) or of the file
+            (``"mmap"``). What was used least recently leaves first. 256 MiB by default; no bound
+            with managed memory, of which the driver moves away what others need room for.
         durable: Let every step wait for the disk, so that a power cut loses no commit either.
         max_grad_norm: Clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_``
             does, but within the step: the gradients themselves stay. ``grad_norm`` is the last one.
@@ -97,13 +105,8 @@ class PagedAdamW(Optimizer):
             raise ValueError(f"max_grad_norm: got {max_grad_norm}; takes a norm above 0, or None")
         if not (isinstance(seed, int) and 0 <= seed < 1 << 32):
             raise ValueError(f"seed: got {seed}; takes 0 to 2^32 - 1")
-        if pager == "auto":
-            pager = "none" if path is None else "mmap"
-        in_file = {"path": path, "budget_bytes": budget_bytes}
-        in_file |= {"resume": resume or None, "durable": durable or None}
-        for name, value in in_file.items():
-            if pager == "none" and value is not None:
-                raise ValueError(f'{name}: got {value!r} with pager "none"; goes with "mmap"')
+        if path is not None and pager == "auto":
+            pager = "mmap"
         if pager == "mmap" and path is None:
             raise ValueError('path: got None with pager "mmap"; takes the name of a file')
         self.pager = pager
@@ -111,7 +114,7 @@ class PagedAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._min_8bit_size = min_8bit_size
         self._seed = seed if stochastic_rounding else None
-        self._file: FilePager | None = None
+        self._pager: FilePager | UnifiedPager | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -121,42 +124,45 @@ class PagedAdamW(Optimizer):
             "bits": bits,
         }
         super().__init__(params, defaults)
-        if path is not None:
-            budget_bytes = DEFAULT_BUDGET if budget_bytes is None else budget_bytes
-            self._open_file(path, resume, budget_bytes, durable)
-
-    def _open_file(
-        self, path: str | os.PathLike[str], resume: bool, budget_bytes: int, durable: bool
-    ) -> None:
         params = self._params()
-        for param in params:
-            if not param.is_cpu:
-                raise ValueError(
-                    f'pager: got "mmap" with a parameter on {param.device}; takes those on a cpu'
-                )
+        if pager == "auto":
+            on_gpus = all(_driver.driver.takes(param.device) for param in params)
+            self.pager = "unified" if on_gpus else "none"
+        _check_paging(self.pager, path, resume, durable, budget_bytes)
+        if self.pager == "none":
+            return
         shapes = [tuple(local(param).shape) for param in params]
-        bits = [
+        widths = [
             self._bits(param, group) for group in self.param_groups for param in group["params"]
         ]
-        self._file = FilePager(path, shapes, bits, budget_bytes, resume=resume, durable=durable)
+        if path is not None:
+            budget = _FILE_BUDGET if budget_bytes is None else budget_bytes
+            self._pager = FilePager(path, shapes, widths, budget, resume=resume, durable=durable)
+            for param, step in zip(params, self._pager.steps, strict=True):
+                if step:
+                    self.state[param]["step"] = torch.tensor(float(step))
+        else:
+            self._pager = UnifiedPager(budget_bytes)
+            self._pager.add([param.device for param in params], shapes, widths)
         # A hook, so that those of others see the moments too.
         self.register_state_dict_post_hook(_add_moments)
-        for param, step in zip(params, self._file.steps, strict=True):
-            if step:
-                self.state[param]["step"] = torch.tensor(float(step))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
-        if getattr(self, "_file", None) is not None:
+        pager = getattr(self, "_pager", None)
+        if isinstance(pager, FilePager):
             raise RuntimeError(
                 'param_group: got one after the file was made; with pager "mmap" all are given at'
                 " construction"
             )
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
-            for param in self.param_groups[-1]["params"]:
-                self._bits(param, self.param_groups[-1])
+            group = self.param_groups[-1]
+            _check_group(group)
+            widths = [self._bits(param, group) for param in group["params"]]
+            if pager is not None:
+                shapes = [tuple(local(param).shape) for param in group["params"]]
+                pager.add([param.device for param in group["params"]], shapes, widths)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -167,10 +173,13 @@ class PagedAdamW(Optimizer):
 
         With ``GradScaler``, gradients that are not all finite leave everything as it was. With a
         file, an error (a full disk) leaves the file at the step before; parameters may then be
-        updated already and must come from a checkpoint, as the message says.
+        updated already and must come from a checkpoint, as the message says. The same goes for an
+        error (no memory) with the pager ``"unified"``.
 
         Raises:
             TypeError: A gradient is sparse, or of another dtype than its parameter.
+            RuntimeError: A step broke off; or moments on a GPU are paged and a CUDA graph is being
+                captured.
         """
         loss = None
         if closure is not None:
@@ -179,13 +188,17 @@ class PagedAdamW(Optimizer):
         updates = self._collect()
         scale = self._grad_scale([grad for *_, grad in updates])
         found_inf = getattr(self, "found_inf", None)
-        if self._file is None:
+        if isinstance(self._pager, FilePager) and found_inf is not None:
+            if bool(found_inf):
+                return loss
+            found_inf = None
+        if self._pager is None:
             self._step_in_memory(updates, scale, found_inf)
-        elif found_inf is None or not bool(found_inf):
-            self._step_in_file(updates, scale)
+        elif updates:
+            self._step_paged(self._pager, updates, scale, found_inf)
         return loss
 
-    def _collect(self) -> list[tuple[int, dict[str, Any], Tensor, Tensor]]:
+    def _collect(self) -> list[_Update]:
         """Each parameter with a gradient: its number, group, and both."""
         updates = []
         index = 0
@@ -218,11 +231,14 @@ class PagedAdamW(Optimizer):
         return scale
 
     def _factors(
-        self, steps: Mapping[int, Tensor], scale: float | Tensor, skip: float | Tensor, like: Tensor
+        self,
+        steps: Mapping[int, Tensor],
+        scale: float | Tensor,
+        skip: float | Tensor,
+        device: torch.device,
     ) -> Tensor:
-        """Factors for a call of the op with parameters where ``like`` is, a row for each number."""
-        device = _device_of_steps(like)
-        none = torch.zeros((), device=device)
+        """Factors for calls of the op on ``device``: a row for each parameter, by its number."""
+        none = torch.zeros((), device=_device_of_steps(device))
         tables = []
         first = 0
         for group in self.param_groups:
@@ -241,25 +257,20 @@ class PagedAdamW(Optimizer):
                         skip,
                     )
                 )
-        return torch.cat(tables).to(like.device)
+        return torch.cat(tables).to(device)
 
     def _step_in_memory(
-        self,
-        updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]],
-        scale: float | Tensor,
-        found_inf: Tensor | None,
+        self, updates: Sequence[_Update], scale: float | Tensor, found_inf: Tensor | None
     ) -> None:
         copies = []
-        by_device = defaultdict(list)
-        for update in updates:
-            by_device[update[2].device].append(update)
-        for device, found in by_device.items():
-            moments = [self._moments(param, group) for _, group, param, _ in found]
-            steps = {index: self.state[param]["step"] for index, _, param, _ in found}
-            skip = 0.0 if found_inf is None else found_inf.to(device, torch.float32)
+        for device, mine in _by_device(updates).items():
+            moments = [self._moments(param, group) for _, group, param, _ in mine]
+            steps = {index: self.state[param]["step"] for index, _, param, _ in mine}
+            skip = _on(found_inf, device)
+            # In place, where a CUDA graph finds them again.
             torch._foreach_add_(list(steps.values()), 1 - skip)
-            calls = _Calls(self._factors(steps, scale, skip, found[0][2]), self._seed)
-            for (index, _, param, grad), of_param in zip(found, moments, strict=True):
+            calls = _Calls({device: self._factors(steps, scale, skip, device)}, self._seed)
+            for (index, _, param, grad), of_param in zip(mine, moments, strict=True):
                 data = local(param)
                 if not data.is_contiguous():
                     copies.append((data, data.contiguous()))
@@ -269,46 +280,64 @@ class PagedAdamW(Optimizer):
         for data, changed in copies:
             data.copy_(changed)
 
-    def _step_in_file(
+    def _step_paged(
         self,
-        updates: Sequence[tuple[int, dict[str, Any], Tensor, Tensor]],
+        pager: FilePager | UnifiedPager,
+        updates: Sequence[_Update],
         scale: float | Tensor,
+        found_inf: Tensor | None,
     ) -> None:
-        assert self._file is not None
-        if not updates:
-            return
-        found = {index: (param, grad) for index, _, param, grad in updates}
-        steps = list(self._file.steps)
-        flat = {}
-        for index, (param, grad) in found.items():
-            steps[index] += 1
+        found = {}
+        for index, _, param, grad in updates:
             data = local(param)
-            flat[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
-        tensors = {index: torch.tensor(float(steps[index])) for index in found}
-        factors = self._factors(tensors, scale, 0.0, updates[0][2])
+            found[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
+        numbers = list(pager.steps) if isinstance(pager, FilePager) else []
+        steps: dict[int, Tensor] = {}
+        factors = {}
+        for device, mine in _by_device(updates).items():
+            skip = _on(found_inf, device)
+            if isinstance(pager, FilePager):
+                for index, *_ in mine:
+                    numbers[index] += 1
+                    steps[index] = torch.tensor(float(numbers[index]))
+            else:
+                none = torch.zeros((), device=_device_of_steps(device))
+                before = [self.state.get(param, {}).get("step", none) for _, _, param, _ in mine]
+                after = torch._foreach_add(before, 1 - skip)
+                steps |= {index: step for (index, *_), step in zip(mine, after, strict=True)}
+            factors[device] = self._factors(steps, scale, skip, device)
 
         def update(pieces: Sequence[tuple[Piece, Moments]]) -> None:
             calls = _Calls(factors, self._seed)
+            brought = []
             for piece, moments in pieces:
                 if piece.param in found:
                     data, grad = (
-                        t[piece.first : piece.first + piece.numel] for t in flat[piece.param]
+                        t[piece.first : piece.first + piece.numel] for t in found[piece.param]
                     )
-                    calls.add(piece.param, piece.first, data, grad, moments)
+                    there = moments.on(data.device)
+                    if there is not moments:
+                        brought.append((moments, there))
+                    calls.add(piece.param, piece.first, data, grad, there)
             calls.run()
+            for moments, there in brought:
+                moments.copy_(there)
 
-        self._file.step(found, update, steps)
-        for index, (param, _) in found.items():
+        if isinstance(pager, FilePager):
+            pager.step(found, update, numbers)
+        else:
+            pager.step(found, update)
+        for index, _, param, _ in updates:
             data = local(param)
             if not data.is_contiguous():
-                data.copy_(flat[index][0].view(data.shape))
-            self.state[param]["step"] = tensors[index]
+                data.copy_(found[index][0].view(data.shape))
+            self.state[param]["step"] = steps[index]
 
     def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
         """The parameter's moments in memory, made of zeros at its first step."""
         state = self.state[param]
         if "exp_avg" not in state:
-            state.setdefault("step", torch.zeros((), device=_device_of_steps(param)))
+            state.setdefault("step", torch.zeros((), device=_device_of_steps(param.device)))
             state |= to_state(of_zeros(param, self._bits(param, group)))
         return Moments(
             local(state["exp_avg"]),
@@ -330,9 +359,9 @@ class PagedAdamW(Optimizer):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """As of ``torch.optim.Optimizer``; with a file, the moments come from it.
+        """As of ``torch.optim.Optimizer``; with a pager the moments are copies on the CPU.
 
-        Those tensors are mapped from an unnamed file beside it, so that a state of any size fits.
+        With a file they are mapped from an unnamed one beside it, so that a state of any size fits.
         """
         return super().state_dict()
 
@@ -357,33 +386,48 @@ class PagedAdamW(Optimizer):
         wanted: dict[int, tuple[int, Moments]] = {}
         for index, (name, (param, group)) in enumerate(zip(names, pairs, strict=True)):
             if state := state_dict["state"].get(name):
-                step, moments = from_state(f"state[{name}]", state, local(param))
+                # Paged, they need not all fit the parameter's device at a time.
+                place = param.device if self._pager is None else torch.device("cpu")
+                step, moments = from_state(f"state[{name}]", state, local(param), place)
                 wanted[index] = (step, moments.to_bits(self._bits(param, group)))
-        if self._file is not None:
-            self._file.load(wanted)
+        if isinstance(self._pager, FilePager):
+            self._pager.load(wanted)
+        elif self._pager is not None:
+            self._pager.load({index: moments for index, (_, moments) in wanted.items()})
         found: defaultdict[Tensor, Any] = defaultdict(dict)
         for index, (step, moments) in wanted.items():
             param = pairs[index][0]
-            found[param] = {"step": torch.tensor(float(step), device=_device_of_steps(param))}
-            if self._file is None:
+            where = _device_of_steps(param.device)
+            found[param] = {"step": torch.tensor(float(step), device=where)}
+            if self._pager is None:
                 found[param] |= to_state(moments.like(param, copy=True))
         self.__setstate__({"state": found, "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._file is not None:
+        if self._pager is not None:
             raise TypeError(
-                'pager: got "mmap", and a file cannot be copied or pickled with its optimizer; take'
-                " state_dict() instead"
+                f'pager: got "{self.pager}", whose memory cannot be copied or pickled with its'
+                " optimizer; take state_dict() instead"
             )
-        mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_file")
+        mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager")
         return super().__getstate__() | {name: getattr(self, name) for name in mine}
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of paged moments that are in fast memory now: on the GPUs, or of the file."""
+        return 0 if self._pager is None else self._pager.held_bytes
+
+    @property
+    def paging(self) -> dict[str, str]:
+        """For each GPU with the pager ``"unified"``, what its moments are in and why."""
+        return self._pager.report if isinstance(self._pager, UnifiedPager) else {}
+
     def close(self) -> None:
-        """Close the file, if there is one; it keeps the last step."""
-        if self._file is not None:
-            self._file.close()
+        """Free the memory of a pager; a file keeps the last step."""
+        if self._pager is not None:
+            self._pager.close()
 
 
 class PagedAdamW8bit(PagedAdamW):
@@ -394,20 +438,20 @@ class PagedAdamW8bit(PagedAdamW):
 
 
 class _Calls:
-    """Updates gathered into one call of the op for each width of moments."""
+    """Updates gathered into one call of the op for each device and width of moments."""
 
-    def __init__(self, factors: Tensor, seed: int | None) -> None:
+    def __init__(self, factors: Mapping[torch.device, Tensor], seed: int | None) -> None:
         self._factors, self._seed = factors, seed
-        self._found: defaultdict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
 
     def add(self, index: int, first: int, param: Tensor, grad: Tensor, moments: Moments) -> None:
         """One parameter or piece of one, contiguous, with its number and first element."""
         if param.numel():
             piece = (param, grad.contiguous(), moments, index, first)
-            self._found[moments.bits].append(piece)
+            self._found[param.device, moments.bits].append(piece)
 
     def run(self) -> None:
-        for bits, pieces in self._found.items():
+        for (device, bits), pieces in self._found.items():
             params, grads, moments, indices, offsets = zip(*pieces, strict=True)
             scales = [m.absmaxes() for m in moments if bits == 8]
             torch.ops.qkern.adamw_step(
@@ -417,19 +461,49 @@ class _Calls:
                 [m.exp_avg_sq for m in moments],
                 [of_exp_avg for of_exp_avg, _ in scales],
                 [of_exp_avg_sq for _, of_exp_avg_sq in scales],
-                self._factors,
+                self._factors[device],
                 self._seed,
                 indices,
                 offsets,
             )
 
 
-def _device_of_steps(param: Tensor) -> torch.device:
-    """Where the number of a parameter's steps is.
+_Update = tuple[int, dict[str, Any], Tensor, Tensor]
+"""A parameter's number, its group, itself and its gradient."""
 
-    On a GPU with the parameter, so that no step waits for the host and may be in a CUDA graph.
+
+def _by_device(updates: Sequence[_Update]) -> dict[torch.device, list[_Update]]:
+    found = defaultdict(list)
+    for update in updates:
+        found[update[2].device].append(update)
+    return found
+
+
+def _device_of_steps(device: torch.device) -> torch.device:
+    """Where the number of steps is of a parameter on ``device``.
+
+    With it on a GPU, so that no step waits for the host and may be in a CUDA graph.
     """
-    return param.device if param.is_cuda else torch.device("cpu")
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _on(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
+    if found_inf is None:
+        return 0.0
+    return found_inf.to(_device_of_steps(device), torch.float32).reshape(())
+
+
+def _check_paging(
+    pager: str, path: object, resume: bool, durable: bool, budget_bytes: int | None
+) -> None:
+    given = {"path": path, "resume": resume or None, "durable": durable or None}
+    for name, value in given.items():
+        if pager != "mmap" and value is not None:
+            raise ValueError(f'{name}: got {value!r} with pager "{pager}"; goes with "mmap"')
+    if pager == "none" and budget_bytes is not None:
+        raise ValueError(
+            f'budget_bytes: got {budget_bytes} with pager "none"; goes with "unified" and "mmap"'
+        )
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -476,13 +550,16 @@ def _fitting_groups(
 
 
 def _add_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """To a ``state_dict``, from the optimizer's file."""
+    """To a ``state_dict``, from the optimizer's pager."""
     assert isinstance(optimizer, PagedAdamW)
-    assert optimizer._file is not None
+    assert optimizer._pager is not None
     params = optimizer._params()
-    for index, moments in optimizer._file.read().items():
+    wanted = [index for index, param in enumerate(params) if param in optimizer.state]
+    for index, moments in optimizer._pager.read(wanted).items():
         param = params[index]
-        shaped = moments.view(local(param).shape).like(param)
+        shaped = moments.view(local(param).shape)
+        if local(param) is not param:
+            shaped = shaped.like(param)
         # Another dict: the one there is the optimizer's own.
         state_dict["state"][index] = state_dict["state"][index] | to_state(shaped)
 

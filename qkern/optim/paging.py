@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkern import formats
 from qkern.optim._chunkfile import ChunkFile, ChunkFileError
-from qkern.optim._moments import BLOCK, Moments
+from qkern.optim._moments import BLOCK, Moments, to_state
 from qkern.optim._stream import ChunkStream, StreamStats
 
 _MOST_CHUNK_BYTES = 16 << 20
@@ -51,16 +51,21 @@ class Piece:
         offset, numel, dtype = self.parts()[-1]
         return offset + _aligned(numel * dtype.itemsize)
 
-    def moments(self, buffer: memoryview) -> Moments:
-        """Flat views of a chunk's bytes."""
-        return Moments(
-            *(
-                torch.frombuffer(buffer, dtype=dtype, count=numel, offset=offset)
-                if numel
-                else torch.empty(0, dtype=dtype)
-                for offset, numel, dtype in self.parts()
-            )
-        )
+    def moments(self, chunk: memoryview | Tensor) -> Moments:
+        """Flat views of a chunk's bytes; of uint8, if a tensor."""
+        return Moments(*(_part(chunk, *part) for part in self.parts()))
+
+    def empty_moments(self) -> Moments:
+        """Flat tensors of their own on the CPU."""
+        return Moments(*(torch.empty(numel, dtype=dtype) for _, numel, dtype in self.parts()))
+
+
+def _part(chunk: memoryview | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
+    if numel == 0:
+        return torch.empty(0, dtype=dtype)
+    if isinstance(chunk, Tensor):
+        return chunk[offset : offset + numel * dtype.itemsize].view(dtype)
+    return torch.frombuffer(chunk, dtype=dtype, count=numel, offset=offset)
 
 
 def _aligned(size: int) -> int:
@@ -205,12 +210,11 @@ class FilePager:
             raise
         self.steps = list(steps)
 
-    def read(self) -> dict[int, Moments]:
-        """The flat moments of every parameter with a step, in an unnamed file mapped to memory."""
-        wanted = {index for index, step in enumerate(self.steps) if step}
+    def read(self, params: Collection[int]) -> dict[int, Moments]:
+        """The flat moments of ``params``, in an unnamed file mapped to memory."""
         whole = {}
         offset = 0
-        for index in sorted(wanted):
+        for index in params:
             whole[index] = Piece(index, 0, self._numels[index], self._bits[index], offset)
             offset = whole[index].end
         size = max(offset, 1)  # parameters without elements take none
@@ -224,28 +228,17 @@ class FilePager:
         moments = {index: piece.moments(buffer) for index, piece in whole.items()}
 
         def copy(index: int, chunk: memoryview) -> None:
-            for piece in self._chunks[index]:
-                if piece.param in wanted:
-                    for to, part in _matching(moments[piece.param], piece, piece.moments(chunk)):
-                        to.copy_(part)
+            copy_out(self._chunks[index], chunk, moments)
 
-        self._run(wanted, copy, write=False)
+        self._run(params, copy, write=False)
         return moments
 
     def load(self, moments: Mapping[int, tuple[int, Moments]]) -> None:
         """Replace everything by the steps and moments given; parameters left out have none."""
+        flat = {index: given for index, (_, given) in moments.items()}
 
         def copy(index: int, chunk: memoryview) -> None:
-            for piece in self._chunks[index]:
-                mine = piece.moments(chunk)
-                if piece.param not in moments:
-                    for part in mine:
-                        if part is not None:
-                            part.zero_()
-                    continue
-                flat = moments[piece.param][1].view((-1,))
-                for given, part in _matching(flat, piece, mine):
-                    part.copy_(given)
+            copy_in(self._chunks[index], chunk, flat)
 
         self._run(range(len(self._numels)), copy, write=True)
         steps = [moments[i][0] if i in moments else 0 for i in range(len(self._numels))]
@@ -275,6 +268,30 @@ class FilePager:
         """Close the file and free the memory."""
         self._stream.drop()
         self._file.close()
+
+
+def copy_out(
+    pieces: Sequence[Piece], chunk: memoryview | Tensor, whole: Mapping[int, Moments]
+) -> None:
+    """Copy what a chunk has of the parameters in ``whole`` to their flat moments."""
+    for piece in pieces:
+        if piece.param in whole:
+            for to, part in _matching(whole[piece.param], piece, piece.moments(chunk)):
+                to.copy_(part)
+
+
+def copy_in(
+    pieces: Sequence[Piece], chunk: memoryview | Tensor, given: Mapping[int, Moments]
+) -> None:
+    """Fill a chunk from its parameters' moments, of any shape; with zeros where there are none."""
+    for piece in pieces:
+        mine = piece.moments(chunk)
+        if piece.param in given:
+            for moment, part in _matching(given[piece.param].view((-1,)), piece, mine):
+                part.copy_(moment)
+        else:
+            for unused in to_state(mine).values():
+                unused.zero_()
 
 
 def _matching(whole: Moments, piece: Piece, part: Moments) -> list[tuple[Tensor, Tensor]]:

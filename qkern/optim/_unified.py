@@ -1,0 +1,361 @@
+"""UnifiedPager: moments in host memory, brought to a GPU chunk by chunk while it updates others."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern.optim import _driver
+from qkern.optim._driver import Driver, DriverError
+from qkern.optim._moments import Moments
+from qkern.optim.paging import Piece, copy_in, copy_out, plan
+
+_MOST_CHUNK_BYTES = 64 << 20
+_LEAST_CHUNK_BYTES = 64 << 10
+_CHUNKS_OF_BUDGET = 8
+_DEPTH = 2  # chunks that are there, or on their way, before their update starts
+_PINNED_BUDGET = 256 << 20
+
+
+@dataclass(eq=False)
+class _Chunk:
+    pieces: Sequence[Piece]
+    memory: Tensor | None = None
+    """On the host's side: managed or pinned, from the first use on."""
+    slot: Tensor | None = None
+    """Where the device updates it while it is resident; at least as long as the chunk."""
+    blank: bool = True
+    """Whether its zeros are still to be written."""
+    ready: Any = None
+    """The event after which its bytes are in the slot."""
+    used: Any = None
+    """The event after its last update."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.pieces[-1].end
+
+
+class _Managed:
+    """Memory whose pages the driver moves; what it is told ahead of time are hints."""
+
+    budget: int | None = None
+    """By default the driver itself decides what leaves, when others need the memory."""
+
+    def __init__(self, driver: Driver, device: torch.device) -> None:
+        self._driver, self._device = driver, device
+        self._refused: set[str] = set()
+
+    def allocate(self, nbytes: int) -> Tensor:
+        memory = self._driver.managed(nbytes, self._device)
+        self._hint("advise", self._driver.advise, memory)
+        return memory
+
+    def bring(self, chunk: _Chunk, stream: Any, slot_bytes: int) -> None:
+        chunk.slot = chunk.memory
+        self.bring_again(chunk, stream)
+
+    def bring_again(self, chunk: _Chunk, stream: Any) -> None:
+        # Others may have needed its place meanwhile.
+        self._hint("prefetch", self._driver.prefetch, chunk.memory, False, stream)
+
+    def evict(self, chunk: _Chunk, stream: Any) -> None:
+        self._hint("prefetch", self._driver.prefetch, chunk.memory, True, stream)
+        chunk.slot = None
+
+    def _hint(self, name: str, call: Callable[..., None], *arguments: object) -> None:
+        if name in self._refused:
+            return
+        try:
+            call(*arguments)
+        except DriverError as error:
+            # Pages move all the same, later.
+            self._refused.add(name)
+            _driver.warn(f"{self._device}: goes on without {name} of managed memory: {error}")
+
+
+class _Pinned:
+    """Host memory that is copied to the device and back."""
+
+    budget: int | None = _PINNED_BUDGET
+
+    def __init__(self, driver: Driver, device: torch.device, streams: tuple[Any, Any]) -> None:
+        self._driver, self._device, self._streams = driver, device, streams
+        self._free: list[Tensor] = []
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return self._driver.pinned(nbytes)
+
+    def bring(self, chunk: _Chunk, stream: Any, slot_bytes: int) -> None:
+        assert chunk.memory is not None
+        if not self._free:
+            slot = self._driver.on_device(slot_bytes, self._device, self._streams)
+            # Who had this memory before may still use it in the current stream.
+            current = self._driver.current_stream(self._device)
+            self._driver.wait(stream, self._driver.record(current))
+            self._free.append(slot)
+        slot = self._free[-1]
+        if not chunk.blank:
+            self._driver.copy(slot[: chunk.nbytes], chunk.memory, stream)
+        chunk.slot = self._free.pop()
+
+    def bring_again(self, chunk: _Chunk, stream: Any) -> None:
+        pass
+
+    def evict(self, chunk: _Chunk, stream: Any) -> None:
+        assert chunk.memory is not None
+        assert chunk.slot is not None
+        if not chunk.blank:
+            self._driver.copy(chunk.memory, chunk.slot[: chunk.nbytes], stream)
+        self._free.append(chunk.slot)
+        chunk.slot = None
+
+    def drop_short(self, slot_bytes: int) -> None:
+        """Free the slots that a longer chunk would not fit."""
+        self._free = [slot for slot in self._free if slot.numel() >= slot_bytes]
+
+
+class _Pool:
+    """The chunks of one device. The least recently used leave it first."""
+
+    def __init__(self, driver: Driver, device: torch.device, budget_bytes: int | None) -> None:
+        self.driver, self.device = driver, device
+        self.why_not_managed = driver.why_not_managed(device)
+        self._incoming, self._outgoing = driver.new_stream(device), driver.new_stream(device)
+        self._places: _Managed | _Pinned
+        if self.why_not_managed is None:
+            self._places = _Managed(driver, device)
+        else:
+            self._places = _Pinned(driver, device, (self._incoming, self._outgoing))
+        self._budget = self._places.budget if budget_bytes is None else budget_bytes
+        self.chunk_bytes = _MOST_CHUNK_BYTES
+        if self._budget is not None:
+            share = self._budget // _CHUNKS_OF_BUDGET // 4096 * 4096
+            self.chunk_bytes = min(max(share, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+        self._slot_bytes = 0
+        self._most: int | None = None  # resident chunks
+        self.chunks: list[_Chunk] = []
+        self._resident: OrderedDict[_Chunk, None] = OrderedDict()
+        self.launches = 0
+        """Of work, since it was made."""
+
+    def add(self, chunks: Sequence[Sequence[Piece]]) -> None:
+        self.chunks += map(_Chunk, chunks)
+        slot_bytes = max((chunk.nbytes for chunk in self.chunks), default=1)
+        if slot_bytes > self._slot_bytes and isinstance(self._places, _Pinned):
+            self._evict_all()
+            self._places.drop_short(slot_bytes)
+        self._slot_bytes = slot_bytes
+        self._most = None if self._budget is None else self._budget // slot_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self._resident)
+
+    def run(self, wanted: Collection[int], work: Callable[[_Chunk, Tensor], object]) -> None:
+        """Call ``work`` with each chunk of ``wanted`` parameters and its bytes on the device."""
+        if self.driver.is_capturing(self.device):
+            raise RuntimeError(
+                'pager: got "unified" while a CUDA graph is captured; takes "none" there'
+            )
+        current = self.driver.current_stream(self.device)
+        chunks = [c for c in self.chunks if any(piece.param in wanted for piece in c.pieces)]
+        # Those that are there come first: by the order of the parameters, each would have left
+        # just before its turn.
+        coming = deque(sorted(chunks, key=lambda chunk: chunk not in self._resident))
+        ahead: deque[_Chunk] = deque()
+        while coming or ahead:
+            while coming and len(ahead) < _DEPTH and self._bring(coming[0], ahead):
+                ahead.append(coming.popleft())
+            self._launch(ahead.popleft(), work, current)
+
+    def _launch(
+        self, chunk: _Chunk, work: Callable[[_Chunk, Tensor], object], current: Any
+    ) -> None:
+        assert chunk.slot is not None
+        memory = chunk.slot[: chunk.nbytes]
+        self.driver.wait(current, chunk.ready)
+        if chunk.used is not None:  # maybe in another stream
+            self.driver.wait(current, chunk.used)
+        try:
+            if chunk.blank:
+                self.driver.launch(memory, memory.zero_, current)
+                chunk.blank = False
+            self.driver.launch(memory, functools.partial(work, chunk, memory), current)
+            self.launches += 1
+        finally:
+            chunk.used = self.driver.record(current)
+
+    def _bring(self, chunk: _Chunk, ahead: Collection[_Chunk]) -> bool:
+        """Start to bring a chunk; False where those ahead leave no room for it."""
+        if chunk in self._resident:
+            self._resident.move_to_end(chunk)
+            self._places.bring_again(chunk, self._incoming)
+        else:
+            while self._most is not None and len(self._resident) >= self._most:
+                if not self._evict_oldest(ahead):
+                    return False
+            if chunk.memory is None:
+                chunk.memory = self._places.allocate(chunk.nbytes)
+            try:
+                self._places.bring(chunk, self._incoming, self._slot_bytes)
+            except torch.OutOfMemoryError:
+                # Less than the budget is there: go on with what we have.
+                if not self._resident:
+                    raise
+                self._most = len(self._resident)
+                return self._bring(chunk, ahead)
+            self._resident[chunk] = None
+        chunk.ready = self.driver.record(self._incoming)
+        return True
+
+    def _evict_oldest(self, ahead: Collection[_Chunk]) -> bool:
+        oldest = next(iter(self._resident))
+        if oldest in ahead:
+            return False
+        if oldest.used is not None:
+            self.driver.wait(self._outgoing, oldest.used)
+        self._places.evict(oldest, self._outgoing)
+        del self._resident[oldest]
+        # What comes takes its place only once it has left.
+        self.driver.wait(self._incoming, self.driver.record(self._outgoing))
+        return True
+
+    def _evict_all(self) -> None:
+        while self._resident:
+            self._evict_oldest(())
+
+    def synchronize(self) -> None:
+        self.driver.synchronize(self.driver.current_stream(self.device))
+
+    def drop(self) -> None:
+        self._resident.clear()
+        self.chunks.clear()
+
+
+class UnifiedPager:
+    """The moments of parameters on GPUs, which at most a budget of is on its GPU at a time.
+
+    They are in CUDA's managed memory where CPU and GPU can use it at the same time; elsewhere, as
+    under WSL, in page-locked memory that is copied. Chunks come in one stream ahead of their update
+    and leave in another behind it; nothing waits for a device.
+
+    Args:
+        budget_bytes: Most memory for moments on each GPU. By default the driver itself makes room
+            where memory is managed; 256 MiB elsewhere.
+
+    Raises:
+        ValueError: ``budget_bytes`` is too little.
+    """
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        if budget_bytes is not None and budget_bytes < _LEAST_CHUNK_BYTES:
+            raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
+        self._budget = budget_bytes
+        self._pools: dict[torch.device, _Pool] = {}
+        self._numels: list[int] = []
+        self._bits: list[int] = []
+
+    def add(
+        self,
+        devices: Sequence[torch.device],
+        shapes: Sequence[tuple[int, ...]],
+        bits: Sequence[int],
+    ) -> None:
+        """Take in more parameters; they follow those that are there.
+
+        Raises ``ValueError`` for a device that is no GPU.
+        """
+        driver = _driver.driver
+        for device in devices:
+            if not driver.takes(device):
+                raise ValueError(
+                    f'pager: got "unified" with a parameter on {device}; takes those on a GPU'
+                )
+        first = len(self._numels)
+        numels = [math.prod(shape) for shape in shapes]
+        for device in dict.fromkeys(devices):
+            if device not in self._pools:
+                self._pools[device] = _Pool(driver, device, self._budget)
+            pool = self._pools[device]
+            # In the place of the others, parameters of nothing.
+            mine = [n if d == device else 0 for n, d in zip(numels, devices, strict=True)]
+            pool.add(plan([0] * first + mine, [32] * first + list(bits), pool.chunk_bytes))
+        self._numels += numels
+        self._bits += bits
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of moments that are on their GPUs now, or on the way to or from there."""
+        return sum(pool.resident_bytes for pool in self._pools.values())
+
+    @property
+    def report(self) -> dict[str, str]:
+        """For each device what its moments are in, and why."""
+        return {
+            str(device): "managed memory"
+            if pool.why_not_managed is None
+            else f"pinned memory ({pool.why_not_managed})"
+            for device, pool in self._pools.items()
+        }
+
+    def step(
+        self, params: Collection[int], update: Callable[[Sequence[tuple[Piece, Moments]]], object]
+    ) -> None:
+        """Call ``update`` for every chunk with a piece of ``params``.
+
+        Raises ``RuntimeError`` from whatever went wrong after the first chunk.
+        """
+
+        def of_chunk(chunk: _Chunk, memory: Tensor) -> None:
+            update([(piece, piece.moments(memory)) for piece in chunk.pieces])
+
+        before = self._launches()
+        try:
+            self._run(params, of_chunk)
+        except Exception as error:
+            done = self._launches() - before
+            if not done:
+                raise
+            raise RuntimeError(
+                f"a step broke off: {done} chunks of parameters and moments have taken it, and the"
+                f" others have not; load a checkpoint: {error}"
+            ) from error
+
+    def read(self, params: Collection[int]) -> dict[int, Moments]:
+        """Copies of the flat moments of ``params``, on the CPU."""
+        found = {
+            index: Piece(index, 0, self._numels[index], self._bits[index], 0).empty_moments()
+            for index in params
+        }
+        self._run(params, lambda chunk, memory: copy_out(chunk.pieces, memory, found))
+        for pool in self._pools.values():
+            pool.synchronize()
+        return found
+
+    def load(self, moments: Mapping[int, Moments]) -> None:
+        """Replace everything by the moments given; parameters left out have zeros."""
+        chunks = [chunk for pool in self._pools.values() for chunk in pool.chunks]
+        used = [chunk for chunk in chunks if chunk.memory is not None]
+        wanted = {piece.param for chunk in used for piece in chunk.pieces} | set(moments)
+        self._run(wanted, lambda chunk, memory: copy_in(chunk.pieces, memory, moments))
+
+    def _launches(self) -> int:
+        return sum(pool.launches for pool in self._pools.values())
+
+    def _run(self, params: Collection[int], work: Callable[[_Chunk, Tensor], object]) -> None:
+        for pool in self._pools.values():
+            pool.run(params, work)
+
+    def close(self) -> None:
+        """Free the memory."""
+        for pool in self._pools.values():
+            pool.drop()
+        self._pools.clear()
