@@ -42,7 +42,7 @@ class Config:
     max_grad_norm: float
     optim_bits: int
     pager: str
-    budget: int
+    budget: int | None
     batch_size: int
     accumulation: int
     max_steps: int
@@ -180,15 +180,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     )
     group.add_argument(
         "--pager",
-        choices=("none", "mmap"),
-        default="none",
-        help="where AdamW's moments are: in memory, or in a file in --output",
+        choices=("auto", "none", "unified", "mmap"),
+        default="auto",
+        help="where AdamW's moments are: with the parameters, in host memory for those on a GPU, in"
+        " a file in --output; auto: unified on a GPU, else none",
     )
     group.add_argument(
         "--budget",
         type=_positive_int,
-        default=256,
-        help="MiB of memory for parts of that file",
+        help="MiB of those moments in GPU memory (unified) or in memory (mmap) at a time",
     )
     group.add_argument("--batch-size", type=_positive_int, default=1, help="sequences at a time")
     group.add_argument(

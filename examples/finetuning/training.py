@@ -115,7 +115,9 @@ class Trainer:
         if config.pager == "mmap":
             # Scratch: checkpoints have the state, and this file's step is later than theirs.
             self._state_file.unlink(missing_ok=True)
-            options = {"path": self._state_file, "budget_bytes": config.budget << 20}
+            options["path"] = self._state_file
+        if config.budget is not None:
+            options["budget_bytes"] = config.budget << 20
         self.optimizer = qkern.optim.PagedAdamW(
             self.parameters,
             lr=config.learning_rate,
