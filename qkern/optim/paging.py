@@ -17,9 +17,9 @@ from qkern.optim._chunkfile import ChunkFile, ChunkFileError
 from qkern.optim._moments import BLOCK, Moments, to_state
 from qkern.optim._stream import ChunkStream, StreamStats
 
-_MOST_CHUNK_BYTES = 16 << 20
+_MOST_CHUNK_BYTES = 4 << 20
 _LEAST_CHUNK_BYTES = 64 << 10
-_CHUNKS_OF_BUDGET = 16  # so that reads and writes have room beside the update
+_CHUNKS_OF_BUDGET = 64  # small, so that reads and writes go on evenly beside the update
 _ALIGNMENT = 64
 
 
