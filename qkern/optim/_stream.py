@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from qkern.optim._chunkfile import ChunkFile
 
-_DEPTH = 4  # chunks read ahead, and chunks being written behind
-_THREADS = 2  # of each kind: one computes a checksum while the other waits for the disk
+_DEPTH = 6  # chunks read ahead, and chunks being written behind
+# Threads. What is read was mostly checked before; what is written takes its checksum first, during
+# which others keep the disk busy.
+_READERS = 1
+_WRITERS = 4
 
 
 @dataclass
@@ -121,8 +124,8 @@ class ChunkStream:
         """
         if len(set(indices)) != len(indices):
             raise ValueError("indices: got a chunk more than once; takes each at most once")
-        readers = ThreadPoolExecutor(_THREADS, "qkern-read")
-        writers = ThreadPoolExecutor(_THREADS, "qkern-write")
+        readers = ThreadPoolExecutor(_READERS, "qkern-read")
+        writers = ThreadPoolExecutor(_WRITERS, "qkern-write")
         try:
             self._run(indices, update, readers, writers if write else None)
         except BaseException:
