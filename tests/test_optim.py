@@ -30,7 +30,7 @@ from fake_gpu import FakeGpu
 
 from qkern import formats, reference, testing
 from qkern.backends import native
-from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver
+from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver, adamw
 from qkern.optim._moments import BLOCK, Moments
 from qkern.optim.paging import plan
 
@@ -951,6 +951,46 @@ def test_a_full_disk_in_a_step(
         whole = make_params()
         train(PagedAdamW(whole), whole, 4)
         assert_same(params, whole)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_an_interrupt_in_a_step_says_what_is_half_done(
+    make: Made, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    params = make_params()
+    optimizer = make(params)
+    train(optimizer, params, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    before = [param.detach().clone() for param in params]
+    run = adamw._Calls.run
+
+    def interrupted(of_step: Any) -> None:
+        nonlocal calls
+        if calls == 0:
+            raise KeyboardInterrupt
+        calls -= 1
+        run(of_step)
+
+    changes = calls > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(adamw._Calls, "run", interrupted)
+        if make.pager == "none":  # one call does everything
+            calls = 0
+            text = "^$"
+        elif make.pager == "unified" and not changes:
+            text = "^$"
+        else:
+            text = "a step broke off.*load"
+        with pytest.raises(KeyboardInterrupt, match=text):
+            train(optimizer, params, 1, 1)
+    assert make.pager == "none" or changes != all(map(torch.equal, params, before))
+    for param, value in zip(params, before, strict=True):
+        param.data.copy_(value)
+    optimizer.load_state_dict(state)
+    train(optimizer, params, 1, 1)
+    whole = make_params()
+    train(PagedAdamW(whole, pager="none"), whole, 2)
+    assert_same(params, whole)
 
 
 def test_a_disk_too_full_for_state_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

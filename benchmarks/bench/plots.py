@@ -79,7 +79,7 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, directory: Path, stem: str) -> list[Path]:
+def save(figure: Figure, directory: Path, stem: str) -> list[Path]:
     paths = [directory / f"{stem}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
@@ -115,7 +115,7 @@ def roofline(directory: Path, rows: Sequence[Record], limits: dict[str, Any]) ->
             title=f"Roofline, {dtype}",
         )
         axes.legend(fontsize=8)
-        written += _save(figure, directory, f"roofline-{dtype}")
+        written += save(figure, directory, f"roofline-{dtype}")
     return written
 
 
@@ -134,7 +134,7 @@ def time_over_m(
     axes.set_xticks(ms, labels=map(str, ms), minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel="rows of activations, M", title=f"{op}, {size}, {dtype}")
-    return _save(figure, directory, f"{op}-{size}-{dtype}-over-m")
+    return save(figure, directory, f"{op}-{size}-{dtype}-over-m")
 
 
 def time_over_size(
@@ -151,7 +151,7 @@ def time_over_size(
     suffix = "" if m is None else f", M = {m}"
     axes.set(xlabel=label, title=f"{op}, {dtype}{suffix}")
     stem = f"{op}-{dtype}-over-size" if m is None else f"{op}-m{m}-{dtype}-over-size"
-    return _save(figure, directory, stem)
+    return save(figure, directory, stem)
 
 
 def speed_over_sequence(directory: Path, dtype: str, rows: Sequence[Record]) -> list[Path]:
@@ -168,7 +168,7 @@ def speed_over_sequence(directory: Path, dtype: str, rows: Sequence[Record]) -> 
     axes.set(xlabel="sequence length", ylabel="tokens/s", ylim=(0, None))
     axes.set_title(f"LoRA training step, {dtype}")
     axes.legend(fontsize=8)
-    return _save(figure, directory, f"train_step-{dtype}-over-sequence")
+    return save(figure, directory, f"train_step-{dtype}-over-sequence")
 
 
 def step_over_state(directory: Path, dtype: str, rows: Sequence[Record]) -> list[Path]:
@@ -180,7 +180,7 @@ def step_over_state(directory: Path, dtype: str, rows: Sequence[Record]) -> list
         " budget", (optimizer.BUDGET_BYTES / 1e9, axes.get_ylim()[0]), fontsize=8, rotation=90
     )
     axes.set(xlabel="moments, GB", title=f"AdamW step with its moments in a file, {dtype}")
-    return _save(figure, directory, f"{optimizer.IN_FILE}-{dtype}-over-state")
+    return save(figure, directory, f"{optimizer.IN_FILE}-{dtype}-over-state")
 
 
 def _lines(axes: Axes, rows: Sequence[Record], x_of: Any) -> None:
@@ -219,7 +219,7 @@ def bars(directory: Path, op: str, label: str, rows: Sequence[Record]) -> list[P
     axes.bar_label(drawn, fmt="%.0f", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.set(ylabel=label, title=op)
-    return _save(figure, directory, op)
+    return save(figure, directory, op)
 
 
 def mixed_loops(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> list[Path]:
@@ -246,7 +246,7 @@ def mixed_loops(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> 
         "linear layers (coloured) and torch's ops (grey)",
         title=f"4-bit linear layers among torch's own ops, {dtype}, M = {m}",
     )
-    return _save(figure, directory, f"mixed-m{m}-{dtype}")
+    return save(figure, directory, f"mixed-m{m}-{dtype}")
 
 
 def overheads(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> list[Path]:
@@ -270,4 +270,4 @@ def overheads(directory: Path, m: int, dtype: str, rows: Sequence[Record]) -> li
         xlabel="microseconds a call",
         title=f"Calls of tiny layers, warm, {dtype}, M = {m}",
     )
-    return _save(figure, directory, f"overhead-m{m}-{dtype}")
+    return save(figure, directory, f"overhead-m{m}-{dtype}")

@@ -161,7 +161,7 @@ class Trainer:
             last = 0.0
             while history.step < config.max_steps and history.seconds + last <= limit:
                 start = time.perf_counter()
-                record = self._step()
+                record = self.train_step()
                 if history.step % config.eval_steps == 0 and history.step < config.max_steps:
                     self.evaluate()
                 last = time.perf_counter() - start
@@ -175,7 +175,8 @@ class Trainer:
         self.save()
         return True
 
-    def _step(self) -> StepRecord:
+    def train_step(self) -> StepRecord:
+        """Forward, backward and an update; adds the step to the history."""
         config, history = self.config, self.history
         start = time.perf_counter()
         batches = list(self._batches(history.step))

@@ -156,8 +156,9 @@ def adamw_pieces(
     if factors.dim() != 2 or factors.shape[1] != ADAMW_FACTORS:
         raise ValueError(f"factors: got shape {list(factors.shape)}; takes [n, {ADAMW_FACTORS}]")
     factors_ptr = pointer("factors", factors, torch.float32, factors.numel(), device)
-    if not all(0 <= index < len(factors) for index in indices):
-        raise ValueError(f"indices: got {list(indices)}; takes rows of factors, of {len(factors)}")
+    rows = factors.shape[0]
+    if not all(0 <= index < rows for index in indices):
+        raise ValueError(f"indices: got {list(indices)}; takes rows of factors, of {rows}")
     state_dtype = torch.uint8 if in_codes else torch.float32
     found: list[tuple[int, ...]] = []
     for k, (param, index) in enumerate(zip(params, indices, strict=True)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from qkern.optim import _driver
 from qkern.optim._driver import Driver, DriverError
 from qkern.optim._moments import Moments
-from qkern.optim.paging import Piece, copy_in, copy_out, plan
+from qkern.optim.paging import Piece, broke_off, copy_in, copy_out, plan
 
 _MOST_CHUNK_BYTES = 64 << 20
 _LEAST_CHUNK_BYTES = 64 << 10
@@ -311,7 +311,8 @@ class UnifiedPager:
     ) -> None:
         """Call ``update`` for every chunk with a piece of ``params``.
 
-        Raises ``RuntimeError`` from whatever went wrong after the first chunk.
+        Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
+        stays one, with the same text.
         """
 
         def of_chunk(chunk: _Chunk, memory: Tensor) -> None:
@@ -320,13 +321,14 @@ class UnifiedPager:
         before = self._launches()
         try:
             self._run(params, of_chunk)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             done = self._launches() - before
             if not done:
                 raise
-            raise RuntimeError(
+            raise broke_off(
                 f"a step broke off: {done} chunks of parameters and moments have taken it, and the"
-                f" others have not; load a checkpoint: {error}"
+                " others have not; load a checkpoint",
+                error,
             ) from error
 
     def read(self, params: Collection[int]) -> dict[int, Moments]:

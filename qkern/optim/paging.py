@@ -180,7 +180,8 @@ class FilePager:
     ) -> None:
         """Call ``update`` for every chunk with a piece of ``params``, then commit with ``steps``.
 
-        Raises ``RuntimeError`` from whatever went wrong after the first chunk.
+        Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
+        stays one, with the same text.
         """
         chunks = self._chunks_of(params)
         updated = 0
@@ -193,13 +194,14 @@ class FilePager:
         try:
             self._stream.run(self._stream.resident_first(chunks), of_chunk)
             self._commit(steps)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if not updated:
                 raise
-            raise RuntimeError(
+            raise broke_off(
                 f"{self._file.path}: a step broke off and the file has the one before, but"
                 f" parameters of {updated} of {len(chunks)} chunks are updated; load them and this"
-                f" file from before the step: {error}"
+                " file from before the step",
+                error,
             ) from error
 
     def _commit(self, steps: Sequence[int]) -> None:
@@ -268,6 +270,13 @@ class FilePager:
         """Close the file and free the memory."""
         self._stream.drop()
         self._file.close()
+
+
+def broke_off(what: str, error: BaseException) -> BaseException:
+    """What to raise for ``error`` in the middle of a step; an interrupt stays one."""
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(what)
+    return RuntimeError(f"{what}: {error}")
 
 
 def copy_out(
