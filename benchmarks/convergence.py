@@ -100,13 +100,16 @@ def plot(directory: Path, found: dict[str, History]) -> list[Path]:
     return plots.save(figure, directory, "convergence")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Other settings are those of examples/finetune.py: --model, --lora-r, --seed, ...",
+    )
     parser.add_argument("--steps", type=int, default=60, help="of each optimizer")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="constant")
     parser.add_argument("--json", type=Path, help="write the losses to this file")
     parser.add_argument("--plot", type=Path, metavar="DIRECTORY", help="draw them there")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as output:
         options = {
             "--max-steps": arguments.steps,
@@ -115,7 +118,7 @@ def main() -> None:
             "--lora-dropout": 0,
             "--output": output,
         }
-        config = parse_args([str(part) for pair in options.items() for part in pair])
+        config = parse_args([*(str(part) for pair in options.items() for part in pair), *others])
         found = {}
         for name, make in OPTIMIZERS.items():
             found[name] = train(make, config)
@@ -129,7 +132,7 @@ def main() -> None:
         write_json(
             arguments.json,
             {
-                "settings": settings,
+                "settings": settings | {"others": others},
                 "machine": machine.describe(torch.get_num_threads()),
                 "histories": {name: asdict(history) for name, history in found.items()},
             },
