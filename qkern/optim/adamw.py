@@ -554,7 +554,7 @@ def _add_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, PagedAdamW)
     assert optimizer._pager is not None
     params = optimizer._params()
-    wanted = [index for index, param in enumerate(params) if param in optimizer.state]
+    wanted = [i for i, param in enumerate(params) if "step" in optimizer.state.get(param, {})]
     for index, moments in optimizer._pager.read(wanted).items():
         param = params[index]
         shaped = moments.view(local(param).shape)
