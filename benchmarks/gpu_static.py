@@ -26,6 +26,11 @@ from triton_static import figures as triton_figures
 
 QKERN, TRITON, PEER = "qkern", "qkern triton", "bitsandbytes"
 COLOURS = {QKERN: "tab:blue", TRITON: "tab:green", PEER: "tab:red"}
+STEP_BYTES = {
+    "adamw": budget.step_bytes("BFloat16", "float"),
+    "adamw 8 bits": budget.step_bytes("BFloat16", "unsigned char"),
+}
+"""Of a parameter in 16 bits, by the moments' width."""
 BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """NF4, block 64, double-quantised."""
 
@@ -90,11 +95,16 @@ OURS = {
         "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>",
         "linear_4bit_dx_mma_kernel<Float16, 64, 3>",
     ),
+    "adamw": ("adamw_step_kernel<BFloat16, float>", "adamw_step_kernel<Float16, float>"),
+    "adamw 8 bits": (
+        "adamw_step_kernel<BFloat16, unsigned char>",
+        "adamw_step_kernel<Float16, unsigned char>",
+    ),
 }
 """Kernel by op: for bfloat16, and for float16 on sm_75."""
 SOURCES = (
     *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
-    *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu"),
+    *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu", "adamw_step.cu"),
 )
 
 
@@ -186,7 +196,11 @@ def _triton_entry(
 
 
 def _peer_weights(op: str, path: sass.Path) -> int:
-    """Weights that a thread of the peer's kernel decodes in a round."""
+    """Weights that a thread of the peer's kernel decodes in a round, or parameters it updates."""
+    if op == "adamw 8 bits":
+        return 1
+    if op == "adamw":
+        return 4
     if op == "dequantize":
         return 2 * path.count("LDG", 8)  # a byte at a time
     # 32 codes a 128-bit load; one load is of codes, the others of 32 values of x.
@@ -203,6 +217,8 @@ def peer_entries(architecture: int) -> list[Entry]:
         "dequantize": [f"kDequantizeBlockwise<{half}, 512, 64, 8, 2>"],
         "forward M=1": [f"gemm_4bit_simt<{half}, 1>"],
         "forward": [n for n in functions if n.startswith("gemm_4bit_sm") and half in n],
+        "adamw": [f"kOptimizer32bit2State<{half}, 0>"],
+        "adamw 8 bits": [f"kOptimizerStatic8bit2StateBlockwise<{half}, 0, 256, 1>"],
     }
     resources, conflicts = _peer_report(architecture)
     entries = []
@@ -221,7 +237,7 @@ def _peer_report(architecture: int) -> tuple[dict[str, int], dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = toolchain.extract(library, architecture, Path(folder))[0]
         registers = figures.registers(cubin)
-        pattern = "gemm_4bit_s|kDequantizeBlockwise"
+        pattern = "gemm_4bit_s|kDequantizeBlockwise|kOptimizer"
         pattern = f"({pattern}).*(bfloat16|I6__half)"
         seen = figures.shared_accesses(cubin, "--kernel", pattern)
     return registers, {name: found["conflicting"] for name, found in seen.items()}
@@ -239,6 +255,9 @@ def _peer_entry(
         path = function.hot_path("HMMA")
     elif op == "dequantize":
         path = function.hot_path("STG")
+    elif op in STEP_BYTES:
+        # An element whose gradient is 0 is left out.
+        path = function.hot_path("STG", rich_in="MUFU")
     else:
         path = function.hot_path("LDG", 128)
     if path is None or (op == "forward" and not budget.decodes(path)):
@@ -262,11 +281,11 @@ def _peer_entry(
 def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[str, Any]:
     """The modelled seconds of an op on a weight, and what sets them."""
     weights = rows * columns
-    moved = weights * BYTES_A_WEIGHT
+    moved = weights * STEP_BYTES.get(entry.op, BYTES_A_WEIGHT)
     limits = {}
     if entry.op == "dequantize":
         moved += 2.0 * weights
-    else:
+    elif entry.op not in STEP_BYTES:
         moved += 2.0 * m * (rows + columns)
     limits["memory"] = moved / (gpu.gbytes_s * 1e9)
     if entry.instructions_a_weight is not None:
@@ -335,7 +354,7 @@ def plot(times: Sequence[dict[str, Any]], path: Path) -> None:
             places = [labels.index((time["op"], time["m"])) + shift for time in mine]
             axis.bar(places, [t["modelled_us"] for t in mine], 0.26, color=colour, label=library)
             axis.scatter(places, [t["roofline_us"] for t in mine], marker="_", color="k", s=120)
-        names = [op if op in ("dequantize", "forward M=1") else f"{op} M={m}" for op, m in labels]
+        names = [f"{op} M={m}" if op in ("forward", "dx") else op for op, m in labels]
         axis.set_xticks(range(len(labels)), names, rotation=60, ha="right", fontsize=8)
         axis.set_yscale("log")
         axis.set_title(gpu)

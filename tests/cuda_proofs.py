@@ -87,6 +87,23 @@ class TiledArgs(ctypes.Structure):
     )
 
 
+class Piece(ctypes.Structure):
+    _fields_ = (
+        *(("param", POINTER), ("grad", POINTER), ("exp_avg", POINTER), ("exp_avg_sq", POINTER)),
+        *(("exp_avg_absmax", POINTER), ("exp_avg_sq_absmax", POINTER), ("factors", POINTER)),
+        *(("numel", LONG), ("first_chunk", LONG), ("first_block", LONG), ("index", INT)),
+    )
+
+
+class Pieces(ctypes.Structure):
+    """With ``QKERN_CODEC_SELECT``."""
+
+    _fields_ = (
+        *(("chunks", LONG), ("seed", LONG), ("count", INT), ("stochastic_rounding", INT)),
+        ("piece", Piece * 2),
+    )
+
+
 @dataclass(frozen=True)
 class Proof:
     """A kernel, a launch, and its arguments by ``parameter`` or ``parameter.field.field``.
@@ -128,11 +145,21 @@ class Verdict:
     """Tensors that were not 16-aligned then."""
 
 
+def _parts(type_: type) -> Iterator[tuple[str, int, type]]:
+    """Name, offset and type of a structure's fields, or of an array's elements."""
+    if issubclass(type_, ctypes.Structure):
+        for name, field in type_._fields_:  # type: ignore[misc]
+            yield name, getattr(type_, name).offset, field
+    elif issubclass(type_, ctypes.Array):
+        for i in range(type_._length_):
+            yield str(i), i * ctypes.sizeof(type_._type_), type_._type_
+
+
 def _offset(type_: type, path: list[str]) -> tuple[int, type]:
     offset = 0
     for name in path:
-        offset += getattr(type_, name).offset
-        type_ = dict(type_._fields_)[name]  # type: ignore[attr-defined]
+        ((at, type_),) = ((at, part) for found, at, part in _parts(type_) if found == name)
+        offset += at
     return offset, type_
 
 
@@ -175,10 +202,8 @@ def pointers(proof: Proof) -> dict[tuple[int, int], str]:
         if type_ is POINTER:
             value = proof.arguments.get(name)
             found[index, offset] = value if isinstance(value, str) else cuda_skeleton.NULL
-        elif issubclass(type_, ctypes.Structure):
-            for field_name, field_type in type_._fields_:  # type: ignore[misc]
-                at = offset + getattr(type_, field_name).offset
-                walk(field_type, index, at, f"{name}.{field_name}")
+        for part, at, part_type in _parts(type_):
+            walk(part_type, index, offset + at, f"{name}.{part}")
 
     for index, type_ in enumerate(proof.parameters):
         walk(type_, index, 0, str(index))
@@ -190,8 +215,8 @@ def kernel_text(
 ) -> tuple[str, str]:
     """The PTX of the one kernel, and its entry's name.
 
-    sentryward does not know arrays in device memory that are not parameters: the map of double
-    quantisation becomes the last parameter, which the kernel reads where it read the array.
+    sentryward does not know arrays in device memory that are not parameters: the tables of 8-bit
+    codes become the last parameter, which the kernel reads where it read the array.
     """
     source = kernels / proof.source
     defines = ("QKERN_CODEC_SELECT",) if proof.select else ()
@@ -211,11 +236,11 @@ def kernel_text(
     assert sizes == [ctypes.sizeof(p) for p in structures], f"{proof.kernel}: {sizes}"
     body = f"{head.rstrip()},\n\t.param .u64 {entry}_param_{len(proof.parameters)}\n){rest}"
     body = re.sub(
-        r"mov\.u64\s+(%rd\d+), \w*kDeviceMapSigned\w*;",
+        r"mov\.u64\s+(%rd\d+), \w*kDevice(?:MapSigned|MomentTables)\w*;",
         rf"ld.param.u64 \1, [{entry}_param_{len(proof.parameters)}];\n\tcvta.to.global.u64 \1, \1;",
         body,
     )
-    assert "kDeviceMapSigned" not in body
+    assert "kDevice" not in body
     return parts[0] + body, entry
 
 
@@ -248,18 +273,22 @@ def prove(proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS) ->
         shared = figures.struct_sizes(kernels / proof.source, [proof.shared])[proof.shared]
     objects = pointers(proof)
     try:
-        tested = sorted(cuda_skeleton.tested_for_alignment(text, objects))
-        tried = 0
-        for count in range(len(tested) + 1):
-            for misaligned in itertools.combinations(tested, count):
-                tried += 1
+        tests = cuda_skeleton.tested_for_alignment(text, objects)
+        names = sorted(set().union(*tests))
+        tried: set[tuple[bool, ...]] = set()
+        for count in range(len(names) + 1):
+            for misaligned in itertools.combinations(names, count):
+                answers = tuple(not test.isdisjoint(misaligned) for test in tests)
+                if answers in tried:
+                    continue
+                tried.add(answers)
                 reduced = cuda_skeleton.skeleton(text, objects, misaligned)
                 result, message = ask(proof, reduced, entry, shared)
                 if result != "race_free":
-                    return Verdict(result, tried, message, misaligned)
+                    return Verdict(result, len(tried), message, misaligned)
     except cuda_skeleton.SkeletonError as error:
         return Verdict("no skeleton", 0, str(error))
-    return Verdict("race_free", tried)
+    return Verdict("race_free", len(tried))
 
 
 TYPES = ("float", "BFloat16", "Float16")
@@ -495,7 +524,48 @@ def _tensor_cores() -> Iterator[Proof]:
         )
 
 
-PROOFS = (*_dequantize_4bit(), *_quantizers(), *_vector(), *_tiled(), *_tensor_cores())
+def _adamw_step() -> Iterator[Proof]:
+    # Two rounds of the block's four warps and a bit more, and of a second parameter.
+    numels = 2 * 1024 + 37, 5
+    chunks = [-(-numel // 1024) for numel in numels]
+    for t, state in itertools.product(TYPES, ("float", "unsigned char")):
+        arguments: dict[str, str | int | None] = {
+            "0.chunks": sum(chunks),
+            "0.seed": 1,
+            "0.count": 2,
+            "0.stochastic_rounding": 1,
+        }
+        for i, numel in enumerate(numels):
+            piece = f"0.piece.{i}"
+            names = ["param", "grad", "exp_avg", "exp_avg_sq", "factors"]
+            if state != "float":
+                names += ["exp_avg_absmax", "exp_avg_sq_absmax"]
+            arguments |= {f"{piece}.{name}": f"{name}_{i}" for name in names}
+            arguments |= {
+                f"{piece}.numel": numel,
+                f"{piece}.first_chunk": sum(chunks[:i]),
+                f"{piece}.first_block": 0,
+                f"{piece}.index": i,
+            }
+        yield Proof(
+            f"adamw_step_kernel<{t}, {state}>",
+            "adamw_step.cu",
+            (1, 1, 1),
+            128,
+            (Pieces,),
+            arguments,
+            select=True,
+        )
+
+
+PROOFS = (
+    *_adamw_step(),
+    *_dequantize_4bit(),
+    *_quantizers(),
+    *_vector(),
+    *_tiled(),
+    *_tensor_cores(),
+)
 """Every kernel that is compiled for sm_80 and later."""
 
 

@@ -351,10 +351,11 @@ class Analysis:
             if len(makers) == 1 and makers[0].words[0] == "or":
                 sides = [walk(operand) for operand in makers[0].operands[1:]]
                 return sides[0] | sides[1] if all(sides) else frozenset()
-            if len(makers) == 1 and "param" in makers[0].words:
-                name = self.objects.get(self._parameter(makers[0].operands[1]))
-                return frozenset({name} if name else ())
-            return frozenset()
+            # Several, where a branch says which parameter it is.
+            if not all("param" in maker.words for maker in makers):
+                return frozenset()
+            names = (self.objects.get(self._parameter(maker.operands[1])) for maker in makers)
+            return frozenset(name for name in names if name)
 
         return walk(instruction.operands[1])
 
@@ -615,12 +616,12 @@ def _needed(blocks: list[Block], live: Iterable[int]) -> set[str]:
     return needed
 
 
-def tested_for_alignment(text: str, objects: Objects) -> set[str]:
-    """Tensors of which the kernel asks whether they are 16-aligned."""
+def tested_for_alignment(text: str, objects: Objects) -> set[frozenset[str]]:
+    """Of which tensors together the kernel asks whether they are 16-aligned."""
     kernel = parse(text)
     analysis = analyse(kernel, objects)
     tests = (analysis.tested(i) for block in kernel.blocks for i in block.body)
-    return {name for test in tests for name in test} - {NULL}
+    return {test - {NULL} for test in tests} - {frozenset()}
 
 
 def skeleton(text: str, objects: Objects, misaligned: Container[str] = ()) -> str:

@@ -113,6 +113,24 @@ def test_bytes_a_weight_are_those_of_the_op_table():
     assert pytest.approx(exact, rel=1e-4) == gpu_static.BYTES_A_WEIGHT + 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_bytes_of_a_step_are_those_of_the_op_table(dtype, bits):
+    case = testing.Case((4096, 4096), dtype, 256, bits=bits)
+    exact = testing.OPS["adamw_step"].bytes(case) / case.numel
+    names = {torch.float32: "float", torch.bfloat16: "BFloat16", 32: "float", 8: "unsigned char"}
+    assert gpu_static.budget.step_bytes(names[dtype], names[bits]) == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_step_is_modelled_by_its_own_bytes():
+    time = gpu_static.modelled(
+        entry("qkern", "adamw 8 bits", instructions_a_weight=82.0), A100, 4096, 14336, 1
+    )
+    assert time["bound"] == "memory"
+    moved = 4096 * 14336 * gpu_static.STEP_BYTES["adamw 8 bits"]
+    assert time["modelled_us"] == pytest.approx(moved / 2039e9 * 1e6)
+
+
 def test_committed_static_figures_are_of_this_model():
     path = Path(BENCHMARKS) / "results" / "gpu-static" / "gpu_static.json"
     content = json.loads(path.read_text())

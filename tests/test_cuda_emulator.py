@@ -27,7 +27,7 @@ SCHEDULES = tuple(
 
 RIGHT = (
     *("reverse", "reverse_warp", "uninitialised", "blocks_write_their_own", "counted_by_atomics"),
-    *("sum_rows", "copy_zero_fill", "shuffles", "votes", "ldmatrix_feeds_mma"),
+    *("sum_rows", "copy_zero_fill", "shuffles", "votes", "ldmatrix_feeds_mma", "words", "warp_max"),
     *("mma_f16_k8", "mma_f16_k16", "mma_bf16_k8", "mma_bf16_k16"),
     *("conversions", "byte_perm", "never_contracted", "grids", "launch_limits"),
 )
@@ -39,6 +39,7 @@ REFUSED = {
     "static_shared_too_large": "49153 bytes of static shared memory",
     "misaligned_load": "misaligned address (load_global16",
     "misaligned_store": "misaligned address (store_global16",
+    "misaligned_words": "misaligned address (load_words",
     "misaligned_copy": "misaligned address (cp_async16",
     "copy_beyond_shared": "outside shared memory",
     "lane_not_in_mask": "lacks the calling lane 0",

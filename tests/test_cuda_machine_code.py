@@ -6,7 +6,9 @@ does not reach yet is an expected failure with the figure and the target in its 
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,7 @@ def test_both_matmuls_use_tensor_cores(architecture, all_figures):
 def test_hot_loops_read_codes_and_write_results_128_bits_at_a_time(architecture, all_figures):
     judged = 0
     for kernel, f in all_figures(architecture).items():
-        if f.hot is None or ", false>" in kernel:
+        if f.hot is None or ", false>" in kernel or kernel.startswith("adamw_step"):
             continue
         accesses = f.hot.accesses
         codes = accesses.get("LDG.128", 0) + accesses.get("LDGSTS.128", 0)
@@ -91,6 +93,44 @@ def test_hot_loops_read_codes_and_write_results_128_bits_at_a_time(architecture,
         if kernel.startswith(("dequantize_4bit", "linear_4bit_mma", "linear_4bit_dx_mma")):
             assert f.wide_stores > 0, kernel
     assert judged >= 12
+
+
+@architectures
+def test_the_optimizer_moves_each_byte_once_in_wide_accesses(architecture, all_figures):
+    """A lane's 8 parameters, their gradients and moments: 16 bytes of the wider of the two, and
+    the other's in as many accesses; nothing is read or written twice."""
+    found = {k: f for k, f in all_figures(architecture).items() if k.startswith("adamw_step")}
+    assert len(found) == 6
+    for kernel, f in found.items():
+        parameters, moments = figures.template_arguments(kernel)
+        size, state = 4 if parameters == "float" else 2, 4 if moments == "float" else 1
+        run = 16 // max(size, state)
+        scales = 2 if state == 1 else 0
+        expected = Counter({"LDG.32": scales})
+        for bits, loads, stores in ((8 * run * size, 2, 1), (8 * run * state, 2, 2)):
+            expected[f"LDG.{bits}"] += loads * 8 // run
+            expected[f"STG.{bits}"] += stores * 8 // run
+        accesses = Counter(f.hot.accesses)
+        for name in list(accesses):
+            if not name.startswith(("LDG", "STG")):
+                del accesses[name]
+        # One lane stores the scales.
+        accesses["STG.32"] -= scales if accesses["STG.32"] > expected["STG.32"] else 0
+        assert accesses == expected, kernel
+
+
+def test_the_optimizer_rounds_every_operation_by_itself():
+    """Nothing is contracted, or approximated, before ptxas, which contracts no ``.rn``."""
+    text = toolchain.compile_kernels(toolchain.KERNELS / "adamw_step.cu", QUICK, "ptx").read_text()
+    operations = Counter(
+        re.findall(r"\b((?:fma|mad|mul|add|sub|div|sqrt|rcp|rsqrt)\.[\w.]*f32)", text)
+    )
+    kernels = 6
+    updates = kernels * 2 * 8  # of elements, in 128-bit accesses and singly
+    assert operations["div.rn.f32"] == operations["sqrt.rn.f32"] == updates
+    assert operations.keys() == {
+        f"{name}.rn.f32" for name in ("mul", "add", "sub", "div", "sqrt", "rcp")
+    }
 
 
 @architectures

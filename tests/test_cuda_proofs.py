@@ -83,6 +83,30 @@ _FEW = "cp_async_wait<kStages - 2>();"
 _ONE_FEWER = "cp_async_wait<kStages - 1>();"
 MISTAKES = (
     Mistake(
+        "adamw_step_kernel<float, unsigned char>",
+        "tables_read_early",
+        "stage_tables<kThreads>(shared);\n    __syncthreads();",
+        "stage_tables<kThreads>(shared);",
+    ),
+    Mistake(
+        "adamw_step_kernel<BFloat16, unsigned char>",
+        "scales_stored_by_all",
+        "    if (lane == 0) {\n",
+        "    {\n",
+    ),
+    Mistake(
+        "adamw_step_kernel<BFloat16, unsigned char>",
+        "scales_replaced_while_they_are_read",
+        "if constexpr (kCodes) __syncwarp();",
+        "",
+    ),
+    Mistake(
+        "adamw_step_kernel<float, float>",
+        "warps_overlap",
+        "kChunk + warp * kStateBlockSize;",
+        "kChunk + warp * (kStateBlockSize / 2);",
+    ),
+    Mistake(
         "dequantize_4bit_kernel<BFloat16>",
         "table_read_early",
         "stage_codes(source, shared.table);\n  __syncthreads();",
@@ -329,6 +353,6 @@ def test_tensors_are_aligned_or_not() -> None:
         "  st.shared.u32 [%r3], %r2;\n$L1:\n"
     )
     text = f"{HEAD}{START}{body}  ret;\n}}\n"
-    assert cuda_skeleton.tested_for_alignment(text, OBJECTS) == {"in"}
+    assert cuda_skeleton.tested_for_alignment(text, OBJECTS) == {frozenset({"in"})}
     assert "mov.b64 %rd5, 0;" in cuda_skeleton.skeleton(text, OBJECTS)
     assert "mov.b64 %rd5, 8;" in cuda_skeleton.skeleton(text, OBJECTS, {"in"})

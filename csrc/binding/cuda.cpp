@@ -1,6 +1,13 @@
 // The CUDA functions of qkern._C. Each starts its kernels on a stream of the current device.
 #include "cuda.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
 #include "arguments.h"
 
 namespace qkern::binding {
@@ -19,6 +26,12 @@ void start(const char* op, const Fn& fn, const Args& args, Pointer stream) {
     status = fn(args, at<void>(stream));
   }
   raise_on_error(op, status);
+}
+
+void adamw_step(const std::vector<std::array<Size, 11>>& tensors, std::optional<std::uint64_t> seed,
+                Pointer stream) {
+  const std::vector<AdamWTensor> read = adamw_tensors(tensors);
+  start("adamw_step", cuda::adamw_step, adamw_args(read, seed), stream);
 }
 
 void quantize_4bit(Pointer x, int x_dtype, Size numel, int format, Pointer codebook,
@@ -123,6 +136,7 @@ pybind11::tuple device_limits() {
 }  // namespace
 
 void bind_cuda(pybind11::module_& m) {
+  m.def("cuda_adamw_step", adamw_step);
   m.def("cuda_quantize_4bit", quantize_4bit);
   m.def("cuda_dequantize_4bit", dequantize_4bit);
   m.def("cuda_dequantize_4bit_region", dequantize_4bit_region);

@@ -117,6 +117,11 @@ QKERN_DEVICE bool is_aligned16(const void* p) {
   return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0;
 }
 
+template <typename... Pointers>
+QKERN_DEVICE bool are_aligned16(Pointers... pointers) {
+  return ((reinterpret_cast<std::uintptr_t>(pointers) | ...) & 15u) == 0;
+}
+
 // ---- The 16 values of a format.
 
 // Where the values come from: nf4's and fp4's travel with the launch; a custom codebook lies in

@@ -20,6 +20,52 @@ QKERN_DEVICE void store_global16(void* p, uint4 value) {
                : "memory");
 }
 
+// kWords neighbouring words (1, 2 or 4) of global memory that the kernel may write as well, in one
+// access; `p` is aligned to them.
+template <int kWords>
+QKERN_DEVICE void load_words(const void* p, std::uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  const auto from = __cvta_generic_to_global(p);
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(from));
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];\n" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+  } else {
+    asm volatile("ld.global.u32 %0, [%1];\n" : "=r"(words[0]) : "l"(from));
+  }
+}
+
+// The same of a store.
+template <int kWords>
+QKERN_DEVICE void store_words(void* p, const std::uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  const auto to = __cvta_generic_to_global(p);
+  if constexpr (kWords == 4) {
+    store_global16(p, uint4{words[0], words[1], words[2], words[3]});
+  } else if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};\n" ::"l"(to), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+    asm volatile("st.global.u32 [%0], %1;\n" ::"l"(to), "r"(words[0]) : "memory");
+  }
+}
+
+// The largest of a warp's values, in all of its lanes, which all call it.
+QKERN_DEVICE unsigned warp_max(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kAllLanes, value);
+#else
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const unsigned other = __shfl_xor_sync(kAllLanes, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+#endif
+}
+
 // base + index, in the one instruction that this is; the compiler takes four where it knows that
 // the index is a byte.
 QKERN_DEVICE const float* address_of(const float* base, unsigned index) {

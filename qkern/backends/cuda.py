@@ -186,7 +186,26 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, nested_offset
 
 
-adamw_step = reference.adamw_step  # no kernel of its own yet
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_absmaxes: Sequence[Tensor],
+    exp_avg_sq_absmaxes: Sequence[Tensor],
+    factors: Tensor,
+    seed: int | None = None,
+    indices: Sequence[int] = (),
+    offsets: Sequence[int] = (),
+) -> None:
+    """See ``qkern.reference.adamw_step``. All tensors are on the device of the first parameter."""
+    device = params[0].device
+    absmaxes = (exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    pieces = _args.adamw_pieces(
+        params, grads, exp_avgs, exp_avg_sqs, *absmaxes, factors, indices, offsets, device
+    )
+    with current_stream(device) as stream:
+        library().cuda_adamw_step(pieces, seed, stream)
 
 
 def device_limits(device: torch.device) -> Limits:

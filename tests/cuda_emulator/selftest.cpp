@@ -170,6 +170,34 @@ std::string misaligned_store() {
   return run(1, [&] { cuda::store_global16(out.get() + 2, uint4{}); });
 }
 
+std::string misaligned_words() {
+  Buffer<std::uint32_t> in(8);
+  return run(1, [&] {
+    std::uint32_t words[2];
+    cuda::load_words(in.get() + 1, words);
+  });
+}
+
+template <int kWords>
+bool copies_words() {
+  Buffer<std::uint32_t> in(8), out(8);
+  for (unsigned i = 0; i < 8; ++i) in[i] = 10 + i;
+  const char* failure = emulator::launch(dim3(1), dim3(1), 0, [&] {
+    std::uint32_t words[kWords];
+    cuda::load_words(in.get() + 4, words);
+    cuda::store_words(out.get() + 4, words);
+  });
+  bool right = failure == nullptr;
+  for (unsigned i = 0; i < 8; ++i) {
+    right = right && out[i] == (i >= 4 && i < 4 + kWords ? 10 + i : 0);
+  }
+  return right;
+}
+
+std::string words() {
+  return outcome(nullptr, copies_words<1>() && copies_words<2>() && copies_words<4>());
+}
+
 std::string misaligned_copy() {
   Buffer<float> in = iota(16);
   return run(
@@ -329,6 +357,17 @@ std::string shuffles() {
     right = right && out[64 + lane] == (lane + 9 < 32 ? lane + 9 : lane);
     right = right && out[96 + lane] == 2 * (lane % 16 >= 2 ? lane - 2 : lane);
   }
+  return outcome(failure, right);
+}
+
+std::string warp_max() {
+  Buffer<unsigned> out(64);
+  const char* failure = emulator::launch(dim3(1), dim3(64), 0, [&] {
+    // The largest as unsigned; in the second warp another's.
+    out[threadIdx.x] = cuda::warp_max(threadIdx.x * 0x04000001u);
+  });
+  bool right = true;
+  for (unsigned i = 0; i < 64; ++i) right = right && out[i] == (i | 31u) * 0x04000001u;
   return outcome(failure, right);
 }
 
@@ -548,7 +587,8 @@ std::string byte_perm() {
 std::string never_contracted() {
   volatile float a = 1.0f + 0x1p-12f;
   volatile float c = -1.0f - 0x1p-11f;
-  return outcome(nullptr, __fadd_rn(__fmul_rn(a, a), c) == 0.0f && __fmaf_rn(a, a, c) == 0x1p-24f);
+  return outcome(nullptr, __fadd_rn(__fmul_rn(a, a), c) == 0.0f && __fmaf_rn(a, a, c) == 0x1p-24f &&
+                              __fsqrt_rn(a) == 1.0f + 0x1p-13f);
 }
 
 // ---- Grids.
@@ -596,6 +636,7 @@ const std::map<std::string, std::function<std::string()>> kTests = {
     {"static_shared_too_large", static_shared_too_large},
     {"misaligned_load", misaligned_load},
     {"misaligned_store", misaligned_store},
+    {"misaligned_words", misaligned_words},
     {"misaligned_copy", misaligned_copy},
     {"copy_beyond_shared", copy_beyond_shared},
     {"global_out_of_bounds", global_out_of_bounds},
@@ -609,7 +650,9 @@ const std::map<std::string, std::function<std::string()>> kTests = {
     {"sum_rows_without_wait", sum_rows<0, false>},
     {"copy_over_what_is_read", copy_over_what_is_read},
     {"copy_zero_fill", copy_zero_fill},
+    {"words", words},
     {"shuffles", shuffles},
+    {"warp_max", warp_max},
     {"votes", votes},
     {"lane_not_in_mask", lane_not_in_mask},
     {"mask_beyond_block", mask_beyond_block},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cuda_adamw
 import torch
 from cuda_emulator import backend, build
 
@@ -34,6 +35,16 @@ MMA_FORWARD = (
     Case((65, 24, 416), HALF, 32, format="fp4", bias=True),
 )
 CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
+    "adamw_step": (
+        "adamw_step",
+        (
+            Case((2111,), FLOAT, 256),
+            Case((3, 1111), BFLOAT, 256, bits=8, stochastic_rounding=True),
+            Case((7, 333), HALF, 256, layout="offset", bits=8),
+            *(Case((5, 515), FLOAT, 256, values=v, bits=8) for v in ("special", "nonfinite")),
+        ),
+    ),
+    **dict.fromkeys(cuda_adamw.STEPS, ("adamw_step", ())),
     "quantize_4bit": (
         "quantize_4bit",
         (
@@ -112,6 +123,8 @@ def judge(folder: str, op: str, schedules: list[int]) -> None:
         try:
             if op == "huge_stride":
                 huge_stride(target)
+            if op in cuda_adamw.STEPS:
+                cuda_adamw.STEPS[op](target)
             for case in cases:
                 at = f"{case} under {target.isa}"
                 testing.check(testing.OPS[name], case, target, "cpu")

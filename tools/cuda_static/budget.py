@@ -26,6 +26,9 @@ FIELDS = (
 Row = dict[str, str]
 DEQUANTIZE_INSTRUCTIONS = 8.0
 VECTOR_INSTRUCTIONS = 4.5
+ISSUED_A_BYTE = {75: 25.4, 80: 9.56, 86: 19.0, 89: 41.0, 90: 9.23}
+"""Instructions of a thread that a GPU issues while its memory moves a byte, by the datasheets of
+T4, A100 80GB, RTX 3090, RTX 4090 and H100 SXM: with more, memory is not what a kernel waits for."""
 PEER_KERNEL = "gemm_4bit_sm80_m16n8k16"
 
 
@@ -149,6 +152,12 @@ def peer_limit(architecture: int, kernel: str) -> float | None:
     return min(found, default=None)
 
 
+def step_bytes(parameters: str, moments: str) -> float:
+    """What an optimizer's step moves for a parameter: three of it, four of a moment."""
+    size = 4 if parameters == "float" else 2
+    return 3 * size + (16 if moments == "float" else 4 + 4 * 4 / 256)
+
+
 def targets(f: Figures) -> list[Target]:
     """The targets of a kernel, reached or not."""
     found = [
@@ -163,6 +172,9 @@ def targets(f: Figures) -> list[Target]:
         found.append(Target("instructions_a_weight", a_weight, DEQUANTIZE_INSTRUCTIONS))
     if name == "linear_4bit_vector_kernel" and arguments[1] == "1" and a_weight is not None:
         found.append(Target("instructions_a_weight", a_weight, VECTOR_INSTRUCTIONS))
+    if name == "adamw_step_kernel" and a_weight is not None and f.architecture in ISSUED_A_BYTE:
+        limit = ISSUED_A_BYTE[f.architecture] * step_bytes(*arguments)
+        found.append(Target("instructions_a_weight", a_weight, limit))
     cycles = f.hot.cycles_a_kilo_multiply_add
     if cycles is not None and (limit := peer_limit(f.architecture, f.kernel)) is not None:
         found.append(Target("cycles_a_kilo_multiply_add", cycles, limit))

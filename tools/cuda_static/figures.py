@@ -26,10 +26,14 @@ class Launch:
     as ``{0}``, ``{1}``..."""
     hot: tuple[str, int | None] | None = None
     """Instruction, and bits if it is a memory access, of which the hot loop has most."""
+    rich_in: str = "LDG"
+    """What its main path has most of: see `sass.Function.main_path`."""
 
 
 LAUNCHES = {
     "absmax_mean_kernel": Launch(1024),
+    # Codes are looked up. The factors of a parameter's first round are not counted.
+    "adamw_step_kernel": Launch(128, hot=("STG", 128), rich_in="LDS"),
     "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
     "dequantize_8bit_kernel": Launch(256),
     "linear_4bit_dx_mma_kernel": Launch(128, "DxShared<{1}, {2}>", ("HMMA", None)),
@@ -88,7 +92,7 @@ class HotLoop:
     cycles: int | None
     """Estimate: the compiler's schedule, no waiting for memory; None where it is not known."""
     weights: int
-    """That each thread decodes, 0 if that is not visible."""
+    """That each thread decodes or updates, 0 if that is not visible."""
     multiply_adds: int
     """Of the warp, on tensor cores."""
     accesses: dict[str, int]
@@ -202,8 +206,16 @@ def parse_cubin(cubin: Path) -> list[sass.Function]:
 
 
 def weights_of(kernel: str, path: sass.Path) -> int:
-    """Weights that a thread decodes in a round of the hot loop."""
+    """Weights that a thread decodes, or parameters that it updates, in a round of the hot loop."""
     name = kernel.partition("<")[0]
+    if name == "adamw_step_kernel":
+        # With 4 bytes they are stored four at a time, as moments of 4 bytes are.
+        parameters, moments = template_arguments(kernel)
+        size = 4 if parameters == "float" else 2
+        if moments == "float":
+            stored = 16 * path.count("STG", 128) + 8 * path.count("STG", 64)
+            return stored // (size + 8)
+        return 16 * path.count("STG", 128) // size
     if name == "dequantize_4bit_kernel":
         size = 4 if template_arguments(kernel)[0] == "float" else 2
         return path.count("STG", 128) * 16 // size
@@ -214,9 +226,11 @@ def weights_of(kernel: str, path: sass.Path) -> int:
 
 
 def hot_loop(
-    kernel: str, function: sass.Function, architecture: int, hot: tuple[str, int | None]
+    kernel: str, function: sass.Function, architecture: int, launch: Launch
 ) -> HotLoop | None:
-    path = function.hot_path(*hot)
+    if launch.hot is None:
+        return None
+    path = function.hot_path(*launch.hot, launch.rich_in)
     if path is None:
         return None
     return HotLoop(
@@ -267,7 +281,7 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
             occupancy=warps / PROCESSORS[architecture].warps,
             tensor_instructions=function.count("HMMA"),
             wide_stores=sum(i.base == "STG" and i.bits == 128 for i in function.instructions),
-            hot=hot_loop(name, function, architecture, launch.hot) if launch.hot else None,
+            hot=hot_loop(name, function, architecture, launch),
         )
     return result
 

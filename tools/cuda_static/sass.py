@@ -175,12 +175,13 @@ class Function:
                             stack.extend(p for p in predecessors[node] if p != -1)
         return {header: frozenset(body) for header, body in loops.items()}
 
-    def main_path(self, header: int) -> Path:
+    def main_path(self, header: int, rich_in: str = "LDG") -> Path:
         """A round of a loop by its main path.
 
         Of the ways from the header back to it, the one with most wide instructions, then with most
-        loads of single bytes (double-quantised scales), then with most loads (which the map of
-        those scales takes), then the shortest. A loop inside is gone through once.
+        loads of single bytes (double-quantised scales), then with most instructions ``rich_in``
+        (of loads, which the map of those scales takes), then the shortest. A loop inside is gone
+        through once.
         """
         body = self.loops[header]
         blocks = self.blocks
@@ -201,7 +202,7 @@ class Function:
             own = (
                 sum(i.is_wide for i in code),
                 sum(i.base == "LDG" and i.bits == 8 for i in code),
-                sum(i.base == "LDG" for i in code),
+                sum(i.base == rich_in for i in code),
                 -len(code),
             )
             score, following = max(options, key=lambda option: option[0])
@@ -213,13 +214,13 @@ class Function:
             node = best[node][1]
         return Path(tuple(code))
 
-    def hot_path(self, base: str, bits: int | None = None) -> Path | None:
+    def hot_path(self, base: str, bits: int | None = None, rich_in: str = "LDG") -> Path | None:
         """The main path of the loop with most instructions ``base`` (of ``bits``).
 
         Of loops nested in one another the inner, of alternatives the one for double-quantised
-        scales; None where no loop has such an instruction.
+        scales; None where no loop has such an instruction. ``rich_in`` as in `main_path`.
         """
-        paths = {header: self.main_path(header) for header in self.loops}
+        paths = {header: self.main_path(header, rich_in) for header in self.loops}
         most = max((path.count(base, bits) for path in paths.values()), default=0)
         if most == 0:
             return None

@@ -142,6 +142,7 @@ Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
 // device: no allocation, no wait. Pointers are device memory.
 namespace cuda {
 
+Status adamw_step(const AdamWArgs& args, void* stream);
 Status quantize_4bit(const Quantize4bitArgs& args, void* stream);
 Status dequantize_4bit(const Dequantize4bitArgs& args, void* stream);
 // `args.weight.cols` elements of `region`; the weight's pointers are those of its beginning.

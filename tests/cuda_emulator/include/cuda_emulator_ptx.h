@@ -15,6 +15,34 @@ inline void store_global16(void* p, uint4 value, QKERN_EMULATOR_SITE) {
   emulator::store(p, value, {"store_global16", file, line});
 }
 
+template <int kWords>
+using Words =
+    std::conditional_t<kWords == 4, uint4, std::conditional_t<kWords == 2, uint2, unsigned>>;
+
+template <int kWords>
+void load_words(const void* p, std::uint32_t (&words)[kWords], QKERN_EMULATOR_SITE) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  const auto found = emulator::load<Words<kWords>>(p, {"load_words", file, line});
+  std::memcpy(words, &found, sizeof words);
+}
+
+template <int kWords>
+void store_words(void* p, const std::uint32_t (&words)[kWords], QKERN_EMULATOR_SITE) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  Words<kWords> value;
+  std::memcpy(&value, words, sizeof words);
+  emulator::store(p, value, {"store_words", file, line});
+}
+
+inline unsigned warp_max(unsigned value, QKERN_EMULATOR_SITE) {
+  for (int step = 1; step < emulator::kWarpSize; step *= 2) {
+    const unsigned other =
+        __shfl_xor_sync(emulator::kFullMask, value, step, emulator::kWarpSize, file, line);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 inline const float* address_of(const float* base, unsigned index) { return base + index; }
 
 inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
