@@ -95,13 +95,15 @@ def test_tables_are_those_of_formats() -> None:
     cpu = torch.device("cpu")
     assert codec.code_table("nf4", cpu).tolist() == list(formats.NF4_CODES)
     assert codec.code_table("fp4", cpu).tolist() == list(formats.FP4_CODES)
-    assert codec.dynamic_map(cpu).tolist() == list(formats.DYNAMIC_MAP_SIGNED)
+    assert codec.dynamic_map("signed", cpu).tolist() == list(formats.DYNAMIC_MAP_SIGNED)
+    assert codec.dynamic_map("unsigned", cpu).tolist() == list(formats.DYNAMIC_MAP_UNSIGNED)
     for name, expected in (
         ("signed", formats.DYNAMIC_THRESHOLDS_SIGNED),
         ("unsigned", formats.DYNAMIC_THRESHOLDS_UNSIGNED),
     ):
         thresholds = codec.byte_thresholds(formats.map_tensor(name))
         assert thresholds.tolist() == [*expected, float("inf")]
+        assert codec.dynamic_thresholds(name, cpu).tolist() == thresholds.tolist()
 
 
 def emulated(test: Callable[..., None]) -> Callable[..., None]:

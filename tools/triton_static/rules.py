@@ -44,7 +44,7 @@ def offset_faults(compiled: Compiled) -> list[str]:
     """Offsets into tensors of any size that have 32 bits only."""
     pattern = r"tt\.addptr %\S+, (%\S+) : (tensor<([\dx]+)x!tt\.ptr<\w+>>|!tt\.ptr<\w+>), (\S+)"
     if compiled.name == "mean_kernel":
-        return []  # It reads 32 x 16 numbers whatever the size of its problem.
+        return []  # It reads 64 x 16 numbers whatever the size of its problem.
     found = []
     for offset, _, shape, kind in re.findall(pattern, compiled.asm["ttir"]):
         numbers = [int(size) for size in shape.split("x")] if shape else []
