@@ -39,15 +39,19 @@ def code_table(format: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The float32 ``[256]`` signed map of double-quantised scales, made once for a device."""
-    return formats.map_tensor("signed", device)
+def dynamic_map(name: str, device: torch.device) -> Tensor:
+    """The float32 ``[256]`` map ``"signed"`` or ``"unsigned"``, made once for a device."""
+    return formats.map_tensor(name, device)
 
 
 @functools.cache
-def dynamic_thresholds(device: torch.device) -> Tensor:
-    """The signed map's thresholds, float32 ``[256]``, the last infinite; made once for a device."""
-    return _padded(formats.DYNAMIC_THRESHOLDS_SIGNED, 256, device)
+def dynamic_thresholds(name: str, device: torch.device) -> Tensor:
+    """A map's thresholds, float32 ``[256]``, the last infinite; made once for a device."""
+    thresholds = {
+        "signed": formats.DYNAMIC_THRESHOLDS_SIGNED,
+        "unsigned": formats.DYNAMIC_THRESHOLDS_UNSIGNED,
+    }
+    return _padded(thresholds[name], 256, device)
 
 
 def byte_thresholds(code: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class Weight:
         """The first six arguments of every kernel that decodes."""
         device = self.packed.device
         table = code_table(self.format, device) if self.codebook is None else self.codebook
-        restore = None if self.nested_absmax is None else dynamic_map(device)
+        restore = None if self.nested_absmax is None else dynamic_map("signed", device)
         return (
             self.packed,
             self.absmax,

@@ -77,6 +77,15 @@ def codes(target: Target) -> Elements:
     return Elements(num_warps, _THREAD_CODES * num_warps * target.warp_size)
 
 
+def step(target: Target) -> Elements:
+    """For an optimizer's step: 8 elements a thread, for registers hold them of four tensors.
+
+    So 32 threads have a block of 256, whose largest magnitude they find without shared memory.
+    """
+    num_warps = 8
+    return Elements(num_warps, 8 * num_warps * target.warp_size)
+
+
 @dataclass(frozen=True, slots=True)
 class Programs(Elements):
     """A launch of a fixed number of programs, each taking ``elements`` at a time."""
@@ -84,9 +93,10 @@ class Programs(Elements):
     programs: int
 
 
-SUM = Programs(num_warps=4, elements=1024, programs=32)
-"""The exact sum of scales. The number is fixed, because the last step reads all parts at once; 32
-programs read a model's scales in less time than it takes to launch them."""
+SUM = Programs(num_warps=1, elements=512, programs=64)
+"""The exact sum of scales. The number is fixed, because the last step reads all parts at once; 64
+programs read a model's scales in less time than it takes to launch them. A warp each: sums over
+several go through shared memory and wait, thirteen times for every 512 scales."""
 
 MEAN = Launch(num_warps=1)
 """Arithmetic on 14 numbers."""

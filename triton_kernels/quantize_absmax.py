@@ -121,7 +121,7 @@ def quantize_absmax(
     quantize_8bit(
         absmax,
         nested_offset,
-        codec.dynamic_thresholds(device),
+        codec.dynamic_thresholds("signed", device),
         formats.NESTED_BLOCK_SIZE,
         codes,
         nested_absmax,
