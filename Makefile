@@ -12,7 +12,7 @@ TEST_THREADS ?= 2
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py tests/test_kernel_alone.py
+NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py tests/test_kernel_alone.py tests/test_step_alone.py
 GPU_TESTS := tests/test_conformance.py tests/test_optim_gpu.py
 COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -130,7 +130,11 @@ def _adamw_step(params: Sequence[Tensor], *args: Any) -> None:
     if not params:
         return
     select(params[0].device).adamw_step(params, *args)
-    for tensors in (params, *args[1:5]):
+    _count_as_changed(params, *args[1:5])
+
+
+def _count_as_changed(*lists: Sequence[Tensor]) -> None:
+    for tensors in lists:
         torch.autograd.graph.increment_version(tensors)
 
 
@@ -193,6 +197,7 @@ for _name, _implementation, _fake in (
 
 linear_4bit = torch.ops.qkern.linear_4bit.default
 _linear_4bit_dx_op = torch.ops.qkern.linear_4bit_dx.default
+_adamw_step_op = torch.ops.qkern.adamw_step.default
 
 _CPU = torch.device("cpu")
 
@@ -244,3 +249,14 @@ def linear_4bit_dx(*args: Any) -> Tensor:
         if dx is not None:
             return dx
     return _linear_4bit_dx_op(*args)
+
+
+def adamw_step(params: Sequence[Tensor], *args: Any) -> None:
+    """The op ``adamw_step`` with all its arguments, or its kernel alone as above.
+
+    Gradients must be off, for nothing looks whether parameters are leaves that require them.
+    """
+    if unobserved() and native.adamw_step_on_tensors(params, *args, num_threads()):
+        _count_as_changed(params, *args[1:5])
+    else:
+        _adamw_step_op(params, *args)

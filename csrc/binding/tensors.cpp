@@ -1,5 +1,6 @@
-// The CPU matmuls on tensors themselves, read by DLPack's C exchange interface: for a small layer,
-// asking every tensor for its address and sizes in Python takes longer than the kernel.
+// CPU ops on tensors themselves, read by DLPack's C exchange interface: for a small layer, or many
+// small parameters, asking every tensor for its address and sizes in Python takes longer than the
+// kernel.
 //
 // Nothing is explained here and nothing trusted. Unless every argument is what the kernel takes, in
 // plain tensors, the answer is None and nothing has been done: qkern/backends/native.py then does
@@ -12,7 +13,7 @@
 #include <exception>
 
 #include "arguments.h"
-#include "dlpack.h"
+#include "plain_tensor.h"
 
 namespace qkern::binding {
 namespace {
@@ -20,96 +21,6 @@ namespace {
 namespace py = pybind11;
 
 constexpr int kMostDimensions = 8;
-
-// Set once, by read_tensors_with.
-struct Library {
-  int (*read)(void*, dlpack::Tensor*) = nullptr;
-  PyTypeObject* tensor = nullptr;
-  PyTypeObject* parameter = nullptr;
-  PyObject* new_empty = nullptr;  // names of methods
-  PyObject* is_neg = nullptr;
-};
-
-Library library;
-
-// A dense tensor in the CPU's memory, of no subclass: one may mean something else by its elements.
-class PlainTensor {
- public:
-  // False where `object` is no such tensor.
-  bool read(PyObject* object) {
-    if (Py_TYPE(object) != library.tensor && Py_TYPE(object) != library.parameter) return false;
-    if (library.read(object, &tensor_) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    return tensor_.device_type == dlpack::kCpu && tensor_.dtype.lanes == 1 &&
-           tensor_.byte_offset == 0 && tensor_.data != nullptr &&
-           (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr));
-  }
-
-  // As read(), and whether the tensor is contiguous, of `numel` elements of a dtype.
-  bool read(PyObject* object, dlpack::DataTypeCode code, int bits, Size numel) {
-    return read(object) && is(code, bits) && contiguous_numel() == numel;
-  }
-
-  bool is(int code, int bits) const {
-    return tensor_.dtype.code == code && tensor_.dtype.bits == bits;
-  }
-
-  bool same_dtype(const PlainTensor& other) const {
-    return is(other.tensor_.dtype.code, other.tensor_.dtype.bits);
-  }
-
-  bool floating(DType* dtype) const {
-    if (is(dlpack::kFloat, 32)) {
-      *dtype = DType::kFloat32;
-    } else if (is(dlpack::kBfloat, 16)) {
-      *dtype = DType::kBFloat16;
-    } else if (is(dlpack::kFloat, 16)) {
-      *dtype = DType::kFloat16;
-    } else {
-      return false;
-    }
-    return true;
-  }
-
-  // The number of elements, or -1 where they are not contiguous.
-  Size contiguous_numel() const {
-    Size numel = 1;
-    for (int i = tensor_.ndim - 1; i >= 0; --i) {
-      if (tensor_.shape[i] != 1 && tensor_.strides[i] != numel) return -1;
-      numel *= tensor_.shape[i];
-    }
-    return numel;
-  }
-
-  int ndim() const { return tensor_.ndim; }
-  Size size(int i) const { return tensor_.shape[i]; }
-  Size stride(int i) const { return tensor_.strides[i]; }
-
-  template <typename T>
-  T* data() const {
-    return static_cast<T*>(tensor_.data);
-  }
-
- private:
-  dlpack::Tensor tensor_{};
-};
-
-// Whether memory holds the negated elements, which DLPack does not tell.
-bool is_negated(PyObject* tensor) {
-  PyObject* negated = PyObject_CallMethodNoArgs(tensor, library.is_neg);
-  if (negated == nullptr) throw py::error_already_set();
-  Py_DECREF(negated);
-  return negated != Py_False;
-}
-
-bool read_size(PyObject* object, Size* size) {
-  if (!PyLong_CheckExact(object)) return false;
-  int overflow = 0;
-  *size = PyLong_AsLongLongAndOverflow(object, &overflow);
-  return overflow == 0;
-}
 
 bool read_codes(PyObject* format, PyObject* codebook, Codebook* codes) {
   if (!PyUnicode_CheckExact(format)) return false;
@@ -316,6 +227,7 @@ PyCFunction as_method(FastFunction function) {
 PyMethodDef methods[] = {
     {"linear_4bit_on_tensors", as_method(linear_4bit), METH_FASTCALL, nullptr},
     {"linear_4bit_dx_on_tensors", as_method(linear_4bit_dx), METH_FASTCALL, nullptr},
+    {"adamw_step_on_tensors", as_method(adamw_step_on_tensors), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

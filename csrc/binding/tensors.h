@@ -4,7 +4,10 @@
 
 namespace qkern::binding {
 
-// Adds linear_4bit and linear_4bit_dx on tensors themselves; see tensors.cpp.
+// Adds linear_4bit, linear_4bit_dx and adamw_step on tensors themselves; see tensors.cpp.
 void bind_tensors(pybind11::module_& m);
+
+// True, or None where nothing was done.
+PyObject* adamw_step_on_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace qkern::binding

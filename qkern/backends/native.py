@@ -53,7 +53,7 @@ except ImportError as error:
 
 
 def _refuse(*arguments: Any) -> None:
-    """Stands for a matmul on tensors where there is none."""
+    """Stands for an op on tensors where there is none."""
 
 
 linear_4bit_on_tensors: Callable[..., Tensor | None] = _refuse
@@ -70,10 +70,14 @@ linear_4bit_dx_on_tensors: Callable[..., Tensor | None] = _refuse
 """``linear_4bit_dx`` in the same way, with ``dy`` for ``x``, a bias of None, and the features
 exchanged."""
 
+adamw_step_on_tensors: Callable[..., bool | None] = _refuse
+"""``adamw_step`` in the same way: all its arguments, then ``num_threads``. True once it is done."""
+
 _exchange_api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 if _C and _exchange_api and _C.read_tensors_with(_exchange_api, Tensor, nn.Parameter):
     linear_4bit_on_tensors = _C.linear_4bit_on_tensors
     linear_4bit_dx_on_tensors = _C.linear_4bit_dx_on_tensors
+    adamw_step_on_tensors = _C.adamw_step_on_tensors
 
 
 # Outputs name their device, because a caller may have set another default, such as meta.

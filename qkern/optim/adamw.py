@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-import qkern.ops  # noqa: F401  registers torch.ops.qkern
-from qkern import _errors, reference
+from qkern import _errors, ops, reference
 from qkern.optim import _driver
 from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
 from qkern.optim._unified import UnifiedPager
@@ -267,8 +266,15 @@ class PagedAdamW(Optimizer):
             moments = [self._moments(param, group) for _, group, param, _ in mine]
             steps = {index: self.state[param]["step"] for index, _, param, _ in mine}
             skip = _on(found_inf, device)
-            # In place, where a CUDA graph finds them again.
-            torch._foreach_add_(list(steps.values()), 1 - skip)
+            if device.type == "cuda":
+                # In place, where a CUDA graph finds them again.
+                torch._foreach_add_(list(steps.values()), 1 - skip)
+            else:
+                # All at once: one by one they would take as long as a small model's update.
+                after = torch.stack(list(steps.values())).add_(1 - skip).unbind()
+                steps = dict(zip(steps, after, strict=True))
+                for (_, _, param, _), step in zip(mine, after, strict=True):
+                    self.state[param]["step"] = step
             calls = _Calls({device: self._factors(steps, scale, skip, device)}, self._seed)
             for (index, _, param, grad), of_param in zip(mine, moments, strict=True):
                 data = local(param)
@@ -454,7 +460,7 @@ class _Calls:
         for (device, bits), pieces in self._found.items():
             params, grads, moments, indices, offsets = zip(*pieces, strict=True)
             scales = [m.absmaxes() for m in moments if bits == 8]
-            torch.ops.qkern.adamw_step(
+            ops.adamw_step(
                 params,
                 grads,
                 [m.exp_avg for m in moments],

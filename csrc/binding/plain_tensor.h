@@ -1,0 +1,104 @@
+// Python's tensors, read by DLPack's C exchange interface.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "arguments.h"
+#include "dlpack.h"
+
+namespace qkern::binding {
+
+// Set once, by read_tensors_with.
+struct Library {
+  int (*read)(void*, dlpack::Tensor*) = nullptr;
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* new_empty = nullptr;  // names of methods
+  PyObject* is_neg = nullptr;
+};
+
+inline Library library;
+
+// A dense tensor in the CPU's memory, of no subclass: one may mean something else by its elements.
+class PlainTensor {
+ public:
+  // False where `object` is no such tensor.
+  bool read(PyObject* object) {
+    if (Py_TYPE(object) != library.tensor && Py_TYPE(object) != library.parameter) return false;
+    if (library.read(object, &tensor_) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return tensor_.device_type == dlpack::kCpu && tensor_.dtype.lanes == 1 &&
+           tensor_.byte_offset == 0 && tensor_.data != nullptr &&
+           (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr));
+  }
+
+  // As read(), and whether the tensor is contiguous, of `numel` elements of a dtype.
+  bool read(PyObject* object, dlpack::DataTypeCode code, int bits, Size numel) {
+    return read(object) && is(code, bits) && contiguous_numel() == numel;
+  }
+
+  bool is(int code, int bits) const {
+    return tensor_.dtype.code == code && tensor_.dtype.bits == bits;
+  }
+
+  bool same_dtype(const PlainTensor& other) const {
+    return is(other.tensor_.dtype.code, other.tensor_.dtype.bits);
+  }
+
+  bool floating(DType* dtype) const {
+    if (is(dlpack::kFloat, 32)) {
+      *dtype = DType::kFloat32;
+    } else if (is(dlpack::kBfloat, 16)) {
+      *dtype = DType::kBFloat16;
+    } else if (is(dlpack::kFloat, 16)) {
+      *dtype = DType::kFloat16;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  // The number of elements, or -1 where they are not contiguous.
+  Size contiguous_numel() const {
+    Size numel = 1;
+    for (int i = tensor_.ndim - 1; i >= 0; --i) {
+      if (tensor_.shape[i] != 1 && tensor_.strides[i] != numel) return -1;
+      numel *= tensor_.shape[i];
+    }
+    return numel;
+  }
+
+  int ndim() const { return tensor_.ndim; }
+  Size size(int i) const { return tensor_.shape[i]; }
+  Size stride(int i) const { return tensor_.strides[i]; }
+
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(tensor_.data);
+  }
+
+ private:
+  dlpack::Tensor tensor_{};
+};
+
+// Whether memory holds the negated elements, which DLPack does not tell.
+inline bool is_negated(PyObject* tensor) {
+  PyObject* negated = PyObject_CallMethodNoArgs(tensor, library.is_neg);
+  if (negated == nullptr) throw pybind11::error_already_set();
+  Py_DECREF(negated);
+  return negated != Py_False;
+}
+
+inline bool read_size(PyObject* object, Size* size) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  *size = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+}  // namespace qkern::binding
