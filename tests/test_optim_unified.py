@@ -294,6 +294,8 @@ def test_a_failure_says_what_is_half_done_and_a_checkpoint_mends_it(
     set_grads(params, 1)
     with pytest.raises((DriverError, RuntimeError), match=f"{name}: CUDA_ERROR_UNKNOWN") as caught:
         optimizer.step()
+    if name in ("managed", "pinned"):
+        assert "bytes of host memory for moments of cpu: " in str(caught.value)
     gpu.failures = {}
     gpu.finish()
     broke_off = "a step broke off" in str(caught.value)

@@ -203,7 +203,7 @@ class _Pool:
                 if not self._evict_oldest(ahead):
                     return False
             if chunk.memory is None:
-                chunk.memory = self._places.allocate(chunk.nbytes)
+                chunk.memory = self._allocate(chunk.nbytes)
             try:
                 self._places.bring(chunk, self._incoming, self._slot_bytes)
             except torch.OutOfMemoryError:
@@ -215,6 +215,15 @@ class _Pool:
             self._resident[chunk] = None
         chunk.ready = self.driver.record(self._incoming)
         return True
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        try:
+            return self._places.allocate(nbytes)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"pager: got no {nbytes} bytes of host memory for moments of {self.device}: {error};"
+                ' bits=8 takes a quarter, and pager="mmap" keeps them in a file'
+            ) from error
 
     def _evict_oldest(self, ahead: Collection[_Chunk]) -> bool:
         oldest = next(iter(self._resident))
