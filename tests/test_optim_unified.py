@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import shutil
 import subprocess
 import sys
@@ -313,6 +314,39 @@ def test_a_failure_says_what_is_half_done_and_a_checkpoint_mends_it(
     gpu.finish()
     assert all(map(torch.equal, [param.detach() for param in params], expected(3)))
     assert gpu.most_resident <= BUDGET
+
+
+@pytest.mark.parametrize("managed", [True, False])
+@pytest.mark.parametrize("name", ["launch", "wait", "record"])
+def test_what_a_failed_step_had_brought_leaves_whole(use: Use, managed: bool, name: str) -> None:
+    """The first update fails; the chunks on their way for it make room for others unused."""
+
+    def steps_after(optimizer: PagedAdamW, params: list[nn.Parameter]) -> list[Tensor]:
+        for step in (2, 3):
+            set_grads(params, step)
+            if step == 2:
+                params[0].grad = None
+            optimizer.step()
+        return [param.detach() for param in params]
+
+    whole = make_params()
+    other = PagedAdamW(whole, pager="none")
+    trained(other, whole, 2)
+    wanted = steps_after(other, whole)
+    for (eagerness, seed), budget in itertools.product(SCHEDULES, (64 * KIB, 128 * KIB, BUDGET)):
+        gpu = use(FakeGpu(managed, eagerness, seed))
+        params = make_params()
+        optimizer = PagedAdamW(params, pager="unified", budget_bytes=budget)
+        trained(optimizer, params, 2)
+        for param in params[1:]:
+            param.grad = None
+        gpu.failures = failing(name, gpu._counts[name])
+        with pytest.raises(DriverError):
+            optimizer.step()
+        gpu.failures = {}
+        found = steps_after(optimizer, params)
+        gpu.finish()
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_a_full_device_gets_fewer_slots(use: Use) -> None:

@@ -145,6 +145,7 @@ class _Pool:
         self._resident: OrderedDict[_Chunk, None] = OrderedDict()
         self.launches = 0
         """Of work, since it was made."""
+        self._broke_off = False
 
     def add(self, chunks: Sequence[Sequence[Piece]]) -> None:
         self.chunks += map(_Chunk, chunks)
@@ -166,6 +167,25 @@ class _Pool:
                 'pager: got "unified" while a CUDA graph is captured; takes "none" there'
             )
         current = self.driver.current_stream(self.device)
+        if self._broke_off:
+            self._join(current)
+        self._broke_off = True
+        self._run(wanted, work, current)
+        self._broke_off = False
+
+    def _join(self, current: Any) -> None:
+        """Let each stream wait for all that others have: some event may be missing."""
+        streams = (self._incoming, self._outgoing, current)
+        events = [self.driver.record(stream) for stream in streams]
+        for stream in streams:
+            for event in events:
+                self.driver.wait(stream, event)
+        for chunk in self._resident:
+            chunk.ready = chunk.used = events[0]
+
+    def _run(
+        self, wanted: Collection[int], work: Callable[[_Chunk, Tensor], object], current: Any
+    ) -> None:
         chunks = [c for c in self.chunks if any(piece.param in wanted for piece in c.pieces)]
         # Those that are there come first: by the order of the parameters, each would have left
         # just before its turn.
@@ -221,8 +241,8 @@ class _Pool:
             return self._places.allocate(nbytes)
         except RuntimeError as error:
             raise RuntimeError(
-                f"pager: got no {nbytes} bytes of host memory for moments of {self.device}: {error};"
-                ' bits=8 takes a quarter, and pager="mmap" keeps them in a file'
+                f"pager: got no {nbytes} bytes of host memory for moments of {self.device}:"
+                f' {error}; bits=8 takes a quarter, and pager="mmap" keeps them in a file'
             ) from error
 
     def _evict_oldest(self, ahead: Collection[_Chunk]) -> bool:
