@@ -79,9 +79,11 @@ triton-versions: setup  ## compile the Triton kernels with other versions of Tri
 	$(PYTEST) tests/test_triton_backend.py -k versions $(PYTEST_ARGS)
 
 # What README and docs/support.md say runs where.
-SUPPORT_TESTS := tests/test_conformance.py tests/test_cuda_emulated.py tests/test_triton_on_cpu.py
+SUPPORT_TESTS := tests/test_conformance.py tests/test_cuda_emulated.py
 support: setup  ## run the op table and write the tables of what passed into the documents
 	$(PYTEST) -n $(WORKERS) -m 'not slow' -k test_op $(SUPPORT_TESTS) --record-support tests/support.json
+	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) -k test_op tests/test_triton_on_cpu.py \
+	    --record-support tests/support_triton.json
 	$(RUN) tools/support.py --write
 
 # Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.

@@ -2,9 +2,10 @@
 
 ``python tools/support.py --write`` puts it into README.md and docs/support.md. The records:
 
-    tests/support.json       cases of the op table that passed: `pytest --record-support`
-    tests/cuda_budget.csv    the CUDA kernels as compiled for each architecture
-    tests/triton_budget.csv  the Triton kernels as compiled for each architecture
+    tests/support.json         cases of the op table that passed: `pytest --record-support`
+    tests/support_triton.json  the same on the Triton kernels, of which every case was run
+    tests/cuda_budget.csv      the CUDA kernels as compiled for each architecture
+    tests/triton_budget.csv    the Triton kernels as compiled for each architecture
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "tests" / "support.json"
+RECORDS = (ROOT / "tests" / "support.json", ROOT / "tests" / "support_triton.json")
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- from tools/support.py -->", "<!-- end -->"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -32,8 +33,8 @@ Compiled = dict[tuple[str, str], set[str]]
 
 def passed() -> Passed:
     """What `pytest --record-support` wrote."""
-    rows = json.loads(RECORD.read_text("utf-8"))["passed"]
-    return {(op, target, dtype): count for op, target, dtype, count in rows}
+    rows = [row for file in RECORDS for row in json.loads(file.read_text("utf-8"))["passed"]]
+    return {(op, target, dtype): count for op, target, dtype, count in sorted(rows)}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
