@@ -566,6 +566,8 @@ def _linear_4bit_dx_inputs(case: Case, device: torch.device, generator: torch.Ge
 
 # Beside the case's shape: a block and a bit, less than any register, and one that is skipped.
 _ADAMW_SHAPES = ((257,), (1,), (3, 5), (300,))
+_SHRINKING = (3, 5)
+"""Whose moments become smaller than what a kernel might read beyond them."""
 _ADAMW_INDICES = (1, 4, 7, 10, 13)
 
 
@@ -576,6 +578,8 @@ def _adamw_step_inputs(case: Case, device: torch.device, generator: torch.Genera
         of_shape = replace(case, shape=shape, dtype=torch.float32)
         grad = _source(replace(of_shape, dtype=case.dtype), (), generator)
         moments = [_source(of_shape, (), generator) * 0.1, _source(of_shape, (), generator) ** 2]
+        if shape == _SHRINKING:
+            grad = (moments[0] * 5).to(case.dtype)  # its gradients are scaled by -1.3
         inputs["params"].append(_normal(shape, generator).to(case.dtype))
         inputs["grads"].append(grad)
         names = (("exp_avg", "signed"), ("exp_avg_sq", "unsigned"))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from triton_cpu import semantics
 
 import qkern
-from qkern import backends, formats
+from qkern import backends, formats, reference
 from qkern.backends import cuda, triton
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +106,18 @@ def test_tables_are_those_of_formats() -> None:
         assert codec.dynamic_thresholds(name, cpu).tolist() == thresholds.tolist()
 
 
+@needs_triton
+def test_a_table_by_value_is_the_table() -> None:
+    """What a CUDA graph captures instead of a copy from the host."""
+    from qkern.triton_kernels import adamw_step
+
+    words = [0, 1, -1, (1 << 63) - 1, (1 << 53) + 1, -(1 << 63), *range(200)]
+    cpu = torch.device("cpu")
+    for made in (adamw_step._by_value(words, cpu), adamw_step._on_device(words, cpu)):
+        assert made.dtype == torch.int64
+        assert made.tolist() == words
+
+
 def emulated(test: Callable[..., None]) -> Callable[..., None]:
     """A test with every op on the Triton kernels under ttsem."""
 
@@ -139,6 +151,16 @@ def test_gradients(qw: qkern.QuantizedTensor) -> None:
     assert all(grad.count_nonzero() for grad in found[2:])
 
 
+def adamw_lists() -> tuple[list[torch.Tensor], ...]:
+    """Two parameters with their gradients and 8-bit moments."""
+    floats = [torch.randn(n) for n in (300, 5)]
+    codes = [torch.zeros(n, dtype=torch.uint8) for n in (300, 5)]
+    absmaxes = [torch.rand(n) for n in (2, 1)]
+    return tuple(
+        [t.clone() for t in found] for found in (floats,) * 2 + (codes,) * 2 + (absmaxes,) * 2
+    )
+
+
 @emulated
 def test_opcheck(qw: qkern.QuantizedTensor) -> None:
     weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, None)
@@ -151,8 +173,27 @@ def test_opcheck(qw: qkern.QuantizedTensor) -> None:
         (ops.quantize_absmax, (torch.rand(300),)),
         (ops.linear_4bit, (torch.randn(3, 96), *weight, None, *layout, 40)),
         (ops.linear_4bit_dx, (torch.randn(3, 40), *weight, *layout, 96)),
+        (ops.adamw_step, (*adamw_lists(), torch.rand(2, reference.ADAMW_FACTORS), 1)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=utils)
+
+
+@emulated
+def test_the_optimizer_takes_the_same_steps() -> None:
+    def train() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        params = [torch.randn(n, requires_grad=True) for n in (700, 3)]
+        optimizer = qkern.optim.PagedAdamW8bit(params, lr=1e-2, max_grad_norm=1.0, min_8bit_size=1)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        return [param.detach() for param in params]
+
+    found = train()
+    with backends.use(reference):
+        expected = train()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @emulated

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,6 +20,7 @@ from triton_cpu import proofs
 from triton_static import budget, figures, rules
 from triton_static import compile as compiler
 
+from qkern import reference
 from qkern.backends import triton
 
 if reason := triton.missing_reason():
@@ -74,7 +76,10 @@ def test_the_table_has_every_architecture_and_meets_its_targets() -> None:
     assert {f.call for f in table.values()} == set(compiler.calls())
 
 
-ROUNDED = ("quantize_", "dequantize_", "linear_4bit-bf16-512", "linear_4bit_dx-bf16-512")
+ROUNDED = (
+    *("quantize_", "dequantize_", "linear_4bit-bf16-512", "linear_4bit_dx-bf16-512"),
+    *("adamw_step-fp32-32bit", "adamw_step-bf16-8bit_stochastic"),
+)
 """Calls whose kernels have no fused sums: 16-bit products are the matrix instructions' business."""
 
 
@@ -96,6 +101,16 @@ def test_roundings_and_offsets(architecture: int | str) -> None:
                 judged += 1
             launched.clear()
     assert judged >= 20
+
+
+def test_adamw_of_tensors_anywhere_reads_no_wider_than_they_allow() -> None:
+    """What is at a multiple of 4 bytes is read 4 bytes at a time; the table has words of 8."""
+    tensors = ([torch.empty(4097)[1:]] for _ in range(4))
+    with compiler.compiling(80) as launched:
+        torch.ops.qkern.adamw_step(*tensors, [], [], torch.empty(1, reference.ADAMW_FACTORS))
+        (compiled,) = launched
+    found = figures.of("unaligned", compiled, 80)
+    assert (found.load_bits, found.store_bits) == (64, 32)
 
 
 def test_a_row_that_got_worse_is_named() -> None:

@@ -7,6 +7,7 @@ launched for one of the devices.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -149,6 +150,30 @@ def test_values_at_the_edge(on: semantics.SemanticsTarget) -> None:
     conformance.test_unchecked_nan_block_has_the_canonical_nan(on, CPU)
     for dtype in DTYPES:
         conformance.test_every_nan_stays_nan(on, dtype, CPU)
+
+
+@one_target
+@pytest.mark.parametrize("bits", [32, 8])
+@semantics.in_own_process
+def test_adamw_takes_any_list(bits: int, on: semantics.SemanticsTarget) -> None:
+    """Of mixed dtypes and alignments, some parameters empty."""
+    spec = OPS["adamw_step"]
+    found: testing.Inputs = {}
+    for dtype, layout, size in itertools.product(DTYPES, ("contiguous", "offset"), (0, 2100)):
+        case = Case((size,), dtype, 256, bits=bits, layout=layout, stochastic_rounding=True)
+        inputs = conformance.inputs_of(spec, case, CPU)
+        rows = len(found.get("factors", ()))
+        inputs["indices"] = [rows + index for index in inputs["indices"]]
+        for name, value in inputs.items():
+            if isinstance(value, list):
+                found[name] = found.get(name, []) + value
+        found["factors"] = torch.cat(
+            [found.get("factors", inputs["factors"][:0]), inputs["factors"]]
+        )
+    found["seed"] = inputs["seed"]
+    assert len(found["params"]) == 60
+    for got, expected in zip(conformance.run(spec, found, on), spec.reference(found), strict=True):
+        testing.assert_bitwise(got, expected)
 
 
 @one_target

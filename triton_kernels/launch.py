@@ -78,9 +78,12 @@ def codes(target: Target) -> Elements:
 
 
 def step(target: Target) -> Elements:
-    """For an optimizer's step: half as many elements, for registers hold them of four tensors."""
-    num_warps = 4
-    return Elements(num_warps, _THREAD_CODES // 2 * num_warps * target.warp_size)
+    """For an optimizer's step: 8 elements a thread, for registers hold them of four tensors.
+
+    So 32 threads have a block of 256, whose largest magnitude they find without shared memory.
+    """
+    num_warps = 8
+    return Elements(num_warps, 8 * num_warps * target.warp_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,29 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, nested_offset
 
 
-adamw_step = reference.adamw_step  # no kernel of its own yet
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_absmaxes: Sequence[Tensor],
+    exp_avg_sq_absmaxes: Sequence[Tensor],
+    factors: Tensor,
+    seed: int | None = None,
+    indices: Sequence[int] = (),
+    offsets: Sequence[int] = (),
+) -> None:
+    """See ``qkern.reference.adamw_step``."""
+    device = params[0].device
+    absmaxes = (exp_avg_absmaxes, exp_avg_sq_absmaxes)
+    pieces = _args.adamw_pieces(
+        params, grads, exp_avgs, exp_avg_sqs, *absmaxes, factors, indices, offsets, device
+    )
+    pieces = [piece for piece, param in zip(pieces, params, strict=True) if param.numel()]
+    if pieces:
+        in_codes = len(exp_avg_absmaxes) > 0
+        with on_device(device):
+            _kernels("adamw_step").adamw_step(pieces, in_codes, seed, device, target_of(device))
 
 
 def linear_4bit(

@@ -47,6 +47,13 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         "quantize_absmax",
         (*(Case((n,), values="halfway") for n in testing.HALFWAY_TAILS), Case((300,))),
     ),
+    "adamw_step": (
+        "adamw_step",
+        (
+            Case((5, 515), FLOAT, 256, bits=32),
+            Case((700,), BFLOAT, 256, bits=8, stochastic_rounding=True),
+        ),
+    ),
     "linear_4bit": (
         "linear_4bit",
         (

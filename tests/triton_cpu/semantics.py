@@ -8,16 +8,19 @@ import importlib
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from module_copy import copy_of
+from torch import Tensor
 
 from qkern import backends, reference
 from qkern.backends import triton
@@ -109,6 +112,30 @@ def session() -> Iterator[None]:
         vars(driver).update(before)
 
 
+@contextlib.contextmanager
+def addressed(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Launches in the block may touch these contiguous tensors, whose addresses a table holds.
+
+    ttsem lets a launch touch the tensors among its arguments only.
+    """
+    from ttsem import harness
+
+    views = {t.data_ptr(): t.view(-1).view(torch.uint8).numpy() for t in tensors if t.numel()}
+    original = harness.Memory
+
+    def memory() -> object:
+        made = original()
+        for address, view in views.items():
+            made.register(address, view)
+        return made
+
+    harness.Memory = memory
+    try:
+        yield
+    finally:
+        harness.Memory = original
+
+
 class SemanticsTarget(Target):
     """A target of the conformance table: the kernels under ttsem, launched for one device."""
 
@@ -116,7 +143,16 @@ class SemanticsTarget(Target):
 
     def __init__(self, device: Device) -> None:
         super().__init__(NAME, str(device))
-        object.__setattr__(self, "module", backend(device))
+        module = backend(device)
+        step = module.adamw_step
+
+        def adamw_step(params: Sequence[Tensor], *args: Any) -> None:
+            *lists, factors = args[:6]
+            with addressed([*params, *chain(*lists), factors]):
+                step(params, *args)
+
+        module.adamw_step = adamw_step  # type: ignore[attr-defined]
+        object.__setattr__(self, "module", module)
 
     def __reduce__(self) -> tuple[type[SemanticsTarget], tuple[Device]]:
         return SemanticsTarget, (next(d for d in DEVICES if str(d) == self.isa),)

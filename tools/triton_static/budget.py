@@ -1,7 +1,8 @@
 """The committed table of figures, ``tests/triton_budget.csv``.
 
-``PYTHONPATH=tools:. python -m triton_static.budget [--write] [ARCH ...]`` prints the table, with
-each target that is missed; ``--write`` replaces the committed rows of these architectures.
+``PYTHONPATH=tools:. python -m triton_static.budget [--write] [--only CALL] [ARCH ...]`` prints the
+table, with each target that is missed; ``--write`` replaces the committed rows of these
+architectures and calls.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def main() -> None:
     rows = read_table() if args.write and TABLE.exists() else {}
     print("  ".join(FIELDS))
     for arch in args.architectures or compiler.ARCHITECTURES:
-        rows = {key: row for key, row in rows.items() if key[0] != str(arch)}
+        stale = [key for key in rows if key[0] == str(arch) and args.only in key[1]]
+        rows = {key: row for key, row in rows.items() if key not in stale}
         for f in figures.kernel_figures(arch, args.only):
             rows[key_of(f)] = f
             print("  ".join(str(value) for value in asdict(f).values()))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import backends, formats
+from qkern import backends, formats, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 NVIDIA = (75, 80, 86, 89, 90, 100, 120)
@@ -181,6 +181,11 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
             lambda flat: ops.quantize_8bit(flat(), formats.map_tensor("signed"), 256), flat
         )
         found[f"dequantize_8bit-{name}"] = functools.partial(_dequantize_8bit, dtype)
+        for bits, seed in itertools.product((32, 8), (None, 1) if name == "bf16" else (None,)):
+            variant = f"{bits}bit" + ("_stochastic" if seed else "")
+            found[f"adamw_step-{name}-{variant}"] = functools.partial(
+                _adamw_step, dtype, bits, seed
+            )
         for (op, size), rows in itertools.product(
             (("linear_4bit", "out_features"), ("linear_4bit_dx", "in_features")), ROWS
         ):
@@ -193,6 +198,17 @@ def _dequantize_8bit(dtype: torch.dtype) -> Tensor:
     codes, absmax = torch.empty(SIZE * 16, dtype=torch.uint8), torch.empty(SIZE * 16 // 256)
     code = formats.map_tensor("signed")
     return torch.ops.qkern.dequantize_8bit(codes, absmax, code, 256, dtype)
+
+
+def _adamw_step(dtype: torch.dtype, bits: int, seed: int | None) -> None:
+    state = functools.partial(
+        torch.empty, SIZE * 16, dtype=torch.uint8 if bits == 8 else torch.float32
+    )
+    absmaxes = [torch.empty(formats.num_blocks(SIZE * 16, formats.STATE_BLOCK_SIZE))] * (bits == 8)
+    param = torch.empty(SIZE * 16, dtype=dtype)
+    factors = torch.empty(1, reference.ADAMW_FACTORS)
+    tensors = ([param], [param], [state()], [state()], absmaxes, absmaxes)
+    torch.ops.qkern.adamw_step(*tensors, factors, seed)
 
 
 def _matmul(

@@ -23,9 +23,9 @@ def rounding_faults(compiled: Compiled) -> list[str]:
         for opcode in sorted(set(re.findall(r"^\s+(?:@%p\d+ )?([a-z0-9.]+)\s", ptx, re.MULTILINE)))
         if re.match(r"(fma|mad)\.\w+(\.\w+)*\.?f32|div\.(full|approx)|rcp|.*\.ftz", opcode)
     ]
-    if compiled.name.startswith("quantize") and "div.rn.f32" not in ptx:
-        found.append("no div.rn.f32 in the PTX")
-    return found
+    wanted = ["div.rn.f32"] * compiled.name.startswith(("quantize", "adamw"))
+    wanted += ["sqrt.rn.f32"] * compiled.name.startswith("adamw")
+    return found + [f"no {opcode} in the PTX" for opcode in wanted if opcode not in ptx]
 
 
 def _amd_rounding_faults(compiled: Compiled) -> list[str]:
@@ -33,8 +33,14 @@ def _amd_rounding_faults(compiled: Compiled) -> list[str]:
     llir = compiled.asm["llir"]
     flags = r"\bf(?:add|sub|mul|div) (?:[a-z]+ )*?(fast|contract|arcp|afn|reassoc)\b"
     found = [f"{flag} in LLVM's text" for flag in sorted(set(re.findall(flags, llir)))]
-    if compiled.name.startswith("quantize") and not re.search(r"= fdiv (<\d+ x )?float", llir):
+    divides = compiled.name.startswith(("quantize", "adamw"))
+    if divides and not re.search(r"= fdiv (<\d+ x )?float", llir):
         found.append("no exact division in LLVM's text")
+    if compiled.name.startswith("adamw"):
+        # Without a bound on its error, a root is exact.
+        roots = re.findall(r"@llvm\.sqrt.*", llir)
+        found += ["a root that is not exact" for root in roots if "!fpmath" in root]
+        found += [] if roots else ["no root in LLVM's text"]
     if ".amdhsa_float_denorm_mode_32 3" not in compiled.asm["amdgcn"]:
         found.append("subnormals are flushed")
     return found
@@ -49,6 +55,7 @@ def offset_faults(compiled: Compiled) -> list[str]:
     for offset, _, shape, kind in re.findall(pattern, compiled.asm["ttir"]):
         numbers = [int(size) for size in shape.split("x")] if shape else []
         small = len(numbers) == 1 and numbers[0] <= _TABLE_SIZE and _is_range(compiled, offset)
+        small = small or _is_constant(compiled, offset)
         if not re.search(r"i64", kind) and not small and not _is_look_up(compiled, offset):
             found.append(f"{offset} : {kind}")
     return found
@@ -62,6 +69,11 @@ def _definition(compiled: Compiled, value: str) -> str:
 def _is_range(compiled: Compiled, value: str) -> bool:
     """All of a table, from its beginning."""
     return _definition(compiled, value).startswith("tt.make_range")
+
+
+def _is_constant(compiled: Compiled, value: str) -> bool:
+    """A column of a row, whatever the row."""
+    return _definition(compiled, value).startswith("arith.constant")
 
 
 def _is_look_up(compiled: Compiled, value: str) -> bool:
