@@ -75,6 +75,12 @@ class Instruction:
         return ""
 
     @property
+    def is_generic(self) -> bool:
+        """Whether it may access any memory."""
+        spaces = {"shared", "global", "param", "local", "const"}
+        return self.words[0] in ("ld", "ldu", "st", "atom", "red") and spaces.isdisjoint(self.words)
+
+    @property
     def copies(self) -> bool:
         return self.operation.startswith("cp.async.c") and "commit" not in self.operation
 
@@ -348,8 +354,8 @@ class Analysis:
 
         def walk(register: str) -> frozenset[str]:
             makers = self.assignments.get(register, ())
-            if len(makers) == 1 and makers[0].words[0] == "or":
-                sides = [walk(operand) for operand in makers[0].operands[1:]]
+            if len(makers) == 1 and makers[0].words[0] in ("or", "selp"):
+                sides = [walk(operand) for operand in makers[0].operands[1:3]]
                 return sides[0] | sides[1] if all(sides) else frozenset()
             # Several, where a branch says which parameter it is.
             if not all("param" in maker.words for maker in makers):
@@ -526,6 +532,8 @@ class _Writer:
         for instruction in block.body:
             if instruction.space:
                 yield from self._access(instruction, straight)
+            elif instruction.is_generic:
+                raise SkeletonError(f"{str(instruction).strip()}: in an unknown space")
             elif instruction.words[0] in _COLLECTIVE:
                 # Lanes meet, and no memory is touched. Straight lines lost the lanes' condition.
                 if instruction.words[0] != "mma" and not straight:

@@ -153,6 +153,8 @@ def test_every_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 def test_nothing_is_caught_where_nothing_is_planted(op: str, variant: str) -> None:
     if op == "huge_stride" and variant != "plain":
         pytest.skip("sanitizers have no room for the memory that it reserves")
+    if op == "several_rounds" and variant != "plain":
+        pytest.skip("takes many minutes under a sanitizer, and its accesses are those of the table")
     assert run_cases(variant, build.build(variant), op, ALL_SCHEDULES) == "survived"
 
 

@@ -332,6 +332,8 @@ def test_what_is_said_of_small_kernels(body: str, result: str, tmp_path: Path) -
             "  add.s64 %rd7, %rd5, %rd6;\n  st.global.u32 [%rd7], %r2;\n",
             "an address that is data, in out",
         ),
+        # Which memory, the instruction does not say.
+        ("  st.u32 [%rd4], %r2;\n", "st.u32 [%rd4], %r2;: in an unknown space"),
         # Which address, a branch on data says.
         (
             f"  mov.u32 %r6, 0;\n{IF_DATA}  mov.u32 %r6, 4;\n$L1:\n  cvt.u64.u32 %rd6, %r6;\n"

@@ -54,7 +54,20 @@ static_assert(sizeof(Pieces) <= 4096, "arguments of a launch");
 // Piece number i. With QKERN_CODEC_SELECT all are read and one is kept: see look_up.
 QKERN_DEVICE Piece piece_at(const Pieces& pieces, int i) {
 #ifdef QKERN_CODEC_SELECT
-  return i == 0 ? pieces.piece[0] : pieces.piece[1];
+  const Piece& a = pieces.piece[0];
+  const Piece& b = pieces.piece[1];
+  const bool first = i == 0;
+  return {first ? a.param : b.param,
+          first ? a.grad : b.grad,
+          first ? a.exp_avg : b.exp_avg,
+          first ? a.exp_avg_sq : b.exp_avg_sq,
+          first ? a.exp_avg_absmax : b.exp_avg_absmax,
+          first ? a.exp_avg_sq_absmax : b.exp_avg_sq_absmax,
+          first ? a.factors : b.factors,
+          first ? a.numel : b.numel,
+          first ? a.first_chunk : b.first_chunk,
+          first ? a.first_block : b.first_block,
+          first ? a.index : b.index};
 #else
   return pieces.piece[i];
 #endif
@@ -190,6 +203,8 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
   S* const exp_avg = static_cast<S*>(piece.exp_avg) + begin;
   S* const exp_avg_sq = static_cast<S*>(piece.exp_avg_sq) + begin;
   const std::int64_t block = begin / kStateBlockSize;
+  float* const exp_avg_absmax = piece.exp_avg_absmax + block;
+  float* const exp_avg_sq_absmax = piece.exp_avg_sq_absmax + block;
   float param[kLaneValues], grad[kLaneValues], m[kLaneValues], v[kLaneValues];
   [[maybe_unused]] unsigned m_codes[kLaneValues], v_codes[kLaneValues];
   [[maybe_unused]] float m_scale, v_scale;
@@ -198,8 +213,8 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
     // Where a factor is no number they become NaNs, but so do all of the block.
     load<kRun>(exp_avg, count, lane, unsigned{MomentTables::Signed::kZero}, m_codes);
     load<kRun>(exp_avg_sq, count, lane, unsigned{MomentTables::Unsigned::kZero}, v_codes);
-    m_scale = piece.exp_avg_absmax[block];
-    v_scale = piece.exp_avg_sq_absmax[block];
+    m_scale = *exp_avg_absmax;
+    v_scale = *exp_avg_sq_absmax;
   } else {
     load<kRun>(exp_avg, count, lane, 0.0f, m);
     load<kRun>(exp_avg_sq, count, lane, 0.0f, v);
@@ -209,44 +224,47 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
   // Every lane has read the scales before one replaces them.
   if constexpr (kCodes) __syncwarp();
   // Asked for only here, so that one wait is for the factors and for all that they are to change.
-  if (factors.skip != 0.0f) return;
-  if constexpr (kCodes) {
-#pragma unroll
-    for (int i = 0; i < kLaneValues; ++i) {
-      m[i] = __fmul_rn(tables->exp_avg.values[m_codes[i]], m_scale);
-      v[i] = __fmul_rn(tables->exp_avg_sq.values[v_codes[i]], v_scale);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneValues; ++i) {
-    adamw_element<DeviceMath>(factors, grad[i], param + i, m + i, v + i);
-  }
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (pieces.stochastic_rounding) {
-      const std::uint32_t seed =
-          block_seed(step_seed(pieces.seed, factors.step), piece.index, piece.first_block + block);
+  if (factors.skip == 0.0f) {
+    if constexpr (kCodes) {
 #pragma unroll
       for (int i = 0; i < kLaneValues; ++i) {
-        // A bfloat16 already: the store does not round it again.
-        const std::uint32_t random =
-            hash_bits(seed + static_cast<std::uint32_t>(place_of<kRun>(lane, i)));
-        param[i] = to_float<T>(T{round_stochastically(param[i], random)});
+        m[i] = __fmul_rn(tables->exp_avg.values[m_codes[i]], m_scale);
+        v[i] = __fmul_rn(tables->exp_avg_sq.values[v_codes[i]], v_scale);
       }
     }
-  }
-  store<kRun>(params, count, lane, param);
-  if constexpr (kCodes) {
-    m_scale = encode_block(tables->exp_avg, m, m_codes);
-    store<kRun>(exp_avg, count, lane, m_codes);
-    v_scale = encode_block(tables->exp_avg_sq, v, v_codes);
-    store<kRun>(exp_avg_sq, count, lane, v_codes);
-    if (lane == 0) {
-      piece.exp_avg_absmax[block] = m_scale;
-      piece.exp_avg_sq_absmax[block] = v_scale;
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      adamw_element<DeviceMath>(factors, grad[i], param + i, m + i, v + i);
     }
-  } else {
-    store<kRun>(exp_avg, count, lane, m);
-    store<kRun>(exp_avg_sq, count, lane, v);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (pieces.stochastic_rounding) {
+        const std::uint32_t seed = block_seed(step_seed(pieces.seed, factors.step), piece.index,
+                                              piece.first_block + block);
+#pragma unroll
+        for (int i = 0; i < kLaneValues; ++i) {
+          // A bfloat16 already: the store does not round it again.
+          const std::uint32_t random =
+              hash_bits(seed + static_cast<std::uint32_t>(place_of<kRun>(lane, i)));
+          param[i] = to_float<T>(T{round_stochastically(param[i], random)});
+        }
+      }
+    }
+    store<kRun>(params, count, lane, param);
+    if constexpr (kCodes) {
+      m_scale = encode_block(tables->exp_avg, m, m_codes);
+      store<kRun>(exp_avg, count, lane, m_codes);
+      v_scale = encode_block(tables->exp_avg_sq, v, v_codes);
+      store<kRun>(exp_avg_sq, count, lane, v_codes);
+    } else {
+      store<kRun>(exp_avg, count, lane, m);
+      store<kRun>(exp_avg_sq, count, lane, v);
+    }
+  }
+  if constexpr (kCodes) {
+    if (lane == 0) {
+      *exp_avg_absmax = m_scale;
+      *exp_avg_sq_absmax = v_scale;
+    }
   }
 }
 

@@ -503,8 +503,8 @@ MUTANTS = (
     Mutant(
         "optimizer_ignores_skip",
         _ADAMW,
-        "if (factors.skip != 0.0f) return;",
-        "",
+        "if (factors.skip == 0.0f) {",
+        "if (true) {",
         "adamw_step",
         "numbers",
     ),
