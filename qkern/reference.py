@@ -382,7 +382,7 @@ def _random_bits(like: Tensor, seed: int, index: int, first: int) -> Tensor:
     place = torch.arange(first, first + like.numel(), device=like.device)
     block = place // formats.STATE_BLOCK_SIZE
     x = _hash(torch.tensor(seed & _LOW_WORD, device=like.device))
-    for word in (seed >> 32, index & _LOW_WORD, block & _LOW_WORD, block >> 32):
+    for word in (seed >> 32 & _LOW_WORD, index & _LOW_WORD, block & _LOW_WORD, block >> 32):
         x = _hash(x ^ word)
     return _hash(x + place % formats.STATE_BLOCK_SIZE & _LOW_WORD).view(like.shape)
 

@@ -1460,6 +1460,8 @@ def test_factors_are_those_of_the_paper(in_tensors: bool) -> None:
         ({"indices": [-1]}, ValueError, r"indices: got \[-1\]"),
         ({"indices": [0, 1]}, ValueError, "lists of different lengths"),
         ({"offsets": [0, 256]}, ValueError, "lists of different lengths"),
+        ({"offsets": [128]}, ValueError, r"offsets: got \[128\]; takes multiples of 256"),
+        ({"offsets": [-256]}, ValueError, r"offsets: got \[-256\]; takes multiples of 256"),
         ({"grads": []}, ValueError, "lists of different lengths"),
         ({"grads": [torch.zeros(3)]}, ValueError, "grad: got 3 elements; takes 4"),
     ],

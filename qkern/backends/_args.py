@@ -159,13 +159,16 @@ def adamw_pieces(
     rows = factors.shape[0]
     if not all(0 <= index < rows for index in indices):
         raise ValueError(f"indices: got {list(indices)}; takes rows of factors, of {rows}")
+    block = formats.STATE_BLOCK_SIZE
+    if not all(first >= 0 and first % block == 0 for first in offsets):
+        raise ValueError(f"offsets: got {list(offsets)}; takes multiples of {block}")
     state_dtype = torch.uint8 if in_codes else torch.float32
     found: list[tuple[int, ...]] = []
     for k, (param, index) in enumerate(zip(params, indices, strict=True)):
         n, dtype = param.numel(), param.dtype
         absmaxes = (0, 0)
         if in_codes:
-            blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
+            blocks = formats.num_blocks(n, block)
             absmaxes = (
                 pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks, device),
                 pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks, device),
