@@ -18,6 +18,8 @@ from .report import Record, count_of_threads
 COLOURS = {
     "qkern": "tab:blue",
     "qkern (fresh output)": "tab:cyan",
+    "qkern (in memory)": "tab:cyan",
+    "disk": "tab:gray",
     "bitsandbytes": "tab:red",
     "bitsandbytes (eval)": "tab:orange",
     "dense": "tab:gray",
@@ -179,6 +181,9 @@ def step_over_state(directory: Path, dtype: str, rows: Sequence[Record]) -> list
     axes.annotate(
         " budget", (optimizer.BUDGET_BYTES / 1e9, axes.get_ylim()[0]), fontsize=8, rotation=90
     )
+    sizes = sorted({8 * math.prod(row["shape"]) / 1e9 for row in rows})
+    axes.set_xticks(sizes, labels=[f"{size:.2g}" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="moments, GB", title=f"AdamW step with its moments in a file, {dtype}")
     return save(figure, directory, f"{optimizer.IN_FILE}-{dtype}-over-state")
 
