@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import cuda_skeleton
 from cuda_static import figures, toolchain
+from ptx_prover import verify
 
 Arguments = Mapping[str, str | int | None]
 POINTER = ctypes.c_uint64
@@ -246,15 +247,11 @@ def kernel_text(
 
 def ask(proof: Proof, text: str, entry: str, shared_bytes: int) -> tuple[str, str]:
     """Sentryward's result for PTX, and what it says of it."""
-    from sentryward import verify
-
     with tempfile.TemporaryDirectory() as folder:
         ptx, question = Path(folder) / "kernel.ptx", Path(folder) / "input.json"
         ptx.write_text(text)
         question.write_text(json.dumps(_input(proof, entry, shared_bytes)))
-        answer = verify(
-            str(ptx), input=str(question), timeout_seconds=proof.timeout_s, memory_limit_mib=6000
-        )
+        answer = verify(ptx, question, proof.timeout_s, memory_limit_mib=6000)
     first = (answer.get("diagnostics") or [{}])[0]
     where = first.get("details", {}).get("location", {}).get("line")
     line = "" if where is None else f" ({text.splitlines()[where - 1].strip()})"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ptx_prover import verify
 from triton_static.compile import Compiled
 
 
@@ -15,8 +16,6 @@ def prove(
     compiled: Compiled, folder: Path, programs: int = 2, seconds: int = 120
 ) -> dict[str, Any]:
     """Sentryward's answer for the first `programs` of a launch, in its own words."""
-    from sentryward import verify
-
     ptx = compiled.asm["ptx"]
     header = re.search(r"\.entry (\w+)\((.*?)\)", ptx, re.DOTALL)
     assert header is not None
@@ -50,9 +49,4 @@ def prove(
     }
     (folder / "kernel.ptx").write_text(ptx)
     (folder / "input.json").write_text(json.dumps(question))
-    return verify(
-        str(folder / "kernel.ptx"),
-        input=str(folder / "input.json"),
-        timeout_seconds=seconds,
-        memory_limit_mib=4000,
-    )
+    return verify(folder / "kernel.ptx", folder / "input.json", seconds, memory_limit_mib=4000)
