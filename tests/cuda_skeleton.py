@@ -38,6 +38,7 @@ class SkeletonError(RuntimeError):
 
 _REGISTER = re.compile(r"%(?:p|r|rd|rs|f|fd|skeleton)\d+\b")
 _SYMBOL = re.compile(r"(?<![%\w$])[A-Za-z_][\w$]*")
+_MEMORY_ORDERS = ("volatile", "relaxed", "acquire", "release", "weak", "mmio")
 _COLLECTIVE = ("shfl", "vote", "match", "redux", "mma")
 """Operations that lanes do together in registers."""
 
@@ -365,6 +366,14 @@ class Analysis:
 
         return walk(instruction.operands[1])
 
+    def in_global(self, instruction: Instruction) -> Instruction:
+        """With its space, where a generic access is to what pointers in parameters point to."""
+        objects = self.objects_of(instruction.addresses[0])
+        kind, *rest = instruction.words
+        if not objects or objects & self.kernel.shared.keys() or rest[0] in _MEMORY_ORDERS:
+            return instruction
+        return replace(instruction, operation=".".join((kind, "global", *rest)))
+
     def has_data_addresses(self, blocks: Iterable[int]) -> bool:
         """Whether blocks access shared memory where data say."""
         body = (a for i in blocks for a in self.kernel.blocks[i].body if a.space == "shared")
@@ -419,6 +428,9 @@ def analyse(kernel: Kernel, objects: Objects) -> Analysis:
         for instruction in blocks[i].body:
             for register in instruction.assigned:
                 assignments.setdefault(register, []).append(instruction)
+    for i in live:
+        body = blocks[i].body
+        body[:] = [analysis.in_global(a) if a.is_generic else a for a in body]
     regions: dict[tuple[str, int], Region] = {}
     size = -1
     while len(data) + len(regions) != size:

@@ -25,6 +25,7 @@ import cuda_skeleton
 from cuda_proofs import PROOFS, Proof
 from cuda_skeleton import SkeletonError
 from cuda_static import toolchain
+from ptx_prover import verify
 
 if importlib.util.find_spec("sentryward") is None:
     pytest.skip("sentryward is not installed", allow_module_level=True)
@@ -258,8 +259,6 @@ OBJECTS = {(0, 0): "in", (1, 0): "out"}
 
 def answer(body: str, folder: Path) -> str:
     """Sentryward's result for the skeleton of a kernel with 64 threads."""
-    from sentryward import verify
-
     ptx, asked = folder / "kernel.ptx", folder / "input.json"
     ptx.write_text(cuda_skeleton.skeleton(f"{HEAD}{START}{body}  ret;\n}}\n", OBJECTS))
     declarations = [
@@ -269,7 +268,7 @@ def answer(body: str, folder: Path) -> str:
     launch = {"grid_dim": [1, 1, 1], "block_dim": [64, 1, 1]}
     question = {"schema": "spverify.kernel-input/v1", "entry": "kernel", "launch": launch}
     asked.write_text(json.dumps(question | {"declarations": declarations, "arguments": []}))
-    return str(verify(str(ptx), input=str(asked), timeout_seconds=60)["result"])
+    return str(verify(ptx, asked, 60, memory_limit_mib=4000)["result"])
 
 
 OWN = "  shl.b32 %r4, %r1, 2;\n  add.s32 %r4, %r3, %r4;\n"
@@ -282,6 +281,9 @@ IF_DATA = "  setp.eq.s32 %p1, %r2, 0;\n  @%p1 bra $L1;\n"
     [
         (f"{OWN}  st.shared.u32 [%r4], %r2;\n", "race_free"),
         ("  st.shared.u32 [%r3], %r2;\n", "potential_race"),
+        # Through a pointer that a parameter is, without its space.
+        ("  st.u32 [%rd4], %r2;\n", "race_free"),
+        ("  st.u32 [%rd3], %r2;\n", "potential_race"),
         # Where data say: with a barrier, without one, and a store.
         (
             f"{OWN}{AT_DATA}  st.shared.u32 [%r4], %r2;\n  bar.sync 0;\n"
@@ -333,7 +335,8 @@ def test_what_is_said_of_small_kernels(body: str, result: str, tmp_path: Path) -
             "an address that is data, in out",
         ),
         # Which memory, the instruction does not say.
-        ("  st.u32 [%rd4], %r2;\n", "st.u32 [%rd4], %r2;: in an unknown space"),
+        ("  st.u32 [%rd9], %r2;\n", "st.u32 [%rd9], %r2;: in an unknown space"),
+        ("  st.volatile.u32 [%rd4], %r2;\n", "[%rd4], %r2;: in an unknown space"),
         # Which address, a branch on data says.
         (
             f"  mov.u32 %r6, 0;\n{IF_DATA}  mov.u32 %r6, 4;\n$L1:\n  cvt.u64.u32 %rd6, %r6;\n"
