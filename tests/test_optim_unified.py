@@ -29,7 +29,6 @@ from fake_gpu import FakeGpu, failing
 
 from qkern.optim import PagedAdamW, _driver
 from qkern.optim._driver import DriverError
-from qkern.optim._unified import _Pool
 
 KIB = 1 << 10
 BUDGET = 256 * KIB  # four chunks
@@ -388,7 +387,6 @@ def test_capture_is_refused(use: Use) -> None:
 def test_each_device_has_its_own_budget(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parameters told apart by hand, because here all are on one device."""
     gpu = use(FakeGpu(eagerness=0.5))
-    pools: list[_Pool] = []
     devices = [torch.device("cpu", number) for number in (0, 1, 0, 1, 0)]
     params = make_params()
     optimizer = PagedAdamW(params, pager="unified", budget_bytes=BUDGET)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -215,8 +214,3 @@ def _index(device: torch.device) -> int:
 
 
 driver: Driver = CudaDriver()
-
-
-def warn(text: str) -> None:
-    """Tell once that something goes on in a slower way."""
-    warnings.warn(text, stacklevel=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,20 @@ from torch import Tensor
 from qkern.optim import _driver
 from qkern.optim._driver import Driver, DriverError
 from qkern.optim._moments import Moments
-from qkern.optim.paging import Piece, broke_off, copy_in, copy_out, plan
+from qkern.optim.paging import (
+    DEFAULT_BUDGET_BYTES,
+    Piece,
+    broke_off,
+    check_budget,
+    chunk_size,
+    copy_in,
+    copy_out,
+    plan,
+)
 
 _MOST_CHUNK_BYTES = 64 << 20
-_LEAST_CHUNK_BYTES = 64 << 10
 _CHUNKS_OF_BUDGET = 8
 _DEPTH = 2  # chunks that are there, or on their way, before their update starts
-_PINNED_BUDGET = 256 << 20
 
 
 @dataclass(eq=False)
@@ -78,13 +86,14 @@ class _Managed:
         except DriverError as error:
             # Pages move all the same, later.
             self._refused.add(name)
-            _driver.warn(f"{self._device}: goes on without {name} of managed memory: {error}")
+            text = f"{self._device}: goes on without {name} of managed memory: {error}"
+            warnings.warn(text, stacklevel=2)
 
 
 class _Pinned:
     """Host memory that is copied to the device and back."""
 
-    budget: int | None = _PINNED_BUDGET
+    budget: int | None = DEFAULT_BUDGET_BYTES
 
     def __init__(self, driver: Driver, device: torch.device, streams: tuple[Any, Any]) -> None:
         self._driver, self._device, self._streams = driver, device, streams
@@ -137,8 +146,7 @@ class _Pool:
         self._budget = self._places.budget if budget_bytes is None else budget_bytes
         self.chunk_bytes = _MOST_CHUNK_BYTES
         if self._budget is not None:
-            share = self._budget // _CHUNKS_OF_BUDGET // 4096 * 4096
-            self.chunk_bytes = min(max(share, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+            self.chunk_bytes = chunk_size(self._budget, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
         self._slot_bytes = 0
         self._most: int | None = None  # resident chunks
         self.chunks: list[_Chunk] = []
@@ -285,8 +293,8 @@ class UnifiedPager:
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
-        if budget_bytes is not None and budget_bytes < _LEAST_CHUNK_BYTES:
-            raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
+        if budget_bytes is not None:
+            check_budget(budget_bytes)
         self._budget = budget_bytes
         self._pools: dict[torch.device, _Pool] = {}
         self._numels: list[int] = []

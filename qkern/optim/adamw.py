@@ -18,10 +18,9 @@ from qkern import _errors, ops, reference
 from qkern.optim import _driver
 from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
 from qkern.optim._unified import UnifiedPager
-from qkern.optim.paging import FilePager, Piece
+from qkern.optim.paging import DEFAULT_BUDGET_BYTES, FilePager, Piece
 
 PAGERS = ("auto", "none", "unified", "mmap")
-_FILE_BUDGET = 256 << 20
 
 
 class PagedAdamW(Optimizer):
@@ -130,19 +129,16 @@ class PagedAdamW(Optimizer):
         _check_paging(self.pager, path, resume, durable, budget_bytes)
         if self.pager == "none":
             return
-        shapes = [tuple(local(param).shape) for param in params]
-        widths = [
-            self._bits(param, group) for group in self.param_groups for param in group["params"]
-        ]
+        layout = self._layout(self.param_groups)
         if path is not None:
-            budget = _FILE_BUDGET if budget_bytes is None else budget_bytes
-            self._pager = FilePager(path, shapes, widths, budget, resume=resume, durable=durable)
+            budget = DEFAULT_BUDGET_BYTES if budget_bytes is None else budget_bytes
+            self._pager = FilePager(path, *layout, budget, resume=resume, durable=durable)
             for param, step in zip(params, self._pager.steps, strict=True):
                 if step:
                     self.state[param]["step"] = torch.tensor(float(step))
         else:
             self._pager = UnifiedPager(budget_bytes)
-            self._pager.add([param.device for param in params], shapes, widths)
+            self._pager.add([param.device for param in params], *layout)
         # A hook, so that those of others see the moments too.
         self.register_state_dict_post_hook(_add_moments)
 
@@ -158,10 +154,9 @@ class PagedAdamW(Optimizer):
         try:
             group = self.param_groups[-1]
             _check_group(group)
-            widths = [self._bits(param, group) for param in group["params"]]
+            layout = self._layout([group])
             if pager is not None:
-                shapes = [tuple(local(param).shape) for param in group["params"]]
-                pager.add([param.device for param in group["params"]], shapes, widths)
+                pager.add([param.device for param in group["params"]], *layout)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -358,6 +353,12 @@ class PagedAdamW(Optimizer):
         if local(param) is not param:
             raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
         return 8
+
+    def _layout(self, groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The shape that each parameter has here, and the bits of its moments."""
+        pairs = [(param, group) for group in groups for param in group["params"]]
+        shapes = [tuple(local(param).shape) for param, _ in pairs]
+        return shapes, [self._bits(param, group) for param, group in pairs]
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

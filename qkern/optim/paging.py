@@ -17,8 +17,9 @@ from qkern.optim._chunkfile import ChunkFile, ChunkFileError
 from qkern.optim._moments import BLOCK, Moments, to_state
 from qkern.optim._stream import ChunkStream, StreamStats
 
-_MOST_CHUNK_BYTES = 4 << 20
+DEFAULT_BUDGET_BYTES = 256 << 20
 _LEAST_CHUNK_BYTES = 64 << 10
+_MOST_CHUNK_BYTES = 4 << 20
 _CHUNKS_OF_BUDGET = 64  # small, so that reads and writes go on evenly beside the update
 _ALIGNMENT = 64
 
@@ -72,6 +73,18 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def check_budget(budget_bytes: int) -> None:
+    """Raises ``ValueError`` where not even the smallest chunk fits."""
+    if budget_bytes < _LEAST_CHUNK_BYTES:
+        raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
+
+
+def chunk_size(budget_bytes: int, chunks: int, most: int) -> int:
+    """Bytes of a chunk, whole pages, so that ``chunks`` fit the budget; at most ``most``."""
+    share = budget_bytes // chunks // mmap.PAGESIZE * mmap.PAGESIZE
+    return min(max(share, _LEAST_CHUNK_BYTES), most)
+
+
 def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[list[Piece]]:
     """Which pieces each chunk holds: parameters in order, cut where a chunk is full."""
     chunks: list[list[Piece]] = []
@@ -121,10 +134,8 @@ class FilePager:
         resume: bool = False,
         durable: bool = False,
     ) -> None:
-        if budget_bytes < _LEAST_CHUNK_BYTES:
-            raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
-        chunk_bytes = budget_bytes // _CHUNKS_OF_BUDGET // mmap.PAGESIZE * mmap.PAGESIZE
-        chunk_bytes = min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+        check_budget(budget_bytes)
+        chunk_bytes = chunk_size(budget_bytes, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
         numels = [math.prod(shape) for shape in shapes]
         layout = {
             "what": "AdamW",
