@@ -7,17 +7,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
-from qkern.nn._module import parameter
+from qkern.nn._module import parameter, require_grad
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _Number = TypeVar("_Number", int, float)
 
@@ -135,7 +138,9 @@ class LoRALinear(nn.Module):
         _check_adapter_dtype(dtype)
         weight = base_layer.weight
         if dtype is None:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            # A 4-bit base has any of three dtypes, none wider than float32.
+            dense_dtype = torch.float32 if isinstance(base_layer, Linear4bit) else weight.dtype
+            dtype = torch.promote_types(dense_dtype, torch.float32)
         self.base_layer = base_layer.requires_grad_(False)
         self.r = r
         self.alpha = alpha
@@ -185,9 +190,16 @@ class LoRALinear(nn.Module):
         return self.base_layer.out_features
 
     @property
-    def weight(self) -> Tensor | QuantizedTensor:
-        """The base's weight, without the adapter."""
+    def weight(self) -> Tensor:
+        """The base's weight, without the adapter: of a 4-bit base the packed codes."""
         return self.base_layer.weight
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The base's 4-bit weight; TypeError on a dense base."""
+        if not isinstance(self.base_layer, Linear4bit):
+            raise TypeError("base_layer: got a dense layer; quantized takes a Linear4bit")
+        return self.base_layer.quantized
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -211,7 +223,7 @@ class LoRALinear(nn.Module):
         if isinstance(base, Linear4bit):
             lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
             bias = base.bias_for(x)
-            return lora_linear(x, base.weight, lora_a, lora_b, self.scaling, bias, dropout)
+            return lora_linear(x, base.quantized, lora_a, lora_b, self.scaling, bias, dropout)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
@@ -230,7 +242,7 @@ class LoRALinear(nn.Module):
         wide = torch.promote_types(self.lora_a.dtype, torch.float32)
         delta = (self.lora_b.to(wide) @ self.lora_a.to(wide)) * self.scaling
         if isinstance(base, Linear4bit):
-            qw = base.weight
+            qw = base.quantized
             merged = quantize_4bit(
                 dequantize_4bit(qw, dtype=torch.float32) + delta.float(),
                 format=qw.format,
@@ -262,6 +274,11 @@ class LoRALinear(nn.Module):
         if self._merged is None:
             raise RuntimeError("the adapter is not merged")
         self._merged = None
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of every module, except that a 4-bit weight stays frozen."""
+        require_grad(self, requires_grad)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)

@@ -82,8 +82,7 @@ def quantize_model(
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{layer_paths[0]}: {error}") from error
             else:
-                replacement = Linear4bit.from_quantized(shared.weight, linear.bias)
-                replacement.train(linear.training)
+                replacement = shared.with_same_weight(linear.bias).train(linear.training)
             _move_hooks(linear, replacement)
             replace_module(model, layer_paths, replacement)
     if lora is not None:
