@@ -221,12 +221,9 @@ class QuantizedModule(nn.Module):
         state_keys = [key for key in theirs if key.startswith(f"{name}.quant_state.")]
         own = [prefix + part for part in ("packed", *TENSORS[1:])]
         own = [key for key in own if key in state]
-        if theirs and own:
-            raise ValueError(
-                f"{name}: the checkpoint holds it twice, with {theirs[0]} and {own[0]}"
-            )
-        if prefix + "packed" in state and name in state:
-            raise ValueError(f"{name}: the checkpoint holds it also as {prefix}packed")
+        twice = (theirs[0], own[0]) if theirs and own else (name, prefix + "packed")
+        if all(key in state for key in twice):
+            raise ValueError(f"{name}: the checkpoint holds it as {twice[0]} and as {twice[1]}")
         if prefix + "packed" in state:
             _layouts.from_0_1_0(state, prefix)
         if not theirs:

@@ -228,7 +228,7 @@ class TestLinear4bit:
         before = codes(layer)
         with pytest.raises(TypeError, match="weight: holds packed codes"):
             layer.type(torch.float16)
-        with pytest.raises(TypeError, match="absmax: holds .* bits"):
+        with pytest.raises(TypeError, match="holds packed codes or bits"):
             layer.type(torch.uint8)
         with pytest.raises(TypeError, match="floating point"):
             layer.to(torch.uint8)
