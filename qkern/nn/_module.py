@@ -159,7 +159,8 @@ class QuantizedModule(nn.Module):
             return
         message = f"{name}: got {new.dtype} {list(new.shape)}; takes {own.dtype} {list(own.shape)}"
         if new.is_floating_point() and tuple(new.shape) == self._weight_shape:
-            message += f". A dense weight makes a new layer: {self._FROM_DENSE}"
+            maker = "from_linear" if isinstance(self, nn.Linear) else "from_embedding"
+            message += f"; of a dense weight {type(self).__name__}.{maker} makes a new layer"
         raise TypeError(message) if new.dtype != own.dtype else ValueError(message)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
