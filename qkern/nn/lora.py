@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
+from qkern.autograd import as_matrix
+from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_linear, quantize_4bit
 from qkern.nn._module import parameter, require_grad
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
@@ -221,12 +222,25 @@ class LoRALinear(nn.Module):
             return self._merged[0](x)
         dropout = self.dropout if self.training else 0.0
         if isinstance(base, Linear4bit):
+            if _is_intercepted(base):
+                return self._plus_adapter(base(x), x, dropout)
             lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
             bias = base.bias_for(x)
             return lora_linear(x, base.quantized, lora_a, lora_b, self.scaling, bias, dropout)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
+
+    def _plus_adapter(self, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        """The base's result and the adapter's, with the bits that `lora_linear` gives."""
+        dtype = y.dtype
+        if y.is_cpu and not torch.is_autocast_enabled("cpu"):
+            dtype = _cpu_matmul_dtype(dtype)
+        hidden = F.linear(F.dropout(x, dropout).to(dtype), self.lora_a.to(dtype))
+        a, b, lora_b = as_matrix(y), as_matrix(hidden), self.lora_b.to(dtype).mT
+        if dtype == y.dtype:
+            return torch.addmm(a, b, lora_b, alpha=self.scaling).view(y.shape)
+        return torch.add(a, b @ lora_b, alpha=self.scaling).to(y.dtype).view(y.shape)
 
     @torch.no_grad()
     def to_merged(self) -> nn.Linear:
@@ -293,6 +307,17 @@ class LoRALinear(nn.Module):
             f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, "
             f"use_rslora={self.use_rslora}, dtype={self.lora_a.dtype}"
         )
+
+
+def _is_intercepted(module: nn.Module) -> bool:
+    """Whether somebody waits for its call: hooks, or accelerate, which replaces ``forward``."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

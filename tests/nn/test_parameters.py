@@ -340,6 +340,44 @@ def test_hooks_are_called_and_can_be_removed() -> None:
     assert not layer._forward_pre_hooks
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize("emulated", [False, True])
+def test_hooks_on_the_base_of_an_adapter_are_called(
+    dtype: torch.dtype,
+    adapter: torch.dtype | None,
+    dropout: float,
+    emulated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They see the base's own result, and change no bit of what comes out."""
+    if emulated:
+        monkeypatch.setattr(qkern.backends.native, "has_matmul", lambda d: d == torch.float32)
+    layer = qnn.LoRALinear(linear(), 4, 8, dropout, dtype=adapter).train()
+    nn.init.normal_(layer.lora_b)
+    results = []
+    seen: list[Tensor] = []
+    for hooked in (False, True):
+        if hooked:
+            layer.base_layer.register_forward_hook(lambda _m, _x, y: seen.append(y.detach()))
+        x = X.to(dtype).view(1, 3, 100).requires_grad_()
+        torch.manual_seed(3)
+        y = layer(x)
+        y.float().square().sum().backward()
+        results.append((y.detach(), x.grad, layer.lora_a.grad, layer.lora_b.grad))
+        layer.zero_grad()
+    testing.assert_bitwise(results[0][0], results[1][0])
+    for one, other in zip(*results, strict=True):
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {}
+        torch.testing.assert_close(one, other, **close)
+    with torch.no_grad():
+        testing.assert_bitwise(seen[0], layer.base_layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_quantised_transformer_encoder_keeps_off_its_fast_paths(padded: bool) -> None:
     torch.manual_seed(0)
