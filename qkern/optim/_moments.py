@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from qkern import formats
 
 BLOCK = formats.STATE_BLOCK_SIZE
-_MAPS = ("signed", "unsigned")
-_ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in _MAPS)
+MAPS = ("signed", "unsigned")
+"""Of the codes of ``exp_avg`` and of ``exp_avg_sq``."""
+_ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in MAPS)
 
 
 class Moments(NamedTuple):
@@ -54,7 +55,7 @@ class Moments(NamedTuple):
                 torch.ops.qkern.quantize_8bit(
                     moment.contiguous(), formats.map_tensor(map, moment.device), BLOCK
                 )
-                for moment, map in zip(pair, _MAPS, strict=True)
+                for moment, map in zip(pair, MAPS, strict=True)
             ]
             (exp_avg, absmax), (exp_avg_sq, sq_absmax) = encoded
             return Moments(exp_avg, exp_avg_sq, absmax, sq_absmax)
@@ -62,7 +63,7 @@ class Moments(NamedTuple):
             torch.ops.qkern.dequantize_8bit(
                 codes, absmax, formats.map_tensor(map, codes.device), BLOCK, torch.float32
             )
-            for codes, absmax, map in zip(pair, self.absmaxes(), _MAPS, strict=True)
+            for codes, absmax, map in zip(pair, self.absmaxes(), MAPS, strict=True)
         ]
         return Moments(*decoded)
 
@@ -116,55 +117,6 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
 def to_state(moments: Moments) -> dict[str, Tensor]:
     """As ``state_dict`` has them."""
     return {name: value for name, value in moments._asdict().items() if value is not None}
-
-
-# bitsandbytes' names, and under which key it hides them from FSDP.
-_BITSANDBYTES = {
-    "state1": "exp_avg",
-    "state2": "exp_avg_sq",
-    "absmax1": "exp_avg_absmax",
-    "absmax2": "exp_avg_sq_absmax",
-}
-_BITSANDBYTES_NESTED = "__bnb_optimizer_quant_state__"
-
-
-def from_state(
-    name: str, state: Mapping[str, Any], param: Tensor, device: torch.device
-) -> tuple[int, Moments]:
-    """The step and the moments that a checkpoint has for ``param``, on ``device``.
-
-    Raises ``ValueError``, starting with ``name``, for what is not AdamW's or does not fit.
-    """
-    state = {**state, **state.get(_BITSANDBYTES_NESTED, {})}
-    for number, map in enumerate(_MAPS, 1):
-        found = state.get(f"qmap{number}")
-        if found is not None and not torch.equal(found.cpu().float(), formats.map_tensor(map)):
-            raise ValueError(f"{name}.qmap{number}: got another map; takes the dynamic map")
-    state = {_BITSANDBYTES.get(key, key): value for key, value in state.items()}
-    if state.get("max_exp_avg_sq") is not None:
-        raise ValueError(f"{name}: got max_exp_avg_sq, of AMSGrad; takes AdamW's state")
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if missing:
-        raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
-    step = int(state["step"])
-    # torch's have the parameter's strides.
-    moments = [local(state[k]).to(device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
-    for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        if moment.shape != param.shape:
-            raise ValueError(
-                f"{name}.{key}: got shape {list(moment.shape)}; takes {list(param.shape)}"
-            )
-    if moments[0].dtype != torch.uint8:
-        return step, Moments(*(moment.float() for moment in moments))
-    blocks = formats.num_blocks(param.numel(), BLOCK)
-    absmaxes = []
-    for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
-        absmax = state.get(key)
-        if absmax is None or absmax.numel() != blocks:
-            got = "none" if absmax is None else f"{absmax.numel()} scales"
-            raise ValueError(f"{name}.{key}: got {got}; takes {blocks}, one for each {BLOCK} codes")
-        absmaxes.append(absmax.to(device, torch.float32).view(-1))
-    return step, Moments(*moments, *absmaxes)
 
 
 def local(tensor: Tensor) -> Tensor:

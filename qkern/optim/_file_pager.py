@@ -7,115 +7,38 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from qkern import formats
-from qkern.optim._chunkfile import ChunkFile, ChunkFileError
-from qkern.optim._moments import BLOCK, Moments, to_state
+from qkern.optim._chunk_file import ChunkFile
+from qkern.optim._chunks import (
+    DEFAULT_BUDGET_BYTES,
+    Piece,
+    Update,
+    broke_off,
+    check_budget,
+    chunk_size,
+    copy_in,
+    copy_out,
+    has_any,
+    plan,
+)
+from qkern.optim._file_layout import ChunkFileError
+from qkern.optim._moments import Moments
 from qkern.optim._stream import ChunkStream, StreamStats
 
-DEFAULT_BUDGET_BYTES = 256 << 20
-_LEAST_CHUNK_BYTES = 64 << 10
 _MOST_CHUNK_BYTES = 4 << 20
 _CHUNKS_OF_BUDGET = 64  # small, so that reads and writes go on evenly beside the update
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring elements of one parameter, whose moments lie in one chunk."""
-
-    param: int
-    first: int
-    numel: int
-    bits: int
-    offset: int
-    """Of the piece in its chunk, in bytes."""
-
-    def parts(self) -> list[tuple[int, int, torch.dtype]]:
-        """Offset in bytes, elements and dtype of each tensor, as `Moments` has them."""
-        dtype = torch.float32 if self.bits == 32 else torch.uint8
-        scales = 0 if self.bits == 32 else formats.num_blocks(self.numel, BLOCK)
-        counts = [(self.numel, dtype)] * 2 + [(scales, torch.float32)] * (2 if scales else 0)
-        found, offset = [], self.offset
-        for numel, kind in counts:
-            found.append((offset, numel, kind))
-            offset += _aligned(numel * kind.itemsize)
-        return found
-
-    @property
-    def end(self) -> int:
-        """Of its bytes in the chunk."""
-        offset, numel, dtype = self.parts()[-1]
-        return offset + _aligned(numel * dtype.itemsize)
-
-    def moments(self, chunk: memoryview | Tensor) -> Moments:
-        """Flat views of a chunk's bytes; of uint8, if a tensor."""
-        return Moments(*(_part(chunk, *part) for part in self.parts()))
-
-    def empty_moments(self) -> Moments:
-        """Flat tensors of their own on the CPU."""
-        return Moments(*(torch.empty(numel, dtype=dtype) for _, numel, dtype in self.parts()))
-
-
-def _part(chunk: memoryview | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
-    if numel == 0:
-        return torch.empty(0, dtype=dtype)
-    if isinstance(chunk, Tensor):
-        return chunk[offset : offset + numel * dtype.itemsize].view(dtype)
-    return torch.frombuffer(chunk, dtype=dtype, count=numel, offset=offset)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def check_budget(budget_bytes: int) -> None:
-    """Raises ``ValueError`` where not even the smallest chunk fits."""
-    if budget_bytes < _LEAST_CHUNK_BYTES:
-        raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
-
-
-def chunk_size(budget_bytes: int, chunks: int, most: int) -> int:
-    """Bytes of a chunk, whole pages, so that ``chunks`` fit the budget; at most ``most``."""
-    share = budget_bytes // chunks // mmap.PAGESIZE * mmap.PAGESIZE
-    return min(max(share, _LEAST_CHUNK_BYTES), most)
-
-
-def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[list[Piece]]:
-    """Which pieces each chunk holds: parameters in order, cut where a chunk is full."""
-    chunks: list[list[Piece]] = []
-    room_from = chunk_bytes  # in the last chunk
-    for param, (numel, width) in enumerate(zip(numels, bits, strict=True)):
-        first = 0
-        while first < numel:
-            piece = Piece(param, first, numel - first, width, room_from)
-            if piece.end > chunk_bytes:
-                # Whole blocks, as many as the rest of the chunk takes; the scales need a little.
-                block_bytes = BLOCK * 8 if width == 32 else BLOCK * 2 + 8
-                blocks = (chunk_bytes - room_from - 4 * _ALIGNMENT) // block_bytes
-                if blocks <= 0:
-                    chunks.append([])
-                    room_from = 0
-                    continue
-                piece = Piece(param, first, min(blocks * BLOCK, numel - first), width, room_from)
-            chunks[-1].append(piece)
-            first += piece.numel
-            room_from = piece.end
-    return chunks
 
 
 class FilePager:
-    """The moments of parameters of known shapes in a file that always holds one whole step.
+    """A `Pager` of parameters of known shapes, whose file always holds one whole step.
 
     Args:
         path: The file.
         shapes: Of each parameter.
         bits: Of each parameter's moments, 32 or 8.
-        budget_bytes: Most memory for chunks.
+        budget_bytes: Most memory for chunks; 256 MiB by default.
         resume: Open an existing file instead of making one.
         durable: Wait for the disk at every commit.
 
@@ -124,16 +47,21 @@ class FilePager:
         FileExistsError, FileNotFoundError, OSError, ChunkFileError: As `ChunkFile` does.
     """
 
+    takes_new_groups = False
+    waits_for_found_inf = True  # a commit has the number of steps, and is not taken back
+
     def __init__(
         self,
         path: str | os.PathLike[str],
         shapes: Sequence[tuple[int, ...]],
         bits: Sequence[int],
-        budget_bytes: int,
+        budget_bytes: int | None,
         *,
         resume: bool = False,
         durable: bool = False,
     ) -> None:
+        if budget_bytes is None:
+            budget_bytes = DEFAULT_BUDGET_BYTES
         check_budget(budget_bytes)
         chunk_bytes = chunk_size(budget_bytes, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
         numels = [math.prod(shape) for shape in shapes]
@@ -183,17 +111,31 @@ class FilePager:
         """Memory that holds chunks now."""
         return self._stream.held_bytes
 
-    def step(
+    @property
+    def report(self) -> dict[str, str]:
+        """Nothing: no moments are on a GPU."""
+        return {}
+
+    def add(
         self,
-        params: Collection[int],
-        update: Callable[[Sequence[tuple[Piece, Moments]]], object],
-        steps: Sequence[int],
+        devices: Sequence[torch.device],
+        shapes: Sequence[tuple[int, ...]],
+        bits: Sequence[int],
     ) -> None:
-        """Call ``update`` for every chunk with a piece of ``params``, then commit with ``steps``.
+        """Raises ``RuntimeError``: the file's layout is fixed."""
+        raise RuntimeError(f"{self._file.path}: takes no more parameters")
+
+    def device_of_steps(self, device: torch.device) -> torch.device:
+        """The CPU, where a commit needs them."""
+        return torch.device("cpu")
+
+    def step(self, params: Collection[int], update: Update) -> None:
+        """Call ``update`` for every chunk with a piece of ``params``, then commit.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
         stays one, with the same text.
         """
+        steps = [step + (index in params) for index, step in enumerate(self.steps)]
         chunks = self._chunks_of(params)
         updated = 0
 
@@ -271,56 +213,9 @@ class FilePager:
         """The chunks with a piece of ``params``, at the file's last commit."""
         # Nothing is left to take back, unless an error kept the last call from doing it.
         self._file.rollback()
-        return [
-            index
-            for index, pieces in enumerate(self._chunks)
-            if any(piece.param in params for piece in pieces)
-        ]
+        return [i for i, pieces in enumerate(self._chunks) if has_any(pieces, params)]
 
     def close(self) -> None:
         """Close the file and free the memory."""
         self._stream.drop()
         self._file.close()
-
-
-def broke_off(what: str, error: BaseException) -> BaseException:
-    """What to raise for ``error`` in the middle of a step; an interrupt stays one."""
-    if isinstance(error, KeyboardInterrupt):
-        return KeyboardInterrupt(what)
-    return RuntimeError(f"{what}: {error}")
-
-
-def copy_out(
-    pieces: Sequence[Piece], chunk: memoryview | Tensor, whole: Mapping[int, Moments]
-) -> None:
-    """Copy what a chunk has of the parameters in ``whole`` to their flat moments."""
-    for piece in pieces:
-        if piece.param in whole:
-            for to, part in _matching(whole[piece.param], piece, piece.moments(chunk)):
-                to.copy_(part)
-
-
-def copy_in(
-    pieces: Sequence[Piece], chunk: memoryview | Tensor, given: Mapping[int, Moments]
-) -> None:
-    """Fill a chunk from its parameters' moments, of any shape; with zeros where there are none."""
-    for piece in pieces:
-        mine = piece.moments(chunk)
-        if piece.param in given:
-            for moment, part in _matching(given[piece.param].view((-1,)), piece, mine):
-                part.copy_(moment)
-        else:
-            for unused in to_state(mine).values():
-                unused.zero_()
-
-
-def _matching(whole: Moments, piece: Piece, part: Moments) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of a piece, with the same elements of its parameter's flat moments."""
-    blocks = slice(piece.first // BLOCK, formats.num_blocks(piece.first + piece.numel, BLOCK))
-    elements = slice(piece.first, piece.first + piece.numel)
-    found = []
-    for name, of_piece in part._asdict().items():
-        if of_piece is not None:
-            of_whole = getattr(whole, name)
-            found.append((of_whole[blocks if "absmax" in name else elements], of_piece))
-    return found
