@@ -12,8 +12,9 @@ TEST_THREADS ?= 2
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-NATIVE_TESTS := tests/test_conformance.py tests/test_bitexact.py tests/test_kernel_alone.py tests/test_step_alone.py
-GPU_TESTS := tests/test_conformance.py tests/test_optim_gpu.py
+NATIVE_TESTS := tests/ops/test_conformance.py tests/ops/test_bitexact.py tests/cpu/test_kernel_alone.py \
+    tests/cpu/test_step_alone.py
+GPU_TESTS := tests/ops/test_conformance.py tests/optim/test_gpu.py
 COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
@@ -60,15 +61,15 @@ SAY_WITHOUT_AARCH64 = { command -v aarch64-linux-gnu-g++ && command -v qemu-aarc
 
 test-neon: setup  ## run the AArch64 kernels' tests under an emulator (qemu-user)
 	@$(SAY_WITHOUT_AARCH64)
-	$(PYTEST) tests/test_neon_emulated.py $(PYTEST_ARGS)
+	$(PYTEST) tests/cpu/test_neon_emulated.py $(PYTEST_ARGS)
 
 # Under ThreadSanitizer, AddressSanitizer with UBSan, and with the select form of the tables.
 test-emulated: setup  ## run every small case of the op table on sanitized builds of the CUDA emulator
-	$(PYTEST) tests/test_cuda_emulated.py -k test_every_small_case $(PYTEST_ARGS)
+	$(PYTEST) tests/cuda/test_emulated.py -k test_every_small_case $(PYTEST_ARGS)
 
 # On a CPU: by ttsem, Triton's interpreter, and the machine code for twelve architectures.
 test-triton: setup  ## run all tests of the Triton kernels, on every case
-	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) tests/test_triton_*.py $(PYTEST_ARGS)
+	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) tests/triton $(PYTEST_ARGS)
 
 TRITON_VERSIONS ?= 3.2.0 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 triton-versions: setup  ## compile the Triton kernels with other versions of Triton (downloads 2 GB)
@@ -76,14 +77,15 @@ triton-versions: setup  ## compile the Triton kernels with other versions of Tri
 	    [ -d build/triton/$$version/triton ] || $(RUN) -m pip install --quiet --no-deps \
 	        --target build/triton/$$version triton==$$version || exit 1; \
 	done
-	$(PYTEST) tests/test_triton_backend.py -k versions $(PYTEST_ARGS)
+	$(PYTEST) tests/triton/test_backend.py -k versions $(PYTEST_ARGS)
 
 # What README and docs/support.md say runs where.
-SUPPORT_TESTS := tests/test_conformance.py tests/test_cuda_emulated.py
+SUPPORT_TESTS := tests/ops/test_conformance.py tests/cuda/test_emulated.py
 support: setup  ## run the op table and write the tables of what passed into the documents
-	$(PYTEST) -n $(WORKERS) -m 'not slow' -k test_op $(SUPPORT_TESTS) --record-support tests/support.json
-	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) -k test_op tests/test_triton_on_cpu.py \
-	    --record-support tests/support_triton.json
+	$(PYTEST) -n $(WORKERS) -m 'not slow' -k test_op $(SUPPORT_TESTS) \
+	    --record-support tests/docs/support.json
+	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) -k test_op tests/triton/test_on_cpu.py \
+	    --record-support tests/docs/support_triton.json
 	$(RUN) tools/support.py --write
 
 # Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
@@ -92,8 +94,8 @@ test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-
 	@command -v $(COMPUTE_SANITIZER) >/dev/null || \
 	    { echo '$(COMPUTE_SANITIZER) not found: it is part of the CUDA toolkit'; exit 1; }
 	for tool in memcheck racecheck initcheck synccheck; do \
-	    $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
-	        $(RUN) tests/run_on_gpu.py || exit 1; \
+	    PYTHONPATH=tools $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(RUN) -m lab.cuda.run_on_gpu || exit 1; \
 	done
 
 bench: setup  ## time qkern beside its peers (leave the machine quiet)

@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from cuda_static import budget, figures, sass, toolchain
-from triton_static import compile as triton_compiler
-from triton_static import figures as triton_figures
+from lab.cuda.static import budget, figures, sass, toolchain
+from lab.triton.static import compile as triton_compiler
+from lab.triton.static import figures as triton_figures
 
 QKERN, TRITON, PEER = "qkern", "qkern triton", "bitsandbytes"
 COLOURS = {QKERN: "tab:blue", TRITON: "tab:green", PEER: "tab:red"}
@@ -142,7 +142,7 @@ TRITON_CALLS = {
     "forward": "linear_4bit-{}-64",
     "dx": "linear_4bit_dx-{}-64",
 }
-"""Call of `triton_static.compile` by op; the matmuls' tiles have 16 rows and 64, as modelled."""
+"""Call of `triton_compiler` by op; the matmuls' tiles have 16 rows and 64, as modelled."""
 _PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
 """What a matmul's hot loop has, the better first."""
 

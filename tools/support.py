@@ -1,11 +1,11 @@
-"""The table of what runs where, from the tests' own records; ``tests/test_support.py`` compares.
+"""The table of what runs where, from the tests' own records; tests/docs/test_support.py compares.
 
 ``python tools/support.py --write`` puts it into README.md and docs/support.md. The records:
 
-    tests/support.json         cases of the op table that passed: `pytest --record-support`
-    tests/support_triton.json  the same on the Triton kernels, of which every case was run
-    tests/cuda_budget.csv      the CUDA kernels as compiled for each architecture
-    tests/triton_budget.csv    the Triton kernels as compiled for each architecture
+    tests/docs/support.json            cases of the op table that passed: `pytest --record-support`
+    tests/docs/support_triton.json     the same on the Triton kernels, of which every case was run
+    tools/lab/cuda/static/budget.csv   the CUDA kernels as compiled for each architecture
+    tools/lab/triton/static/budget.csv the Triton kernels as compiled for each architecture
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = (ROOT / "tests" / "support.json", ROOT / "tests" / "support_triton.json")
+RECORDS = (ROOT / "tests/docs/support.json", ROOT / "tests/docs/support_triton.json")
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- from tools/support.py -->", "<!-- end -->"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -42,14 +42,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-ALL = frozenset(row["architecture"] for row in _rows(ROOT / "tests" / "triton_budget.csv"))
+ALL = frozenset(row["architecture"] for row in _rows(ROOT / "tools/lab/triton/static/budget.csv"))
 """Every architecture that tests compile for."""
 
 
 def triton_compiled() -> Compiled:
     """Of the Triton kernels."""
     found: Compiled = defaultdict(set)
-    for row in _rows(ROOT / "tests" / "triton_budget.csv"):
+    for row in _rows(ROOT / "tools/lab/triton/static/budget.csv"):
         op, dtype = row["call"].split("-")[:2]
         found[op, dtype].add(row["architecture"])
     return found
@@ -58,7 +58,7 @@ def triton_compiled() -> Compiled:
 def cuda_compiled() -> Compiled:
     """Of the CUDA kernels; one without a type in its name is of float32."""
     found: Compiled = defaultdict(set)
-    for row in _rows(ROOT / "tests" / "cuda_budget.csv"):
+    for row in _rows(ROOT / "tools/lab/cuda/static/budget.csv"):
         name, _, arguments = row["kernel"].partition("<")
         op = re.sub(r"(_mma|_vector|_tiled)?_kernel$", "", name)
         first = arguments.rstrip(">").split(",")[0].strip()

@@ -1,7 +1,7 @@
 """How each kernel is launched: tile sizes, warps, stages and splits, and why.
 
 **None of it was timed on a GPU.** The choices rest on the machine code of each of them on every
-target (``tests/triton_budget.csv``) and on the arithmetic said beside them. Set
+target (``tools/lab/triton/static/budget.csv``) and on the arithmetic said beside them. Set
 ``QKERN_TRITON_TUNE`` to a file to have matmuls measured instead: see ``tune``.
 """
 

@@ -1,5 +1,5 @@
 // The one header between the kernels and what runs them: the CUDA toolkit, or the emulator in
-// tests/cuda_emulator that runs the same sources on a CPU.
+// tools/lab/cuda/emulator that runs the same sources on a CPU.
 //
 // A kernel file uses, besides CUDA's own names (threadIdx, __syncthreads, __shfl_xor_sync, ...):
 //   QKERN_DEVICE                  a device function, inlined

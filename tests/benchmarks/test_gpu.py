@@ -1,0 +1,134 @@
+"""The benchmarks of a CUDA device, played on a CPU, with another clock; and the static figures."""
+
+from __future__ import annotations
+
+import json
+
+import gpu_static
+import pytest
+import run
+import torch
+from bench import gpu, report
+
+from lab import ROOT
+from qkern import testing
+
+pytestmark = pytest.mark.unpoisoned
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A second a call; counts them."""
+
+    calls = 0
+
+    def __call__(self, call):
+        call()
+        self.calls += 1
+        return 1.0
+
+
+def arguments(*extra: str):
+    common = ["--device", "cuda", "--shape", "96x128", "--repeat", "3", "--m", "2,40"]
+    return run.parse_args([*common, *extra])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_contest_has_checked_results_of_all_candidates(dtype):
+    clock = Clock()
+    contests, notes, wrong = gpu.play(arguments("--dtype", dtype), CPU, clock)
+    assert not wrong
+    assert not notes
+    assert [str(problem) for problem, _ in contests] == [
+        f"quantize 96x128 {dtype}",
+        f"dequantize 96x128 {dtype}",
+        *(f"{op} 96x128 {dtype} M={m}" for op in ("forward", "forward_backward") for m in (2, 40)),
+    ]
+    names = {problem.op: [s.name for s in samples] for problem, samples in contests}
+    assert names["forward_backward"] == ["qkern", "bitsandbytes", "dense"]
+    assert clock.calls == 3 * sum(len(samples) for _, samples in contests)
+    limits = gpu.limits([torch.bfloat16], Clock(), CPU, probe_bytes=1 << 16, size=32)
+    for problem, samples in contests:
+        for row in report.records(problem, samples, limits):
+            assert row["ms"] == 1000.0
+            assert row["cache"] == "cold"
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu.qkern, "linear_4bit", lambda x, qw: x.new_zeros(len(x), qw.shape[0]))
+    contests, _, wrong = gpu.play(arguments("--op", "forward"), CPU, Clock())
+    assert not contests
+    assert len(wrong) == 4
+
+
+def test_without_a_device_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert run.main(["--device", "cuda"]) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def entry(library: str, op: str, **fields) -> gpu_static.Entry:
+    values = {
+        "registers": 64,
+        "local_accesses": 0,
+        "loop_instructions": 100,
+        "instructions_a_weight": None,
+        "instructions_a_kilo_multiply_add": None,
+        "cycles_a_kilo_multiply_add": None,
+        "loop_accesses": {},
+        "conflicting_shared_accesses": 0,
+        "occupancy": None,
+    }
+    return gpu_static.Entry(library, op, f"{library}_kernel", 80, **values | fields)
+
+
+A100 = next(g for g in gpu_static.GPUS if g.name.startswith("A100"))
+
+
+def test_the_model_takes_the_longest_of_its_limits():
+    few = entry("qkern", "dequantize", instructions_a_weight=8.0)
+    weights = 4096 * 14336
+    time = gpu_static.modelled(few, A100, 4096, 14336, 1)
+    assert time["bound"] == "memory"
+    assert time["modelled_us"] == pytest.approx(weights * 2.51587 / 2039e9 * 1e6, rel=1e-4)
+    many = gpu_static.modelled(
+        entry("qkern", "dequantize", instructions_a_weight=50.0), A100, 4096, 14336, 1
+    )
+    assert many["bound"] == "issue"
+    assert many["modelled_us"] == pytest.approx(weights * 50 / 32 / (4 * 108 * 1.41e9) * 1e6)
+    assert many["roofline_us"] == time["roofline_us"]
+
+
+def test_bytes_a_weight_are_those_of_the_op_table():
+    case = testing.Case((4096, 4096), torch.bfloat16, 64, double_quant=True)
+    exact = testing.OPS["dequantize_4bit"].bytes(case) / case.numel
+    assert pytest.approx(exact, rel=1e-4) == gpu_static.BYTES_A_WEIGHT + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_bytes_of_a_step_are_those_of_the_op_table(dtype, bits):
+    case = testing.Case((4096, 4096), dtype, 256, bits=bits)
+    exact = testing.OPS["adamw_step"].bytes(case) / case.numel
+    names = {torch.float32: "float", torch.bfloat16: "BFloat16", 32: "float", 8: "unsigned char"}
+    assert gpu_static.budget.step_bytes(names[dtype], names[bits]) == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_step_is_modelled_by_its_own_bytes():
+    time = gpu_static.modelled(
+        entry("qkern", "adamw 8 bits", instructions_a_weight=82.0), A100, 4096, 14336, 1
+    )
+    assert time["bound"] == "memory"
+    moved = 4096 * 14336 * gpu_static.STEP_BYTES["adamw 8 bits"]
+    assert time["modelled_us"] == pytest.approx(moved / 2039e9 * 1e6)
+
+
+def test_committed_static_figures_are_of_this_model():
+    path = ROOT / "benchmarks/results/gpu-static/gpu_static.json"
+    content = json.loads(path.read_text())
+    entries = [gpu_static.Entry(**kernel) for kernel in content["kernels"]]
+    assert {e.library for e in entries} == {"qkern", "qkern triton", "bitsandbytes"}
+    batch = sorted({time["m"] for time in content["modelled_times"]} - {1})
+    assert gpu_static.models(entries, *content["shape"], batch) == content["modelled_times"]
+    assert path.with_suffix(".png").exists()

@@ -1,0 +1,124 @@
+"""Every CUDA op on the emulated kernels, by the op table: see tools/lab/cuda/emulator/README.md.
+
+Quick tests take every third case, each under one of the schedules; slow ones the whole table, every
+schedule, and the builds with sanitizers.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from lab.cuda.emulator import backend, build
+from lab.processes import environment
+from qkern import backends, testing
+from qkern.backends import _cuda_paths
+from qkern.testing import OPS, Case, OpSpec
+
+if build.compiler() is None:
+    pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
+
+QUICK_STRIDE = 3
+TABLE = [
+    (spec, case)
+    for spec in OPS.values()
+    if backends.has_kernel("cuda", spec.name)
+    for case in spec.cases
+]
+
+
+@pytest.fixture(scope="session")
+def library() -> ModuleType:
+    """The module of the plain build."""
+    return build.load(build.build("plain"))
+
+
+def params(stride: int) -> list[object]:
+    found = []
+    for i, (spec, case) in enumerate(TABLE[::stride]):
+        schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
+        name = f"{spec.name}-{backend.NAME}.{schedule}-{case}"
+        found.append(pytest.param(spec, case, schedule, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("spec", "case", "schedule"), params(QUICK_STRIDE))
+def test_op(spec: OpSpec, case: Case, schedule: backend.Schedule, library: ModuleType) -> None:
+    testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")
+
+
+def run_table(variant: str, schedule: int, stride: int, largest: int, first: int = 0) -> None:
+    """`run_table.py` on a build, in a process of its own that has the sanitizer's runtime."""
+    variables = environment(**build.environment(variant), OMP_NUM_THREADS="1")
+    command = build.command_prefix(variant)
+    command += [sys.executable, "-m", "lab.cuda.emulator.run_table", str(build.build(variant))]
+    command += [str(schedule), str(stride), str(largest), str(first)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1800, check=False, env=variables
+    )
+    last = (done.stdout.splitlines() or ["(before the first case)"])[-1]
+    assert done.returncode == 0, f"{variant}: {last}: {done.stderr}"
+    assert last.endswith("cases")
+
+
+def test_the_select_form_of_the_tables_decodes_the_same() -> None:
+    """It exists for provers of race-freedom; what they prove must be what runs."""
+    run_table("select", 0, 29, 70_000)
+
+
+every_schedule = pytest.mark.parametrize(
+    "schedule", range(len(backend.SCHEDULES)), ids=map(str, backend.SCHEDULES)
+)
+
+
+@pytest.mark.slow
+@every_schedule
+def test_whole_table(schedule: int) -> None:
+    run_table("plain", schedule, 1, 1 << 30)
+
+
+@pytest.mark.slow
+@every_schedule
+@pytest.mark.parametrize("variant", ["address", "thread", "select"])
+def test_every_small_case_on_another_build(variant: str, schedule: int) -> None:
+    """With a sanitizer, or the select form: the schedules share the cases out among them."""
+    run_table(variant, schedule, len(backend.SCHEDULES), 70_000, first=schedule)
+
+
+MATMULS = [(spec, case) for spec, case in TABLE if spec.name in ("linear_4bit", "linear_4bit_dx")]
+
+
+def forced_params() -> list[object]:
+    found = []
+    for i, (spec, case) in enumerate(MATMULS):
+        m, out_features, in_features = case.shape
+        schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
+        call = _cuda_paths.Matmul(
+            *(spec.name == "linear_4bit_dx", case.dtype, m, out_features, in_features),
+            batch_invariant=case.batch_invariant,
+            aligned=case.layout == "contiguous",
+        )
+        limits = _cuda_paths.Limits(schedule.capability, 108, 40 << 20)
+        allowed = _cuda_paths.allowed(call, limits)
+        for j, path in enumerate(_cuda_paths.PATHS):
+            if path in allowed:
+                marks = [] if i % 23 == j and case.numel <= 1 << 18 else [pytest.mark.slow]
+                name = f"{spec.name}-{path}-{schedule}-{case}"
+                found.append(pytest.param(spec, case, path, schedule, id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("spec", "case", "path", "schedule"), forced_params())
+def test_matmul_by_a_forced_path(
+    spec: OpSpec,
+    case: Case,
+    path: str,
+    schedule: backend.Schedule,
+    library: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QKERN_CUDA_PATH", path)
+    testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")

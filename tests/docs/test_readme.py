@@ -1,0 +1,52 @@
+"""The README's Python runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qkern
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own_module, whole_model, optimizers = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(compile(own_module, "README.md", "exec"), names)
+    layer = names["MyLinear"](torch.randn(96, 128))
+    x = torch.randn(3, 128, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), x @ layer.weight.dequantize().T)
+    torch.testing.assert_close(x.grad, layer.weight.dequantize().sum(0).expand(3, 128))
+    assert layer.b.grad.count_nonzero() == layer.b.numel()
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=50,
+    )
+    names["model"] = LlamaForCausalLM(config)
+    exec(compile(whole_model, "README.md", "exec"), names)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+
+    names["parameters"] = list(qkern.nn.lora_parameters(names["model"]))
+    exec(compile(optimizers, "README.md", "exec"), names)
+    assert (tmp_path / "adamw.state").exists()
+    names["parameters"][0].grad = torch.ones_like(names["parameters"][0])
+    names["optimizer"].step()
+    names["optimizer"].close()

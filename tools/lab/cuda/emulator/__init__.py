@@ -1,0 +1,1 @@
+"""CUDA's threads on a CPU: see README.md."""

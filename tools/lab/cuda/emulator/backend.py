@@ -1,0 +1,70 @@
+"""The backend ``cuda_emulated``: qkern's CUDA kernels on CPU tensors, under a chosen schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from lab.module_copy import copy_of
+from qkern import backends
+from qkern.backends import cuda
+from qkern.testing import Target
+
+NAME = "cuda_emulated"
+
+
+def backend(library: ModuleType) -> ModuleType:
+    """A copy of ``qkern.backends.cuda`` that takes CPU tensors and calls the emulated kernels."""
+    module = copy_of(cuda, NAME)
+    module.library = lambda: library  # type: ignore[attr-defined]
+    module.current_stream = lambda device: contextlib.nullcontext(0)  # type: ignore[attr-defined]
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """In which order the threads run, when cp.async completes, and which device it is."""
+
+    order: str = "forward"
+    seed: int = 0
+    late_copies: bool = True
+    capability: int = 80
+
+    def __str__(self) -> str:
+        order = f"{self.order}{self.seed}" if self.order == "random" else self.order
+        return f"{order}-{'late' if self.late_copies else 'early'}-sm_{self.capability}"
+
+
+SCHEDULES = (
+    Schedule("forward", late_copies=True),
+    Schedule("forward", late_copies=False),
+    Schedule("reverse", late_copies=True),
+    Schedule("reverse", late_copies=False),
+    Schedule("random", seed=1, late_copies=True),
+    Schedule("random", seed=2, late_copies=False),
+    Schedule("random", seed=3, capability=75),
+)
+
+
+class EmulatedTarget(Target):
+    """A target of the conformance table: the emulated kernels under one schedule."""
+
+    __slots__ = ("library", "module", "schedule")
+
+    def __init__(self, library: ModuleType, schedule: Schedule) -> None:
+        super().__init__(NAME, str(schedule))
+        object.__setattr__(self, "library", library)
+        object.__setattr__(self, "module", backend(library))
+        object.__setattr__(self, "schedule", schedule)
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Run every qkern op inside the context on the emulated kernels."""
+        schedule = self.schedule
+        self.library.set_schedule(
+            schedule.order, schedule.seed, schedule.late_copies, schedule.capability
+        )
+        with backends.use(self.module):
+            yield

@@ -1,0 +1,143 @@
+"""Runs cases on one build of the emulated kernels, in a process that may crash.
+
+``python -m lab.cuda.judge FOLDER OP SCHEDULES...``: the module in FOLDER, the cases of OP, each
+under the schedules (indices into `backend.SCHEDULES`). Prints ``caught by WHAT: ...`` and exits
+with 3 at the first mistake.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from lab.cuda import adamw
+from lab.cuda.emulator import backend, build
+from qkern import testing
+from qkern.testing import Case
+
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+CAUGHT = 3
+
+
+def _cases(shapes: object, **fields: object) -> tuple[Case, ...]:
+    return tuple(Case(shape, **fields) for shape in shapes)  # type: ignore[attr-defined, arg-type]
+
+
+MMA_FORWARD = (
+    Case((7, 40, 128 * 6), HALF, 64, double_quant=True, bias=True),
+    Case((16, 136, 544), BFLOAT, 32),
+    Case((21, 33, 640), BFLOAT, 64, double_quant=True),
+    Case((65, 24, 416), HALF, 32, format="fp4", bias=True),
+)
+CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
+    "adamw_step": (
+        "adamw_step",
+        (
+            Case((2111,), FLOAT, 256),
+            Case((3, 1111), BFLOAT, 256, bits=8, stochastic_rounding=True),
+            Case((7, 333), HALF, 256, layout="offset", bits=8),
+            *(Case((5, 515), FLOAT, 256, values=v, bits=8) for v in ("special", "nonfinite")),
+        ),
+    ),
+    **dict.fromkeys(adamw.STEPS, ("adamw_step", ())),
+    "quantize_4bit": (
+        "quantize_4bit",
+        (
+            *_cases([(1,), (65,), (515,), (1024,)], block_size=32),
+            *_cases([(333,), (8200,)], dtype=BFLOAT, block_size=64, values="ties"),
+            Case((700,), HALF, 64, "fp4", values="special"),
+            Case((700,), FLOAT, 64, values="nonfinite"),
+            Case((512,), FLOAT, 64, values="zeros"),
+            Case((600,), FLOAT, 64, values="ties"),
+            Case((600,), FLOAT, 64, "custom", codebook="unsorted"),
+        ),
+    ),
+    "dequantize_4bit": (
+        "dequantize_4bit",
+        (
+            Case((3001,), BFLOAT, 64),
+            Case((4, 2048), FLOAT, 32, double_quant=True),
+            Case((65, 513), HALF, 32, "fp4", double_quant=True),
+            Case((2048,), BFLOAT, 4096),
+        ),
+    ),
+    "quantize_absmax": (
+        "quantize_absmax",
+        (
+            *_cases([(1,), (300,), (5000,)]),
+            *_cases([(n,) for n in testing.HALFWAY_TAILS], values="halfway"),
+            Case((300,), values="negative"),
+        ),
+    ),
+    "linear_4bit_mma": ("linear_4bit", MMA_FORWARD),
+    "linear_4bit_vector": (
+        "linear_4bit",
+        (
+            Case((1, 37, 2112), HALF, 64, double_quant=True, bias=True),
+            Case((3, 20, 1056), FLOAT, 32),
+            # x is staged twice in each part of the split.
+            Case((3, 2, 18 * 1024), FLOAT, 64),
+            Case((1, 9, 130), BFLOAT, 64),
+        ),
+    ),
+    "linear_4bit_tiled": ("linear_4bit", (Case((70, 66, 99), FLOAT, 64, bias=True),)),
+    "linear_4bit_dx_mma": (
+        "linear_4bit_dx",
+        (
+            Case((9, 456, 96), HALF, 32, double_quant=True),
+            Case((70, 200, 160), BFLOAT, 64),
+            Case((16, 72, 64), BFLOAT, 64, format="fp4"),
+        ),
+    ),
+    "huge_stride": ("linear_4bit", ()),
+}
+
+
+def huge_stride(target: testing.Target) -> None:
+    """Two rows of x that lie more than 2**31 elements apart: memory that is reserved, not used."""
+    rows, columns = 8, 1024
+    weight = torch.randn(rows, columns)
+    packed, absmax = torch.ops.qkern.quantize_4bit(weight, "nf4", 64, None)
+    stride = 2**31 + 64
+    memory = torch.empty(stride + columns, dtype=torch.bfloat16)
+    x = memory.as_strided((2, columns), (stride, 1))
+    x.copy_(torch.randn(2, columns))
+    arguments = (packed, absmax, None, None, None, None, "nf4", 64, rows)
+    with target.activate():
+        y = torch.ops.qkern.linear_4bit(x, *arguments)
+        expected = torch.ops.qkern.linear_4bit(x.clone(), *arguments)
+    assert torch.equal(y, expected), "rows far apart"
+
+
+def judge(folder: str, op: str, schedules: list[int]) -> None:
+    library = build.load(Path(folder))
+    name, cases = CASES[op]
+    for schedule in schedules:
+        target = backend.EmulatedTarget(library, backend.SCHEDULES[schedule])
+        at = f"{op} under {target.isa}"
+        try:
+            if op == "huge_stride":
+                huge_stride(target)
+            if op in adamw.STEPS:
+                adamw.STEPS[op](target)
+            for case in cases:
+                at = f"{case} under {target.isa}"
+                testing.check(testing.OPS[name], case, target, "cpu")
+        except AssertionError as wrong:
+            nan = re.search(r"\bnan\b|is not finite", str(wrong))
+            what = "schedule" if schedule != ORDERLY else "poison" if nan else "numbers"
+            print(f"caught by {what}: {at}: {str(wrong).splitlines()[0]}")
+            sys.exit(CAUGHT)
+        except (RuntimeError, ValueError) as refused:
+            print(f"caught by launch: {at}: {refused}")
+            sys.exit(CAUGHT)
+    print("survived")
+
+
+ORDERLY = backend.SCHEDULES.index(backend.Schedule("forward", late_copies=False))
+
+if __name__ == "__main__":
+    judge(sys.argv[1], sys.argv[2], [int(index) for index in sys.argv[3:]])

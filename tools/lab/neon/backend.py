@@ -1,0 +1,317 @@
+"""The backend ``neon_emulated``: qkern's CPU kernels as AArch64 runs them, behind a server."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from lab.module_copy import copy_of
+from qkern import backends, formats, reference
+from qkern.backends import native
+from qkern.testing import Target
+
+from . import build
+
+NAME = "neon_emulated"
+ISAS = ("scalar", "neon")
+_ITEM_SIZE = (4, 2, 2)  # of the kernels' dtype numbers
+
+
+class ServerError(RuntimeError):
+    """What a kernel did that it must not do, or how the server ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """Memory of this process that an op reads or writes there."""
+
+    address: int
+    nbytes: int
+    written: bool = False
+    read: bool = True
+
+
+def _in(address: int, nbytes: int) -> _Buffer | int:
+    return _Buffer(address, nbytes) if address else 0
+
+
+def _out(address: int, nbytes: int) -> _Buffer:
+    return _Buffer(address, nbytes, written=True, read=False)
+
+
+def _changed(address: int, nbytes: int) -> _Buffer | int:
+    return _Buffer(address, nbytes, written=True) if address else 0
+
+
+class Server:
+    """A running server with the kernels of one instruction set."""
+
+    def __init__(self, program: Path, isa: str) -> None:
+        self._process = subprocess.Popen(
+            build.command(program),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"QKERN_CPU_ISA": isa},
+        )
+        self.active, *self.available = self._line().replace(":", "").split()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode().rstrip("\n")
+        if not line:
+            raise ServerError(f"the server ended with status {self._process.wait()}")
+        return line
+
+    def call(self, op: str, side: str, flush: bool, *arguments: _Buffer | int) -> None:
+        """Run `op`; what it wrote is in the arguments' memory afterwards."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        words = [op, side, str(int(flush))]
+        buffers = [a for a in arguments if isinstance(a, _Buffer)]
+        for argument in arguments:
+            if isinstance(argument, _Buffer):
+                sign = "<" if not argument.written else "+" if argument.read else ">"
+                words.append(f"{sign}{argument.nbytes}")
+            else:
+                words.append(f"={int(argument)}")
+        request = [" ".join(words).encode() + b"\n"]
+        request += [ctypes.string_at(b.address, b.nbytes) for b in buffers]
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(b"".join(request))
+            self._process.stdin.flush()
+        answer = self._line()
+        if answer != "ok":
+            raise ServerError(f"{op}: {answer}")
+        for buffer in buffers:
+            if buffer.written:
+                result = self._process.stdout.read(buffer.nbytes)
+                if len(result) != buffer.nbytes:
+                    raise ServerError(f"{op}: the answer breaks off")
+                ctypes.memmove(buffer.address, result, buffer.nbytes)
+
+    def close(self) -> None:
+        """End the program."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def _weight(
+    packed: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_offset: int,
+    format_id: int,
+    codebook: int,
+    block_size: int,
+    numel: int,
+) -> tuple[_Buffer | int, ...]:
+    blocks = formats.num_blocks(numel, block_size)
+    groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+    return (
+        _in(packed, formats.packed_size(numel)),
+        _in(absmax, blocks if nested_absmax else 4 * blocks),
+        _in(nested_absmax, 4 * groups),
+        _in(nested_offset, 4),
+        format_id,
+        _in(codebook, 4 * 16),
+        block_size,
+    )
+
+
+class Library:
+    """The functions of ``qkern._C`` that the CPU backend calls, run by a server."""
+
+    def __init__(self, server: Server, side: str = "after", flush: bool = False) -> None:
+        self._server, self._side, self._flush = server, side, flush
+
+    def _call(self, op: str, *arguments: _Buffer | int) -> None:
+        self._server.call(op, self._side, self._flush, *arguments)
+
+    def quantize_4bit(
+        self,
+        x: int,
+        dtype: int,
+        n: int,
+        format_id: int,
+        codebook: int,
+        block_size: int,
+        packed: int,
+        absmax: int,
+        threads: int,
+    ) -> None:
+        self._call(
+            "quantize_4bit",
+            *(_in(x, n * _ITEM_SIZE[dtype]), dtype, n),
+            *(format_id, _in(codebook, 4 * 16), block_size),
+            _out(packed, formats.packed_size(n)),
+            _out(absmax, 4 * formats.num_blocks(n, block_size)),
+            threads,
+        )
+
+    def dequantize_4bit(self, *arguments: int) -> None:
+        *weight, n, out, dtype, threads = arguments
+        self._call(
+            "dequantize_4bit",
+            *(*_weight(*weight, n), n, _out(out, n * _ITEM_SIZE[dtype]), dtype, threads),
+        )
+
+    def quantize_8bit(
+        self,
+        x: int,
+        dtype: int,
+        n: int,
+        code: int,
+        block_size: int,
+        codes: int,
+        absmax: int,
+        threads: int,
+    ) -> None:
+        self._call(
+            "quantize_8bit",
+            *(_in(x, n * _ITEM_SIZE[dtype]), dtype, n, _in(code, 4 * 256), block_size),
+            *(_out(codes, n), _out(absmax, 4 * formats.num_blocks(n, block_size)), threads),
+        )
+
+    def dequantize_8bit(
+        self,
+        codes: int,
+        absmax: int,
+        code: int,
+        block_size: int,
+        n: int,
+        out: int,
+        dtype: int,
+        threads: int,
+    ) -> None:
+        self._call(
+            "dequantize_8bit",
+            *(_in(codes, n), _in(absmax, 4 * formats.num_blocks(n, block_size))),
+            *(_in(code, 4 * 256), block_size, n, _out(out, n * _ITEM_SIZE[dtype]), dtype, threads),
+        )
+
+    def quantize_absmax(
+        self, absmax: int, n: int, codes: int, nested_absmax: int, offset: int, threads: int
+    ) -> None:
+        groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
+        self._call(
+            "quantize_absmax",
+            *(_in(absmax, 4 * n), n, _out(codes, n), _out(nested_absmax, 4 * groups)),
+            *(_out(offset, 4), threads),
+        )
+
+    def adamw_step(
+        self,
+        pieces: Sequence[tuple[int, ...]],
+        seed: int | None,
+        threads: int,
+    ) -> None:
+        arguments: list[_Buffer | int] = [len(pieces)]
+        for (
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            absmax,
+            sq_absmax,
+            factors,
+            dtype,
+            n,
+            *place,
+        ) in pieces:
+            item, state = _ITEM_SIZE[dtype], 1 if absmax else 4
+            blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
+            arguments += [_changed(param, n * item), _in(grad, n * item)]
+            arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
+            arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
+            arguments += [_in(factors, 4 * reference.ADAMW_FACTORS), dtype, n, *place]
+        self._call("adamw_step", *arguments, int(seed is not None), seed or 0, threads)
+
+    def linear_4bit(self, *arguments: int) -> None:
+        x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
+        item = _ITEM_SIZE[dtype]
+        self._call(
+            "linear_4bit",
+            *(_in(x, ((m - 1) * stride + cols) * item), dtype, m, stride),
+            *(*_weight(*weight, rows * cols), rows, cols),
+            *(_in(bias, rows * item), _out(y, m * rows * item), invariant, threads),
+        )
+
+    def linear_4bit_dx(self, *arguments: int) -> None:
+        dy, dtype, m, stride, *weight, rows, cols, dx, invariant, threads = arguments
+        item = _ITEM_SIZE[dtype]
+        self._call(
+            "linear_4bit_dx",
+            *(_in(dy, ((m - 1) * stride + rows) * item), dtype, m, stride),
+            *(*_weight(*weight, rows * cols), rows, cols),
+            *(_out(dx, m * cols * item), invariant, threads),
+        )
+
+
+def _module(library: Library) -> ModuleType:
+    """A copy of ``qkern.backends.native`` that calls `library`."""
+    module = copy_of(native, NAME)
+    module.library = lambda: library  # type: ignore[attr-defined]
+    # These read the tensors in this process, with its own kernels.
+    module.linear_4bit_on_tensors = native._refuse  # type: ignore[attr-defined]
+    module.linear_4bit_dx_on_tensors = native._refuse  # type: ignore[attr-defined]
+    return module
+
+
+_servers: dict[tuple[Path, str], Server] = {}
+_build = functools.cache(build.build)
+
+
+def server(isa: str, program: Path | None = None) -> Server:
+    """The running server of an instruction set, built and started where it is not."""
+    program = program or _build()
+    key = (program, isa)
+    if key not in _servers:
+        _servers[key] = Server(program, isa)
+    return _servers[key]
+
+
+def close(isa: str | None = None) -> None:
+    """End the servers; after a `ServerError`, another one starts at the next call."""
+    for key in [k for k in _servers if isa in (None, k[1])]:
+        _servers.pop(key).close()
+
+
+class EmulatedTarget(Target):
+    """A target of the conformance table: the kernels of one instruction set under the emulator.
+
+    `side` is where the unmapped page lies at each buffer; `flush` sets FPCR to flush subnormals to
+    zero around each call.
+    """
+
+    __slots__ = ("flush", "program", "side")
+
+    def __init__(
+        self, isa: str, side: str = "after", flush: bool = False, program: Path | None = None
+    ) -> None:
+        super().__init__(NAME, isa, reason=build.missing())
+        object.__setattr__(self, "side", side)
+        object.__setattr__(self, "flush", flush)
+        object.__setattr__(self, "program", program)
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Run every qkern op inside the context under the emulator."""
+        assert self.isa is not None
+        library = Library(server(self.isa, self.program), self.side, self.flush)
+        with backends.use(_module(library)):
+            try:
+                yield
+            except ServerError:
+                close(self.isa)
+                raise

@@ -1,0 +1,1 @@
+"""The Triton kernels without a GPU: see README.md."""
