@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkern import formats
-from qkern.optim._moments import BLOCK, MAPS, Moments, local, to_state
+from qkern.optim._moments import BLOCK, MAPS, Moments, is_sharded, local, to_state
 from qkern.optim._options import check_amsgrad
 
 if TYPE_CHECKING:
@@ -19,14 +19,33 @@ if TYPE_CHECKING:
 
 
 def add_moments(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
-    """To the optimizer's ``state_dict``, from its pager."""
-    assert optimizer._pager is not None
-    params = optimizer._params()
-    wanted = [i for i, param in enumerate(params) if "step" in optimizer.state.get(param, {})]
-    for index, moments in optimizer._pager.read(wanted).items():
-        shaped = moments.view(local(params[index]).shape).like(params[index])
+    """Add to the optimizer's ``state_dict`` the moments that torch does not find there.
+
+    These are a pager's, and the 8-bit moments of sharded parameters. The latter are saved as
+    floats, because codes cannot be resharded: their scale is shared with elements that may go to
+    another shard. The copies are on the CPU, because floats or paged moments may not fit the GPU;
+    then all moments are, because torch wants a state on one device.
+    """
+    pairs = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    state = optimizer.state
+    with_state = [i for i, (param, _) in enumerate(pairs) if "step" in state.get(param, {})]
+    if optimizer._pager is not None:
+        bits = {
+            i: 32 if is_sharded(pairs[i][0]) else optimizer._bits(*pairs[i]) for i in with_state
+        }
+        found = optimizer._pager.read(bits)
+    elif any(is_sharded(pairs[i][0]) and optimizer._bits(*pairs[i]) == 8 for i in with_state):
+        found = {i: optimizer._moments(*pairs[i]) for i in with_state}
+    else:
+        return
+    for index, moments in found.items():
+        param, _ = pairs[index]
+        moments = moments.view(local(param).shape)
+        if is_sharded(param):
+            moments = moments.to_reversible().like(param)
         # Another dict: the one there is the optimizer's own.
-        state_dict["state"][index] = state_dict["state"][index] | to_state(shaped)
+        others = {k: v for k, v in state_dict["state"][index].items() if k not in Moments._fields}
+        state_dict["state"][index] = others | to_state(moments.on(torch.device("cpu")))
 
 
 def load(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
@@ -61,6 +80,26 @@ def load(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
     optimizer.__setstate__({"state": found, "param_groups": groups})
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
+
+
+def _looks_like_codes(moments: Moments) -> bool:
+    """Whether all are whole numbers from 0 to 255, and not just 0 and 1.
+
+    Moments never are. Codes become such floats where ``torch.distributed.checkpoint`` reads them
+    into a state of 32 bits: it copies whatever it finds, of whatever dtype.
+    """
+    pair = (moments.exp_avg.view(-1), moments.exp_avg_sq.view(-1))
+
+    def whole(moment: Tensor) -> bool:
+        return bool(((moment == moment.round()) & (moment >= 0) & (moment <= 255)).all())
+
+    return (
+        pair[0].numel() >= BLOCK
+        # Of real ones a look at a few is enough.
+        and all(whole(moment[:BLOCK]) for moment in pair)
+        and all(whole(moment) for moment in pair)
+        and any(bool((moment > 1).any()) for moment in pair)
+    )
 
 
 def _fitting_groups(
@@ -122,7 +161,18 @@ def _from_state(
                 f"{name}.{key}: got shape {list(moment.shape)}; takes {list(param.shape)}"
             )
     if moments[0].dtype != torch.uint8:
-        return step, Moments(*(moment.float() for moment in moments))
+        for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+            # torch puts an empty dict for a tensor that a flattened checkpoint lacks.
+            if torch.is_tensor(state.get(key)):
+                raise ValueError(f"{name}.{key}: got scales; takes none beside {moments[0].dtype}")
+        found = Moments(*(moment.float() for moment in moments))
+        if _looks_like_codes(found):
+            raise ValueError(
+                f"{name}.exp_avg: got whole numbers from 0 to 255 as floats, which codes of 8 bits"
+                " become when they are copied into a state of 32; takes moments: read the"
+                " checkpoint into a state of its own width, then load that"
+            )
+        return step, found
     blocks = formats.num_blocks(param.numel(), BLOCK)
     absmaxes = []
     for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):

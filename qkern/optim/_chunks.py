@@ -132,11 +132,18 @@ def broke_off(what: str, error: BaseException) -> BaseException:
 def copy_out(
     pieces: Sequence[Piece], chunk: memoryview | Tensor, whole: Mapping[int, Moments]
 ) -> None:
-    """Copy what a chunk has of the parameters in ``whole`` to their flat moments."""
+    """Copy what a chunk has of the parameters in ``whole`` to their flat moments.
+
+    Where those have 32 bits and the chunk 8, what they get gives the same codes again.
+    """
     for piece in pieces:
         if piece.param in whole:
-            for to, part in _matching(whole[piece.param], piece, piece.moments(chunk)):
-                to.copy_(part)
+            to = whole[piece.param]
+            moments = piece.moments(chunk)
+            if to.bits == 32:
+                moments = moments.to_reversible()  # of whole blocks, as a piece has them
+            for of_whole, part in _matching(to, piece, moments):
+                of_whole.copy_(part)
 
 
 def copy_in(

@@ -98,7 +98,7 @@ class FilePager:
         except BaseException:
             self._file.close()
             raise
-        self._numels, self._bits = numels, list(bits)
+        self._numels = numels
         self.steps: list[int] = list(self._file.meta["steps"])
 
     @property
@@ -165,12 +165,12 @@ class FilePager:
             raise
         self.steps = list(steps)
 
-    def read(self, params: Collection[int]) -> dict[int, Moments]:
-        """The flat moments of ``params``, in an unnamed file mapped to memory."""
+    def read(self, bits: Mapping[int, int]) -> dict[int, Moments]:
+        """Flat moments in the bits given, in an unnamed file mapped to memory."""
         whole = {}
         offset = 0
-        for index in params:
-            whole[index] = Piece(index, 0, self._numels[index], self._bits[index], offset)
+        for index, width in bits.items():
+            whole[index] = Piece(index, 0, self._numels[index], width, offset)
             offset = whole[index].end
         size = max(offset, 1)  # parameters without elements take none
         with tempfile.TemporaryFile(dir=self._file.path.parent) as file:
@@ -185,7 +185,7 @@ class FilePager:
         def copy(index: int, chunk: memoryview) -> None:
             copy_out(self._chunks[index], chunk, moments)
 
-        self._run(params, copy, write=False)
+        self._run(bits, copy, write=False)
         return moments
 
     def load(self, moments: Mapping[int, tuple[int, Moments]]) -> None:

@@ -201,7 +201,6 @@ class UnifiedPager:
         self._budget = budget_bytes
         self._pools: dict[torch.device, _Pool] = {}
         self._numels: list[int] = []
-        self._bits: list[int] = []
 
     def add(
         self,
@@ -228,7 +227,6 @@ class UnifiedPager:
             mine = [n if d == device else 0 for n, d in zip(numels, devices, strict=True)]
             pool.add(plan([0] * first + mine, [32] * first + list(bits), pool.chunk_bytes))
         self._numels += numels
-        self._bits += bits
 
     @property
     def held_bytes(self) -> int:
@@ -272,13 +270,13 @@ class UnifiedPager:
                 error,
             ) from error
 
-    def read(self, params: Collection[int]) -> dict[int, Moments]:
-        """Copies of the flat moments of ``params``, on the CPU."""
+    def read(self, bits: Mapping[int, int]) -> dict[int, Moments]:
+        """Copies on the CPU of flat moments, in the bits given."""
         found = {
-            index: Piece(index, 0, self._numels[index], self._bits[index], 0).empty_moments()
-            for index in params
+            index: Piece(index, 0, self._numels[index], width, 0).empty_moments()
+            for index, width in bits.items()
         }
-        self._run(params, lambda chunk, memory: copy_out(chunk.pieces, memory, found))
+        self._run(bits, lambda chunk, memory: copy_out(chunk.pieces, memory, found))
         for pool in self._pools.values():
             pool.synchronize()
         return found

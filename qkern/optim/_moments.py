@@ -67,6 +67,22 @@ class Moments(NamedTuple):
         ]
         return Moments(*decoded)
 
+    def to_reversible(self) -> Moments:
+        """In 32 bits, from which `to_bits` makes the same codes and scales again.
+
+        For blocks whose elements stay together. Decoded alone would not do: the signed map has 1
+        but not -1, so that where a block's largest value is negative, its code stands for less
+        than the block's scale.
+        """
+        if self.bits == 32:
+            return self
+        decoded = self.to_bits(32)
+        for values, absmax in zip(
+            (decoded.exp_avg, decoded.exp_avg_sq), self.absmaxes(), strict=True
+        ):
+            _restore_largest(values.view(-1), absmax)
+        return decoded
+
     def on(self, device: torch.device) -> Moments:
         """The same on ``device``; themselves where they are there."""
         if self.exp_avg.device == device:
@@ -79,9 +95,12 @@ class Moments(NamedTuple):
             to.copy_(value)
 
     def like(self, param: Tensor, copy: bool = False) -> Moments:
-        """On the parameter's device; where that is sharded (DTensor), as its shards."""
+        """On the parameter's device; in 32 bits and where that is sharded, as its shards.
+
+        Codes stay local tensors: another number of shards would cut their blocks anew.
+        """
         found = [t.to(param.device, copy=copy) for t in to_state(self).values()]
-        if not hasattr(param, "to_local"):
+        if self.bits == 8 or not is_sharded(param):
             return Moments(*found)
         from torch.distributed.tensor import DTensor
 
@@ -98,7 +117,10 @@ class Moments(NamedTuple):
 
 
 def of_zeros(param: Tensor, bits: int) -> Moments:
-    """Moments before the first step, in the parameter's shape and on its device."""
+    """Moments before the first step, in the parameter's shape and on its device.
+
+    In 32 bits sharded as the parameter is; in 8 bits of the shard that is here.
+    """
     if bits == 32:
         return Moments(
             *(
@@ -106,6 +128,7 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
                 for _ in range(2)
             )
         )
+    param = local(param)
     codes = (
         torch.full(param.shape, code, dtype=torch.uint8, device=param.device)
         for code in _ZERO_CODES
@@ -114,9 +137,27 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
     return Moments(*codes, *(torch.zeros(blocks, device=param.device) for _ in range(2)))
 
 
+def _restore_largest(values: Tensor, absmax: Tensor) -> None:
+    """Give the largest of each block the size of the scale, which it had before it was a code."""
+    whole = values.numel() // BLOCK
+    first_of_rest = whole * BLOCK
+    parts = [(values[:first_of_rest].view(-1, BLOCK), absmax[:whole])]
+    parts += [(values[first_of_rest:].view(1, -1), absmax[whole:])]
+    for blocks, scales in parts:
+        if blocks.numel():
+            place = blocks.abs().argmax(1, keepdim=True)
+            largest = torch.copysign(scales[:, None], blocks.gather(1, place))
+            blocks.scatter_(1, place, largest)
+
+
 def to_state(moments: Moments) -> dict[str, Tensor]:
     """As ``state_dict`` has them."""
     return {name: value for name, value in moments._asdict().items() if value is not None}
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a part is here."""
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -61,8 +61,11 @@ class Pager(Protocol):
         one, with the same text.
         """
 
-    def read(self, params: Collection[int]) -> dict[int, Moments]:
-        """Copies of the moments of ``params``, on the CPU."""
+    def read(self, bits: Mapping[int, int]) -> dict[int, Moments]:
+        """Copies on the CPU of the moments of some parameters, each in the bits given for it.
+
+        Moments of 8 bits may be asked for in 32 (see `Moments.to_reversible`), others as they are.
+        """
 
     def load(self, moments: Mapping[int, tuple[int, Moments]]) -> None:
         """Replace everything by the steps and moments given, of any shape.

@@ -40,7 +40,9 @@ class PagedAdamW(Optimizer):
         amsgrad: False; there is no AMSGrad here.
         bits: 32, or 8: moments as codes of the 8-bit dynamic map, a scale for each 256 (Dettmers
             et al., arXiv 2110.02861), the nearest code exactly. A parameter of fewer than
-            ``min_8bit_size`` elements has 32 all the same. May differ between groups.
+            ``min_8bit_size`` elements has 32 all the same. May differ between groups. Where a
+            parameter is sharded (a DTensor, as of FSDP2), each shard has blocks of its own, of 256
+            elements in the order of the local tensor.
         pager: Where the moments are. ``"none"``: in memory, on the parameter's device.
             ``"unified"``, for parameters on GPUs: in host memory, from where they come to the GPU
             and leave again chunk by chunk during a step; as CUDA's managed memory, or where CPU and
@@ -59,7 +61,7 @@ class PagedAdamW(Optimizer):
         max_grad_norm: Clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_``
             does, but within the step: the gradients themselves stay. ``grad_norm`` is the last one.
         maximize: Ascend instead. May differ between groups.
-        min_8bit_size: See ``bits``.
+        min_8bit_size: See ``bits``; of a sharded parameter all elements count.
         stochastic_rounding: Round bfloat16 parameters up or down at random, by how near each is,
             so that updates below half a step are not lost. The numbers follow from ``seed``.
         seed: From 0 to 2^32 - 1.
@@ -114,6 +116,8 @@ class PagedAdamW(Optimizer):
             "bits": bits,
         }
         super().__init__(params, defaults)
+        # A hook, so that those of others see the moments too.
+        self.register_state_dict_post_hook(_add_moments)
         params = self._params()
         if pager == "auto":
             on_gpus = all(_driver.current.takes(param.device) for param in params)
@@ -134,8 +138,6 @@ class PagedAdamW(Optimizer):
         for param, step in zip(params, pager_of_moments.steps, strict=False):
             if step:
                 self.state[param]["step"] = torch.tensor(float(step))
-        # A hook, so that those of others see the moments too.
-        self.register_state_dict_post_hook(_add_moments)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
@@ -297,8 +299,6 @@ class PagedAdamW(Optimizer):
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         if group["bits"] == 32 or param.numel() < max(self._min_8bit_size, 1):
             return 32
-        if local(param) is not param:
-            raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
         return 8
 
     def _layout(self, groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -321,6 +321,12 @@ class PagedAdamW(Optimizer):
         """As of ``torch.optim.Optimizer``; with a pager the moments are copies on the CPU.
 
         With a file they are mapped from an unnamed one beside it, so that a state of any size fits.
+
+        Moments of a sharded parameter are sharded likewise and float32, with 8 bits too, where they
+        are copies on the CPU: so ``torch.distributed.checkpoint`` saves them from one number of
+        processes and loads them into another, of either width. Where the shards are the same,
+        codes and scales come back bit for bit. Where they are cut elsewhere, blocks that stay whole
+        do, and the others are quantised once more, with the error of 8 bits.
         """
         return super().state_dict()
 
@@ -344,6 +350,11 @@ class PagedAdamW(Optimizer):
             )
         mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager")
         return super().__getstate__() | {name: getattr(self, name) for name in mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self._optimizer_state_dict_post_hooks:  # of a copy, which gets no hooks
+            self.register_state_dict_post_hook(_add_moments)
 
     @property
     def held_bytes(self) -> int:

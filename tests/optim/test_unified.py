@@ -389,7 +389,6 @@ def test_each_device_has_its_own_budget(use: Use, monkeypatch: pytest.MonkeyPatc
     pager = optimizer._pager
     pager.close()
     pager._numels.clear()
-    pager._bits.clear()
     pager.add(devices, [tuple(param.shape) for param in params], [32] * len(params))
     pools = list(pager._pools.values())
     found = trained(optimizer, params, 3)
