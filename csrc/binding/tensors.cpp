@@ -10,10 +10,9 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 
-#include "arguments.h"
 #include "plain_tensor.h"
+#include "python.h"
 
 namespace qkern::binding {
 namespace {
@@ -63,8 +62,7 @@ bool read_weight(PyObject* object, Size rows, Size cols, Weight4bit* weight) {
   const Size numel = rows * cols;
   Size block_size = 0;
   if (bytes != numel / 2 + numel % 2 || !read_size(item(kBlockSize), &block_size) ||
-      block_size < kMinBlockSize || block_size > kMaxBlockSize ||
-      (block_size & (block_size - 1)) != 0) {
+      !is_block_size(block_size)) {
     return false;
   }
   const Size blocks = (numel - 1) / block_size + 1;
@@ -167,9 +165,10 @@ py::object new_result(PyObject* x, const PlainTensor& tensor, Size features) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-PyObject* matmul(const char* op, Status (*fn)(const Linear4bitArgs&, int), bool input_gradient,
-                 const MatmulArguments& from) {
-  try {
+using Kernel = Status (*)(const Linear4bitArgs& args, int num_threads);
+
+PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, const MatmulArguments& from) {
+  return with_python_errors(op, [&]() -> PyObject* {
     Linear4bitArgs args;
     PlainTensor x, y;
     py::object copy;
@@ -183,14 +182,9 @@ PyObject* matmul(const char* op, Status (*fn)(const Linear4bitArgs&, int), bool 
       Py_RETURN_NONE;
     }
     args.y = y.data<void>();
-    launch(op, fn, args, static_cast<int>(num_threads));
+    run_without_gil(op, [&] { return kernel(args, static_cast<int>(num_threads)); });
     return result.release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  });
 }
 
 // (x, weight, out_features, bias, batch_invariant, num_threads[, in_features])
@@ -234,19 +228,10 @@ bool read_tensors_with(const py::object& capsule, const py::type& tensor,
   return true;
 }
 
-// Functions of Python's own C interface: converting so many arguments, pybind11 takes longer than
-// reading the tensors does.
-using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-
-PyCFunction as_method(FastFunction function) {
-  // By way of a type that compilers take for any function.
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef methods[] = {
-    {"linear_4bit_on_tensors", as_method(linear_4bit), METH_FASTCALL, nullptr},
-    {"linear_4bit_dx_on_tensors", as_method(linear_4bit_dx), METH_FASTCALL, nullptr},
-    {"adamw_step_on_tensors", as_method(adamw_step_on_tensors), METH_FASTCALL, nullptr},
+    method("linear_4bit_on_tensors", linear_4bit),
+    method("linear_4bit_dx_on_tensors", linear_4bit_dx),
+    method("adamw_step_on_tensors", adamw_step_on_tensors),
     {nullptr, nullptr, 0, nullptr},
 };
 
