@@ -228,18 +228,20 @@ def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Ten
         return None
     return native.linear_4bit_on_tensors(
         x,
-        qw.packed,
-        qw.absmax,
-        qw.nested_absmax,
-        qw.nested_offset,
-        qw.codebook,
-        qw.format,
-        qw.block_size,
+        (
+            qw.packed,
+            qw.absmax,
+            qw.nested_absmax,
+            qw.nested_offset,
+            qw.codebook,
+            qw.format,
+            qw.block_size,
+        ),
         shape[0],
-        _batch_invariant,
         bias,
-        shape[1],
+        _batch_invariant,
         num_threads(),
+        shape[1],
     )
 
 

@@ -245,7 +245,7 @@ def unobserved() -> bool:
 def linear_4bit_dx(*args: Any) -> Tensor:
     """The op ``linear_4bit_dx``, or its kernel alone where that makes no difference."""
     if unobserved():
-        dx = native.linear_4bit_dx_on_tensors(*args, None, None, num_threads())
+        dx = native.linear_4bit_dx_on_tensors(args[0], args[1:8], *args[8:], num_threads())
         if dx is not None:
             return dx
     return _linear_4bit_dx_op(*args)

@@ -59,16 +59,16 @@ def _refuse(*arguments: Any) -> None:
 linear_4bit_on_tensors: Callable[..., Tensor | None] = _refuse
 """``linear_4bit`` on plain CPU tensors, which the binding reads itself in a fraction of the time.
 
-Takes ``(x, packed, absmax, nested_absmax, nested_offset, codebook, format, block_size,
-out_features, batch_invariant, bias, in_features, num_threads)``, with ``in_features`` None for
-whatever ``x`` has. None, with nothing done, wherever an argument is not what it should be or not
-plain: a subclass, a layout that needs a copy, no elements. Newer versions of torch have the
-interface that this takes; with others the answer is always None.
+Takes ``(x, weight, out_features, bias, batch_invariant, num_threads, in_features=None)``; the
+weight is a tuple ``(packed, absmax, nested_absmax, nested_offset, codebook, format, block_size)``,
+and ``in_features`` None is whatever ``x`` has. A strided ``x`` is copied. None, with nothing done,
+wherever an argument is not what it should be or not plain: a subclass, no elements. Newer versions
+of torch have the interface that this takes; with others the answer is always None.
 """
 
 linear_4bit_dx_on_tensors: Callable[..., Tensor | None] = _refuse
-"""``linear_4bit_dx`` in the same way, with ``dy`` for ``x``, a bias of None, and the features
-exchanged."""
+"""``linear_4bit_dx`` in the same way: ``(dy, weight, in_features, batch_invariant, num_threads)``.
+"""
 
 adamw_step_on_tensors: Callable[..., bool | None] = _refuse
 """``adamw_step`` in the same way: all its arguments, then ``num_threads``. True once it is done."""
@@ -284,20 +284,9 @@ def linear_4bit(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit``."""
+    parts = (packed, absmax, nested_absmax, nested_offset, codebook, format, block_size)
     done = linear_4bit_on_tensors(
-        x,
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        codebook,
-        format,
-        block_size,
-        out_features,
-        batch_invariant,
-        bias,
-        None,
-        _args.num_threads(),
+        x, parts, out_features, bias, batch_invariant, _args.num_threads()
     )
     if done is not None:
         return done
@@ -355,21 +344,8 @@ def linear_4bit_dx(
     batch_invariant: bool = False,
 ) -> Tensor:
     """See ``qkern.reference.linear_4bit_dx``."""
-    done = linear_4bit_dx_on_tensors(
-        dy,
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        codebook,
-        format,
-        block_size,
-        in_features,
-        batch_invariant,
-        None,
-        None,
-        _args.num_threads(),
-    )
+    parts = (packed, absmax, nested_absmax, nested_offset, codebook, format, block_size)
+    done = linear_4bit_dx_on_tensors(dy, parts, in_features, batch_invariant, _args.num_threads())
     if done is not None:
         return done
     shape = dy.shape

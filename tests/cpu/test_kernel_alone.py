@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,9 +31,7 @@ pytestmark = pytest.mark.skipif(
     reason="no native kernels, or a torch without DLPack's C exchange interface",
 )
 
-BIAS = 10  # positions of arguments
-WIDTH = 11  # only the public functions give it
-NUM_THREADS = 12
+WIDTH = 6  # the position of in_features, which only the public functions give
 
 
 class Calls:
@@ -45,7 +43,7 @@ class Calls:
 
     def __call__(self, *arguments: Any) -> Tensor | None:
         answer = self.kernel(*arguments)
-        if arguments[WIDTH] is not None:
+        if len(arguments) > WIDTH:
             self.answers.append(answer)
         return answer
 
@@ -78,7 +76,13 @@ def weight(rows: int = 6, cols: int = 64, **options: Any) -> QuantizedTensor:
 
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
-ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
+ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64), X[None].repeat(2, 1, 2)[:1, :, :64]
+STRIDED = (
+    X.T.contiguous().T,
+    X[:, None].expand(3, 2, 64),
+    X[0, 0].expand(64),
+    X.repeat(2, 2)[::2, ::2],
+)
 
 
 # Where the op is skipped, and that it gives the same
@@ -86,8 +90,14 @@ ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
 
 @pytest.mark.parametrize(
     "x",
-    [X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS],
-    ids=["2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded"],
+    [
+        *(X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS),
+        *STRIDED,
+    ],
+    ids=[
+        *("2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded", "3d_gaps"),
+        *("transposed", "3d_expanded", "1d_expanded", "skipping"),
+    ],
 )
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_plain_tensors_skip_the_op(
@@ -332,8 +342,7 @@ UNUSUAL: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {
     "functional": (lambda: functional(X), torch._from_functional_tensor),
     "negated": (lambda: torch._neg_view(-X), lambda y: y),
     "negated_column": (lambda: torch.complex(X, -X).conj().imag, lambda y: y),
-    "transposed": (lambda: X.T.contiguous().T, lambda y: y),
-    "gaps": (lambda: X[None].repeat(2, 1, 2)[:1, :, :64], lambda y: y[0]),
+    "negated_transposed": (lambda: torch._neg_view(-X.T.contiguous()).T, lambda y: y),
 }
 
 
@@ -573,60 +582,121 @@ def test_tangents_take_the_op(calls: Calls) -> None:
 def arguments(name: str, **options: Any) -> list[Any]:
     """Of ``linear_4bit_on_tensors`` or ``linear_4bit_dx_on_tensors``."""
     qw = weight(**options)
-    dx = name == "linear_4bit_dx_on_tensors"
-    x, features, width = (torch.ones(3, 6), 64, 6) if dx else (X, 6, 64)
-    bias = None if dx else torch.ones(6)
-    return [x, *parts(qw), qw.format, 64, features, False, bias, width, 1]
+    if name == "linear_4bit_dx_on_tensors":
+        return [torch.ones(3, 6), layout(qw), 64, False, 1]
+    return [X, layout(qw), 6, torch.ones(6), False, 1, 64]
+
+
+def layout(qw: QuantizedTensor) -> tuple[Any, ...]:
+    return (*parts(qw), qw.format, qw.block_size)
 
 
 KERNELS = ["linear_4bit_on_tensors", "linear_4bit_dx_on_tensors"]
 WEIGHTS = [{}, {"double_quant": False}, {"format": "custom", "codebook": torch.linspace(-1, 1, 16)}]
+each_weight = pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
 
 
-@pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
+@each_weight
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> None:
     kernel, right = getattr(native, name), arguments(name, **options)
+    dx = name == "linear_4bit_dx_on_tensors"
+    bias, num_threads, width = (None, 4, None) if dx else (3, 5, WIDTH)
     assert kernel(*right) is not None
-    for position, value in enumerate(right):
+    # The arguments, then the items of the weight.
+    flat = [*right, *right[1]]
+    for position, value in enumerate(flat):
         wrong: list[Any] = ["nf5", 1.0, -1, 0, 1 << 40, 1 << 70, object(), [value]]
-        if position != NUM_THREADS:
+        if position != num_threads:
             wrong += [7, 65]
-        if value is not None and position not in (BIAS, WIDTH):
+        if value is not None and position not in (bias, width):
             wrong.append(None)
+        if isinstance(value, tuple):
+            wrong += [list(value), value[:-1], (*value, None)]
         if isinstance(value, Tensor):
-            flat = value.reshape(-1)
+            line = value.reshape(-1)
             wrong += [value.double() if value.is_floating_point() else value.int()]
             wrong += [value.to("meta"), value.to_sparse(), value.as_subclass(Tagged)]
-            wrong += [flat[:0], torch.cat([flat, flat]), flat[:-1], value.to(torch.int64)]
-            if flat.numel() > 1:
-                wrong.append(flat.repeat_interleave(2)[::2])
-            if position == BIAS:
+            wrong += [line[:0], torch.cat([line, line]), line[:-1], value.to(torch.int64)]
+            if line.numel() > 1:
+                wrong.append(line.repeat_interleave(2)[::2])
+            if position == bias:
                 wrong += [value[None], value[:, None]]
-        elif position == BIAS:  # of linear_4bit_dx
-            wrong.append(torch.ones(64))
+            if position == 0:
+                wrong.append(value.int())
         for bad in wrong:
-            given = [*right[:position], bad, *right[position + 1 :]]
-            assert kernel(*given) is None, (position, bad)
-    assert kernel(*right[:WIDTH], None, 1) is not None
-    with pytest.raises(TypeError, match="takes 13 arguments"):
-        kernel(*right[:-1])
+            given = [*flat[:position], bad, *flat[position + 1 :]]
+            changed = given[: len(right)]
+            if position >= len(right):
+                changed[1] = tuple(given[len(right) :])
+            assert kernel(*changed) is None, (position, bad)
+    if not dx:
+        assert kernel(*right[:WIDTH], None) is not None
+        assert kernel(*right[:WIDTH]) is not None
+    for count in {4, 6} if dx else {5, 8}:
+        with pytest.raises(TypeError, match=r"takes (5|6 or 7) arguments"):
+            kernel(*[*right, None][:count])
+
+
+class Parts(NamedTuple):
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    codebook: Tensor | None
+    format: str
+    block_size: int
+
+
+@each_weight
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_weight_is_any_tuple_and_its_floats_may_be_integers(
+    name: str, options: dict[str, Any]
+) -> None:
+    kernel, right = getattr(native, name), arguments(name, **options)
+    expected = kernel(*right)
+    as_integers = [
+        part.view(torch.int32) if isinstance(part, Tensor) and part.is_floating_point() else part
+        for part in right[1]
+    ]
+    other_shapes = [part.view(-1, 1) if isinstance(part, Tensor) else part for part in as_integers]
+    for weight in (Parts(*right[1]), Parts(*as_integers), tuple(other_shapes)):
+        testing.assert_bitwise(kernel(right[0], weight, *right[2:]), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_strided_input_is_copied(name: str) -> None:
+    kernel, (x, *right) = getattr(native, name), arguments(name)
+    x = torch.randn_like(x).requires_grad_()
+    expected = kernel(x, *right)
+    wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0]
+    assert wide.stride(1) == 2
+    for strided in (wide, x.t().contiguous().t(), wide[:, None]):
+        y = kernel(strided, *right)
+        assert y.shape == (*strided.shape[:-1], expected.shape[-1])
+        assert not y.requires_grad
+        testing.assert_bitwise(y.view_as(expected), expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_reference_is_kept(name: str) -> None:
     kernel = getattr(native, name)
     right = arguments(name)
-    refused = [right[0].double(), *right[1:]]
+    others = [[x, *right[1:]] for x in (right[0].double(), right[0].repeat(2, 2)[::2, ::2])]
 
     def counts() -> list[int]:
-        return [sys.getrefcount(value) for value in (*right, refused[0])]
+        values = (*right, *right[1], *(other[0] for other in others))
+        # Not of numbers: the counts themselves are such.
+        return [sys.getrefcount(value) for value in values if isinstance(value, Tensor | tuple)]
 
-    kernel(*right)
+    def run() -> None:
+        for given in (right, *others):
+            kernel(*given)
+
+    run()
     before = counts()
     for _ in range(100):
-        kernel(*right)
-        kernel(*refused)
+        run()
     assert counts() == before
     assert sys.getrefcount(kernel(*right)) == 1 + (sys.version_info < (3, 14))
 

@@ -22,6 +22,7 @@ from . import build
 NAME = "neon_emulated"
 ISAS = ("scalar", "neon")
 _ITEM_SIZE = (4, 2, 2)  # of the kernels' dtype numbers
+_NO_SEED = -(1 << 63)  # kNone of csrc/binding/arguments.h
 
 
 class ServerError(RuntimeError):
@@ -235,7 +236,7 @@ class Library:
             arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
             arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
             arguments += [_in(factors, 4 * reference.ADAMW_FACTORS), dtype, n, *place]
-        self._call("adamw_step", *arguments, int(seed is not None), seed or 0, threads)
+        self._call("adamw_step", *arguments, _NO_SEED if seed is None else seed, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
