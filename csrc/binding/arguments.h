@@ -1,9 +1,9 @@
 // How integers become the arguments of an op, whoever passes them: Python, for the CPU and for
 // CUDA, or another process (the emulator of AArch64). Knows nothing of Python.
 //
-// Pointers arrive as addresses (0 = absent) that qkern/backends/_args.py took from checked tensors;
-// sizes and strides are in elements. A list is its length and then its items, a tuple its items,
-// None is kNone. (tensors.cpp reads tensors themselves.)
+// Pointers arrive as addresses (0 or None is absent) that qkern/backends/_args.py took from checked
+// tensors; sizes and strides are in elements. A list is its length and then its items, a tuple its
+// items, None is kNone. (tensors.cpp reads tensors themselves.)
 #pragma once
 
 #include <climits>
@@ -48,7 +48,8 @@ class Arguments {
 
   template <typename T>
   T* pointer() {
-    return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value()));
+    const Size address = value();
+    return address == kNone ? nullptr : reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
   }
 
   Size size() {
@@ -84,8 +85,8 @@ class Arguments {
   }
 
   Codebook codebook() {
-    const int format = one_of(kFormatCustom, "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
     const auto* values = pointer<const float>();
+    const int format = one_of(kFormatCustom, "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
     require(format != kFormatCustom || values != nullptr, "codebook: absent for format custom");
     return {format, values};
   }
@@ -126,10 +127,10 @@ inline Quantize4bitArgs read_quantize_4bit(Arguments& from) {
 inline Dequantize4bitArgs read_dequantize_4bit(Arguments& from) {
   Dequantize4bitArgs args;
   args.weight = from.weight();
-  args.weight.rows = 1;
-  args.weight.cols = from.size();
   args.out = from.pointer<void>();
   args.out_dtype = from.dtype();
+  args.weight.rows = 1;
+  args.weight.cols = from.size();
   return args;
 }
 
@@ -151,15 +152,16 @@ inline Dequantize8bitArgs read_dequantize_8bit(Arguments& from) {
   args.absmax = from.pointer<const float>();
   args.map = from.pointer<const float>();
   args.block_size = from.block_size();
-  args.numel = from.size();
   args.out = from.pointer<void>();
   args.out_dtype = from.dtype();
+  args.numel = from.size();
   return args;
 }
 
 inline QuantizeAbsmaxArgs read_quantize_absmax(Arguments& from) {
   QuantizeAbsmaxArgs args;
   args.absmax = from.pointer<const float>();
+  require(from.dtype() == DType::kFloat32, "dtype: takes 0 (float32)");
   args.numel = from.size();
   args.codes = from.pointer<std::uint8_t>();
   args.nested_absmax = from.pointer<float>();

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkern
 from qkern import QuantizedTensor, backends, reference, testing
-from qkern.backends import native
+from qkern.backends import cpu
 from qkern.testing import OPS
+from qkern.weight import Weight
 
 pytestmark = pytest.mark.skipif(
-    native.linear_4bit_on_tensors is native._refuse,
+    not cpu.fast,
     reason="no native kernels, or a torch without DLPack's C exchange interface",
 )
 
@@ -35,7 +36,7 @@ WIDTH = 6  # the position of in_features, which only the public functions give
 
 
 class Calls:
-    """What `native.linear_4bit_on_tensors` answered to the public functions."""
+    """What the backend's function on tensors answered to the public functions."""
 
     def __init__(self, kernel: Callable[..., Tensor | None]) -> None:
         self.kernel = kernel
@@ -55,8 +56,8 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     qkern.linear_4bit(torch.zeros(1, 64), weight())  # so that the backend is chosen
-    wrapped = Calls(native.linear_4bit_on_tensors)
-    monkeypatch.setattr(native, "linear_4bit_on_tensors", wrapped)
+    wrapped = Calls(cpu.fast["linear_4bit"])
+    monkeypatch.setitem(cpu.fast, "linear_4bit", wrapped)
     return wrapped
 
 
@@ -65,8 +66,7 @@ def without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     """Called, it makes every call go the long way."""
 
     def switch() -> None:
-        monkeypatch.setattr(native, "linear_4bit_on_tensors", native._refuse)
-        monkeypatch.setattr(native, "linear_4bit_dx_on_tensors", native._refuse)
+        monkeypatch.setattr(cpu, "fast", {})
 
     return switch
 
@@ -106,16 +106,12 @@ def test_plain_tensors_skip_the_op(
     qw, bias = weight(), torch.randn(6)
     with context():
         y = qkern.nf4_linear(x, qw, bias)
-        expected = torch.ops.qkern.linear_4bit(x, *parts(qw), bias, "nf4", 64, 6)
+        expected = torch.ops.qkern.linear_4bit(x, *qw.weight, 6, bias)
     assert calls.skipped_the_op
     testing.assert_bitwise(y, expected)
     assert y.shape == expected.shape
     assert y.is_inference() == expected.is_inference()
     assert not y._is_view()
-
-
-def parts(qw: QuantizedTensor) -> tuple[Tensor | None, ...]:
-    return qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook
 
 
 @pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
@@ -239,8 +235,8 @@ def on_the_reference(run: Run, qw: QuantizedTensor) -> Tensor:
         return run(X, qw)
 
 
-def on_a_module_of_ones_own(run: Run, qw: QuantizedTensor) -> Tensor:
-    with backends.use(reference):
+def on_a_backend_of_ones_own(run: Run, qw: QuantizedTensor) -> Tensor:
+    with backends.use(backends.Backend("mine")):
         return run(X, qw)
 
 
@@ -255,7 +251,7 @@ OBSERVERS = {
     "compile": compiled,
     "vmap": in_vmap,
     "reference": on_the_reference,
-    "own_module": on_a_module_of_ones_own,
+    "own_module": on_a_backend_of_ones_own,
 }
 
 
@@ -298,11 +294,11 @@ def test_autocast_decides_the_dtype(calls: Calls) -> None:
 
 def test_the_environments_backend_is_obeyed(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     qw = weight()
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "selected", {})
     monkeypatch.setenv("QKERN_BACKEND", "reference")
     qkern.nf4_linear(X, qw)
     qkern.nf4_linear(X, qw)
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "selected", {})
     monkeypatch.setenv("QKERN_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="does not take cpu tensors"):
         qkern.nf4_linear(X, qw)
@@ -393,7 +389,7 @@ def assert_layer_is_current(layer: qkern.nn.Linear4bit, calls: Calls) -> None:
         y = layer(X)
     assert calls.skipped_the_op
     qw = layer.weight
-    dense = reference.dequantize_4bit(*parts(qw), qw.format, qw.block_size, qw.shape, torch.float32)
+    dense = reference.dequantize_4bit(qw.weight, qw.shape, torch.float32)
     torch.testing.assert_close(y, nn.functional.linear(X, dense, layer.bias), rtol=1e-4, atol=1e-4)
 
 
@@ -588,7 +584,7 @@ def arguments(name: str, **options: Any) -> list[Any]:
 
 
 def layout(qw: QuantizedTensor) -> tuple[Any, ...]:
-    return (*parts(qw), qw.format, qw.block_size)
+    return tuple(qw.weight)
 
 
 KERNELS = ["linear_4bit_on_tensors", "linear_4bit_dx_on_tensors"]
@@ -599,7 +595,7 @@ each_weight = pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "
 @each_weight
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> None:
-    kernel, right = getattr(native, name), arguments(name, **options)
+    kernel, right = getattr(cpu.library(), name), arguments(name, **options)
     dx = name == "linear_4bit_dx_on_tensors"
     bias, num_threads, width = (None, 4, None) if dx else (3, 5, WIDTH)
     assert kernel(*right) is not None
@@ -638,35 +634,25 @@ def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> N
             kernel(*[*right, None][:count])
 
 
-class Parts(NamedTuple):
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    codebook: Tensor | None
-    format: str
-    block_size: int
-
-
 @each_weight
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_weight_is_any_tuple_and_its_floats_may_be_integers(
     name: str, options: dict[str, Any]
 ) -> None:
-    kernel, right = getattr(native, name), arguments(name, **options)
+    kernel, right = getattr(cpu.library(), name), arguments(name, **options)
     expected = kernel(*right)
     as_integers = [
         part.view(torch.int32) if isinstance(part, Tensor) and part.is_floating_point() else part
         for part in right[1]
     ]
     other_shapes = [part.view(-1, 1) if isinstance(part, Tensor) else part for part in as_integers]
-    for weight in (Parts(*right[1]), Parts(*as_integers), tuple(other_shapes)):
+    for weight in (Weight(*right[1]), Weight(*as_integers), tuple(other_shapes)):
         testing.assert_bitwise(kernel(right[0], weight, *right[2:]), expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_strided_input_is_copied(name: str) -> None:
-    kernel, (x, *right) = getattr(native, name), arguments(name)
+    kernel, (x, *right) = getattr(cpu.library(), name), arguments(name)
     x = torch.randn_like(x).requires_grad_()
     expected = kernel(x, *right)
     wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0]
@@ -680,7 +666,7 @@ def test_a_strided_input_is_copied(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_reference_is_kept(name: str) -> None:
-    kernel = getattr(native, name)
+    kernel = getattr(cpu.library(), name)
     right = arguments(name)
     others = [[x, *right[1:]] for x in (right[0].double(), right[0].repeat(2, 2)[::2, ::2])]
 
@@ -724,7 +710,7 @@ def capsule(header: Header) -> Any:
 
 
 def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
-    read_with = native.library().read_tensors_with
+    read_with = cpu.library().read_tensors_with
     elsewhere = (ctypes.c_void_p * 5)(*[1] * 5)
     nowhere = Header(1, 3)
     for header in (Header(2, 0, None, elsewhere), nowhere):
@@ -733,7 +719,7 @@ def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
     assert not read_with(capsule(later), Tensor, nn.Parameter)
     with pytest.raises(ValueError, match="PyCapsule"):
         read_with(object(), Tensor, nn.Parameter)
-    assert native.linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
+    assert cpu.library().linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
 
 
 def test_without_the_interface_all_goes_the_long_way() -> None:
@@ -741,8 +727,8 @@ def test_without_the_interface_all_goes_the_long_way() -> None:
 import torch
 del torch.Tensor.__dlpack_c_exchange_api__
 import qkern
-from qkern.backends import native
-assert native.linear_4bit_on_tensors is native._refuse
+from qkern.backends import cpu
+assert not cpu.fast
 x = torch.randn(3, 64, requires_grad=True)
 qw = qkern.quantize_4bit(torch.randn(6, 64))
 for _ in range(2):
@@ -760,6 +746,6 @@ import qkern, qkern.ops
 x, qw = torch.randn(3, 64), qkern.quantize_4bit(torch.randn(6, 64))
 for _ in range(2):
     assert qkern.nf4_linear(x, qw).shape == (3, 6)
-    assert not qkern.ops.unobserved()
+    assert qkern.ops.fast("linear_4bit") is None
 """
     subprocess.run([sys.executable, "-c", code], check=True)

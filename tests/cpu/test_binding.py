@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from qkern.backends import native
+from qkern.backends import cpu
 from qkern.testing import OPS
 
-if native.missing_reason:
-    pytest.skip(native.missing_reason, allow_module_level=True)
-_C = native.library()
+if reason := cpu.missing_reason():
+    pytest.skip(reason, allow_module_level=True)
+_C = cpu.library()
 
 
 def quantize_arguments() -> tuple[list[torch.Tensor], list[Any]]:
@@ -34,8 +34,8 @@ def test_every_op_has_a_function() -> None:
         (1, 3, ValueError, r"dtype: takes 0 \(float32\)"),
         (1, -1, ValueError, "dtype: takes"),
         (2, -1, ValueError, "sizes: take 0 and above"),
-        (3, 3, ValueError, r"format_id: takes 0 \(nf4\), 1 \(fp4\) or 2 \(custom\)"),
-        (3, 2, ValueError, "codebook: absent for format custom"),
+        (4, 3, ValueError, r"format_id: takes 0 \(nf4\), 1 \(fp4\) or 2 \(custom\)"),
+        (4, 2, ValueError, "codebook: absent for format custom"),
         (5, 48, ValueError, "block_size: takes a power of two from 32 to 4096"),
         (5, 8192, ValueError, "block_size: takes"),
         (8, 0, ValueError, "num_threads: takes 1 and above"),
