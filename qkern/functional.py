@@ -20,10 +20,8 @@ from qkern.autograd import (
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
-from qkern.backends import native
-from qkern.backends._args import num_threads
-from qkern.ops import assume, forward_derivatives, unobserved
-from qkern.ops import linear_4bit as _linear_4bit
+from qkern.backends import has_cpu_matmul, num_threads
+from qkern.ops import assume, fast, forward_derivatives
 from qkern.tensor import QuantizedTensor
 
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
@@ -207,40 +205,29 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     y = _by_kernel_alone(x, qw, bias)
     if y is None:
         x, bias = _checked_input(x, qw, bias)
-        args = (x, *_weight_arguments(qw, bias))
-        return recorded_linear_4bit(*args) if _is_recorded(x, bias) else _linear_4bit(*args)
+        if _is_recorded(x, bias):
+            return recorded_linear_4bit(x, bias, qw.shape[0], _batch_invariant, *qw.weight)
+        return _linear_4bit(x, *qw.weight, qw.shape[0], bias, _batch_invariant)
     if _is_recorded(x, bias):
-        weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook)
-        static = (qw.format, qw.block_size, qw.shape[1], _batch_invariant)
-        return record_known_linear_4bit(x, bias, weight, static, (y,))
+        return record_known_linear_4bit(x, bias, qw.weight, _batch_invariant, (y,))
     return y
 
 
-def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
-    """The product without its op and without a graph.
+_linear_4bit = torch.ops.qkern.linear_4bit.default
 
-    None where somebody would miss the op, or where any argument is wrong or out of the ordinary.
+
+def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+    """The product by the kernel alone, without a graph.
+
+    None if a tracer must see the op or an argument is unusual.
     """
-    if not unobserved() or _any_autocast() or not isinstance(qw, QuantizedTensor):
+    kernel = fast("linear_4bit")
+    if kernel is None or _any_autocast() or not isinstance(qw, QuantizedTensor):
         return None
     shape = qw.shape
     if len(shape) != 2:
         return None
-    return native.linear_4bit_on_tensors(
-        x,
-        qw.packed,
-        qw.absmax,
-        qw.nested_absmax,
-        qw.nested_offset,
-        qw.codebook,
-        qw.format,
-        qw.block_size,
-        shape[0],
-        _batch_invariant,
-        bias,
-        shape[1],
-        num_threads(),
-    )
+    return kernel(x, qw.weight, shape[0], bias, _batch_invariant, num_threads(), shape[1])
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
@@ -269,22 +256,6 @@ def _checked_input(
     if bias is not None:
         _check_bias(bias, x, shape[0])
     return x, bias
-
-
-def _weight_arguments(qw: QuantizedTensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """What follows ``x`` in the op ``linear_4bit``."""
-    return (
-        qw.packed,
-        qw.absmax,
-        qw.nested_absmax,
-        qw.nested_offset,
-        qw.codebook,
-        bias,
-        qw.format,
-        qw.block_size,
-        qw.shape[0],
-        _batch_invariant,
-    )
 
 
 def _autocast_enabled(x: Tensor) -> bool:
@@ -384,17 +355,18 @@ def lora_linear(
     lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
     if forward_derivatives():
         # Separately: the function of both has no tangents.
-        y = recorded_linear_4bit(matrix, *_weight_arguments(qw, bias))
+        y = recorded_linear_4bit(matrix, bias, out_features, _batch_invariant, *qw.weight)
         kept = matrix if adapter_input is None else adapter_input
         hidden = linear(as_dtype(kept, adapter_dtype), lora_a)
         y = y + as_dtype(linear(hidden, lora_b) * scaling, y.dtype)
     elif torch.is_grad_enabled():
         known = None if y is None else (y,)
-        weight = _weight_arguments(qw, bias)
-        y = LoRALinear4bit.apply(matrix, adapter_input, lora_a, lora_b, scaling, known, *weight)
+        adapter = (adapter_input, lora_a, lora_b, scaling)
+        weight = (bias, out_features, _batch_invariant, *qw.weight)
+        y = LoRALinear4bit.apply(matrix, *adapter, known, *weight)
     else:
         if y is None:
-            y = _linear_4bit(matrix, *_weight_arguments(qw, bias))
+            y = _linear_4bit(matrix, *qw.weight, out_features, bias, _batch_invariant)
         add_adapter(y, matrix if adapter_input is None else adapter_input, lora_a, lora_b, scaling)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], out_features)
 
@@ -402,7 +374,7 @@ def lora_linear(
 @torch.compiler.assume_constant_result
 def _cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or float32 where a CPU's matmuls in ``dtype`` are emulated."""
-    return dtype if native.has_matmul(dtype) else torch.float32
+    return dtype if has_cpu_matmul(dtype) else torch.float32
 
 
 def _check_adapter(name: str, value: Any, x: Tensor, rows: int | None, columns: int) -> None:
