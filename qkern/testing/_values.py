@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,10 +177,12 @@ def place(inputs: Inputs, case: Case, device: torch.device, main: str) -> Inputs
     placed = {}
     for name, value in inputs.items():
         layout = case.layout if name == main else other
-        placed[name] = map_tensors(
-            value, lambda t, layout=layout: with_layout(t.to(device), layout)
-        )
+        placed[name] = map_tensors(value, partial(_moved, device=device, layout=layout))
     return placed
+
+
+def _moved(tensor: Tensor, device: torch.device, layout: str) -> Tensor:
+    return with_layout(tensor.to(device), layout)
 
 
 def random_weight(case: Case, n: int, generator: torch.Generator) -> Weight:
