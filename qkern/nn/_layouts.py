@@ -34,11 +34,6 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
 
 
-def as_floats(tensor: Tensor) -> Tensor:
-    """The inverse of `as_bits`."""
-    return tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
-
-
 def to_parameters(qw: QuantizedTensor) -> dict[str, Tensor | None]:
     """The tensors of ``qw`` as a module holds them, in the same memory, by parameter name."""
     return {

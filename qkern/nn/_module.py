@@ -15,6 +15,7 @@ from qkern.functional import quantize_4bit
 from qkern.nn import _layouts
 from qkern.nn._layouts import PARAMETERS
 from qkern.tensor import QuantizedTensor
+from qkern.weight import Weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,30 +87,36 @@ class QuantizedModule(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The frozen weight: views of the parameters as what they hold, made at every call.
 
-        Nothing is kept between calls, for ``param.data = other`` would make it stale, and it would
-        keep memory alive that was offloaded.
-
         Raises RuntimeError while the parameters are sharded (FSDP2), TypeError or ValueError where
         they do not fit one another.
         """
-        weight, absmax, nested_absmax, nested_offset, codebook = (
-            parameter(self, name) for name in PARAMETERS
-        )
-        if is_sharded(weight):
+        weight = self.as_operand()
+        if is_sharded(weight.packed):
             raise RuntimeError("weight: is sharded; takes a module after its unshard()")
-        if nested_offset is not None:
-            nested_offset = _layouts.as_floats(nested_offset).view(())
-        return QuantizedTensor(
-            packed=self._without_padding(weight.view(-1)),
-            absmax=_layouts.as_floats(absmax),
-            nested_absmax=None if nested_absmax is None else _layouts.as_floats(nested_absmax),
-            nested_offset=nested_offset,
-            codebook=None if codebook is None else _layouts.as_floats(codebook),
-            format=self._format,
-            block_size=self._block_size,
-            shape=self._weight_shape,
-            dtype=self._weight_dtype,
-        )
+        weight = weight.canonical()
+        weight = weight._replace(packed=self._without_padding(weight.packed))
+        return QuantizedTensor(*weight, self._weight_shape, self._weight_dtype)
+
+    def as_operand(self) -> Weight:
+        """The weight as the ops take it: the parameters themselves.
+
+        Nothing is kept between calls, for ``param.data = other`` would make it stale, and it would
+        keep memory alive that was offloaded.
+        """
+        held: dict[str, Any] = self._parameters
+        try:
+            return Weight(
+                held["weight"],
+                held["absmax"],
+                held["nested_absmax"],
+                held["nested_offset"],
+                held["codebook"],
+                self._format,
+                self._block_size,
+            )
+        except KeyError:
+            tensors = (parameter(self, name) for name in PARAMETERS)
+            return Weight._make((*tensors, self._format, self._block_size))
 
     def _without_padding(self, packed: Tensor) -> Tensor:
         return packed

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from qkern import _errors, formats
 from qkern.functional import quantize_4bit
-from qkern.nn._layouts import as_floats
 from qkern.nn._module import QuantizedModule
 from qkern.tensor import QuantizedTensor
+from qkern.weight import Weight
 
 
 class Embedding4bit(QuantizedModule):
@@ -78,6 +78,7 @@ class Embedding4bit(QuantizedModule):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"ids: got {ids.dtype}; takes integers")
         rows = self._checked(ids.reshape(-1).long())
+        table = self.as_operand().canonical()
         dim, block_size = self.embedding_dim, self._block_size
         # A row begins at a multiple of gcd(dim, block_size) within its first block.
         covered = formats.num_blocks(dim + block_size - math.gcd(dim, block_size), block_size)
@@ -85,13 +86,13 @@ class Embedding4bit(QuantizedModule):
         first = start // block_size
         blocks = first[:, None] + torch.arange(covered, device=rows.device)
         # The last row may need fewer blocks; what stands in for them is cut off below.
-        blocks = blocks.clamp_(max=self.absmax.shape[0] - 1).view(-1)
+        blocks = blocks.clamp_(max=table.absmax.numel() - 1).view(-1)
         values = QuantizedTensor(
-            packed=self.weight.view(-1, block_size // 2).index_select(0, blocks).view(-1),
-            absmax=self._scales(blocks),
+            packed=table.packed.view(-1, block_size // 2).index_select(0, blocks).view(-1),
+            absmax=_scales(table, blocks),
             nested_absmax=None,
             nested_offset=None,
-            codebook=None if self.codebook is None else as_floats(self.codebook),
+            codebook=table.codebook,
             format=self._format,
             block_size=block_size,
             shape=(rows.numel(), covered * block_size),
@@ -113,16 +114,17 @@ class Embedding4bit(QuantizedModule):
                 f"ids: got values from {low} to {high}; takes 0 to {self.num_embeddings - 1}"
             ) from error
 
-    def _scales(self, blocks: Tensor) -> Tensor:
-        """Float32 scales of ``blocks``: two roundings, as in dequantising the whole table."""
-        absmax = as_floats(self.absmax.index_select(0, blocks))
-        if self.nested_absmax is None or self.nested_offset is None:
-            return absmax
-        table = formats.map_tensor("signed", absmax.device)
-        nested = self.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
-        return table[absmax.long()] * as_floats(nested) + as_floats(self.nested_offset)
-
     def extra_repr(self) -> str:
         """The sizes and the format."""
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._format_repr()}"
+
+
+def _scales(table: Weight, blocks: Tensor) -> Tensor:
+    """Float32 scales of ``blocks``: two roundings, as in dequantising the whole table."""
+    absmax = table.absmax.index_select(0, blocks)
+    if table.nested_absmax is None or table.nested_offset is None:
+        return absmax
+    values = formats.map_tensor("signed", absmax.device)
+    nested = table.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
+    return values[absmax.long()] * nested + table.nested_offset

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.functional import linear_4bit, quantize_4bit
+from qkern.functional import linear_by_weight, quantize_4bit
 from qkern.nn._module import TENSORS, QuantizedModule, parameter, zeros_quantized
 from qkern.tensor import QuantizedTensor
 
@@ -136,7 +136,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in x's dtype."""
-        return linear_4bit(x, self.quantized, self.bias_for(x))
+        return linear_by_weight(x, self.as_operand(), self._weight_shape, self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype."""

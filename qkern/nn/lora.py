@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern.autograd import as_matrix
-from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_linear, quantize_4bit
+from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_by_weight, quantize_4bit
 from qkern.nn._module import parameter, require_grad
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
@@ -225,8 +225,9 @@ class LoRALinear(nn.Module):
             if _is_intercepted(base):
                 return self._plus_adapter(base(x), x, dropout)
             lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
-            bias = base.bias_for(x)
-            return lora_linear(x, base.quantized, lora_a, lora_b, self.scaling, bias, dropout)
+            weight, shape, bias = base.as_operand(), base._weight_shape, base.bias_for(x)
+            adapter = (lora_a, lora_b, self.scaling)
+            return lora_by_weight(x, weight, shape, *adapter, bias, dropout)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling

@@ -106,14 +106,14 @@ def test_nothing_keeps_what_was_loaded_for_a_call(
     model = quantised()
     on_disk(model, tmp_path)
     seen = []
-    original = qnn.linear.linear_4bit
+    original = qnn.linear.linear_by_weight
 
-    def spy(x, qw, bias):
-        seen.append(weakref.ref(qw.packed.untyped_storage()))
+    def spy(x, weight, *rest):
+        seen.append(weakref.ref(weight.packed.untyped_storage()))
         assert seen[-1]().nbytes() == 64 * 96 // 2
-        return original(x, qw, bias)
+        return original(x, weight, *rest)
 
-    monkeypatch.setattr(qnn.linear, "linear_4bit", spy)
+    monkeypatch.setattr(qnn.linear, "linear_by_weight", spy)
     with torch.no_grad():
         model(IDS)
     assert len(seen) == 2
