@@ -30,6 +30,7 @@ from bench import (
 
 import qkern
 from lab import ROOT
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -647,20 +648,10 @@ def test_limited_instruction_set_takes_a_fresh_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_workload(tmp_path_factory) -> models.Workload:
-    transformers = pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("model")
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(path)
+        model = tiny_llama(intermediate_size=128, tie_word_embeddings=True)
+    model.save_pretrained(path)
     return models.Workload(str(path), batch=2, sequence=12, new_tokens=3)
 
 

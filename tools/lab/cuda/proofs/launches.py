@@ -33,10 +33,10 @@ class Proof:
 
     kernel: str
     source: str
-    grid: tuple[int, int, int]
-    threads: int
     parameters: tuple[type, ...]
     arguments: Arguments
+    grid: tuple[int, int, int] = (1, 1, 1)
+    threads: int = 256
     shared: str | None = None
     """C++ type whose size is the dynamic shared memory."""
     select: bool = False
@@ -112,8 +112,6 @@ def _dequantize_4bit() -> Iterator[Proof]:
         yield Proof(
             f"dequantize_4bit_kernel<{t}>",
             "dequantize_4bit.cu",
-            (1, 1, 1),
-            256,
             parameters,
             {
                 "0": "packed",
@@ -139,8 +137,6 @@ def _quantizers() -> Iterator[Proof]:
         yield Proof(
             f"quantize_4bit_kernel<{t}, {str(fp4).lower()}>",
             "quantize_4bit.cu",
-            (1, 1, 1),
-            256,
             parameters,
             {
                 "0": "x",
@@ -156,32 +152,25 @@ def _quantizers() -> Iterator[Proof]:
         yield Proof(
             f"quantize_8bit_kernel<{t}>",
             "quantize_8bit.cu",
-            (1, 1, 1),
-            256,
             parameters,
             {"0": "x", **_block_plan(8), "2": "map", "3": "codes", "4": "absmax"},
         )
         yield Proof(
             f"dequantize_8bit_kernel<{t}>",
             "quantize_8bit.cu",
-            (1, 1, 1),
-            256,
             (POINTER, POINTER, POINTER, INT, LONG, POINTER),
             {"0": "codes", "1": "absmax", "2": "map", "3": 8, "4": 2043, "5": "out"},
         )
     yield Proof(
         "absmax_mean_kernel",
         "quantize_absmax.cu",
-        (1, 1, 1),
-        1024,
         (POINTER, LONG, POINTER),
         {"0": "absmax", "1": 4099, "2": "nested_offset"},
+        threads=1024,
     )
     yield Proof(
         "quantize_absmax_kernel",
         "quantize_absmax.cu",
-        (1, 1, 1),
-        256,
         parameters,
         {
             "0": "absmax",
@@ -205,8 +194,6 @@ def _vector() -> Iterator[Proof]:
             yield Proof(
                 f"linear_4bit_vector_kernel<{t}, {rows}, {warp_rows}, {str(whole).lower()}>",
                 "linear_4bit_vector.cu",
-                (1, 1, 2 if split else 1),
-                128,
                 (VectorArgs,),
                 {
                     **_matmul(m, n, k, nested=whole),
@@ -216,8 +203,10 @@ def _vector() -> Iterator[Proof]:
                     "0.y": None if split else "y",
                     "0.parts": "parts" if split else None,
                 },
-                f"VectorShared<{t}, {rows}>",
+                shared=f"VectorShared<{t}, {rows}>",
                 select=True,
+                grid=(1, 1, 2 if split else 1),
+                threads=128,
             )
 
 
@@ -227,8 +216,6 @@ def _tiled() -> Iterator[Proof]:
             yield Proof(
                 f"linear_4bit_tiled_kernel<{t}, {str(input_gradient).lower()}>",
                 "linear_4bit_tiled.cu",
-                (1, 1, 1),
-                256,
                 (TiledArgs,),
                 {
                     **_matmul(63, 61, 67, nested=False),
@@ -248,8 +235,6 @@ def _tensor_cores() -> Iterator[Proof]:
             yield Proof(
                 f"linear_4bit_mma_kernel<{t}, {tile}, {stages}>",
                 "linear_4bit_mma.cu",
-                (1, 1, 2 if split else 1),
-                128,
                 (MmaArgs,),
                 {
                     **_matmul(m, rows, cols, nested=split),
@@ -257,15 +242,15 @@ def _tensor_cores() -> Iterator[Proof]:
                     "0.x_row_stride": cols,
                     **_mma_output(m, rows, True, split),
                 },
-                f"MmaShared<{tile}, {stages}>",
+                shared=f"MmaShared<{tile}, {stages}>",
                 select=True,
+                grid=(1, 1, 2 if split else 1),
+                threads=128,
             )
         m, rows, cols = 61, 64 * 6 + 8, 96
         yield Proof(
             f"linear_4bit_dx_mma_kernel<{t}, 64, 3>",
             "linear_4bit_dx_mma.cu",
-            (1, 1, 2 if split else 1),
-            128,
             (MmaArgs,),
             {
                 **_matmul(m, rows, cols, nested=split),
@@ -273,17 +258,18 @@ def _tensor_cores() -> Iterator[Proof]:
                 "0.x_row_stride": rows,
                 **_mma_output(m, cols, False, split),
             },
-            "DxShared<64, 3>",
+            shared="DxShared<64, 3>",
             select=True,
+            grid=(1, 1, 2 if split else 1),
+            threads=128,
         )
     for t in TYPES:
         yield Proof(
             f"sum_splits_kernel<{t}>",
             "linear_4bit.cu",
-            (2, 1, 1),
-            256,
             (POINTER, INT, LONG, LONG, Epilogue, POINTER),
             {"0": "parts", "1": 3, "2": 4, "3": 127, "4.bias": "bias", "5": "y"},
+            grid=(2, 1, 1),
         )
 
 
@@ -313,11 +299,10 @@ def _adamw_step() -> Iterator[Proof]:
         yield Proof(
             f"adamw_step_kernel<{t}, {state}>",
             "adamw_step.cu",
-            (1, 1, 1),
-            128,
             (Pieces,),
             arguments,
             select=True,
+            threads=128,
         )
 
 
