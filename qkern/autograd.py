@@ -7,7 +7,7 @@ is the forward op again, and gradients of any order exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,60 +15,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import linear
 
-from qkern.ops import forward_derivatives
-from qkern.ops import linear_4bit as _linear_4bit
-from qkern.ops import linear_4bit_dx as _linear_4bit_dx
+from qkern.ops import call, forward_derivatives
+from qkern.weight import Weight
+
+_linear_4bit = torch.ops.qkern.linear_4bit.default
 
 
 class Linear4bit(Function):
-    """``x @ W.T + bias`` by the op ``linear_4bit``; arguments as there."""
+    """``x @ W.T + bias`` by the op ``linear_4bit``.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        nested_offset: Tensor | None,
-        codebook: Tensor | None,
-        bias: Tensor | None,
-        format: str,
-        block_size: int,
-        out_features: int,
-        batch_invariant: bool,
-    ) -> Tensor:
-        """Run the op; save the packed weight when a gradient will need it."""
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset, codebook)
-            ctx.static = (format, block_size, x.shape[-1], batch_invariant)
-        return _linear_4bit(
-            x,
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            codebook,
-            bias,
-            format,
-            block_size,
-            out_features,
-            batch_invariant,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x`` and ``bias``, where needed."""
-        needs = ctx.needs_input_grad
-        dx, dbias = _gradients(ctx, dy, needs[0], needs[6])
-        return dx, None, None, None, None, None, dbias, None, None, None, None
-
-
-class KnownLinear4bit(Function):
-    """`Linear4bit` where the result is known already, with few arguments: each takes its time.
-
-    ``weight`` holds the five tensors, ``static`` what follows them in the op ``linear_4bit_dx`` and
-    ``product`` the result; in tuples, where autograd does not look for tensors.
+    The fields of the weight come last, one by one: torch.compile wants tensors as arguments.
     """
 
     @staticmethod
@@ -76,20 +32,47 @@ class KnownLinear4bit(Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        weight: tuple[Tensor | None, ...],
-        static: tuple[str, int, int, bool],
+        out_features: int,
+        batch_invariant: bool,
+        *weight: Any,
+    ) -> Tensor:
+        """Run the op; save the packed weight when a gradient will need it."""
+        _save(ctx, x, weight, batch_invariant)
+        return _linear_4bit(x, *weight, out_features, bias, batch_invariant)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x`` and ``bias``, where needed."""
+        return *_gradients(ctx, dy), *_NO_GRADIENTS
+
+
+_NO_GRADIENTS = (None,) * (2 + len(Weight._fields))
+"""Of the weight's fields and the two arguments before them."""
+
+
+class KnownLinear4bit(Function):
+    """`Linear4bit` whose result is already computed; few arguments, because each one slows apply.
+
+    ``weight`` and ``product``, the result, are in tuples, where autograd does not look for tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Weight,
+        batch_invariant: bool,
         product: tuple[Tensor],
     ) -> Tensor:
         """Return the result; save the packed weight when a gradient will need it."""
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*weight)
-            ctx.static = static
+        _save(ctx, x, weight, batch_invariant)
         return product[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and ``bias``, where needed."""
-        return *_gradients(ctx, dy, *ctx.needs_input_grad[:2]), None, None, None
+        return *_gradients(ctx, dy), None, None, None
 
 
 # Function.apply first looks for functorch's wrappers among the arguments, which takes longer than
@@ -97,17 +80,33 @@ class KnownLinear4bit(Function):
 record_known_linear_4bit = super(Function, KnownLinear4bit).apply
 
 
-def _gradients(
-    ctx: Any, dy: Tensor, needs_x: bool, needs_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _save(ctx: Any, x: Tensor, weight: Sequence[Any], batch_invariant: bool) -> None:
+    """What the gradient of ``x`` needs, if it is needed; ``x`` itself is not."""
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(*weight[:5])
+        ctx.layout = weight[5:]
+        ctx.static = (x.shape[-1], batch_invariant)
+
+
+def _saved_weight(ctx: Any, tensors: Sequence[Any]) -> Weight:
+    return Weight(*tensors, *ctx.layout)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the first two inputs, ``x`` and ``bias``."""
     dx = dbias = None
-    if needs_x:
-        args = (dy, *ctx.saved_tensors, *ctx.static)
-        dx = recorded_linear_4bit_dx(*args) if _is_differentiated() else _linear_4bit_dx(*args)
-    if needs_bias:
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient(dy, _saved_weight(ctx, ctx.saved_tensors), *ctx.static)
+    if ctx.needs_input_grad[1]:
         # Of no dimensions at all, sum() would take every one.
         dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
     return dx, dbias
+
+
+def _input_gradient(dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool) -> Tensor:
+    if _is_differentiated():
+        return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
+    return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
 
 
 def _is_differentiated() -> bool:
@@ -116,92 +115,78 @@ def _is_differentiated() -> bool:
 
 
 class Linear4bitDx(Function):
-    """``dy @ W`` by the op ``linear_4bit_dx``; arguments as there."""
+    """``dy @ W`` by the op ``linear_4bit_dx``, with the weight's fields last."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        dy: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        nested_offset: Tensor | None,
-        codebook: Tensor | None,
-        format: str,
-        block_size: int,
-        in_features: int,
-        batch_invariant: bool,
+        ctx: Any, dy: Tensor, in_features: int, batch_invariant: bool, *weight: Any
     ) -> Tensor:
         """Run the op; save the packed weight when a gradient will need it."""
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset, codebook)
-            ctx.static = (format, block_size, dy.shape[-1], batch_invariant)
-        return _linear_4bit_dx(
-            dy,
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            codebook,
-            format,
-            block_size,
-            in_features,
-            batch_invariant,
-        )
+        _save(ctx, dy, weight, batch_invariant)
+        return call("linear_4bit_dx", dy, Weight(*weight), in_features, batch_invariant)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of ``dy``, where needed."""
         ddy = None
         if ctx.needs_input_grad[0]:
-            args = (ddx, *ctx.saved_tensors, None, *ctx.static)
-            ddy = recorded_linear_4bit(*args) if _is_differentiated() else _linear_4bit(*args)
-        return ddy, None, None, None, None, None, None, None, None, None
+            weight = _saved_weight(ctx, ctx.saved_tensors)
+            out_features, batch_invariant = ctx.static
+            if _is_differentiated():
+                ddy = recorded_linear_4bit(ddx, None, out_features, batch_invariant, *weight)
+            else:
+                ddy = call("linear_4bit", ddx, weight, out_features, None, batch_invariant)
+        return ddy, *_NO_GRADIENTS
 
 
 # With tangents, in classes of their own: torch.compile takes no Function that has a jvp.
+
+
+def _save_for_tangents(ctx: Any, others: Sequence[Any]) -> None:
+    """The two arguments before the weight, and its fields."""
+    ctx.save_for_forward(*others[2:7])
+    ctx.of_tangents = others[:2], others[7:]
 
 
 class Linear4bitOfDuals(Linear4bit):
     """`Linear4bit` with forward-mode derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
         """Run the op; save the packed weight."""
-        ctx.save_for_forward(*args[:5])
-        ctx.of_tangents = args[6:]
-        return Linear4bit.forward(ctx, x, *args)
+        _save_for_tangents(ctx, others)
+        return Linear4bit.forward(ctx, x, bias, *others)
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+    def jvp(ctx: Any, x: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
         """The same map of the tangents of ``x`` and ``bias``."""
-        bias = others[5]
-        return Linear4bitOfDuals.apply(x, *ctx.saved_tensors, bias, *ctx.of_tangents)
+        static, layout = ctx.of_tangents
+        return Linear4bitOfDuals.apply(x, bias, *static, *ctx.saved_tensors, *layout)
 
 
 class Linear4bitDxOfDuals(Linear4bitDx):
     """`Linear4bitDx` with forward-mode derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, *args: Any) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, *others: Any) -> Tensor:
         """Run the op; save the packed weight."""
-        ctx.save_for_forward(*args[:5])
-        ctx.of_tangents = args[5:]
-        return Linear4bitDx.forward(ctx, dy, *args)
+        _save_for_tangents(ctx, others)
+        return Linear4bitDx.forward(ctx, dy, *others)
 
     @staticmethod
     def jvp(ctx: Any, dy: Tensor, *others: Any) -> Tensor:
         """The same map of the tangent of ``dy``."""
-        return Linear4bitDxOfDuals.apply(dy, *ctx.saved_tensors, *ctx.of_tangents)
+        static, layout = ctx.of_tangents
+        return Linear4bitDxOfDuals.apply(dy, *static, *ctx.saved_tensors, *layout)
 
 
 def recorded_linear_4bit(*args: Any) -> Tensor:
-    """The op ``linear_4bit`` with derivatives; arguments as there."""
+    """The op ``linear_4bit`` with derivatives; arguments as of `Linear4bit`."""
     return (Linear4bitOfDuals if forward_derivatives() else Linear4bit).apply(*args)
 
 
 def recorded_linear_4bit_dx(*args: Any) -> Tensor:
-    """The op ``linear_4bit_dx`` with derivatives; arguments as there."""
+    """The op ``linear_4bit_dx`` with derivatives; arguments as of `Linear4bitDx`."""
     return (Linear4bitDxOfDuals if forward_derivatives() else Linear4bitDx).apply(*args)
 
 
@@ -212,8 +197,8 @@ class LoRALinear4bit(Function):
     gradient of ``x``. Matrices ``x`` and ``adapter_input`` of ``[rows, in_features]``, of one
     dtype; ``adapter_input`` None stands for ``x`` (no dropout). The adapter is computed in the
     dtype of ``lora_a`` and ``lora_b``, which is ``x``'s or a wider one. ``product`` is the base's
-    result in a tuple where it is known already, then of any shape, or None. The other arguments are
-    as in `Linear4bit`.
+    result in a tuple where it is already computed, then of any shape, or None. The other arguments
+    are those of `Linear4bit`.
     """
 
     @staticmethod
@@ -225,28 +210,24 @@ class LoRALinear4bit(Function):
         lora_b: Tensor,
         scaling: float,
         product: tuple[Tensor] | None,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        nested_offset: Tensor | None,
-        codebook: Tensor | None,
         bias: Tensor | None,
-        format: str,
-        block_size: int,
         out_features: int,
         batch_invariant: bool,
+        *weight: Any,
     ) -> Tensor:
         """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
-        weight = (packed, absmax, nested_absmax, nested_offset, codebook)
-        static = (format, block_size, out_features, batch_invariant)
-        y = _linear_4bit(x, *weight, bias, *static) if product is None else product[0]
+        if product is None:
+            y = _linear_4bit(x, *weight, out_features, bias, batch_invariant)
+        else:
+            y = product[0]
         kept = x if adapter_input is None else adapter_input
         hidden = add_adapter(y, kept, lora_a, lora_b, scaling)
         trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
         ctx.save_for_backward(
-            *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight
+            *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight[:5]
         )
-        ctx.static = (format, block_size, x.shape[-1], batch_invariant)
+        ctx.layout = weight[5:]
+        ctx.static = (x.shape[-1], batch_invariant)
         ctx.scaling, ctx.shared_input = scaling, adapter_input is None
         return y
 
@@ -260,18 +241,17 @@ class LoRALinear4bit(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = as_matrix(dy)
-        kept, hidden, lora_a, lora_b, *weight = ctx.saved_tensors
+        kept, hidden, lora_a, lora_b, *tensors = ctx.saved_tensors
         needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
         graph = _is_differentiated()
         dtype = lora_a.dtype
         dx = dinput = da = db = dbias = None
-        if ctx.needs_input_grad[11]:
+        if ctx.needs_input_grad[6]:
             dbias = dy.sum(0)
         if needs_x:
-            args = (dy, *weight, *ctx.static)
-            dx = recorded_linear_4bit_dx(*args) if graph else _linear_4bit_dx(*args)
+            dx = _input_gradient(dy, _saved_weight(ctx, tensors), *ctx.static)
         if not (needs_x or needs_input or needs_a or needs_b):
-            return (None,) * 11 + (dbias,) + (None,) * 4
+            return (None,) * 6 + (dbias, *_NO_GRADIENTS)
         wide_dy = dy.to(dtype)
         if needs_b:
             if graph:
@@ -288,7 +268,7 @@ class LoRALinear4bit(Function):
                 dx = dx + (dhidden @ lora_a).to(dx.dtype)
             else:
                 dx = _add_product(dx, dhidden, lora_a)
-        return dx, dinput, da, db, *(None,) * 7, dbias, *(None,) * 4
+        return dx, dinput, da, db, None, None, dbias, *_NO_GRADIENTS
 
 
 def add_adapter(
@@ -306,7 +286,7 @@ def as_matrix(y: Tensor) -> Tensor:
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, sooner where it has the dtype."""
+    """``tensor.to(dtype)``, faster where it has the dtype."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 

@@ -19,7 +19,6 @@ import torch
 
 import qkern
 from qkern import backends
-from qkern.backends import native
 
 _VARIABLES = re.compile(r"(QKERN|OMP|GOMP|KMP|MKL)_|(CUDA_VISIBLE_DEVICES|ATEN_CPU_CAPABILITY)$")
 _OPENMP_LIBRARY = re.compile(r"/lib[gi]?omp\d*(?:-[0-9a-f]+)?\.(?:so|dylib)[.0-9]*$")
@@ -48,14 +47,16 @@ def _openmp_runtimes() -> list[str] | None:
 
 
 def _native() -> dict[str, Any]:
-    report: dict[str, Any] = {"built": native.missing_reason is None}
-    if native.missing_reason is not None:
-        report["reason"] = native.missing_reason
-        return report
-    report["build"] = native.library().build_info()
-    report["instruction_sets"] = native.available_isas()
+    reason = backends.cpu.missing_reason()
+    if reason is not None:
+        return {"built": False, "reason": reason}
+    report: dict[str, Any] = {
+        "built": True,
+        "build": backends.cpu.library().build_info(),
+        "instruction_sets": backends.cpu.available_isas(),
+    }
     try:
-        report["instruction_set"] = native.isa()
+        report["instruction_set"] = backends.cpu.isa()
     except (RuntimeError, ValueError) as error:
         report["error"] = str(error)
     return report

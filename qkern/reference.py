@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qkern import formats
+from qkern.weight import Weight
 
 _PIECE = 1 << 22
 """Elements worked on at a time: a multiple of every block size, small enough to stay cheap."""
@@ -93,113 +94,66 @@ def quantize_4bit(
     return packed, absmax
 
 
-def _restored_absmax(
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    start: int,
-    stop: int,
-) -> Tensor:
+def _restored_absmax(weight: Weight, start: int, stop: int) -> Tensor:
     """Float32 absmax of blocks ``start`` to ``stop``: two roundings, no fused multiply-add."""
-    if nested_absmax is None:
-        return absmax[start:stop]
-    assert nested_offset is not None
-    code = formats.map_tensor("signed", absmax.device)
+    absmax = weight.absmax[start:stop]
+    if weight.nested_absmax is None:
+        return absmax
+    assert weight.nested_offset is not None
+    map = formats.map_tensor("signed", absmax.device)
     group = torch.arange(start, stop, device=absmax.device) // formats.NESTED_BLOCK_SIZE
-    return code[absmax[start:stop].long()] * nested_absmax[group] + nested_offset
+    return map[absmax.long()] * weight.nested_absmax[group] + weight.nested_offset
 
 
-def _decoded(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    start: int,
-    stop: int,
-) -> Tensor:
+def _decoded(weight: Weight, start: int, stop: int) -> Tensor:
     """Float32 values of elements ``start`` to ``stop``."""
-    table = formats.code_tensor(format, packed.device) if codebook is None else codebook
+    packed, block_size, table = weight.packed, weight.block_size, weight.codebook
+    if table is None:
+        table = formats.code_tensor(weight.format, packed.device)
     first_byte = start // 2
     piece = packed[first_byte : formats.packed_size(stop)]
     codes = torch.stack((piece >> 4, piece & 15), dim=1).view(-1).long()
     codes = codes[start - 2 * first_byte :][: stop - start]
     first_block = start // block_size
-    scales = _restored_absmax(
-        absmax, nested_absmax, nested_offset, first_block, formats.num_blocks(stop, block_size)
-    )
+    scales = _restored_absmax(weight, first_block, formats.num_blocks(stop, block_size))
     block = torch.arange(start, stop, device=packed.device) // block_size - first_block
     return table[codes] * scales[block]
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize_4bit(weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``table[code] * absmax`` in float32, rounded once to ``dtype``: a new tensor of ``shape``."""
-    out = packed.new_empty(tuple(shape), dtype=dtype)
-    dequantize_4bit_out(
-        packed, absmax, nested_absmax, nested_offset, codebook, format, block_size, out=out
-    )
+    out = weight.packed.new_empty(tuple(shape), dtype=dtype)
+    dequantize_4bit_out(weight, out)
     return out
 
 
-def dequantize_4bit_out(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    *,
-    out: Tensor,
-) -> None:
+def dequantize_4bit_out(weight: Weight, out: Tensor) -> None:
     """``dequantize_4bit`` into the contiguous ``out``, whose shape and dtype are the result's."""
     flat = out.view(-1)
     n = flat.numel()
     for start in range(0, n, _PIECE):
         stop = min(start + _PIECE, n)
-        flat[start:stop] = _decoded(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            codebook,
-            format,
-            block_size,
-            start,
-            stop,
-        )
+        flat[start:stop] = _decoded(weight, start, stop)
 
 
-def byte_thresholds(code: Tensor) -> Tensor:
+def byte_thresholds(map: Tensor) -> Tensor:
     """Midpoints of neighbours in an ascending float32 map, rounded down: one less than its values.
 
     A float32 exceeds one exactly when it exceeds the exact midpoint.
     """
-    exact = (code[:-1].double() + code[1:].double()) / 2
+    exact = (map[:-1].double() + map[1:].double()) / 2
     rounded = exact.float()
     below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
     return torch.where(rounded.double() > exact, below, rounded)
 
 
-def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_8bit(x: Tensor, map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantise ``x`` to ``(codes uint8 of x's shape, absmax float32 [blocks])``.
 
-    ``code`` is an ascending float32 ``[256]`` map. The code is the exact nearest entry to the
+    ``map`` is an ascending float32 ``[256]``. A code is that of the exact nearest entry to the
     scaled value, a tie going to the lower one.
     """
-    thresholds = byte_thresholds(code)
+    thresholds = byte_thresholds(map)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     flat = codes.view(-1)
     absmax = x.new_empty(formats.num_blocks(x.numel(), block_size), dtype=torch.float32)
@@ -212,15 +166,15 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
 
 
 def dequantize_8bit(
-    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype
+    codes: Tensor, absmax: Tensor, map: Tensor, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """``code[codes] * absmax`` in float32, rounded once to ``dtype``; of the shape of ``codes``."""
+    """``map[codes] * absmax`` in float32, rounded once to ``dtype``; of the shape of ``codes``."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     flat_codes, flat_out = codes.reshape(-1), out.view(-1)
     for start in range(0, flat_codes.numel(), _PIECE):
         piece = flat_codes[start : start + _PIECE].long()
         block = torch.arange(start, start + piece.numel(), device=codes.device) // block_size
-        flat_out[start : start + _PIECE] = code[piece] * absmax[block]
+        flat_out[start : start + _PIECE] = map[piece] * absmax[block]
     return out
 
 
@@ -237,8 +191,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         mean = math.fsum(absmax.tolist()) / max(absmax.numel(), 1)
     offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
-    code = formats.map_tensor("signed", absmax.device)
-    codes, nested_absmax = quantize_8bit(absmax - offset, code, formats.NESTED_BLOCK_SIZE)
+    map = formats.map_tensor("signed", absmax.device)
+    codes, nested_absmax = quantize_8bit(absmax - offset, map, formats.NESTED_BLOCK_SIZE)
     return codes, nested_absmax, offset
 
 
@@ -335,7 +289,7 @@ def adamw_step(
             continue
         states = [(exp_avgs[k], exp_avg_absmaxes[k : k + 1], "signed")]
         states += [(exp_avg_sqs[k], exp_avg_sq_absmaxes[k : k + 1], "unsigned")]
-        m, v = (_moment(state, absmax, map) for state, absmax, map in states)
+        m, v = (_moment(state, absmax, name) for state, absmax, name in states)
         g = grad.float() * scale
         m = m + (g - m) * beta1_complement
         v = v * beta2 + g * g * beta2_complement
@@ -348,21 +302,21 @@ def adamw_step(
             random = _random_bits(new, seed << 31 ^ int(step), index, first)
             new = _rounded_stochastically(new, random)
         param.copy_(new)
-        for (state, absmax, map), value in zip(states, (m, v), strict=True):
+        for (state, absmax, name), value in zip(states, (m, v), strict=True):
             if absmax:
-                code = formats.map_tensor(map, state.device)
-                codes, scales = quantize_8bit(value, code, formats.STATE_BLOCK_SIZE)
+                map = formats.map_tensor(name, state.device)
+                codes, scales = quantize_8bit(value, map, formats.STATE_BLOCK_SIZE)
                 state.copy_(codes)
                 absmax[0].copy_(scales)
             else:
                 state.copy_(value)
 
 
-def _moment(state: Tensor, absmax: Sequence[Tensor], map: str) -> Tensor:
+def _moment(state: Tensor, absmax: Sequence[Tensor], name: str) -> Tensor:
     if not absmax:
         return state
-    code = formats.map_tensor(map, state.device)
-    return dequantize_8bit(state, absmax[0], code, formats.STATE_BLOCK_SIZE, torch.float32)
+    map = formats.map_tensor(name, state.device)
+    return dequantize_8bit(state, absmax[0], map, formats.STATE_BLOCK_SIZE, torch.float32)
 
 
 _LOW_WORD = 0xFFFFFFFF
@@ -396,31 +350,13 @@ def _rounded_stochastically(value: Tensor, random: Tensor) -> Tensor:
 
 
 def _weight_slices(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
+    weight: Weight, out_features: int, in_features: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Row slices of the weight, dequantised to float32."""
     rows = max(1, _PIECE // max(in_features, 1))
     for first in range(0, out_features, rows):
         last = min(first + rows, out_features)
-        values = _decoded(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            codebook,
-            format,
-            block_size,
-            first * in_features,
-            last * in_features,
-        )
+        values = _decoded(weight, first * in_features, last * in_features)
         yield slice(first, last), values.view(last - first, in_features)
 
 
@@ -439,15 +375,9 @@ def _matmul(a: Tensor, b: Tensor, batch_invariant: bool) -> Tensor:
 
 def linear_4bit(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    block_size: int,
+    weight: Weight,
     out_features: int,
+    bias: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """``x @ W.T + bias``: ``[..., K] -> [..., N]`` in float32, rounded once to ``x.dtype``."""
@@ -456,34 +386,15 @@ def linear_4bit(
     x2 = x.reshape(rows, in_features).float()
     y = x2.new_zeros(*x.shape[:-1], out_features)
     y2 = y.view(rows, out_features)
-    for columns, weight in _weight_slices(
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        codebook,
-        format,
-        block_size,
-        out_features,
-        in_features,
-    ):
-        y2[:, columns] = _matmul(x2, weight.t(), batch_invariant)
+    for columns, values in _weight_slices(weight, out_features, in_features):
+        y2[:, columns] = _matmul(x2, values.t(), batch_invariant)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype)
 
 
 def linear_4bit_dx(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    in_features: int,
-    batch_invariant: bool = False,
+    dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool = False
 ) -> Tensor:
     """``dy @ W``: ``[..., N] -> [..., K]`` in float32, rounded once to ``dy.dtype``."""
     out_features = dy.shape[-1]
@@ -491,16 +402,6 @@ def linear_4bit_dx(
     dy2 = dy.reshape(rows, out_features).float()
     dx = dy2.new_zeros(*dy.shape[:-1], in_features)
     dx2 = dx.view(rows, in_features)
-    for columns, weight in _weight_slices(
-        packed,
-        absmax,
-        nested_absmax,
-        nested_offset,
-        codebook,
-        format,
-        block_size,
-        out_features,
-        in_features,
-    ):
-        dx2 += _matmul(dy2[:, columns], weight, batch_invariant)
+    for columns, values in _weight_slices(weight, out_features, in_features):
+        dx2 += _matmul(dy2[:, columns], values, batch_invariant)
     return dx.to(dy.dtype)

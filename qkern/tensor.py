@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import qkern.ops  # noqa: F401  registers torch.ops.qkern
 from qkern import _errors, formats
+from qkern.weight import Weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class QuantizedTensor:
         the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
     ``dtype``
         the dtype before quantisation, and the default for ``dequantize``.
+    ``weight``
+        all before ``shape`` as the ops take it: ``torch.ops.qkern.linear_4bit(x, *qw.weight, N)``.
 
     Raises ``TypeError`` or ``ValueError`` when the parts do not fit one another.
     """
@@ -49,9 +52,12 @@ class QuantizedTensor:
     block_size: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    weight: Weight = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        fields = (getattr(self, name) for name in Weight._fields)
+        object.__setattr__(self, "weight", Weight(*fields))
         _errors.check_format(self.format, self.codebook)
         _errors.check_block_size(self.block_size)
         _errors.check_float_dtype("dtype", self.dtype)
@@ -80,16 +86,14 @@ class QuantizedTensor:
         self.__dict__.update(state)
         self.__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields that a new one is made of."""
+        return {key: value for key, value in self.__dict__.items() if key != "weight"}
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field name."""
-        fields = {
-            "packed": self.packed,
-            "absmax": self.absmax,
-            "nested_absmax": self.nested_absmax,
-            "nested_offset": self.nested_offset,
-            "codebook": self.codebook,
-        }
-        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+        named = zip(Weight._fields, self.weight.tensors, strict=False)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     @property
     def device(self) -> torch.device:
@@ -158,17 +162,7 @@ class QuantizedTensor:
                 dtype = self.dtype
             else:
                 _errors.check_float_dtype("dtype", dtype)
-            return torch.ops.qkern.dequantize_4bit(
-                self.packed,
-                self.absmax,
-                self.nested_absmax,
-                self.nested_offset,
-                self.codebook,
-                self.format,
-                self.block_size,
-                self.shape,
-                dtype,
-            )
+            return torch.ops.qkern.dequantize_4bit(*self.weight, self.shape, dtype)
         _errors.check_float_tensor("out", out)
         if dtype is not None:
             _errors.check_float_dtype("dtype", dtype)
@@ -176,16 +170,7 @@ class QuantizedTensor:
         _errors.check_device("out", out, self.device, "the weight")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out: got a tensor that requires grad; takes one that does not")
-        torch.ops.qkern.dequantize_4bit_out(
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.codebook,
-            self.format,
-            self.block_size,
-            out=out,
-        )
+        torch.ops.qkern.dequantize_4bit_out(*self.weight, out)
         return out
 
     @classmethod

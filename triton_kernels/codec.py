@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern import formats, reference
+from qkern.weight import Weight
 
 UNIT = tl.constexpr(formats.MIN_BLOCK_SIZE)
 UNIT_BYTES = tl.constexpr(formats.MIN_BLOCK_SIZE // 2)
@@ -54,9 +54,9 @@ def dynamic_thresholds(name: str, device: torch.device) -> Tensor:
     return _padded(thresholds[name], 256, device)
 
 
-def byte_thresholds(code: Tensor) -> Tensor:
+def byte_thresholds(map: Tensor) -> Tensor:
     """The thresholds of an ascending float32 ``[256]`` map, as ``dynamic_thresholds``."""
-    return torch.nn.functional.pad(reference.byte_thresholds(code), (0, 1), value=math.inf)
+    return torch.nn.functional.pad(reference.byte_thresholds(map), (0, 1), value=math.inf)
 
 
 @functools.cache
@@ -85,37 +85,12 @@ def encode_tables(
     return torch.nn.functional.pad(midpoints, (0, 1), value=math.inf), order.to(torch.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A 4-bit weight's tensors, checked by the caller: see ``qkern.reference.dequantize_4bit``."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    codebook: Tensor | None
-    format: str
-    block_size: int
-
-    @property
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """The first six arguments of every kernel that decodes."""
-        device = self.packed.device
-        table = code_table(self.format, device) if self.codebook is None else self.codebook
-        restore = None if self.nested_absmax is None else dynamic_map("signed", device)
-        return (
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            restore,
-            table,
-        )
-
-    @property
-    def unit_shift(self) -> int:
-        """``unit_shift`` of its blocks."""
-        return unit_shift(self.block_size)
+def pointers(weight: Weight) -> tuple[Tensor | None, ...]:
+    """The first six arguments of every kernel that decodes ``weight``, which is checked."""
+    device = weight.device
+    table = code_table(weight.format, device) if weight.codebook is None else weight.codebook
+    restore = None if weight.nested_absmax is None else dynamic_map("signed", device)
+    return *weight.tensors[:4], restore, table
 
 
 def _padded(values: tuple[float, ...], size: int, device: torch.device) -> Tensor:
@@ -200,10 +175,10 @@ def decode_tile(
     ROWS: tl.constexpr = rows.shape[0]
     if ALIGNED:
         UNITS: tl.constexpr = COLUMNS // UNIT
-        units_a_row = K // UNIT
+        units_per_row = K // UNIT
         column = first // UNIT + tl.arange(0, UNITS)
-        units = rows[:, None] * units_a_row + column[None, :]
-        inside = (rows[:, None] < N) & (column[None, :] < units_a_row)
+        units = rows[:, None] * units_per_row + column[None, :]
+        inside = (rows[:, None] < N) & (column[None, :] < units_per_row)
         byte = units[:, :, None] * UNIT_BYTES + tl.arange(0, UNIT_BYTES)[None, None, :]
         packed = tl.load(packed_ptr + byte, mask=inside[:, :, None], other=0)
         values = look_up(table_ptr, interleave_codes(packed), 16)

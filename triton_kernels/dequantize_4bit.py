@@ -15,6 +15,7 @@ from qkern.triton_kernels.codec import (
     load_scales,
     look_up,
 )
+from qkern.weight import Weight
 
 
 @triton.jit
@@ -45,15 +46,15 @@ def _dequantize_4bit_kernel(
     tl.store(out_ptr + element, out, mask=inside[:, None] if WHOLE else element < n)
 
 
-def dequantize_4bit(weight: codec.Weight, out: Tensor, target: launch.Target) -> None:
+def dequantize_4bit(weight: Weight, out: Tensor, target: launch.Target) -> None:
     """Values of ``weight`` into the contiguous, not empty ``out``."""
     n = out.numel()
     config = launch.codes(target)
     _dequantize_4bit_kernel[(triton.cdiv(n, config.elements),)](
-        *weight.pointers,
+        *codec.pointers(weight),
         out,
         n,
-        weight.unit_shift,
+        codec.unit_shift(weight.block_size),
         UNITS=config.elements // UNIT.value,
         WHOLE=n % UNIT.value == 0,
         **config.options,

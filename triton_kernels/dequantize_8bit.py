@@ -14,7 +14,7 @@ from qkern.triton_kernels.codec import UNIT, look_up, unit_shift
 def _dequantize_8bit_kernel(
     codes_ptr,
     absmax_ptr,
-    code_ptr,
+    map_ptr,
     out_ptr,
     n,
     unit_shift,
@@ -28,12 +28,12 @@ def _dequantize_8bit_kernel(
     mask = inside[:, None] if WHOLE else element < n
     codes = tl.load(codes_ptr + element, mask=mask, other=0)
     scales = tl.load(absmax_ptr + (unit >> unit_shift), mask=inside, other=0.0)
-    values = look_up(code_ptr, codes, 256) * scales[:, None]
+    values = look_up(map_ptr, codes, 256) * scales[:, None]
     tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def dequantize_8bit(
-    codes: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor, target: launch.Target
+    codes: Tensor, absmax: Tensor, map: Tensor, block_size: int, out: Tensor, target: launch.Target
 ) -> None:
     """Values of the contiguous, not empty ``codes`` into ``out``."""
     n = codes.numel()
@@ -41,7 +41,7 @@ def dequantize_8bit(
     _dequantize_8bit_kernel[(triton.cdiv(n, config.elements),)](
         codes,
         absmax,
-        code,
+        map,
         out,
         n,
         unit_shift(block_size),

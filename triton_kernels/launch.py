@@ -114,7 +114,7 @@ class Matmul(Launch):
     block_depth: int
     num_stages: int
     parts: int
-    depth_a_part: int
+    depth_per_part: int
     upcast: bool
 
     @property
@@ -194,14 +194,14 @@ def matmul_of(
     programs = -(-rows // block_m) * -(-out // block_out)
     wanted = _PROGRAMS_A_PROCESSOR * target.processors // programs
     parts = max(1, min(wanted, depth // (_LEAST_STEPS * block_depth), _MOST_PARTS))
-    depth_a_part = -(-depth // (parts * block_depth)) * block_depth
+    depth_per_part = -(-depth // (parts * block_depth)) * block_depth
     return Matmul(
         num_warps=num_warps,
         block_m=block_m,
         block_out=block_out,
         block_depth=block_depth,
         num_stages=_stages(target, dtype),
-        parts=-(-depth // depth_a_part),
-        depth_a_part=depth_a_part,
+        parts=-(-depth // depth_per_part),
+        depth_per_part=depth_per_part,
         upcast=not target.multiplies(dtype),
     )

@@ -7,14 +7,16 @@ part, and a second kernel adds the parts in order. No atomics: the same call giv
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import launch, tune
-from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
+from qkern.triton_kernels import codec, launch, tune
+from qkern.triton_kernels.codec import UNIT, decode_tile, load_offset
+from qkern.weight import Weight
 
 
 @triton.jit
@@ -148,6 +150,41 @@ def split_matmul(
     start(tune.matmul(op, start, target, x.dtype, rows, columns, depth, batch_invariant))
 
 
+def start_tiles(
+    kernel: Any,
+    programs: int,
+    x: Tensor,
+    weight: Weight,
+    results: tuple[Tensor | None, ...],
+    shape: tuple[int, int],
+    blocks: tuple[int, int],
+    config: launch.Matmul,
+) -> None:
+    """Start the forward's kernel, or the input gradient's.
+
+    ``shape`` is the weight's ``(N, K)`` and ``blocks`` the tile's; ``results`` is what the kernel
+    takes between ``x`` and the sizes.
+    """
+    N, K = shape
+    kernel[(programs,)](
+        *codec.pointers(weight),
+        x,
+        *results,
+        x.shape[0],
+        N,
+        K,
+        x.stride(0),
+        codec.unit_shift(weight.block_size),
+        config.depth_per_part,
+        BLOCK_M=config.block_m,
+        BLOCK_N=blocks[0],
+        BLOCK_K=blocks[1],
+        ALIGNED=K % UNIT.value == 0,
+        UPCAST=config.upcast,
+        **config.options,
+    )
+
+
 def linear_4bit(
     x: Tensor,
     weight: Weight,
@@ -157,27 +194,11 @@ def linear_4bit(
     batch_invariant: bool = False,
 ) -> None:
     """``x`` ``[M, K]``, of unit inner stride, times the ``[N, K]`` weight into ``y`` ``[M, N]``."""
-    M, K = x.shape
-    N = y.shape[1]
+    shape = y.shape[1], x.shape[1]
 
     def start(programs: int, out: Tensor, config: launch.Matmul) -> None:
-        _linear_4bit_kernel[(programs,)](
-            *weight.pointers,
-            x,
-            bias if config.parts == 1 else None,
-            out,
-            M,
-            N,
-            K,
-            x.stride(0),
-            weight.unit_shift,
-            config.depth_a_part,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_out,
-            BLOCK_K=config.block_depth,
-            ALIGNED=K % UNIT.value == 0,
-            UPCAST=config.upcast,
-            **config.options,
-        )
+        blocks = config.block_out, config.block_depth
+        results = bias if config.parts == 1 else None, out
+        start_tiles(_linear_4bit_kernel, programs, x, weight, results, shape, blocks, config)
 
     split_matmul("linear_4bit", start, x, bias, y, target, batch_invariant)

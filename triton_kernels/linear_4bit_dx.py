@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.triton_kernels import launch
-from qkern.triton_kernels.codec import UNIT, Weight, decode_tile, load_offset
-from qkern.triton_kernels.linear_4bit import split_matmul
+from qkern.triton_kernels.codec import UNIT, decode_tile, load_offset
+from qkern.triton_kernels.linear_4bit import split_matmul, start_tiles
+from qkern.weight import Weight
 
 
 @triton.jit
@@ -83,26 +84,10 @@ def linear_4bit_dx(
     batch_invariant: bool = False,
 ) -> None:
     """``dy`` ``[M, N]``, of unit inner stride, times the ``[N, K]`` weight: ``dx`` ``[M, K]``."""
-    M, N = dy.shape
-    K = dx.shape[1]
+    shape = dy.shape[1], dx.shape[1]
 
     def start(programs: int, out: Tensor, config: launch.Matmul) -> None:
-        _linear_4bit_dx_kernel[(programs,)](
-            *weight.pointers,
-            dy,
-            out,
-            M,
-            N,
-            K,
-            dy.stride(0),
-            weight.unit_shift,
-            config.depth_a_part,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_depth,
-            BLOCK_K=config.block_out,
-            ALIGNED=K % UNIT.value == 0,
-            UPCAST=config.upcast,
-            **config.options,
-        )
+        blocks = config.block_depth, config.block_out
+        start_tiles(_linear_4bit_dx_kernel, programs, dy, weight, (out,), shape, blocks, config)
 
     split_matmul("linear_4bit_dx", start, dy, None, dx, target, batch_invariant)

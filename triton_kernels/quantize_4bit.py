@@ -48,9 +48,9 @@ def _quantize_4bit_kernel(
 
 def quantize_4bit(
     x: Tensor,
+    codebook: Tensor | None,
     format: str,
     block_size: int,
-    codebook: Tensor | None,
     packed: Tensor,
     absmax: Tensor,
     target: launch.Target,

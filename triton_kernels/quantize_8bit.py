@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qkern.triton_kernels import launch
+from qkern.triton_kernels import codec, launch
 from qkern.triton_kernels.codec import UNIT, block_absmax, block_reciprocal, count_below
 
 
@@ -38,7 +38,7 @@ def _quantize_8bit_kernel(
     tl.store(codes_ptr + element, codes.to(tl.uint8), mask=mask)
 
 
-def quantize_8bit(
+def encode_bytes(
     x: Tensor,
     offset: Tensor | None,
     thresholds: Tensor,
@@ -63,3 +63,10 @@ def quantize_8bit(
         WHOLE=n % block_size == 0,
         **config.options,
     )
+
+
+def quantize_8bit(
+    x: Tensor, map: Tensor, block_size: int, codes: Tensor, absmax: Tensor, target: launch.Target
+) -> None:
+    """Codes of the contiguous, not empty ``x`` by an ascending ``map``, scales into ``absmax``."""
+    encode_bytes(x, None, codec.byte_thresholds(map), block_size, codes, absmax, target)

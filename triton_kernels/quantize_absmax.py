@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkern import formats
 from qkern.triton_kernels import codec, launch
-from qkern.triton_kernels.quantize_8bit import quantize_8bit
+from qkern.triton_kernels.quantize_8bit import encode_bytes
 
 _LIMB_BITS = tl.constexpr(24)
 _LIMB_MASK = tl.constexpr((1 << 24) - 1)
@@ -118,7 +118,7 @@ def quantize_absmax(
     limbs = torch.empty((config.programs, _LIMBS.value), dtype=torch.int64, device=device)
     _sum_kernel[(config.programs,)](absmax, limbs, n, BLOCK=config.elements, **config.options)
     _mean_kernel[(1,)](limbs, nested_offset, n, PROGRAMS=config.programs, **launch.MEAN.options)
-    quantize_8bit(
+    encode_bytes(
         absmax,
         nested_offset,
         codec.dynamic_thresholds("signed", device),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qkern
 from qkern import reference, testing
-from qkern.backends import native
+from qkern.backends import cpu
 
 from . import matmul, mixed, optimizer, overhead, peers
 from .peers import Choice
@@ -89,7 +89,7 @@ def _per_isa(choice: Choice, candidate: Candidate) -> Iterator[Candidate]:
             candidate.check,
             candidate.bytes,
             candidate.footprint,
-            before=partial(native.set_isa, isa),
+            before=partial(cpu.set_isa, isa),
         )
 
 
@@ -107,7 +107,7 @@ def _table_op(
         return lambda: spec.run(copy, in_place=True)
 
     def check(_: object) -> None:
-        isa = native.isa() if native.missing_reason is None else None
+        isa = cpu.isa() if cpu.missing_reason() is None else None
         name = qkern.backends.selected_name("cpu")
         testing.check(spec, of, testing.Target(name, isa if name == "cpu" else None))
 

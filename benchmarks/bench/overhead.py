@@ -6,9 +6,7 @@ function below that.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 import qkern
-from qkern import autograd, backends, functional, ops
-from qkern.backends import native
+from qkern.backends import cpu
 
 from . import matmul, peers, weights
 from .timing import Call, Candidate, Problem, SkippedError
@@ -25,7 +22,6 @@ from .timing import Call, Candidate, Problem, SkippedError
 OP = "overhead"
 SHAPES = ((64, 64), (576, 576))  # the smaller one is nearly all overhead
 _CALLS = 100
-_CALLERS = (native, backends, ops, autograd, functional)
 
 
 def batched_clock(call: Call) -> float:
@@ -70,14 +66,9 @@ def _peer(name: str, peer: peers.LinearPeer, x: Tensor, check: matmul.Check) -> 
 
 
 def torch_op(x: Tensor, qw: qkern.QuantizedTensor) -> Call:
-    """``torch.ops.qkern.linear_4bit`` on its arguments, by their names in the schema."""
+    """``torch.ops.qkern.linear_4bit`` on its arguments."""
     op = torch.ops.qkern.linear_4bit.default
-    fields = ("packed", "absmax", "nested_absmax", "nested_offset", "codebook", "format")
-    given = {name: getattr(qw, name) for name in (*fields, "block_size")}
-    given |= {"x": x, "bias": None, "out_features": qw.shape[0]}
-    arguments = [
-        given.get(a.name, a.default_value) for a in op._schema.arguments if not a.kwarg_only
-    ]
+    arguments = (x, *qw.weight, qw.shape[0], None, False)
     return lambda: (op(*arguments),)
 
 
@@ -86,37 +77,12 @@ def compiled_function(x: Tensor, qw: qkern.QuantizedTensor) -> Call:
 
     Raises `SkippedError` where the op does not call it through Python.
     """
-    if native.missing_reason:
-        raise SkippedError(native.missing_reason)
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    with _recorded(calls):
-        (result,) = torch_op(x, qw)()
+    if reason := cpu.missing_reason():
+        raise SkippedError(reason)
+    calls: list[tuple[Any, ...]] = []
+    with mock.patch.dict(cpu.fast, linear_4bit=lambda *given: calls.append(given)):
+        torch_op(x, qw)()
     if not calls:
         raise SkippedError("the op does not call it through Python")
-    function, arguments, keywords = calls[-1]
-    result.zero_()  # where only this function writes from here on
-
-    def call() -> tuple[Tensor]:
-        returned = function(*arguments, **keywords)
-        return (returned if isinstance(returned, Tensor) else result,)
-
-    return call
-
-
-@contextlib.contextmanager
-def _recorded(calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
-    """Note every call of the compiled module's matmul, in whichever module it is looked up."""
-    library = native.library()
-    with contextlib.ExitStack() as stack:
-        for name, function in list(vars(library).items()):
-            if name.startswith("_") or "linear_4bit" not in name or not callable(function):
-                continue
-
-            def record(*arguments: Any, _function: Any = function, **keywords: Any) -> Any:
-                calls.append((_function, arguments, keywords))
-                return _function(*arguments, **keywords)
-
-            for module in (library, *_CALLERS):
-                for alias in [n for n, value in vars(module).items() if value is function]:
-                    stack.enter_context(mock.patch.object(module, alias, record))
-        yield
+    function, arguments = cpu.fast["linear_4bit"], calls[-1]
+    return lambda: (function(*arguments),)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from qkern import testing
-from qkern.backends import native
+from qkern.backends import cpu
 
 from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report, timing
 
@@ -66,7 +66,7 @@ class Session:
                 for m in kernels.rows(op, args):
                     self._play(*kernels.contest(op, shape, m, dtype, choice), self.settings)
         if choice.isas:
-            native.set_isa("")  # models take the one that qkern chooses
+            cpu.set_isa("")  # models take the one that qkern chooses
 
     def _run_model(self, op: str, dtype: torch.dtype) -> None:
         slow = replace(

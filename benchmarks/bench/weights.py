@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> testing.Case:
     return testing.Case(shape, dtype, BLOCK_SIZE, double_quant=True)
 
 
-def inputs(op: str, of: testing.Case) -> dict[str, object]:
+def inputs(op: str, of: testing.Case) -> testing.Inputs:
     """What the op table gives `op`, always the same."""
     generator = torch.Generator().manual_seed(0)
     return testing.OPS[op].make_inputs(of, torch.device("cpu"), generator)
@@ -29,7 +30,7 @@ def inputs(op: str, of: testing.Case) -> dict[str, object]:
 def random_weight(shape: tuple[int, int], dtype: torch.dtype) -> qkern.QuantizedTensor:
     """Random storage, so that a weight of any size is made quickly and without a dense twin."""
     stored = inputs("dequantize_4bit", case(shape, dtype))
-    return qkern.QuantizedTensor(**stored | {"shape": tuple(shape)})
+    return qkern.QuantizedTensor(*stored["weight"], shape, dtype)
 
 
 def spread(n: int, count: int) -> Tensor:
@@ -77,28 +78,15 @@ def _slice(qw: qkern.QuantizedTensor, first: int, last: int) -> qkern.QuantizedT
         blocks.start // formats.NESTED_BLOCK_SIZE,
         formats.num_blocks(blocks.stop, formats.NESTED_BLOCK_SIZE),
     )
-    return qkern.QuantizedTensor(
+    return replace(
+        qw,
         packed=qw.packed[start // 2 : formats.packed_size(stop)],
         absmax=qw.absmax[blocks],
         nested_absmax=None if qw.nested_absmax is None else qw.nested_absmax[groups],
-        nested_offset=qw.nested_offset,
-        codebook=qw.codebook,
-        format=qw.format,
-        block_size=qw.block_size,
         shape=(last - first, k),
         dtype=torch.float32,
     )
 
 
 def _dequantized(qw: qkern.QuantizedTensor) -> Tensor:
-    return reference.dequantize_4bit(
-        qw.packed,
-        qw.absmax,
-        qw.nested_absmax,
-        qw.nested_offset,
-        qw.codebook,
-        qw.format,
-        qw.block_size,
-        qw.shape,
-        torch.float32,
-    )
+    return reference.dequantize_4bit(qw.weight, qw.shape, torch.float32)

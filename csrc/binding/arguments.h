@@ -1,15 +1,17 @@
-// How the integers that Python passes become the kernels' arguments, whatever backend runs them.
-// Pointers arrive as integers (0 = absent) that qkern/backends/_args.py took from checked tensors;
-// sizes and strides are in elements. (tensors.cpp reads tensors itself.)
+// How integers become the arguments of an op, whoever passes them: Python, for the CPU and for
+// CUDA, or another process (the emulator of AArch64). Knows nothing of Python.
+//
+// Pointers arrive as addresses (0 or None is absent) that qkern/backends/_args.py took from checked
+// tensors; sizes and strides are in elements. A list is its length and then its items, a tuple its
+// items, None is kNone. (tensors.cpp reads tensors themselves.)
 #pragma once
 
-#include <pybind11/pybind11.h>
-
-#include <array>
+#include <climits>
+#include <cstddef>
 #include <cstdint>
-#include <optional>
+#include <limits>
 #include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "qkern/codes.h"
@@ -17,195 +19,219 @@
 
 namespace qkern::binding {
 
-using Pointer = std::uintptr_t;
 using Size = std::int64_t;
 
-template <typename T>
-T* at(Pointer pointer) {
-  return reinterpret_cast<T*>(pointer);
-}
+inline constexpr Size kNone = std::numeric_limits<Size>::min();
 
+// What the Python functions raise as a ValueError.
 inline void require(bool condition, const char* what) {
-  if (!condition) throw pybind11::value_error(what);
+  if (!condition) throw std::invalid_argument(what);
 }
 
-inline void raise_on_error(const char* op, const Status& status) {
-  if (status.ok()) return;
-  std::string what = std::string(op) + ": " + status.message;
-  if (status.detail != nullptr) what += std::string(": ") + status.detail;
-  throw std::runtime_error(what);
+inline bool is_block_size(Size size) {
+  return size >= kMinBlockSize && size <= kMaxBlockSize && (size & (size - 1)) == 0;
 }
 
-// Runs a CPU kernel without the GIL.
-template <typename Args>
-void launch(const char* op, Status (*fn)(const Args&, int), const Args& args, int num_threads) {
-  require(num_threads >= 1, "num_threads: takes 1 and above");
-  Status status;
-  {
-    pybind11::gil_scoped_release release;
-    status = fn(args, num_threads);
+// The values of one call, each read once and in order.
+class Arguments {
+ public:
+  explicit Arguments(const std::vector<Size>& values) : values_(values) {}
+
+  // Throws std::length_error where too few were passed, and end() where too many were.
+  Size value() {
+    if (next_ == values_.size()) throw std::length_error("got too few arguments");
+    return values_[next_++];
   }
-  raise_on_error(op, status);
-}
+  void end() const {
+    if (next_ != values_.size()) throw std::length_error("got too many arguments");
+  }
 
-inline DType dtype_from(int number) {
-  require(number >= 0 && number <= 2, "dtype: takes 0 (float32), 1 (bfloat16) or 2 (float16)");
-  return static_cast<DType>(number);
-}
+  template <typename T>
+  T* pointer() {
+    const Size address = value();
+    return address == kNone ? nullptr : reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+  }
 
-inline Codebook codebook_from(int format, Pointer codebook) {
-  require(format >= kFormatNf4 && format <= kFormatCustom,
-          "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
-  require(format != kFormatCustom || codebook != 0, "codebook: absent for format custom");
-  return {format, at<const float>(codebook)};
-}
+  Size size() {
+    const Size size = value();
+    require(size >= 0, "sizes: take 0 and above");
+    return size;
+  }
 
-inline void check_block_size(Size block_size) {
-  require(block_size >= kMinBlockSize && block_size <= kMaxBlockSize &&
-              (block_size & (block_size - 1)) == 0,
-          "block_size: takes a power of two from 32 to 4096");
-}
+  bool flag() { return value() != 0; }
 
-inline Weight4bit weight_from(Pointer packed, Pointer absmax, Pointer nested_absmax,
-                              Pointer nested_offset, int format, Pointer codebook, Size block_size,
-                              Size rows, Size cols) {
-  check_block_size(block_size);
-  require(rows >= 0 && cols >= 0, "shape: takes sizes of 0 and above");
-  require((nested_absmax == 0) == (nested_offset == 0),
-          "nested_absmax and nested_offset: take both or neither");
-  Weight4bit weight;
-  weight.packed = at<const std::uint8_t>(packed);
-  weight.absmax = at<const void>(absmax);
-  weight.nested_absmax = at<const float>(nested_absmax);
-  weight.nested_offset = at<const float>(nested_offset);
-  weight.codes = codebook_from(format, codebook);
-  weight.block_size = block_size;
-  weight.rows = rows;
-  weight.cols = cols;
-  return weight;
-}
+  // One of the numbers 0...last of an enumeration.
+  template <typename Enum>
+  Enum one_of(Enum last, const char* what) {
+    const Size number = value();
+    require(number >= 0 && number <= static_cast<Size>(last), what);
+    return static_cast<Enum>(number);
+  }
 
-inline Quantize4bitArgs quantize_4bit_args(Pointer x, int x_dtype, Size numel, int format,
-                                           Pointer codebook, Size block_size, Pointer packed,
-                                           Pointer absmax) {
-  check_block_size(block_size);
+  DType dtype() {
+    return one_of(DType::kFloat16, "dtype: takes 0 (float32), 1 (bfloat16) or 2 (float16)");
+  }
+
+  int num_threads() {
+    const Size number = value();
+    require(number >= 1 && number <= INT_MAX, "num_threads: takes 1 and above");
+    return static_cast<int>(number);
+  }
+
+  Size block_size() {
+    const Size size = value();
+    require(is_block_size(size), "block_size: takes a power of two from 32 to 4096");
+    return size;
+  }
+
+  Codebook codebook() {
+    const auto* values = pointer<const float>();
+    const int format = one_of(kFormatCustom, "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
+    require(format != kFormatCustom || values != nullptr, "codebook: absent for format custom");
+    return {format, values};
+  }
+
+  // The caller adds the shape.
+  Weight4bit weight() {
+    Weight4bit weight;
+    weight.packed = pointer<const std::uint8_t>();
+    weight.absmax = pointer<const void>();
+    weight.nested_absmax = pointer<const float>();
+    weight.nested_offset = pointer<const float>();
+    require((weight.nested_absmax == nullptr) == (weight.nested_offset == nullptr),
+            "nested_absmax and nested_offset: take both or neither");
+    weight.codes = codebook();
+    weight.block_size = block_size();
+    return weight;
+  }
+
+ private:
+  const std::vector<Size>& values_;
+  std::size_t next_ = 0;
+};
+
+// The arguments of each op, up to what says where it runs.
+
+inline Quantize4bitArgs read_quantize_4bit(Arguments& from) {
   Quantize4bitArgs args;
-  args.x = at<const void>(x);
-  args.x_dtype = dtype_from(x_dtype);
-  args.numel = numel;
-  args.codes = codebook_from(format, codebook);
-  args.block_size = block_size;
-  args.packed = at<std::uint8_t>(packed);
-  args.absmax = at<float>(absmax);
+  args.x = from.pointer<const void>();
+  args.x_dtype = from.dtype();
+  args.numel = from.size();
+  args.codes = from.codebook();
+  args.block_size = from.block_size();
+  args.packed = from.pointer<std::uint8_t>();
+  args.absmax = from.pointer<float>();
   return args;
 }
 
-inline Dequantize4bitArgs dequantize_4bit_args(Pointer packed, Pointer absmax,
-                                               Pointer nested_absmax, Pointer nested_offset,
-                                               int format, Pointer codebook, Size block_size,
-                                               Size numel, Pointer out, int out_dtype) {
+inline Dequantize4bitArgs read_dequantize_4bit(Arguments& from) {
   Dequantize4bitArgs args;
-  args.weight = weight_from(packed, absmax, nested_absmax, nested_offset, format, codebook,
-                            block_size, 1, numel);
-  args.out = at<void>(out);
-  args.out_dtype = dtype_from(out_dtype);
+  args.weight = from.weight();
+  args.out = from.pointer<void>();
+  args.out_dtype = from.dtype();
+  args.weight.rows = 1;
+  args.weight.cols = from.size();
   return args;
 }
 
-inline Quantize8bitArgs quantize_8bit_args(Pointer x, int x_dtype, Size numel, Pointer map,
-                                           Size block_size, Pointer codes, Pointer absmax) {
-  check_block_size(block_size);
+inline Quantize8bitArgs read_quantize_8bit(Arguments& from) {
   Quantize8bitArgs args;
-  args.x = at<const void>(x);
-  args.x_dtype = dtype_from(x_dtype);
-  args.numel = numel;
-  args.map = at<const float>(map);
-  args.block_size = block_size;
-  args.codes = at<std::uint8_t>(codes);
-  args.absmax = at<float>(absmax);
+  args.x = from.pointer<const void>();
+  args.x_dtype = from.dtype();
+  args.numel = from.size();
+  args.map = from.pointer<const float>();
+  args.block_size = from.block_size();
+  args.codes = from.pointer<std::uint8_t>();
+  args.absmax = from.pointer<float>();
   return args;
 }
 
-inline Dequantize8bitArgs dequantize_8bit_args(Pointer codes, Pointer absmax, Pointer map,
-                                               Size block_size, Size numel, Pointer out,
-                                               int out_dtype) {
-  check_block_size(block_size);
+inline Dequantize8bitArgs read_dequantize_8bit(Arguments& from) {
   Dequantize8bitArgs args;
-  args.codes = at<const std::uint8_t>(codes);
-  args.absmax = at<const float>(absmax);
-  args.map = at<const float>(map);
-  args.block_size = block_size;
-  args.numel = numel;
-  args.out = at<void>(out);
-  args.out_dtype = dtype_from(out_dtype);
+  args.codes = from.pointer<const std::uint8_t>();
+  args.absmax = from.pointer<const float>();
+  args.map = from.pointer<const float>();
+  args.block_size = from.block_size();
+  args.out = from.pointer<void>();
+  args.out_dtype = from.dtype();
+  args.numel = from.size();
   return args;
 }
 
-inline QuantizeAbsmaxArgs quantize_absmax_args(Pointer absmax, Size numel, Pointer codes,
-                                               Pointer nested_absmax, Pointer nested_offset) {
+inline QuantizeAbsmaxArgs read_quantize_absmax(Arguments& from) {
   QuantizeAbsmaxArgs args;
-  args.absmax = at<const float>(absmax);
-  args.numel = numel;
-  args.codes = at<std::uint8_t>(codes);
-  args.nested_absmax = at<float>(nested_absmax);
-  args.nested_offset = at<float>(nested_offset);
+  args.absmax = from.pointer<const float>();
+  require(from.dtype() == DType::kFloat32, "dtype: takes 0 (float32)");
+  args.numel = from.size();
+  args.codes = from.pointer<std::uint8_t>();
+  args.nested_absmax = from.pointer<float>();
+  args.nested_offset = from.pointer<float>();
   return args;
 }
 
-// Of linear_4bit (x, y, a bias or none) and of linear_4bit_dx (dy, dx, no bias).
-inline Linear4bitArgs linear_4bit_args(Pointer x, int dtype, Size m, Size x_row_stride,
-                                       Pointer packed, Pointer absmax, Pointer nested_absmax,
-                                       Pointer nested_offset, int format, Pointer codebook,
-                                       Size block_size, Size rows, Size cols, Pointer bias,
-                                       Pointer y, bool batch_invariant) {
+template <bool kHasBias>
+Linear4bitArgs read_matmul(Arguments& from) {
   Linear4bitArgs args;
-  args.x = at<const void>(x);
-  args.dtype = dtype_from(dtype);
-  args.m = m;
-  args.x_row_stride = x_row_stride;
-  args.weight = weight_from(packed, absmax, nested_absmax, nested_offset, format, codebook,
-                            block_size, rows, cols);
-  args.bias = at<const void>(bias);
-  args.y = at<void>(y);
-  args.batch_invariant = batch_invariant;
+  args.x = from.pointer<const void>();
+  args.dtype = from.dtype();
+  args.m = from.size();
+  args.x_row_stride = from.size();
+  args.weight = from.weight();
+  args.weight.rows = from.size();
+  args.weight.cols = from.size();
+  if (kHasBias) args.bias = from.pointer<const void>();
+  args.y = from.pointer<void>();
+  args.batch_invariant = from.flag();
   return args;
 }
 
-// Each: param, grad, exp_avg, exp_avg_sq, their absmax (0 for float moments), dtype, numel, index,
-// first.
-inline std::vector<AdamWTensor> adamw_tensors(const std::vector<std::array<Size, 11>>& tensors) {
-  std::vector<AdamWTensor> read;
-  read.reserve(tensors.size());
-  for (const auto& from : tensors) {
-    const auto pointer = [&](std::size_t i) { return static_cast<Pointer>(from[i]); };
-    AdamWTensor tensor;
-    tensor.param = at<void>(pointer(0));
-    tensor.grad = at<const void>(pointer(1));
-    tensor.exp_avg = at<void>(pointer(2));
-    tensor.exp_avg_sq = at<void>(pointer(3));
-    tensor.exp_avg_absmax = at<float>(pointer(4));
-    tensor.exp_avg_sq_absmax = at<float>(pointer(5));
-    tensor.factors = at<const AdamWFactors>(pointer(6));
-    tensor.dtype = dtype_from(static_cast<int>(from[7]));
-    tensor.numel = from[8];
-    tensor.index = from[9];
-    tensor.first = from[10];
-    require((from[4] == 0) == (from[5] == 0), "absmax: takes those of both moments or neither");
-    require(from[8] >= 0 && from[10] >= 0 && from[10] % kStateBlockSize == 0,
-            "first: takes a multiple of the block size");
-    read.push_back(tensor);
+inline Linear4bitArgs read_linear_4bit(Arguments& from) { return read_matmul<true>(from); }
+inline Linear4bitArgs read_linear_4bit_dx(Arguments& from) { return read_matmul<false>(from); }
+
+// AdamWArgs and the tensors they point to.
+struct AdamWStep : AdamWArgs {
+  // The seed kNone is no stochastic rounding.
+  AdamWStep(std::vector<AdamWTensor> list, Size seed_or_none) : owned(std::move(list)) {
+    require(seed_or_none == kNone || seed_or_none >= 0, "seed: takes None, or 0 and above");
+    tensors = owned.data();
+    count = static_cast<Size>(owned.size());
+    stochastic_rounding = seed_or_none != kNone;
+    seed = stochastic_rounding ? static_cast<std::uint64_t>(seed_or_none) : 0;
   }
-  return read;
+  AdamWStep(AdamWStep&&) = default;
+
+  std::vector<AdamWTensor> owned;
+};
+
+inline AdamWTensor read_adamw_tensor(Arguments& from) {
+  AdamWTensor tensor;
+  tensor.param = from.pointer<void>();
+  tensor.grad = from.pointer<const void>();
+  tensor.exp_avg = from.pointer<void>();
+  tensor.exp_avg_sq = from.pointer<void>();
+  tensor.exp_avg_absmax = from.pointer<float>();
+  tensor.exp_avg_sq_absmax = from.pointer<float>();
+  require((tensor.exp_avg_absmax == nullptr) == (tensor.exp_avg_sq_absmax == nullptr),
+          "absmax: takes those of both moments or neither");
+  tensor.factors = from.pointer<const AdamWFactors>();
+  tensor.dtype = from.dtype();
+  tensor.numel = from.size();
+  tensor.index = from.size();
+  tensor.first = from.size();
+  require(tensor.first % kStateBlockSize == 0, "first: takes a multiple of the block size");
+  return tensor;
 }
 
-inline AdamWArgs adamw_args(const std::vector<AdamWTensor>& tensors,
-                            std::optional<std::uint64_t> seed) {
-  AdamWArgs args;
-  args.tensors = tensors.data();
-  args.count = static_cast<Size>(tensors.size());
-  args.stochastic_rounding = seed.has_value();
-  args.seed = seed.value_or(0);
-  return args;
+inline AdamWStep read_adamw_step(Arguments& from) {
+  std::vector<AdamWTensor> tensors;
+  for (Size left = from.size(); left > 0; --left) tensors.push_back(read_adamw_tensor(from));
+  return {std::move(tensors), from.value()};
 }
+
+// An op on one backend.
+struct Op {
+  const char* name;
+  Status (*run)(Arguments& from);
+};
 
 }  // namespace qkern::binding

@@ -1,125 +1,85 @@
-// The CUDA functions of qkern._C. Each starts its kernels on a stream of the current device.
+// The CUDA functions of qkern._C. After an op's own arguments comes a stream of the current device,
+// on which it starts its kernels.
 #include "cuda.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <cstdint>
-#include <optional>
-#include <vector>
-
 #include "arguments.h"
+#include "python.h"
 
 namespace qkern::binding {
 namespace {
 
-CudaPath path_from(int path) {
-  require(path >= 0 && path <= 2, "path: takes 0 (vector), 1 (mma) or 2 (tiled)");
-  return static_cast<CudaPath>(path);
+template <auto kRead, auto kKernel>
+Status run_on_stream(Arguments& from) {
+  const auto args = kRead(from);
+  void* const stream = from.pointer<void>();
+  from.end();
+  return kKernel(args, stream);
 }
 
-template <typename Fn, typename Args>
-void start(const char* op, const Fn& fn, const Args& args, Pointer stream) {
-  Status status;
-  {
-    pybind11::gil_scoped_release release;
-    status = fn(args, at<void>(stream));
-  }
-  raise_on_error(op, status);
+CudaPath read_path(Arguments& from) {
+  return from.one_of(CudaPath::kTiled, "path: takes 0 (vector), 1 (mma) or 2 (tiled)");
 }
 
-void adamw_step(const std::vector<std::array<Size, 11>>& tensors, std::optional<std::uint64_t> seed,
-                Pointer stream) {
-  const std::vector<AdamWTensor> read = adamw_tensors(tensors);
-  start("adamw_step", cuda::adamw_step, adamw_args(read, seed), stream);
+// A matmul on a path, with the path's workspace.
+template <auto kRead>
+Linear4bitArgs read_on_path(Arguments& from) {
+  Linear4bitArgs args = kRead(from);
+  args.path = read_path(from);
+  args.workspace = from.pointer<float>();
+  return args;
 }
 
-void quantize_4bit(Pointer x, int x_dtype, Size numel, int format, Pointer codebook,
-                   Size block_size, Pointer packed, Pointer absmax, Pointer stream) {
-  start("quantize_4bit", cuda::quantize_4bit,
-        quantize_4bit_args(x, x_dtype, numel, format, codebook, block_size, packed, absmax),
-        stream);
-}
-
-void dequantize_4bit(Pointer packed, Pointer absmax, Pointer nested_absmax, Pointer nested_offset,
-                     int format, Pointer codebook, Size block_size, Size numel, Pointer out,
-                     int out_dtype, Pointer stream) {
-  start("dequantize_4bit", cuda::dequantize_4bit,
-        dequantize_4bit_args(packed, absmax, nested_absmax, nested_offset, format, codebook,
-                             block_size, numel, out, out_dtype),
-        stream);
-}
+struct RegionArgs : Dequantize4bitArgs {
+  Region region;
+};
 
 // The rectangle of `rows` x `columns` at (row, column) of a weight with rows of `cols` elements.
-void dequantize_4bit_region(Pointer packed, Pointer absmax, Pointer nested_absmax,
-                            Pointer nested_offset, int format, Pointer codebook, Size block_size,
-                            Size cols, Size row, Size column, Size rows, Size columns, Pointer out,
-                            int out_dtype, Pointer stream) {
-  require(row >= 0 && column >= 0 && rows >= 0 && columns > 0 && column + columns <= cols,
+RegionArgs read_region(Arguments& from) {
+  RegionArgs args;
+  args.weight = from.weight();
+  const Size cols = from.size();
+  const Size row = from.size();
+  const Size column = from.size();
+  const Size rows = from.size();
+  const Size columns = from.size();
+  require(columns > 0 && column + columns <= cols,
           "region: takes rows and columns within the weight");
-  const Region region{row * cols + column, columns, cols - columns};
-  start(
-      "dequantize_4bit_region",
-      [&region](const Dequantize4bitArgs& args, void* on) {
-        return cuda::dequantize_4bit_region(args, region, on);
-      },
-      dequantize_4bit_args(packed, absmax, nested_absmax, nested_offset, format, codebook,
-                           block_size, rows * columns, out, out_dtype),
-      stream);
+  args.region = {row * cols + column, columns, cols - columns};
+  args.weight.rows = 1;
+  args.weight.cols = rows * columns;
+  args.out = from.pointer<void>();
+  args.out_dtype = from.dtype();
+  return args;
 }
 
-void quantize_8bit(Pointer x, int x_dtype, Size numel, Pointer map, Size block_size, Pointer codes,
-                   Pointer absmax, Pointer stream) {
-  start("quantize_8bit", cuda::quantize_8bit,
-        quantize_8bit_args(x, x_dtype, numel, map, block_size, codes, absmax), stream);
+Status dequantize_region(const RegionArgs& args, void* stream) {
+  return cuda::dequantize_4bit_region(args, args.region, stream);
 }
 
-void dequantize_8bit(Pointer codes, Pointer absmax, Pointer map, Size block_size, Size numel,
-                     Pointer out, int out_dtype, Pointer stream) {
-  start("dequantize_8bit", cuda::dequantize_8bit,
-        dequantize_8bit_args(codes, absmax, map, block_size, numel, out, out_dtype), stream);
-}
-
-void quantize_absmax(Pointer absmax, Size numel, Pointer codes, Pointer nested_absmax,
-                     Pointer nested_offset, Pointer stream) {
-  start("quantize_absmax", cuda::quantize_absmax,
-        quantize_absmax_args(absmax, numel, codes, nested_absmax, nested_offset), stream);
-}
-
-void linear_4bit(Pointer x, int dtype, Size m, Size x_row_stride, Pointer packed, Pointer absmax,
-                 Pointer nested_absmax, Pointer nested_offset, int format, Pointer codebook,
-                 Size block_size, Size rows, Size cols, Pointer bias, Pointer y,
-                 bool batch_invariant, int path, Pointer workspace, Pointer stream) {
-  Linear4bitArgs args =
-      linear_4bit_args(x, dtype, m, x_row_stride, packed, absmax, nested_absmax, nested_offset,
-                       format, codebook, block_size, rows, cols, bias, y, batch_invariant);
-  args.path = path_from(path);
-  args.workspace = at<float>(workspace);
-  start("linear_4bit", cuda::linear_4bit, args, stream);
-}
-
-void linear_4bit_dx(Pointer dy, int dtype, Size m, Size dy_row_stride, Pointer packed,
-                    Pointer absmax, Pointer nested_absmax, Pointer nested_offset, int format,
-                    Pointer codebook, Size block_size, Size rows, Size cols, Pointer dx,
-                    bool batch_invariant, int path, Pointer workspace, Pointer stream) {
-  Linear4bitArgs args =
-      linear_4bit_args(dy, dtype, m, dy_row_stride, packed, absmax, nested_absmax, nested_offset,
-                       format, codebook, block_size, rows, cols, 0, dx, batch_invariant);
-  args.path = path_from(path);
-  args.workspace = at<float>(workspace);
-  start("linear_4bit_dx", cuda::linear_4bit_dx, args, stream);
-}
+constexpr Op kCudaOps[] = {
+    {"quantize_4bit", run_on_stream<read_quantize_4bit, cuda::quantize_4bit>},
+    {"dequantize_4bit", run_on_stream<read_dequantize_4bit, cuda::dequantize_4bit>},
+    {"dequantize_4bit_region", run_on_stream<read_region, dequantize_region>},
+    {"quantize_8bit", run_on_stream<read_quantize_8bit, cuda::quantize_8bit>},
+    {"dequantize_8bit", run_on_stream<read_dequantize_8bit, cuda::dequantize_8bit>},
+    {"quantize_absmax", run_on_stream<read_quantize_absmax, cuda::quantize_absmax>},
+    {"linear_4bit", run_on_stream<read_on_path<read_linear_4bit>, cuda::linear_4bit>},
+    {"linear_4bit_dx", run_on_stream<read_on_path<read_linear_4bit_dx>, cuda::linear_4bit_dx>},
+    {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
+};
 
 // Bytes of workspace that linear_4bit (or linear_4bit_dx, whose x is dy) takes on a path.
 Size linear_workspace(bool input_gradient, int dtype, Size m, Size rows, Size cols,
                       bool batch_invariant, int path) {
+  const std::vector<Size> values = {dtype, m, rows, cols, batch_invariant, path};
+  Arguments from(values);
   Linear4bitArgs args;
-  args.dtype = dtype_from(dtype);
-  args.m = m;
-  args.weight.rows = rows;
-  args.weight.cols = cols;
-  args.batch_invariant = batch_invariant;
-  args.path = path_from(path);
+  args.dtype = from.dtype();
+  args.m = from.size();
+  args.weight.rows = from.size();
+  args.weight.cols = from.size();
+  args.batch_invariant = from.flag();
+  args.path = read_path(from);
   Size bytes = 0;
   raise_on_error("linear_4bit", input_gradient ? cuda::linear_4bit_dx_workspace(args, &bytes)
                                                : cuda::linear_4bit_workspace(args, &bytes));
@@ -136,15 +96,7 @@ pybind11::tuple device_limits() {
 }  // namespace
 
 void bind_cuda(pybind11::module_& m) {
-  m.def("cuda_adamw_step", adamw_step);
-  m.def("cuda_quantize_4bit", quantize_4bit);
-  m.def("cuda_dequantize_4bit", dequantize_4bit);
-  m.def("cuda_dequantize_4bit_region", dequantize_4bit_region);
-  m.def("cuda_quantize_8bit", quantize_8bit);
-  m.def("cuda_dequantize_8bit", dequantize_8bit);
-  m.def("cuda_quantize_absmax", quantize_absmax);
-  m.def("cuda_linear_4bit", linear_4bit);
-  m.def("cuda_linear_4bit_dx", linear_4bit_dx);
+  add_ops(m, "cuda_", kCudaOps);
   m.def("cuda_linear_workspace", linear_workspace);
   m.def("cuda_device_limits", device_limits);
 }

@@ -11,7 +11,7 @@ inline constexpr std::uint32_t kMajorVersion = 1;
 inline constexpr const char* kCapsuleName = "dlpack_exchange_api";
 inline constexpr std::int32_t kCpu = 1;
 
-enum DataTypeCode : std::uint8_t { kUInt = 1, kFloat = 2, kBfloat = 4 };
+enum DataTypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct DataType {
   std::uint8_t code;

@@ -18,6 +18,7 @@ struct Library {
   PyTypeObject* parameter = nullptr;
   PyObject* new_empty = nullptr;  // names of methods
   PyObject* is_neg = nullptr;
+  PyObject* contiguous = nullptr;
 };
 
 inline Library library;
@@ -40,6 +41,13 @@ class PlainTensor {
   // As read(), and whether the tensor is contiguous, of `numel` elements of a dtype.
   bool read(PyObject* object, dlpack::DataTypeCode code, int bits, Size numel) {
     return read(object) && is(code, bits) && contiguous_numel() == numel;
+  }
+
+  // As read(), of float32 or of int32 that holds a float32's bits: frameworks cast floating
+  // parameters, so a weight may keep its scales as integers.
+  bool read_float32_bits(PyObject* object, Size numel) {
+    return read(object) && (is(dlpack::kFloat, 32) || is(dlpack::kInt, 32)) &&
+           contiguous_numel() == numel;
   }
 
   bool is(int code, int bits) const {
@@ -73,6 +81,30 @@ class PlainTensor {
     return numel;
   }
 
+  Size numel() const {
+    Size numel = 1;
+    for (int i = 0; i < tensor_.ndim; ++i) numel *= tensor_.shape[i];
+    return numel;
+  }
+
+  // The distance between rows, which lie along the last dimension, or -1 where the elements of a
+  // row are apart or the rows are not evenly spaced.
+  Size row_stride() const {
+    const int last = tensor_.ndim - 1;
+    if (tensor_.shape[last] != 1 && tensor_.strides[last] != 1) return -1;
+    Size stride = -1, next = -1;
+    for (int i = last - 1; i >= 0; --i) {
+      if (tensor_.shape[i] == 1) continue;
+      if (stride == -1) {
+        stride = next = tensor_.strides[i];
+      } else if (tensor_.strides[i] != next) {
+        return -1;
+      }
+      next *= tensor_.shape[i];
+    }
+    return stride == -1 ? tensor_.shape[last] : stride;
+  }
+
   int ndim() const { return tensor_.ndim; }
   Size size(int i) const { return tensor_.shape[i]; }
   Size stride(int i) const { return tensor_.strides[i]; }
@@ -92,6 +124,12 @@ inline bool is_negated(PyObject* tensor) {
   if (negated == nullptr) throw pybind11::error_already_set();
   Py_DECREF(negated);
   return negated != Py_False;
+}
+
+inline pybind11::object contiguous(PyObject* tensor) {
+  PyObject* copy = PyObject_CallMethodNoArgs(tensor, library.contiguous);
+  if (copy == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(copy);
 }
 
 inline bool read_size(PyObject* object, Size* size) {

@@ -3,17 +3,16 @@
 // kernel.
 //
 // Nothing is explained here and nothing trusted. Unless every argument is what the kernel takes, in
-// plain tensors, the answer is None and nothing has been done: qkern/backends/native.py then does
-// the rest, a copy or an error that names the argument.
+// plain tensors, the answer is None and nothing has been done: qkern/backends then reads the
+// arguments in Python, and raises the error that names the one at fault.
 #include "tensors.h"
 
 #include <climits>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 
-#include "arguments.h"
 #include "plain_tensor.h"
+#include "python.h"
 
 namespace qkern::binding {
 namespace {
@@ -26,7 +25,7 @@ bool read_codes(PyObject* format, PyObject* codebook, Codebook* codes) {
   if (!PyUnicode_CheckExact(format)) return false;
   if (PyUnicode_CompareWithASCIIString(format, "custom") == 0) {
     PlainTensor values;
-    if (!values.read(codebook, dlpack::kFloat, 32, 16)) return false;
+    if (!values.read_float32_bits(codebook, 16)) return false;
     *codes = {kFormatCustom, values.data<const float>()};
     return true;
   }
@@ -40,10 +39,8 @@ bool read_codes(PyObject* format, PyObject* codebook, Codebook* codes) {
   return codebook == Py_None;
 }
 
-// The positions of the arguments. `width` is the size that x's last dimension must have, or None;
-// `features` is the result's.
-enum Argument {
-  kX,
+// The items of a 4-bit weight, which is a tuple.
+enum WeightItem {
   kPacked,
   kAbsmax,
   kNestedAbsmax,
@@ -51,38 +48,33 @@ enum Argument {
   kCodebook,
   kFormat,
   kBlockSize,
-  kFeatures,
-  kBatchInvariant,
-  kBias,
-  kWidth,
-  kNumThreads,
-  kArguments,
+  kWeightItems,
 };
 
-bool read_weight(PyObject* const* arguments, Size rows, Size cols, Weight4bit* weight) {
+bool read_weight(PyObject* object, Size rows, Size cols, Weight4bit* weight) {
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != kWeightItems) return false;
+  const auto item = [&](WeightItem i) { return PyTuple_GET_ITEM(object, i); };
   PlainTensor packed, absmax, nested_absmax, nested_offset;
-  if (!packed.read(arguments[kPacked]) || !packed.is(dlpack::kUInt, 8)) return false;
+  if (!packed.read(item(kPacked)) || !packed.is(dlpack::kUInt, 8)) return false;
   const Size bytes = packed.contiguous_numel();
   // Divided first, since the product of wrong sizes may not fit in 64 bits.
   if (rows <= 0 || cols <= 0 || bytes <= 0 || rows > 2 * bytes / cols) return false;
   const Size numel = rows * cols;
   Size block_size = 0;
-  if (bytes != numel / 2 + numel % 2 || !read_size(arguments[kBlockSize], &block_size) ||
-      block_size < kMinBlockSize || block_size > kMaxBlockSize ||
-      (block_size & (block_size - 1)) != 0) {
+  if (bytes != numel / 2 + numel % 2 || !read_size(item(kBlockSize), &block_size) ||
+      !is_block_size(block_size)) {
     return false;
   }
   const Size blocks = (numel - 1) / block_size + 1;
-  if (arguments[kNestedAbsmax] == Py_None) {
-    if (!absmax.read(arguments[kAbsmax], dlpack::kFloat, 32, blocks) ||
-        arguments[kNestedOffset] != Py_None) {
+  if (item(kNestedAbsmax) == Py_None) {
+    if (!absmax.read_float32_bits(item(kAbsmax), blocks) || item(kNestedOffset) != Py_None) {
       return false;
     }
   } else {
     const Size groups = (blocks - 1) / kNestedBlockSize + 1;
-    if (!absmax.read(arguments[kAbsmax], dlpack::kUInt, 8, blocks) ||
-        !nested_absmax.read(arguments[kNestedAbsmax], dlpack::kFloat, 32, groups) ||
-        !nested_offset.read(arguments[kNestedOffset], dlpack::kFloat, 32, 1)) {
+    if (!absmax.read(item(kAbsmax), dlpack::kUInt, 8, blocks) ||
+        !nested_absmax.read_float32_bits(item(kNestedAbsmax), groups) ||
+        !nested_offset.read_float32_bits(item(kNestedOffset), 1)) {
       return false;
     }
   }
@@ -93,24 +85,31 @@ bool read_weight(PyObject* const* arguments, Size rows, Size cols, Weight4bit* w
   weight->block_size = block_size;
   weight->rows = rows;
   weight->cols = cols;
-  return read_codes(arguments[kFormat], arguments[kCodebook], &weight->codes);
+  return read_codes(item(kFormat), item(kCodebook), &weight->codes);
 }
 
-// x [..., width] as a matrix of unit inner stride, where it is one without a copy.
+// x [..., width] as a matrix. Where its memory cannot be read as one, x stays absent.
 bool read_rows(const PlainTensor& x, Linear4bitArgs* args) {
   if (x.ndim() < 1 || x.ndim() > kMostDimensions || !x.floating(&args->dtype)) return false;
-  const Size width = x.size(x.ndim() - 1);
-  if (x.ndim() == 2 && (x.stride(1) == 1 || width == 1)) {
-    args->m = x.size(0);
-    args->x_row_stride = x.stride(0);
-  } else {
-    const Size numel = x.contiguous_numel();
-    if (numel <= 0) return false;
-    args->m = numel / width;
-    args->x_row_stride = width;
+  const Size numel = x.numel();
+  if (numel <= 0) return false;
+  args->m = numel / x.size(x.ndim() - 1);
+  args->x_row_stride = x.row_stride();
+  if (args->x_row_stride >= 0) args->x = x.data<const void>();
+  return true;
+}
+
+// x's elements one after the other, in a copy that `copy` keeps alive.
+bool read_copied_rows(PyObject* object, const PlainTensor& x, py::object* copy,
+                      Linear4bitArgs* args) {
+  *copy = contiguous(object);
+  PlainTensor rows;
+  if (!rows.read(copy->ptr()) || !rows.same_dtype(x) || rows.contiguous_numel() != x.numel()) {
+    return false;
   }
-  args->x = x.data<const void>();
-  return args->m > 0;
+  args->x = rows.data<const void>();
+  args->x_row_stride = x.size(x.ndim() - 1);
+  return true;
 }
 
 bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args) {
@@ -124,23 +123,27 @@ bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bit
   return true;
 }
 
-bool read_arguments(PyObject* const* arguments, bool input_gradient, PlainTensor* x,
+// The arguments of both matmuls, by name. `width` is the size that x's last dimension must have, or
+// None; `features` is the result's.
+struct MatmulArguments {
+  PyObject *x, *weight, *features, *bias, *batch_invariant, *num_threads, *width;
+};
+
+bool read_arguments(const MatmulArguments& from, bool input_gradient, PlainTensor* x,
                     Linear4bitArgs* args, Size* features, Size* num_threads) {
-  if (library.read == nullptr || !x->read(arguments[kX]) || !read_rows(*x, args) ||
-      !read_size(arguments[kFeatures], features) ||
-      !read_size(arguments[kNumThreads], num_threads) || *num_threads < 1 ||
-      *num_threads > INT_MAX || !PyBool_Check(arguments[kBatchInvariant])) {
+  if (library.read == nullptr || !x->read(from.x) || !read_rows(*x, args) ||
+      !read_size(from.features, features) || !read_size(from.num_threads, num_threads) ||
+      *num_threads < 1 || *num_threads > INT_MAX || !PyBool_Check(from.batch_invariant)) {
     return false;
   }
-  args->batch_invariant = arguments[kBatchInvariant] == Py_True;
+  args->batch_invariant = from.batch_invariant == Py_True;
   const Size width = x->size(x->ndim() - 1);
   Size expected = width;
-  if (arguments[kWidth] != Py_None && !read_size(arguments[kWidth], &expected)) return false;
+  if (from.width != Py_None && !read_size(from.width, &expected)) return false;
   const Size rows = input_gradient ? width : *features;
   const Size cols = input_gradient ? *features : width;
-  return width == expected && read_weight(arguments, rows, cols, &args->weight) &&
-         (!input_gradient || arguments[kBias] == Py_None) &&
-         read_bias(arguments[kBias], *x, *features, args) && !is_negated(arguments[kX]);
+  return width == expected && read_weight(from.weight, rows, cols, &args->weight) &&
+         read_bias(from.bias, *x, *features, args) && !is_negated(from.x);
 }
 
 // x.new_empty(*x.shape[:-1], features)
@@ -162,40 +165,47 @@ py::object new_result(PyObject* x, const PlainTensor& tensor, Size features) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-PyObject* matmul(const char* op, Status (*fn)(const Linear4bitArgs&, int), bool input_gradient,
-                 PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kArguments) {
-    PyErr_Format(PyExc_TypeError, "%s: takes %d arguments", op, static_cast<int>(kArguments));
-    return nullptr;
-  }
-  try {
+using Kernel = Status (*)(const Linear4bitArgs& args, int num_threads);
+
+PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, const MatmulArguments& from) {
+  return with_python_errors(op, [&]() -> PyObject* {
     Linear4bitArgs args;
     PlainTensor x, y;
+    py::object copy;
     Size features = 0, num_threads = 0;
-    if (!read_arguments(arguments, input_gradient, &x, &args, &features, &num_threads)) {
+    if (!read_arguments(from, input_gradient, &x, &args, &features, &num_threads) ||
+        (args.x == nullptr && !read_copied_rows(from.x, x, &copy, &args))) {
       Py_RETURN_NONE;
     }
-    py::object result = new_result(arguments[kX], x, features);
+    py::object result = new_result(from.x, x, features);
     if (!y.read(result.ptr()) || !y.same_dtype(x) || y.contiguous_numel() != args.m * features) {
       Py_RETURN_NONE;
     }
     args.y = y.data<void>();
-    launch(op, fn, args, static_cast<int>(num_threads));
+    run_without_gil(op, [&] { return kernel(args, static_cast<int>(num_threads)); });
     return result.release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+  });
+}
+
+// (x, weight, out_features, bias, batch_invariant, num_threads[, in_features])
+PyObject* linear_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 6 && count != 7) {
+    PyErr_SetString(PyExc_TypeError, "linear_4bit: takes 6 or 7 arguments");
+    return nullptr;
   }
-  return nullptr;
+  return matmul("linear_4bit", cpu::linear_4bit, false,
+                {given[0], given[1], given[2], given[3], given[4], given[5],
+                 count == 7 ? given[6] : Py_None});
 }
 
-PyObject* linear_4bit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return matmul("linear_4bit", cpu::linear_4bit, false, arguments, count);
-}
-
-PyObject* linear_4bit_dx(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  return matmul("linear_4bit_dx", cpu::linear_4bit_dx, true, arguments, count);
+// (dy, weight, in_features, batch_invariant, num_threads)
+PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError, "linear_4bit_dx: takes 5 arguments");
+    return nullptr;
+  }
+  return matmul("linear_4bit_dx", cpu::linear_4bit_dx, true,
+                {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None});
 }
 
 // Whether tensors of the types `tensor` and `parameter` can be read by the interface in `capsule`.
@@ -208,26 +218,20 @@ bool read_tensors_with(const py::object& capsule, const py::type& tensor,
   if (api == nullptr || api->tensor_from_object == nullptr) return false;
   library.new_empty = PyUnicode_InternFromString("new_empty");
   library.is_neg = PyUnicode_InternFromString("is_neg");
-  if (library.new_empty == nullptr || library.is_neg == nullptr) throw py::error_already_set();
+  library.contiguous = PyUnicode_InternFromString("contiguous");
+  if (library.new_empty == nullptr || library.is_neg == nullptr || library.contiguous == nullptr) {
+    throw py::error_already_set();
+  }
   library.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   library.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   library.read = api->tensor_from_object;
   return true;
 }
 
-// Functions of Python's own C interface: converting so many arguments, pybind11 takes longer than
-// reading the tensors does.
-using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-
-PyCFunction as_method(FastFunction function) {
-  // By way of a type that compilers take for any function.
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef methods[] = {
-    {"linear_4bit_on_tensors", as_method(linear_4bit), METH_FASTCALL, nullptr},
-    {"linear_4bit_dx_on_tensors", as_method(linear_4bit_dx), METH_FASTCALL, nullptr},
-    {"adamw_step_on_tensors", as_method(adamw_step_on_tensors), METH_FASTCALL, nullptr},
+    method("linear_4bit_on_tensors", linear_4bit),
+    method("linear_4bit_dx_on_tensors", linear_4bit_dx),
+    method("adamw_step_on_tensors", adamw_step_on_tensors),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,12 +1,11 @@
 // A step of the optimizer on tensors themselves, as tensors.cpp has the matmuls.
 #include <climits>
 #include <cstdint>
-#include <exception>
-#include <optional>
+#include <utility>
 #include <vector>
 
-#include "arguments.h"
 #include "plain_tensor.h"
+#include "python.h"
 #include "tensors.h"
 
 namespace qkern::binding {
@@ -116,26 +115,20 @@ PyObject* adamw_step_on_tensors(PyObject*, PyObject* const* arguments, Py_ssize_
     PyErr_Format(PyExc_TypeError, "adamw_step: takes %d arguments", int{kStepArguments});
     return nullptr;
   }
-  try {
+  return with_python_errors("adamw_step", [&]() -> PyObject* {
     std::vector<AdamWTensor> tensors;
-    Size seed = 0, num_threads = 0;
-    const bool stochastic = arguments[kSeed] != Py_None;
-    if (library.read == nullptr || (stochastic && !read_size(arguments[kSeed], &seed)) ||
+    Size seed = kNone, num_threads = 0;
+    if (library.read == nullptr ||
+        (arguments[kSeed] != Py_None && (!read_size(arguments[kSeed], &seed) || seed < 0)) ||
         !read_size(arguments[kStepThreads], &num_threads) || num_threads < 1 ||
-        num_threads > INT_MAX || seed < 0 || !read_step(arguments, &tensors)) {
+        num_threads > INT_MAX || !read_step(arguments, &tensors)) {
       Py_RETURN_NONE;
     }
-    std::optional<std::uint64_t> given;
-    if (stochastic) given = static_cast<std::uint64_t>(seed);
-    launch("adamw_step", cpu::adamw_step, adamw_args(tensors, given),
-           static_cast<int>(num_threads));
+    const AdamWStep step(std::move(tensors), seed);
+    run_without_gil("adamw_step",
+                    [&] { return cpu::adamw_step(step, static_cast<int>(num_threads)); });
     Py_RETURN_TRUE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  });
 }
 
 }  // namespace qkern::binding

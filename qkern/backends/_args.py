@@ -13,33 +13,29 @@ from torch import Tensor
 
 from qkern import _errors, formats
 from qkern.reference import ADAMW_FACTORS
+from qkern.weight import Weight
 
 DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMAT_IDS = formats.FORMAT_IDS
 _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
 
-WeightPointers = tuple[int, int, int, int, int, int, int]
-"""packed, absmax, nested_absmax, nested_offset, format id, codebook, block_size; 0 is absent."""
+CPU = torch.device("cpu")
 
 num_threads = torch.get_num_threads
 """How many threads a kernel takes: always torch's own setting."""
 
 
-def _is_on(tensor: Tensor, device: torch.device | None) -> bool:
-    """Whether the tensor is on ``device``; on the CPU for None, which is quicker to ask."""
-    return tensor.is_cpu if device is None else tensor.device == device
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    # Comparing devices takes three times as long.
+    return tensor.is_cpu if device is CPU else tensor.device == device
 
 
-def pointer(
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype,
-    numel: int,
-    device: torch.device | None = None,
-) -> int:
-    """The address of a contiguous tensor of exactly ``numel`` elements of ``dtype``.
+def check(
+    name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device = CPU
+) -> None:
+    """Raise unless the tensor is contiguous, on ``device``, and has ``numel`` of ``dtype``.
 
-    On ``device``; None is the CPU.
+    Raises ``TypeError`` for another dtype, otherwise ``ValueError``.
     """
     if (
         tensor.dtype is dtype
@@ -47,14 +43,22 @@ def pointer(
         and tensor.numel() == numel
         and tensor.is_contiguous()
     ):
-        return tensor.data_ptr()
+        return
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype}")
     if not _is_on(tensor, device):
-        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device or 'cpu'}")
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
     if tensor.numel() != numel:
         raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
     raise ValueError(f"{name}: got strides {list(tensor.stride())}; takes a contiguous tensor")
+
+
+def pointer(
+    name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device = CPU
+) -> int:
+    """The address of a tensor that `check` lets pass."""
+    check(name, tensor, dtype, numel, device)
+    return tensor.data_ptr()
 
 
 def dtype_id(name: str, dtype: torch.dtype) -> int:
@@ -65,17 +69,13 @@ def dtype_id(name: str, dtype: torch.dtype) -> int:
     return found
 
 
-def format_args(
-    format: str, codebook: Tensor | None, device: torch.device | None = None
-) -> tuple[int, int]:
-    """The format's number and the codebook's address."""
-    format_id = _FORMAT_IDS.get(format)
-    if format_id is None or (codebook is None) == (format == "custom"):
+def check_format(format: str, codebook: Tensor | None, device: torch.device = CPU) -> None:
+    """Raise unless the format is known and has a codebook just where it needs one."""
+    if format not in _FORMAT_IDS or (codebook is None) == (format == "custom"):
         _errors.check_format(format, codebook)
         raise AssertionError("unreachable: check_format raises")
-    if codebook is None:
-        return format_id, 0
-    return format_id, pointer("codebook", codebook, torch.float32, 16, device)
+    if codebook is not None:
+        check("codebook", codebook, torch.float32, 16, device)
 
 
 def block_size_arg(block_size: int) -> int:
@@ -85,48 +85,39 @@ def block_size_arg(block_size: int) -> int:
     return block_size
 
 
-def weight(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    block_size: int,
-    numel: int,
-    device: torch.device | None = None,
-) -> WeightPointers:
-    """The pointers of a 4-bit weight of ``numel`` elements."""
-    format_id, codebook_ptr = format_args(format, codebook, device)
+def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None:
+    """Raise unless ``weight`` has ``numel`` elements, with the scales that they need."""
+    packed, absmax, nested_absmax, nested_offset, codebook, format, block_size = weight
+    check_format(format, codebook, device)
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
-    packed_ptr = pointer("packed", packed, torch.uint8, (numel + 1) // 2, device)
+    check("packed", packed, torch.uint8, formats.packed_size(numel), device)
     if nested_absmax is None or nested_offset is None:
         if nested_absmax is not nested_offset:
             raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
-        absmax_ptr = pointer("absmax", absmax, torch.float32, blocks, device)
-        return packed_ptr, absmax_ptr, 0, 0, format_id, codebook_ptr, block_size
+        check("absmax", absmax, torch.float32, blocks, device)
+        return
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
-    return (
-        packed_ptr,
-        pointer("absmax", absmax, torch.uint8, blocks, device),
-        pointer("nested_absmax", nested_absmax, torch.float32, groups, device),
-        pointer("nested_offset", nested_offset, torch.float32, 1, device),
-        format_id,
-        codebook_ptr,
-        block_size,
-    )
+    check("absmax", absmax, torch.uint8, blocks, device)
+    check("nested_absmax", nested_absmax, torch.float32, groups, device)
+    check("nested_offset", nested_offset, torch.float32, 1, device)
 
 
-def rows(
-    name: str, x: Tensor, width: int, device: torch.device | None = None
-) -> tuple[Tensor, int, int]:
+def float_input(name: str, x: Tensor, device: torch.device = CPU) -> Tensor:
+    """``x`` contiguous, of a floating dtype that kernels read."""
+    dtype_id(name, x.dtype)
+    x = x.contiguous()
+    check(name, x, x.dtype, x.numel(), device)
+    return x
+
+
+def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[Tensor, int, int]:
     """``(matrix, rows, row stride)`` of ``x``'s trailing dimension over all the others.
 
     The matrix has unit inner stride and is ``x``'s own memory where its strides allow that; keep it
     alive while its address is in use. A row stride may be 0 (an expanded ``x``).
     """
     if not _is_on(x, device):
-        raise ValueError(f"{name}: got a tensor on {x.device}; takes one on {device or 'cpu'}")
+        raise ValueError(f"{name}: got a tensor on {x.device}; takes one on {device}")
     if x.dim() != 2:
         x = x.reshape(-1, width)
     if x.stride(1) != 1 and width > 1:
@@ -135,6 +126,7 @@ def rows(
 
 
 def adamw_pieces(
+    device: torch.device,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -142,11 +134,14 @@ def adamw_pieces(
     exp_avg_absmaxes: Sequence[Tensor],
     exp_avg_sq_absmaxes: Sequence[Tensor],
     factors: Tensor,
+    seed: int | None,
     indices: Sequence[int],
     offsets: Sequence[int],
-    device: torch.device | None = None,
 ) -> list[tuple[int, ...]]:
-    """For each parameter seven addresses (0 is absent), dtype, elements, index and offset."""
+    """For each parameter seven addresses (0 is absent), dtype, elements, index and offset.
+
+    Takes the op's arguments; ``seed`` is not looked at.
+    """
     in_codes = len(exp_avg_absmaxes) > 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, indices or params, offsets or params)
     scales = {len(exp_avg_absmaxes), len(exp_avg_sq_absmaxes)}

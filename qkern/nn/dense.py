@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern.autograd import WidenedLinear
-from qkern.backends import native
+from qkern.backends import has_cpu_matmul
 
 _MIN_ROWS = 16
 """Of fewer rows the emulated product is limited by reading the weight, which is half as long."""
@@ -50,7 +50,7 @@ class FrozenLinear(nn.Linear):
             and x.is_cpu
             and self.weight.is_cpu
             and x.dtype == self.weight.dtype
-            and not native.has_matmul(x.dtype)
+            and not has_cpu_matmul(x.dtype)
             and x.dim() > 1
             and x.shape[-1] == self.in_features
             and x.numel() >= _MIN_ROWS * self.in_features > 0

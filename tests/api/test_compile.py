@@ -42,7 +42,7 @@ def test_opcheck(spec: OpSpec, target: Target, device: torch.device) -> None:
     for case in OPCHECK_CASES[spec.name]:
         inputs = spec.make_inputs(case, device, torch.Generator().manual_seed(0))
         with target.activate():
-            torch.library.opcheck(getattr(torch.ops.qkern, spec.name), (), inputs)
+            torch.library.opcheck(spec.op.overload, spec.arguments(inputs))
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double_quant"])
@@ -53,7 +53,7 @@ def test_opcheck_of_dequantize_into_out(
     inputs = OPS["dequantize_4bit"].make_inputs(case, device, torch.Generator().manual_seed(0))
     out = torch.zeros(inputs.pop("shape"), dtype=inputs.pop("dtype"), device=device)
     with target.activate():
-        torch.library.opcheck(torch.ops.qkern.dequantize_4bit_out, (), inputs | {"out": out})
+        torch.library.opcheck(torch.ops.qkern.dequantize_4bit_out, (*inputs["weight"], out))
 
 
 class Block(nn.Module):

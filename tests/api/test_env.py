@@ -12,10 +12,10 @@ import torch
 import qkern
 from lab.processes import fresh_python
 from qkern import backends, env
-from qkern.backends import native, reference
+from qkern.backends import cpu, reference
 
 needs_native = pytest.mark.skipif(
-    native.missing_reason is not None, reason=str(native.missing_reason)
+    cpu.missing_reason() is not None, reason=str(cpu.missing_reason())
 )
 
 
@@ -44,7 +44,7 @@ def test_report_as_json_and_text() -> None:
     assert found["qkern"] == qkern.__version__
     assert found["devices"]["cpu"]["backends"] == backends.available("cpu")
     assert found["environment"].keys().isdisjoint({"QKERN_BACKEND"})
-    assert found["native"]["built"] == (native.missing_reason is None)
+    assert found["native"]["built"] == (cpu.missing_reason() is None)
 
     text = "\n".join(env._lines(found))
     assert f"torch{' ' * 10}" in text
@@ -56,7 +56,7 @@ def test_report_tells_instruction_sets_and_one_openmp_runtime() -> None:
     found = json.loads(python("-m", "qkern.env", "--json", QKERN_CPU_ISA="scalar").stdout)
     kernels = found["native"]
     assert kernels["instruction_set"] == "scalar"
-    assert kernels["instruction_sets"] == native.available_isas()
+    assert kernels["instruction_sets"] == cpu.available_isas()
     assert kernels["build"]["version"] == qkern.__version__
     assert found["devices"]["cpu"]["selected"] == "cpu"
     assert found["environment"]["QKERN_CPU_ISA"] == "scalar"
@@ -99,7 +99,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def force(name: str) -> None:
         monkeypatch.setenv("QKERN_BACKEND", name)
-        monkeypatch.setattr(backends, "_selected", {})
+        monkeypatch.setattr(backends, "selected", {})
 
     return force
 
@@ -139,15 +139,15 @@ def test_use_forces_and_restores() -> None:
 
 @needs_native
 def test_use_forces_and_restores_the_instruction_set() -> None:
-    before = native.isa()
-    for name in native.available_isas():
+    before = cpu.isa()
+    for name in cpu.available_isas():
         with backends.use("cpu", isa=name):
-            assert native.isa() == name
+            assert cpu.isa() == name
             assert backends.selected_name() == "cpu"
-    assert native.isa() == before
+    assert cpu.isa() == before
     with pytest.raises(ValueError, match="z80"), backends.use("cpu", isa="z80"):
         pass
-    assert native.isa() == before
+    assert cpu.isa() == before
 
 
 def test_use_rejects(monkeypatch: pytest.MonkeyPatch) -> None:

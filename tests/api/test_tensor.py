@@ -15,6 +15,7 @@ from torch import Tensor
 
 import qkern
 from qkern import QuantizedTensor, backends, formats, reference
+from qkern.weight import Weight
 
 CODEBOOK = torch.linspace(-1.0, 1.0, 16)
 
@@ -265,7 +266,8 @@ def quantized_twice(
 def test_nf4_equals_bitsandbytes(dtype: torch.dtype) -> None:
     w, (theirs, their_dense), (packed, absmax) = quantized_twice("nf4", dtype)
     assert torch.equal(packed, theirs.view(-1))
-    dense = reference.dequantize_4bit(packed, absmax, None, None, None, "nf4", 64, w.shape, dtype)
+    weight = Weight(packed, absmax, None, None, None, "nf4", 64)
+    dense = reference.dequantize_4bit(weight, w.shape, dtype)
     assert torch.equal(dense, their_dense)
 
 
@@ -274,8 +276,8 @@ def test_fp4_equals_bitsandbytes_but_for_ties_and_the_sign_of_zero(dtype: torch.
     w, (theirs, _), (packed, absmax) = quantized_twice("fp4", dtype)
 
     def values(codes: Tensor) -> Tensor:
-        weight = (codes, absmax, None, None, None, "fp4", 64, w.shape, torch.float32)
-        return reference.dequantize_4bit(*weight).view(-1, 64)
+        weight = Weight(codes, absmax, None, None, None, "fp4", 64)
+        return reference.dequantize_4bit(weight, w.shape, torch.float32).view(-1, 64)
 
     # bitsandbytes decides at midpoints rounded to nearest, and on the signed value.
     t = (w.float().view(-1, 64) * (1.0 / absmax)[:, None]).abs()

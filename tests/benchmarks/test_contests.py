@@ -97,9 +97,9 @@ def test_contest(op, dtype):
 
 
 def test_instruction_sets_take_turns():
-    native = qkern.backends.native
-    if native.missing_reason:
-        pytest.skip(native.missing_reason)
+    native = qkern.backends.cpu
+    if reason := native.missing_reason():
+        pytest.skip(reason)
     before = native.isa()
     try:
         _, samples = play("forward", isas=("scalar", native.available_isas()[-1]))

@@ -21,22 +21,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import qkern
 from qkern import QuantizedTensor, backends, reference, testing
-from qkern.backends import native
+from qkern.backends import cpu
 from qkern.testing import OPS
+from qkern.weight import Weight
 from tests.observers import Functions, Ops
 
 pytestmark = pytest.mark.skipif(
-    native.linear_4bit_on_tensors is native._refuse,
+    not cpu.fast,
     reason="no native kernels, or a torch without DLPack's C exchange interface",
 )
 
-BIAS = 10  # positions of arguments
-WIDTH = 11  # only the public functions give it
-NUM_THREADS = 12
+WIDTH = 6  # the position of in_features, which only the public functions give
 
 
 class Calls:
-    """What `native.linear_4bit_on_tensors` answered to the public functions."""
+    """What the backend's function on tensors answered to the public functions."""
 
     def __init__(self, kernel: Callable[..., Tensor | None]) -> None:
         self.kernel = kernel
@@ -44,7 +43,7 @@ class Calls:
 
     def __call__(self, *arguments: Any) -> Tensor | None:
         answer = self.kernel(*arguments)
-        if arguments[WIDTH] is not None:
+        if len(arguments) > WIDTH:
             self.answers.append(answer)
         return answer
 
@@ -56,8 +55,8 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     qkern.linear_4bit(torch.zeros(1, 64), weight())  # so that the backend is chosen
-    wrapped = Calls(native.linear_4bit_on_tensors)
-    monkeypatch.setattr(native, "linear_4bit_on_tensors", wrapped)
+    wrapped = Calls(cpu.fast["linear_4bit"])
+    monkeypatch.setitem(cpu.fast, "linear_4bit", wrapped)
     return wrapped
 
 
@@ -66,8 +65,7 @@ def without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     """Called, it makes every call go the long way."""
 
     def switch() -> None:
-        monkeypatch.setattr(native, "linear_4bit_on_tensors", native._refuse)
-        monkeypatch.setattr(native, "linear_4bit_dx_on_tensors", native._refuse)
+        monkeypatch.setattr(cpu, "fast", {})
 
     return switch
 
@@ -77,7 +75,13 @@ def weight(rows: int = 6, cols: int = 64, **options: Any) -> QuantizedTensor:
 
 
 X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
-ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
+ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64), X[None].repeat(2, 1, 2)[:1, :, :64]
+STRIDED = (
+    X.T.contiguous().T,
+    X[:, None].expand(3, 2, 64),
+    X[0, 0].expand(64),
+    X.repeat(2, 2)[::2, ::2],
+)
 
 
 # Where the op is skipped, and that it gives the same
@@ -85,8 +89,14 @@ ROWS = X.repeat(1, 2)[:, :64], X[:1].expand(3, 64)
 
 @pytest.mark.parametrize(
     "x",
-    [X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS],
-    ids=["2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded"],
+    [
+        *(X, X[0], X[None], X.view(1, 3, 1, 64), X[0].as_strided((1, 1, 64), (5, 7, 1)), *ROWS),
+        *STRIDED,
+    ],
+    ids=[
+        *("2d", "1d", "3d", "4d", "strides_of_one", "gaps", "expanded", "3d_gaps"),
+        *("transposed", "3d_expanded", "1d_expanded", "skipping"),
+    ],
 )
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_plain_tensors_skip_the_op(
@@ -95,16 +105,12 @@ def test_plain_tensors_skip_the_op(
     qw, bias = weight(), torch.randn(6)
     with context():
         y = qkern.nf4_linear(x, qw, bias)
-        expected = torch.ops.qkern.linear_4bit(x, *parts(qw), bias, "nf4", 64, 6)
+        expected = torch.ops.qkern.linear_4bit(x, *qw.weight, 6, bias)
     assert calls.skipped_the_op
     testing.assert_bitwise(y, expected)
     assert y.shape == expected.shape
     assert y.is_inference() == expected.is_inference()
     assert not y._is_view()
-
-
-def parts(qw: QuantizedTensor) -> tuple[Tensor | None, ...]:
-    return qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, qw.codebook
 
 
 @pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
@@ -204,8 +210,8 @@ def on_the_reference(run: Run, qw: QuantizedTensor) -> Tensor:
         return run(X, qw)
 
 
-def on_a_module_of_ones_own(run: Run, qw: QuantizedTensor) -> Tensor:
-    with backends.use(reference):
+def on_a_backend_of_ones_own(run: Run, qw: QuantizedTensor) -> Tensor:
+    with backends.use(backends.Backend("mine")):
         return run(X, qw)
 
 
@@ -220,7 +226,7 @@ OBSERVERS = {
     "compile": compiled,
     "vmap": in_vmap,
     "reference": on_the_reference,
-    "own_module": on_a_module_of_ones_own,
+    "own_module": on_a_backend_of_ones_own,
 }
 
 
@@ -263,11 +269,11 @@ def test_autocast_decides_the_dtype(calls: Calls) -> None:
 
 def test_the_environments_backend_is_obeyed(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     qw = weight()
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "selected", {})
     monkeypatch.setenv("QKERN_BACKEND", "reference")
     qkern.nf4_linear(X, qw)
     qkern.nf4_linear(X, qw)
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "selected", {})
     monkeypatch.setenv("QKERN_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="does not take cpu tensors"):
         qkern.nf4_linear(X, qw)
@@ -307,8 +313,7 @@ UNUSUAL: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {
     "functional": (lambda: functional(X), torch._from_functional_tensor),
     "negated": (lambda: torch._neg_view(-X), lambda y: y),
     "negated_column": (lambda: torch.complex(X, -X).conj().imag, lambda y: y),
-    "transposed": (lambda: X.T.contiguous().T, lambda y: y),
-    "gaps": (lambda: X[None].repeat(2, 1, 2)[:1, :, :64], lambda y: y[0]),
+    "negated_transposed": (lambda: torch._neg_view(-X.T.contiguous()).T, lambda y: y),
 }
 
 
@@ -359,7 +364,7 @@ def assert_layer_is_current(layer: qkern.nn.Linear4bit, calls: Calls) -> None:
         y = layer(X)
     assert calls.skipped_the_op
     qw = layer.weight
-    dense = reference.dequantize_4bit(*parts(qw), qw.format, qw.block_size, qw.shape, torch.float32)
+    dense = reference.dequantize_4bit(qw.weight, qw.shape, torch.float32)
     torch.testing.assert_close(y, nn.functional.linear(X, dense, layer.bias), rtol=1e-4, atol=1e-4)
 
 
@@ -548,60 +553,111 @@ def test_tangents_take_the_op(calls: Calls) -> None:
 def arguments(name: str, **options: Any) -> list[Any]:
     """Of ``linear_4bit_on_tensors`` or ``linear_4bit_dx_on_tensors``."""
     qw = weight(**options)
-    dx = name == "linear_4bit_dx_on_tensors"
-    x, features, width = (torch.ones(3, 6), 64, 6) if dx else (X, 6, 64)
-    bias = None if dx else torch.ones(6)
-    return [x, *parts(qw), qw.format, 64, features, False, bias, width, 1]
+    if name == "linear_4bit_dx_on_tensors":
+        return [torch.ones(3, 6), layout(qw), 64, False, 1]
+    return [X, layout(qw), 6, torch.ones(6), False, 1, 64]
+
+
+def layout(qw: QuantizedTensor) -> tuple[Any, ...]:
+    return tuple(qw.weight)
 
 
 KERNELS = ["linear_4bit_on_tensors", "linear_4bit_dx_on_tensors"]
 WEIGHTS = [{}, {"double_quant": False}, {"format": "custom", "codebook": torch.linspace(-1, 1, 16)}]
+each_weight = pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
 
 
-@pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
+@each_weight
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> None:
-    kernel, right = getattr(native, name), arguments(name, **options)
+    kernel, right = getattr(cpu.library(), name), arguments(name, **options)
+    dx = name == "linear_4bit_dx_on_tensors"
+    bias, num_threads, width = (None, 4, None) if dx else (3, 5, WIDTH)
     assert kernel(*right) is not None
-    for position, value in enumerate(right):
+    # The arguments, then the items of the weight.
+    flat = [*right, *right[1]]
+    for position, value in enumerate(flat):
         wrong: list[Any] = ["nf5", 1.0, -1, 0, 1 << 40, 1 << 70, object(), [value]]
-        if position != NUM_THREADS:
+        if position != num_threads:
             wrong += [7, 65]
-        if value is not None and position not in (BIAS, WIDTH):
+        if value is not None and position not in (bias, width):
             wrong.append(None)
+        if isinstance(value, tuple):
+            wrong += [list(value), value[:-1], (*value, None)]
         if isinstance(value, Tensor):
-            flat = value.reshape(-1)
+            line = value.reshape(-1)
             wrong += [value.double() if value.is_floating_point() else value.int()]
             wrong += [value.to("meta"), value.to_sparse(), value.as_subclass(Tagged)]
-            wrong += [flat[:0], torch.cat([flat, flat]), flat[:-1], value.to(torch.int64)]
-            if flat.numel() > 1:
-                wrong.append(flat.repeat_interleave(2)[::2])
-            if position == BIAS:
+            wrong += [line[:0], torch.cat([line, line]), line[:-1], value.to(torch.int64)]
+            if line.numel() > 1:
+                wrong.append(line.repeat_interleave(2)[::2])
+            if position == bias:
                 wrong += [value[None], value[:, None]]
-        elif position == BIAS:  # of linear_4bit_dx
-            wrong.append(torch.ones(64))
+            if position == 0:
+                wrong.append(value.int())
         for bad in wrong:
-            given = [*right[:position], bad, *right[position + 1 :]]
-            assert kernel(*given) is None, (position, bad)
-    assert kernel(*right[:WIDTH], None, 1) is not None
-    with pytest.raises(TypeError, match="takes 13 arguments"):
-        kernel(*right[:-1])
+            given = [*flat[:position], bad, *flat[position + 1 :]]
+            changed = given[: len(right)]
+            if position >= len(right):
+                changed[1] = tuple(given[len(right) :])
+            assert kernel(*changed) is None, (position, bad)
+    if not dx:
+        assert kernel(*right[:WIDTH], None) is not None
+        assert kernel(*right[:WIDTH]) is not None
+    for count in {4, 6} if dx else {5, 8}:
+        with pytest.raises(TypeError, match=r"takes (5|6 or 7) arguments"):
+            kernel(*[*right, None][:count])
+
+
+@each_weight
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_weight_is_any_tuple_and_its_floats_may_be_integers(
+    name: str, options: dict[str, Any]
+) -> None:
+    kernel, right = getattr(cpu.library(), name), arguments(name, **options)
+    expected = kernel(*right)
+    as_integers = [
+        part.view(torch.int32) if isinstance(part, Tensor) and part.is_floating_point() else part
+        for part in right[1]
+    ]
+    other_shapes = [part.view(-1, 1) if isinstance(part, Tensor) else part for part in as_integers]
+    for weight in (Weight(*right[1]), Weight(*as_integers), tuple(other_shapes)):
+        testing.assert_bitwise(kernel(right[0], weight, *right[2:]), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_strided_input_is_copied(name: str) -> None:
+    kernel, (x, *right) = getattr(cpu.library(), name), arguments(name)
+    x = torch.randn_like(x).requires_grad_()
+    expected = kernel(x, *right)
+    wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0]
+    assert wide.stride(1) == 2
+    for strided in (wide, x.t().contiguous().t(), wide[:, None]):
+        y = kernel(strided, *right)
+        assert y.shape == (*strided.shape[:-1], expected.shape[-1])
+        assert not y.requires_grad
+        testing.assert_bitwise(y.view_as(expected), expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_reference_is_kept(name: str) -> None:
-    kernel = getattr(native, name)
+    kernel = getattr(cpu.library(), name)
     right = arguments(name)
-    refused = [right[0].double(), *right[1:]]
+    others = [[x, *right[1:]] for x in (right[0].double(), right[0].repeat(2, 2)[::2, ::2])]
 
     def counts() -> list[int]:
-        return [sys.getrefcount(value) for value in (*right, refused[0])]
+        values = (*right, *right[1], *(other[0] for other in others))
+        # Not of numbers: the counts themselves are such.
+        return [sys.getrefcount(value) for value in values if isinstance(value, Tensor | tuple)]
 
-    kernel(*right)
+    def run() -> None:
+        for given in (right, *others):
+            kernel(*given)
+
+    run()
     before = counts()
     for _ in range(100):
-        kernel(*right)
-        kernel(*refused)
+        run()
     assert counts() == before
     assert sys.getrefcount(kernel(*right)) == 1 + (sys.version_info < (3, 14))
 
@@ -629,7 +685,7 @@ def capsule(header: Header) -> Any:
 
 
 def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
-    read_with = native.library().read_tensors_with
+    read_with = cpu.library().read_tensors_with
     elsewhere = (ctypes.c_void_p * 5)(*[1] * 5)
     nowhere = Header(1, 3)
     for header in (Header(2, 0, None, elsewhere), nowhere):
@@ -638,7 +694,7 @@ def test_a_later_dlpack_or_one_without_reading_is_left_alone() -> None:
     assert not read_with(capsule(later), Tensor, nn.Parameter)
     with pytest.raises(ValueError, match="PyCapsule"):
         read_with(object(), Tensor, nn.Parameter)
-    assert native.linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
+    assert cpu.library().linear_4bit_on_tensors(*arguments("linear_4bit_on_tensors")) is not None
 
 
 def test_without_the_interface_all_goes_the_long_way() -> None:
@@ -646,8 +702,8 @@ def test_without_the_interface_all_goes_the_long_way() -> None:
 import torch
 del torch.Tensor.__dlpack_c_exchange_api__
 import qkern
-from qkern.backends import native
-assert native.linear_4bit_on_tensors is native._refuse
+from qkern.backends import cpu
+assert not cpu.fast
 x = torch.randn(3, 64, requires_grad=True)
 qw = qkern.quantize_4bit(torch.randn(6, 64))
 for _ in range(2):
@@ -665,6 +721,6 @@ import qkern, qkern.ops
 x, qw = torch.randn(3, 64), qkern.quantize_4bit(torch.randn(6, 64))
 for _ in range(2):
     assert qkern.nf4_linear(x, qw).shape == (3, 6)
-    assert not qkern.ops.unobserved()
+    assert qkern.ops.fast("linear_4bit") is None
 """
     subprocess.run([sys.executable, "-c", code], check=True)

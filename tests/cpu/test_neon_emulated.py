@@ -149,7 +149,7 @@ def test_flushing_subnormals_to_zero_changes_no_bits(
     """FPCR.FZ as `torch.set_flush_denormal` sets it; the server sees that it is put back."""
     inputs = test_conformance.inputs_of(spec, Case(shape, values="special"), CPU)
     if spec in test_conformance.MATMULS:
-        main = "x" if spec.name == "linear_4bit" else "dy"
+        main = spec.main
         inputs[main] = torch.randn_like(inputs[main]) * 1e-39
     torch.set_num_threads(2)
     expected = test_conformance.run(spec, inputs, backend.EmulatedTarget(isa_name))

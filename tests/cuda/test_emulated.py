@@ -88,7 +88,7 @@ def test_every_small_case_on_another_build(variant: str, schedule: int) -> None:
     run_table(variant, schedule, len(backend.SCHEDULES), 70_000, first=schedule)
 
 
-MATMULS = [(spec, case) for spec, case in TABLE if spec.name in ("linear_4bit", "linear_4bit_dx")]
+MATMULS = [(spec, case) for spec, case in TABLE if spec.comparison == "matmul"]
 
 
 def forced_params() -> list[object]:
@@ -97,7 +97,7 @@ def forced_params() -> list[object]:
         m, out_features, in_features = case.shape
         schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
         call = _cuda_paths.Matmul(
-            *(spec.name == "linear_4bit_dx", case.dtype, m, out_features, in_features),
+            *(spec.input_gradient, case.dtype, m, out_features, in_features),
             batch_invariant=case.batch_invariant,
             aligned=case.layout == "contiguous",
         )

@@ -17,21 +17,22 @@ from lab import ROOT
 from lab.cuda import run_on_gpu
 from lab.processes import environment
 from qkern import backends
-from qkern.backends import cuda, native
+from qkern.backends import CudaBackend, _library, cpu, cuda
 
 has_driver = ctypes.util.find_library("cuda") is not None
 needs_kernels = pytest.mark.skipif(
-    cuda.missing_reason is not None, reason=f"the CUDA kernels are missing: {cuda.missing_reason}"
+    cuda.missing_reason() is not None,
+    reason=f"the CUDA kernels are missing: {cuda.missing_reason()}",
 )
 needs_no_driver = pytest.mark.skipif(has_driver, reason="there is a driver")
 
 KERNEL_CALLS = {
     "cuda_adamw_step": ([(64, 64, 64, 64, 0, 0, 64, 0, 64, 0, 0)], None, 0),
     "cuda_quantize_4bit": (64, 0, 64, 0, 0, 64, 64, 64, 0),
-    "cuda_dequantize_4bit": (64, 64, 0, 0, 0, 0, 64, 64, 64, 0, 0),
+    "cuda_dequantize_4bit": (64, 64, 0, 0, 0, 0, 64, 64, 0, 64, 0),
     "cuda_quantize_8bit": (64, 0, 64, 64, 256, 64, 64, 0),
-    "cuda_dequantize_8bit": (64, 64, 64, 256, 64, 64, 0, 0),
-    "cuda_quantize_absmax": (64, 64, 64, 64, 64, 0),
+    "cuda_dequantize_8bit": (64, 64, 64, 256, 64, 0, 64, 0),
+    "cuda_quantize_absmax": (64, 0, 64, 64, 64, 64, 0),
 }
 """Arguments that a launch is attempted with; nothing is read before there is a device."""
 
@@ -41,7 +42,7 @@ KERNEL_CALLS = {
 @pytest.mark.parametrize("function", KERNEL_CALLS)
 def test_a_launch_without_a_driver_is_an_exception_with_the_kernels_name(function):
     with pytest.raises(RuntimeError) as caught:
-        getattr(native.library(), function)(*KERNEL_CALLS[function])
+        getattr(cpu.library(), function)(*KERNEL_CALLS[function])
     message = str(caught.value)
     assert function.removeprefix("cuda_") in message
     assert "driver" in message.lower(), message
@@ -75,21 +76,20 @@ def test_a_cuda_tensor_without_a_device_is_torchs_error():
 
 
 def test_a_module_without_cuda_kernels_says_so(monkeypatch):
-    monkeypatch.setattr(native, "missing_reason", None)
-    monkeypatch.setattr(native, "library", lambda: types.ModuleType("_C"))
-    reason = cuda._find_missing_reason()
-    assert reason == "qkern._C was built without CUDA kernels"
-    monkeypatch.setattr(cuda, "missing_reason", reason)
-    with pytest.raises(RuntimeError, match=r"the CUDA kernels are missing: qkern\._C was built"):
-        cuda.library()
+    without = CudaBackend(library=types.ModuleType("_C"))
+    assert without.missing_reason() == "qkern._C was built without CUDA kernels"
+    with pytest.raises(RuntimeError, match=r"the cuda kernels are missing: qkern\._C was built"):
+        without.library()
+    monkeypatch.setitem(backends.BACKENDS, "cuda", without)
     forced = backends.use("cuda")
     with pytest.raises(RuntimeError, match=r"'cuda' is missing: qkern\._C was built"), forced:
         pass
 
 
 def test_no_native_module_at_all(monkeypatch):
-    monkeypatch.setattr(native, "missing_reason", "qkern._C cannot be imported")
-    assert cuda._find_missing_reason() == "qkern._C cannot be imported"
+    monkeypatch.setattr(_library, "library", None)
+    monkeypatch.setattr(_library, "missing_reason", "qkern._C cannot be imported")
+    assert CudaBackend().missing_reason() == "qkern._C cannot be imported"
 
 
 @pytest.mark.slow
@@ -170,8 +170,8 @@ def test_a_build_without_nvcc_leaves_the_kernels_out_or_fails(tmp_path, option):
 
 
 def test_the_program_for_compute_sanitizer_runs_its_cases():
-    if native.missing_reason is not None:
-        pytest.skip(native.missing_reason)
+    if reason := cpu.missing_reason():
+        pytest.skip(reason)
     assert run_on_gpu.main(stride=97, largest=5000, device="cpu") > 10
 
 

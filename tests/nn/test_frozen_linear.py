@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qkern import autograd
 from qkern import nn as qnn
-from qkern.backends import native
+from qkern.backends import cpu
 from tests.models import tiny_llama
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -18,7 +18,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 @pytest.fixture
 def emulated(monkeypatch):
     """A processor without 16-bit matmuls, and slices of 7 rows of a weight with 48 columns."""
-    monkeypatch.setattr(native, "has_matmul", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(cpu, "has_matmul", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(autograd, "_SLICE_BYTES", 7 * 48 * 4 + 40)
 
 
@@ -102,7 +102,7 @@ class TestLeftToTorch:
         self.of(layer, torch.randn(16, 48), widened)
 
     def test_a_processor_that_multiplies_the_dtype(self, monkeypatch, widened):
-        monkeypatch.setattr(native, "has_matmul", lambda dtype: True)
+        monkeypatch.setattr(cpu, "has_matmul", lambda dtype: True)
         self.of(layer_of(torch.bfloat16), torch.randn(16, 48).bfloat16(), widened)
 
     def test_a_weight_that_is_trained(self, emulated, widened):
@@ -185,17 +185,17 @@ def test_lora_can_be_put_on_a_frozen_layer():
     )
 
 
-@pytest.mark.skipif(native.missing_reason is not None, reason="no native kernels")
+@pytest.mark.skipif(cpu.missing_reason() is not None, reason="no native kernels")
 def test_a_chosen_instruction_set_hides_wider_ones():
-    isas = native.available_isas()
+    isas = cpu.available_isas()
     try:
         for isa in isas:
-            native.set_isa(isa)
+            cpu.set_isa(isa)
             if isas != ["scalar"]:
-                assert native.has_matmul(torch.bfloat16) == (isa == "amx")
-            assert native.has_matmul(torch.float32)
-            assert not native.has_matmul(torch.float16)
+                assert cpu.has_matmul(torch.bfloat16) == (isa == "amx")
+            assert cpu.has_matmul(torch.float32)
+            assert not cpu.has_matmul(torch.float16)
     finally:
-        native.set_isa("")
+        cpu.set_isa("")
     if "amx" in isas:
-        assert native.has_matmul(torch.bfloat16)
+        assert cpu.has_matmul(torch.bfloat16)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qkern import formats, reference, testing
 from qkern.testing import CODEBOOKS, DTYPES, OPS, Inputs
+from qkern.weight import Weight
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 tables = pytest.mark.parametrize("table", ["nf4", "fp4", *CODEBOOKS])
@@ -154,7 +155,7 @@ def test_reference_quantize_4bit_follows_the_rule(
 @dtypes
 def test_reference_quantize_8bit_follows_the_rule(dtype: torch.dtype, map_name: str) -> None:
     code = formats.map_tensor(map_name)
-    for x in (awkward(100_001, dtype, seed=8), ties(code.tolist(), dtype, 50, 256)):
+    for x in (awkward(100_001, dtype, seed=8), ties(map.tolist(), dtype, 50, 256)):
         codes, absmax = reference.quantize_8bit(x, code, 256)
         oracle_codes, oracle_absmax = oracle_quantize_8bit(x.float().numpy(), code.numpy(), 256)
         assert_same(absmax, oracle_absmax, "absmax")
@@ -191,7 +192,7 @@ def test_reference_double_quantisation_follows_the_rule() -> None:
         restored = restored + offset.numpy()
         ones = torch.full((16 * n,), 0xFF, dtype=torch.uint8)
         out = reference.dequantize_4bit(
-            ones, codes, nested_absmax, offset, None, "nf4", 32, (n, 32), torch.float32
+            Weight(ones, codes, nested_absmax, offset, None, "nf4", 32), (n, 32), torch.float32
         )
         assert_same(out[:, 0], restored, "restored absmax")
 
@@ -256,27 +257,22 @@ def test_quantize_4bit_of_every_16_bit_pattern(dtype: torch.dtype, table: str) -
 def dequantize_inputs(n: int, table: str, dtype: torch.dtype, block_size: int, seed: int) -> Inputs:
     """Every byte, with absmax of every magnitude."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "packed": torch.randint(256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator),
-        "absmax": awkward(formats.num_blocks(n, block_size), torch.float32, seed).abs(),
-        "nested_absmax": None,
-        "nested_offset": None,
-        "block_size": block_size,
-        "shape": [n],
-        "dtype": dtype,
-        **format_arguments(table),
-    }
+    packed = torch.randint(256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
+    absmax = awkward(formats.num_blocks(n, block_size), torch.float32, seed).abs()
+    layout = format_arguments(table) | {"block_size": block_size}
+    return {"weight": Weight(packed, absmax, None, None, **layout), "shape": [n], "dtype": dtype}
 
 
 def double_quantised(inputs: Inputs, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-    blocks = len(inputs["absmax"])
+    blocks = len(inputs["weight"].absmax)
     nested = awkward(formats.num_blocks(blocks, 256), torch.float32, seed).abs()
-    return inputs | {
-        "absmax": torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
-        "nested_absmax": nested,
-        "nested_offset": nested.median(),
-    }
+    weight = inputs["weight"]._replace(
+        absmax=torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
+        nested_absmax=nested,
+        nested_offset=nested.median(),
+    )
+    return inputs | {"weight": weight}
 
 
 @tables
@@ -296,15 +292,15 @@ def test_dequantize_4bit_of_results_larger_than_a_cache(dtype: torch.dtype, skew
     generator = torch.Generator().manual_seed(skew)
     packed = torch.randint(256, (formats.packed_size(numel),), generator=generator).byte()
     absmax = torch.rand(formats.num_blocks(numel, 32), generator=generator)
-    weight = (packed, absmax, None, None, None, "nf4", 32)
-    expected = reference.dequantize_4bit(*weight, [numel], dtype)
+    weight = Weight(packed, absmax, None, None, None, "nf4", 32)
+    expected = reference.dequantize_4bit(weight, [numel], dtype)
     for target in testing.targets("cpu"):
         if target.backend == "cpu" and not target.reason:
             buffer = torch.full((numel + 96,), torch.nan, dtype=dtype)
             first = -(buffer.data_ptr() // dtype.itemsize) % 32 + skew
             out = buffer[first : first + numel]
             with target.activate():
-                torch.ops.qkern.dequantize_4bit_out(*weight, out=out)
+                torch.ops.qkern.dequantize_4bit_out(*weight, out)
             testing.assert_bitwise(out, expected, str(target))
             assert buffer[:first].isnan().all()
             assert buffer[first + numel :].isnan().all()
@@ -316,19 +312,20 @@ def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
     one_and_a_bit = 1 + torch.arange(1 << 12) / (1 << 12)
     absmax = torch.cat([one_and_a_bit * 2.0**e for e in (-133, -130, -30, -24, -16, -14, 0, 15)])
     inputs = dequantize_inputs(32 * len(absmax), "nf4", dtype, 32, seed=0)
-    compare_everywhere("dequantize_4bit", inputs | {"absmax": absmax})
+    inputs["weight"] = inputs["weight"]._replace(absmax=absmax)
+    compare_everywhere("dequantize_4bit", inputs)
 
 
 @pytest.mark.parametrize("map_name", formats.MAPS)
 @dtypes
 def test_8bit(dtype: torch.dtype, map_name: str) -> None:
-    code = formats.map_tensor(map_name)
+    map = formats.map_tensor(map_name)
     for block_size in (32, 256, 2048):
-        for x in (awkward(65_537, dtype, 1), ties(code.tolist(), dtype, 40, block_size)):
-            quantise = {"x": x, "code": code, "block_size": block_size}
+        for x in (awkward(65_537, dtype, 1), ties(map.tolist(), dtype, 40, block_size)):
+            quantise = {"x": x, "map": map, "block_size": block_size}
             compare_everywhere("quantize_8bit", quantise)
             codes, absmax = reference.quantize_8bit(**quantise)
-            dequantise = {"codes": codes, "absmax": absmax, "code": code, "dtype": dtype}
+            dequantise = {"codes": codes, "absmax": absmax, "map": map, "dtype": dtype}
             compare_everywhere("dequantize_8bit", dequantise | {"block_size": block_size})
 
 
@@ -385,7 +382,7 @@ def test_restored_maps_equal_bitsandbytes(dtype: torch.dtype, signed: bool) -> N
     absmax = torch.rand(256) * 0.1
     state = functional.QuantState(absmax, code=code, blocksize=256, dtype=dtype)
     theirs = functional.dequantize_blockwise(codes, state)
-    inputs = {"codes": codes, "absmax": absmax, "code": code, "block_size": 256, "dtype": dtype}
+    inputs = {"codes": codes, "absmax": absmax, "map": code, "block_size": 256, "dtype": dtype}
     testing.assert_bitwise(reference.dequantize_8bit(**inputs), theirs)
     compare_everywhere("dequantize_8bit", inputs)
 
@@ -415,7 +412,7 @@ def test_a_hundred_million_values(dtype: torch.dtype, table: str) -> None:
 @pytest.mark.parametrize("map_name", formats.MAPS)
 @dtypes
 def test_tens_of_millions_of_8bit_values(dtype: torch.dtype, map_name: str) -> None:
-    code = formats.map_tensor(map_name)
+    map = formats.map_tensor(map_name)
     for seed in range(2):
         x = awkward(CHUNK, dtype, seed)
-        compare_everywhere("quantize_8bit", {"x": x, "code": code, "block_size": 256})
+        compare_everywhere("quantize_8bit", {"x": x, "map": map, "block_size": 256})

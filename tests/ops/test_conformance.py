@@ -11,21 +11,12 @@ import torch
 from torch import Tensor
 
 from qkern import testing
-from qkern.backends import native
+from qkern.backends import cpu
 from qkern.testing import DTYPES, OPS, Case, OpSpec, Target
 
 MATMULS = tuple(spec for spec in OPS.values() if spec.comparison == "matmul")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 matmuls = pytest.mark.parametrize("spec", MATMULS, ids=[spec.name for spec in MATMULS])
-WEIGHT_ARGUMENTS = (
-    "packed",
-    "absmax",
-    "nested_absmax",
-    "nested_offset",
-    "codebook",
-    "format",
-    "block_size",
-)
 all_ops = pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
 
 
@@ -102,9 +93,8 @@ def test_dequantize_into_out(
     inputs = inputs_of(spec, Case((31, 77), dtype, double_quant=double_quant), device)
     padded = torch.full((31 * 77 + 2,), 7.0, dtype=dtype, device=device)
     flat = padded[1:-1] if layout == "offset" else padded[:-2]
-    weight = {name: inputs[name] for name in WEIGHT_ARGUMENTS}
     with target.activate():
-        torch.ops.qkern.dequantize_4bit_out(**weight, out=flat.view(31, 77))
+        torch.ops.qkern.dequantize_4bit_out(*inputs["weight"], flat.view(31, 77))
     testing.assert_bitwise(flat.view(31, 77), spec.reference(inputs)[0])
     assert (padded[-1:] == 7).all()
     assert layout == "contiguous" or padded[0] == 7
@@ -153,7 +143,7 @@ def test_batch_invariant(
     device: torch.device,
 ) -> None:
     """A row's bits do not depend on how many rows come with it, nor on which place it has."""
-    main = "x" if spec.name == "linear_4bit" else "dy"
+    main = spec.main
     case = Case((300, *weight_shape), dtype, double_quant=True, batch_invariant=True)
     inputs = inputs_of(spec, case, device)
     rows = inputs[main]
@@ -170,18 +160,15 @@ def test_nonfinite_activations_stay_in_their_row(
     spec: OpSpec, target: Target, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Each NaN and infinity reaches all results of its row, as in a dense matmul, and no other."""
-    main = "x" if spec.name == "linear_4bit" else "dy"
+    main = spec.main
     inputs = inputs_of(spec, Case((40, 37, 130), dtype, format="fp4"), device)
     (clean,) = run(spec, inputs, target)
     x = inputs[main].clone()
     x[3, -1], x[17, 5], x[39, 0] = torch.nan, torch.inf, -torch.inf
     (y,) = run(spec, inputs | {main: x}, target)
 
-    weight = OPS["dequantize_4bit"].reference(
-        {name: inputs[name] for name in WEIGHT_ARGUMENTS}
-        | {"shape": [37, 130], "dtype": torch.float32}
-    )[0]
-    dense = x.double() @ (weight.mT if main == "x" else weight).double()
+    weight = spec.exact_weight(inputs, Case((40, 37, 130)))
+    dense = x.double() @ weight.mT.double()
     touched = torch.tensor([3, 17, 39], device=device)
     testing.assert_bitwise(y[touched].double(), dense[touched])
     untouched = torch.ones(40, dtype=torch.bool, device=device)
@@ -197,15 +184,16 @@ def test_a_nonfinite_scale_stays_in_its_block(
     spec: OpSpec, target: Target, cols: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """It reaches its row of the weight (forward) or its columns (dx), and no other result."""
-    forward = spec.name == "linear_4bit"
+    forward = not spec.input_gradient
     blocks = cols // 32
     inputs = inputs_of(spec, Case((rows, 37, cols), dtype, block_size=32), device)
     (clean,) = run(spec, inputs, target)
     for value in (torch.nan, torch.inf):
         for row, block in ((5, 0), (6, blocks - 1), (36, blocks - 1)):
-            absmax = inputs["absmax"].clone()
+            absmax = inputs["weight"].absmax.clone()
             absmax[row * blocks + block] = value
-            (y,) = run(spec, inputs | {"absmax": absmax}, target)
+            weight = inputs["weight"]._replace(absmax=absmax)
+            (y,) = run(spec, inputs | {"weight": weight}, target)
             touched = torch.zeros(y.shape[1], dtype=torch.bool, device=device)
             touched[row if forward else slice(32 * block, 32 * block + 32)] = True
             assert not y[:, touched].isfinite().any()
@@ -217,7 +205,7 @@ def test_a_nonfinite_scale_stays_in_its_block(
 def test_any_leading_dimensions(
     spec: OpSpec, target: Target, lead: tuple[int, ...], device: torch.device
 ) -> None:
-    main, inner = ("x", 130) if spec.name == "linear_4bit" else ("dy", 37)
+    main, inner = spec.main, 37 if spec.input_gradient else 130
     rows = max(1, int(torch.Size(lead).numel()))
     inputs = inputs_of(spec, Case((rows, 37, 130)), device)
     (flat,) = run(spec, inputs, target)
@@ -231,10 +219,11 @@ def test_any_leading_dimensions(
 def test_float16_overflow_is_infinite_not_wrapped(
     spec: OpSpec, target: Target, device: torch.device
 ) -> None:
-    main = "x" if spec.name == "linear_4bit" else "dy"
+    main = spec.main
     inputs = inputs_of(spec, Case((5, 64, 64), torch.float16), device)
     inputs[main] = torch.full_like(inputs[main], 60_000.0)
-    inputs["packed"] = torch.full_like(inputs["packed"], 0xFF)
+    packed = torch.full_like(inputs["weight"].packed, 0xFF)
+    inputs["weight"] = inputs["weight"]._replace(packed=packed)
     (y,) = run(spec, inputs, target)
     assert (y == torch.inf).all()
 
@@ -243,8 +232,10 @@ def test_a_huge_scale_and_gradient_spread_no_nan(target: Target, device: torch.d
     """Codes of zero give zero although scale times gradient would overflow."""
     for rows in (1, 9):
         inputs = inputs_of(OPS["linear_4bit_dx"], Case((rows, 8, 64)), device)
-        inputs["packed"] = torch.full_like(inputs["packed"], 0x77)
-        inputs["absmax"] = torch.full_like(inputs["absmax"], 2.0**70)
+        packed, absmax = inputs["weight"][:2]
+        inputs["weight"] = inputs["weight"]._replace(
+            packed=torch.full_like(packed, 0x77), absmax=torch.full_like(absmax, 2.0**70)
+        )
         inputs["dy"] = torch.full_like(inputs["dy"], 2.0**60)
         (dx,) = run(OPS["linear_4bit_dx"], inputs, target)
         assert (dx == 0).all()
@@ -265,7 +256,7 @@ def test_flushing_subnormals_to_zero_changes_no_bits(
     """`torch.set_flush_denormal` holds for the calling thread alone: kernels must not heed it."""
     inputs = inputs_of(spec, Case(shape, values="special"), torch.device("cpu"))
     if spec in MATMULS:
-        main = "x" if spec.name == "linear_4bit" else "dy"
+        main = spec.main
         inputs[main] = torch.randn_like(inputs[main]) * 1e-39
     torch.set_num_threads(2)
     expected = spec.run(inputs)
@@ -297,7 +288,11 @@ def test_every_nan_stays_nan(target: Target, dtype: torch.dtype, device: torch.d
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF, 0x7FC00000], dtype=torch.int32)
     for op, block_size in (("dequantize_4bit", 64), ("dequantize_8bit", 256)):
         inputs = inputs_of(OPS[op], Case((5, block_size), dtype, block_size), device)
-        inputs["absmax"] = bits.view(torch.float32).to(device)
+        absmax = bits.view(torch.float32).to(device)
+        if "weight" in inputs:
+            inputs["weight"] = inputs["weight"]._replace(absmax=absmax)
+        else:
+            inputs["absmax"] = absmax
         (out,) = run(OPS[op], inputs, target)
         assert out.isnan().all(), op
 
@@ -309,8 +304,7 @@ def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyP
     for name in OPS:
         monkeypatch.setattr(_C, name, lambda *arguments: None)
     # These ask torch for the result as everyone does.
-    monkeypatch.setattr(native, "linear_4bit_on_tensors", native._refuse)
-    monkeypatch.setattr(native, "linear_4bit_dx_on_tensors", native._refuse)
+    monkeypatch.setattr(cpu, "fast", {})
     assert torch.ones(2).new_empty(3, 16).isnan().all()
     for spec in OPS.values():
         if spec.writes:  # allocates nothing

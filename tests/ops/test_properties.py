@@ -17,6 +17,7 @@ from torch import Tensor
 import qkern
 from qkern import formats, testing
 from qkern.testing import CODEBOOKS, DTYPES, OPS, Target
+from qkern.weight import Weight
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
@@ -59,7 +60,7 @@ def available(device: torch.device) -> list[Target]:
 
 
 def check(op: str, inputs: testing.Inputs, device: torch.device) -> None:
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    inputs = {k: testing.map_tensors(v, lambda t: t.to(device)) for k, v in inputs.items()}
     expected = OPS[op].reference(inputs)
     for target in available(device):
         with target.activate():
@@ -84,7 +85,7 @@ def test_quantize_4bit(
 def test_quantize_8bit(
     device: torch.device, x: Tensor, name: str, block_size: int, dtype: torch.dtype
 ) -> None:
-    inputs = {"x": x.to(dtype), "code": formats.map_tensor(name), "block_size": block_size}
+    inputs = {"x": x.to(dtype), "map": formats.map_tensor(name), "block_size": block_size}
     check("quantize_8bit", inputs, device)
 
 
@@ -115,24 +116,17 @@ def test_dequantize_4bit(
     generator = torch.Generator().manual_seed(seed)
     n = max(0, len(absmax) * block_size - cut)
     packed = torch.randint(256, (formats.packed_size(n),), dtype=torch.uint8, generator=generator)
-    inputs = {
-        "packed": packed,
-        "absmax": torch.from_numpy(absmax),
-        "nested_absmax": None,
-        "nested_offset": None,
-        "block_size": block_size,
-        "shape": [n],
-        "dtype": dtype,
-        **table,
-    }
+    layout = table | {"block_size": block_size}
+    weight = Weight(packed, torch.from_numpy(absmax), None, None, **layout)
     if double_quant:
         assume(len(absmax) > 0)
-        inputs["absmax"] = torch.randint(
-            256, (len(absmax),), dtype=torch.uint8, generator=generator
+        size = (len(absmax),)
+        weight = weight._replace(
+            absmax=torch.randint(256, size, dtype=torch.uint8, generator=generator),
+            nested_absmax=torch.from_numpy(absmax[:1].copy()),
+            nested_offset=torch.tensor(absmax[-1]),
         )
-        inputs["nested_absmax"] = torch.from_numpy(absmax[:1].copy())
-        inputs["nested_offset"] = torch.tensor(absmax[-1])
-    check("dequantize_4bit", inputs, device)
+    check("dequantize_4bit", {"weight": weight, "shape": [n], "dtype": dtype}, device)
 
 
 @given(

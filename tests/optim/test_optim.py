@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lab.fake_gpu import FakeGpu
 from lab.processes import environment
 from qkern import formats, reference, testing
-from qkern.backends import native
+from qkern.backends import cpu
 from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver, adamw
 from qkern.optim._moments import BLOCK, Moments
 from qkern.optim.paging import plan
@@ -1464,7 +1464,7 @@ def test_factors_are_those_of_the_paper(in_tensors: bool) -> None:
     ],
     ids=str,
 )
-@pytest.mark.skipif(native.missing_reason is not None, reason=str(native.missing_reason))
+@pytest.mark.skipif(cpu.missing_reason() is not None, reason=str(cpu.missing_reason()))
 def test_the_op_refuses(change: dict[str, Any], error: type[Exception], text: str) -> None:
     arguments: dict[str, Any] = {"params": [torch.zeros(4)], "grads": [torch.zeros(4)]}
     arguments |= {"exp_avgs": [torch.zeros(4)], "exp_avg_sqs": [torch.zeros(4)]}

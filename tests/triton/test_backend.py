@@ -57,18 +57,18 @@ def test_cuda_tensors_take_it_where_the_native_kernels_are_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("QKERN_BACKEND", raising=False)
-    monkeypatch.setattr(cuda, "missing_reason", "not built")
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(cuda, "missing_reason", lambda: "not built")
+    monkeypatch.setattr(backends, "selected", {})
     assert backends.select(torch.device("cuda")) is triton
-    monkeypatch.setattr(cuda, "missing_reason", None)
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(cuda, "missing_reason", lambda: None)
+    monkeypatch.setattr(backends, "selected", {})
     assert backends.select(torch.device("cuda")) is cuda
 
 
 @needs_triton
 def test_forced_it_takes_cuda_tensors_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QKERN_BACKEND", "triton")
-    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "selected", {})
     assert backends.select(torch.device("cuda")) is triton
     with pytest.raises(RuntimeError, match="'triton' does not take cpu tensors"):
         backends.select(torch.device("cpu"))
@@ -153,16 +153,14 @@ def adamw_lists() -> tuple[list[torch.Tensor], ...]:
 
 @emulated
 def test_opcheck(qw: qkern.QuantizedTensor) -> None:
-    weight = (qw.packed, qw.absmax, qw.nested_absmax, qw.nested_offset, None)
     ops = torch.ops.qkern
-    layout = ("nf4", 64)
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     for op, arguments in (
-        (ops.quantize_4bit, (torch.randn(130), *layout, None)),
-        (ops.dequantize_4bit, (*weight, *layout, [40, 96], torch.bfloat16)),
+        (ops.quantize_4bit, (torch.randn(130), "nf4", 64, None)),
+        (ops.dequantize_4bit, (*qw.weight, [40, 96], torch.bfloat16)),
         (ops.quantize_absmax, (torch.rand(300),)),
-        (ops.linear_4bit, (torch.randn(3, 96), *weight, None, *layout, 40)),
-        (ops.linear_4bit_dx, (torch.randn(3, 40), *weight, *layout, 96)),
+        (ops.linear_4bit, (torch.randn(3, 96), *qw.weight, 40)),
+        (ops.linear_4bit_dx, (torch.randn(3, 40), *qw.weight, 96)),
         (ops.adamw_step, (*adamw_lists(), torch.rand(2, reference.ADAMW_FACTORS), 1)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=utils)

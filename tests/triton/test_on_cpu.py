@@ -76,7 +76,7 @@ def test_batch_invariant(spec: OpSpec, on: semantics.SemanticsTarget, dtype: tor
     """A row's bits do not depend on how many rows come with it, nor on which place it has."""
     case = Case((70, 37, 130), dtype, double_quant=True, batch_invariant=True)
     inputs = conformance.inputs_of(spec, case, CPU)
-    main = "x" if spec.name == "linear_4bit" else "dy"
+    main = spec.main
     (whole,) = conformance.run(spec, inputs, on)
     for count in (1, 5, 17, 64):
         part = inputs | {main: inputs[main][70 - count :]}

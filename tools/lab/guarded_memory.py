@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkern import testing
-from qkern.backends import native
+from qkern import backends, testing
+from qkern.backends import _backend
 
 _PAGE = mmap.PAGESIZE
 _PROT_NONE = 0  # sys/mman.h; the module mmap has no name for it
@@ -26,7 +26,7 @@ _mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class GuardedTorch:
-    """Stands for the module ``torch`` in the native backend, and allocates beside a guard page."""
+    """Stands for the module ``torch`` in the backends, and allocates beside a guard page."""
 
     def __init__(self, side: str) -> None:
         self.side = side
@@ -60,21 +60,18 @@ def run_guarded(spec: testing.OpSpec, case: testing.Case, guarded: GuardedTorch)
     """Run `case` twice, unguarded and guarded; both give the same bits."""
     inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
     expected = spec.run(inputs)
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            inputs[name] = guarded.copy(value)
-        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-            inputs[name] = [guarded.copy(tensor) for tensor in value]
-    native.torch = guarded  # type: ignore[attr-defined]
+    inputs = {n: testing.map_tensors(value, guarded.copy) for n, value in inputs.items()}
+    _backend.torch = guarded  # type: ignore[attr-defined]
     actual = spec.run(inputs, in_place=True)
-    native.torch = torch  # type: ignore[attr-defined]
+    _backend.torch = torch  # type: ignore[attr-defined]
     for a, e in zip(actual, expected, strict=True):
         testing.assert_bitwise(a, e)
 
 
 def main(isa: str, side: str) -> None:
     # These would allocate results elsewhere.
-    native.linear_4bit_on_tensors = native.linear_4bit_dx_on_tensors = native._refuse
+    for op in ("linear_4bit", "linear_4bit_dx"):
+        backends.cpu.fast.pop(op, None)
     count = 0
     with testing.Target("cpu", isa).activate():
         for name, spec in testing.OPS.items():

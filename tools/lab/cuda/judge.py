@@ -105,7 +105,7 @@ def huge_stride(target: testing.Target) -> None:
     memory = torch.empty(stride + columns, dtype=torch.bfloat16)
     x = memory.as_strided((2, columns), (stride, 1))
     x.copy_(torch.randn(2, columns))
-    arguments = (packed, absmax, None, None, None, None, "nf4", 64, rows)
+    arguments = (packed, absmax, None, None, None, "nf4", 64, rows)
     with target.activate():
         y = torch.ops.qkern.linear_4bit(x, *arguments)
         expected = torch.ops.qkern.linear_4bit(x.clone(), *arguments)

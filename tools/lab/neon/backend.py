@@ -10,11 +10,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from lab.module_copy import copy_of
 from qkern import backends, formats, reference
-from qkern.backends import native
+from qkern.backends import CpuBackend
 from qkern.testing import Target
 
 from . import build
@@ -22,6 +20,7 @@ from . import build
 NAME = "neon_emulated"
 ISAS = ("scalar", "neon")
 _ITEM_SIZE = (4, 2, 2)  # of the kernels' dtype numbers
+_NO_SEED = -(1 << 63)  # kNone of csrc/binding/arguments.h
 
 
 class ServerError(RuntimeError):
@@ -38,7 +37,7 @@ class _Buffer:
     read: bool = True
 
 
-def _in(address: int, nbytes: int) -> _Buffer | int:
+def _in(address: int | None, nbytes: int) -> _Buffer | int:
     return _Buffer(address, nbytes) if address else 0
 
 
@@ -111,8 +110,8 @@ def _weight(
     absmax: int,
     nested_absmax: int,
     nested_offset: int,
-    format_id: int,
     codebook: int,
+    format_id: int,
     block_size: int,
     numel: int,
 ) -> tuple[_Buffer | int, ...]:
@@ -123,8 +122,8 @@ def _weight(
         _in(absmax, blocks if nested_absmax else 4 * blocks),
         _in(nested_absmax, 4 * groups),
         _in(nested_offset, 4),
-        format_id,
         _in(codebook, 4 * 16),
+        format_id,
         block_size,
     )
 
@@ -143,8 +142,8 @@ class Library:
         x: int,
         dtype: int,
         n: int,
-        format_id: int,
         codebook: int,
+        format_id: int,
         block_size: int,
         packed: int,
         absmax: int,
@@ -153,17 +152,17 @@ class Library:
         self._call(
             "quantize_4bit",
             *(_in(x, n * _ITEM_SIZE[dtype]), dtype, n),
-            *(format_id, _in(codebook, 4 * 16), block_size),
+            *(_in(codebook, 4 * 16), format_id, block_size),
             _out(packed, formats.packed_size(n)),
             _out(absmax, 4 * formats.num_blocks(n, block_size)),
             threads,
         )
 
     def dequantize_4bit(self, *arguments: int) -> None:
-        *weight, n, out, dtype, threads = arguments
+        *weight, out, dtype, n, threads = arguments
         self._call(
             "dequantize_4bit",
-            *(*_weight(*weight, n), n, _out(out, n * _ITEM_SIZE[dtype]), dtype, threads),
+            *(*_weight(*weight, n), _out(out, n * _ITEM_SIZE[dtype]), dtype, n, threads),
         )
 
     def quantize_8bit(
@@ -171,7 +170,7 @@ class Library:
         x: int,
         dtype: int,
         n: int,
-        code: int,
+        map: int,
         block_size: int,
         codes: int,
         absmax: int,
@@ -179,7 +178,7 @@ class Library:
     ) -> None:
         self._call(
             "quantize_8bit",
-            *(_in(x, n * _ITEM_SIZE[dtype]), dtype, n, _in(code, 4 * 256), block_size),
+            *(_in(x, n * _ITEM_SIZE[dtype]), dtype, n, _in(map, 4 * 256), block_size),
             *(_out(codes, n), _out(absmax, 4 * formats.num_blocks(n, block_size)), threads),
         )
 
@@ -187,26 +186,33 @@ class Library:
         self,
         codes: int,
         absmax: int,
-        code: int,
+        map: int,
         block_size: int,
-        n: int,
         out: int,
         dtype: int,
+        n: int,
         threads: int,
     ) -> None:
         self._call(
             "dequantize_8bit",
             *(_in(codes, n), _in(absmax, 4 * formats.num_blocks(n, block_size))),
-            *(_in(code, 4 * 256), block_size, n, _out(out, n * _ITEM_SIZE[dtype]), dtype, threads),
+            *(_in(map, 4 * 256), block_size, _out(out, n * _ITEM_SIZE[dtype]), dtype, n, threads),
         )
 
     def quantize_absmax(
-        self, absmax: int, n: int, codes: int, nested_absmax: int, offset: int, threads: int
+        self,
+        absmax: int,
+        dtype: int,
+        n: int,
+        codes: int,
+        nested_absmax: int,
+        offset: int,
+        threads: int,
     ) -> None:
         groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
         self._call(
             "quantize_absmax",
-            *(_in(absmax, 4 * n), n, _out(codes, n), _out(nested_absmax, 4 * groups)),
+            *(_in(absmax, 4 * n), dtype, n, _out(codes, n), _out(nested_absmax, 4 * groups)),
             *(_out(offset, 4), threads),
         )
 
@@ -235,7 +241,7 @@ class Library:
             arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
             arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
             arguments += [_in(factors, 4 * reference.ADAMW_FACTORS), dtype, n, *place]
-        self._call("adamw_step", *arguments, int(seed is not None), seed or 0, threads)
+        self._call("adamw_step", *arguments, _NO_SEED if seed is None else seed, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
@@ -256,16 +262,6 @@ class Library:
             *(*_weight(*weight, rows * cols), rows, cols),
             *(_out(dx, m * cols * item), invariant, threads),
         )
-
-
-def _module(library: Library) -> ModuleType:
-    """A copy of ``qkern.backends.native`` that calls `library`."""
-    module = copy_of(native, NAME)
-    module.library = lambda: library  # type: ignore[attr-defined]
-    # These read the tensors in this process, with its own kernels.
-    module.linear_4bit_on_tensors = native._refuse  # type: ignore[attr-defined]
-    module.linear_4bit_dx_on_tensors = native._refuse  # type: ignore[attr-defined]
-    return module
 
 
 _servers: dict[tuple[Path, str], Server] = {}
@@ -309,7 +305,7 @@ class EmulatedTarget(Target):
         """Run every qkern op inside the context under the emulator."""
         assert self.isa is not None
         library = Library(server(self.isa, self.program), self.side, self.flush)
-        with backends.use(_module(library)):
+        with backends.use(CpuBackend(NAME, library)):
             try:
                 yield
             except ServerError:

@@ -25,6 +25,7 @@ INSTALL = "apt-get install g++-aarch64-linux-gnu qemu-user"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-math-errno")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 _ISAS = ("isa_scalar", "isa_neon")
+_INCLUDE = ("csrc/include", "csrc/binding")
 
 
 class BuildError(RuntimeError):
@@ -48,7 +49,7 @@ def _hash(kernels: Path) -> str:
     digest = hashlib.sha256()
     version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
     digest.update(version + repr((FLAGS, WARNINGS, str(kernels))).encode())
-    headers = [*kernels.glob("*.h"), *(ROOT / "csrc" / "include").rglob("*.h")]
+    headers = [*kernels.glob("*.h"), *(p for f in _INCLUDE for p in (ROOT / f).rglob("*.h"))]
     for path in sorted(headers) + sources(kernels):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
@@ -77,7 +78,7 @@ def build(kernels: Path | None = None, into: Path | None = None) -> Path:
             return program
         stamp.unlink(missing_ok=True)
         common = [COMPILER, *FLAGS, *WARNINGS, "-DQKERN_HAVE_NEON=1"]
-        common += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{kernels}"]
+        common += [*(f"-I{ROOT / folder}" for folder in _INCLUDE), f"-I{kernels}"]
         objects = {source: folder / f"{source.stem}.o" for source in sources(kernels)}
         compilations = [[*common, "-c", str(s), "-o", str(o)] for s, o in objects.items()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -20,12 +20,13 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_ops.h"
 #include "dispatch.h"
-#include "qkern/ops.h"
 
 namespace {
 
 using qkern::Status;
+using qkern::binding::Op;
 
 constexpr unsigned char kFill = 0xa5;
 
@@ -82,160 +83,8 @@ class Buffer {
   std::size_t bytes_ = 0, inner_bytes_ = 0, mapped_bytes_ = 0;
 };
 
-// The arguments of a function of qkern._C in their order, taken one after the other.
-class Arguments {
- public:
-  explicit Arguments(const std::vector<std::int64_t>& values) : values_(values) {}
-
-  std::int64_t size() {
-    if (next_ == values_.size()) stop("too few arguments");
-    return values_[next_++];
-  }
-  int number() { return static_cast<int>(size()); }
-  qkern::DType dtype() { return static_cast<qkern::DType>(number()); }
-  template <typename T>
-  T* at() {
-    return reinterpret_cast<T*>(static_cast<std::uintptr_t>(size()));
-  }
-  // packed to block_size, as all ops on 4-bit weights order them.
-  qkern::Weight4bit weight() {
-    qkern::Weight4bit weight;
-    weight.packed = at<const std::uint8_t>();
-    weight.absmax = at<const void>();
-    weight.nested_absmax = at<const float>();
-    weight.nested_offset = at<const float>();
-    weight.codes.format = number();
-    weight.codes.codebook = at<const float>();
-    weight.block_size = size();
-    return weight;
-  }
-  void end() const {
-    if (next_ != values_.size()) stop("too many arguments");
-  }
-
- private:
-  const std::vector<std::int64_t>& values_;
-  std::size_t next_ = 0;
-};
-
-Status quantize_4bit(Arguments& from) {
-  qkern::Quantize4bitArgs args;
-  args.x = from.at<const void>();
-  args.x_dtype = from.dtype();
-  args.numel = from.size();
-  args.codes.format = from.number();
-  args.codes.codebook = from.at<const float>();
-  args.block_size = from.size();
-  args.packed = from.at<std::uint8_t>();
-  args.absmax = from.at<float>();
-  return qkern::cpu::quantize_4bit(args, from.number());
-}
-
-Status dequantize_4bit(Arguments& from) {
-  qkern::Dequantize4bitArgs args;
-  args.weight = from.weight();
-  args.weight.rows = 1;
-  args.weight.cols = from.size();
-  args.out = from.at<void>();
-  args.out_dtype = from.dtype();
-  return qkern::cpu::dequantize_4bit(args, from.number());
-}
-
-Status quantize_8bit(Arguments& from) {
-  qkern::Quantize8bitArgs args;
-  args.x = from.at<const void>();
-  args.x_dtype = from.dtype();
-  args.numel = from.size();
-  args.map = from.at<const float>();
-  args.block_size = from.size();
-  args.codes = from.at<std::uint8_t>();
-  args.absmax = from.at<float>();
-  return qkern::cpu::quantize_8bit(args, from.number());
-}
-
-Status dequantize_8bit(Arguments& from) {
-  qkern::Dequantize8bitArgs args;
-  args.codes = from.at<const std::uint8_t>();
-  args.absmax = from.at<const float>();
-  args.map = from.at<const float>();
-  args.block_size = from.size();
-  args.numel = from.size();
-  args.out = from.at<void>();
-  args.out_dtype = from.dtype();
-  return qkern::cpu::dequantize_8bit(args, from.number());
-}
-
-Status quantize_absmax(Arguments& from) {
-  qkern::QuantizeAbsmaxArgs args;
-  args.absmax = from.at<const float>();
-  args.numel = from.size();
-  args.codes = from.at<std::uint8_t>();
-  args.nested_absmax = from.at<float>();
-  args.nested_offset = from.at<float>();
-  return qkern::cpu::quantize_absmax(args, from.number());
-}
-
-qkern::Linear4bitArgs linear_arguments(Arguments& from, bool forward) {
-  qkern::Linear4bitArgs args;
-  args.x = from.at<const void>();
-  args.dtype = from.dtype();
-  args.m = from.size();
-  args.x_row_stride = from.size();
-  args.weight = from.weight();
-  args.weight.rows = from.size();
-  args.weight.cols = from.size();
-  if (forward) args.bias = from.at<const void>();
-  args.y = from.at<void>();
-  args.batch_invariant = from.number() != 0;
-  return args;
-}
-
-Status linear_4bit(Arguments& from) {
-  const qkern::Linear4bitArgs args = linear_arguments(from, true);
-  return qkern::cpu::linear_4bit(args, from.number());
-}
-
-Status linear_4bit_dx(Arguments& from) {
-  const qkern::Linear4bitArgs args = linear_arguments(from, false);
-  return qkern::cpu::linear_4bit_dx(args, from.number());
-}
-
-Status adamw_step(Arguments& from) {
-  std::vector<qkern::AdamWTensor> tensors(static_cast<std::size_t>(from.size()));
-  for (qkern::AdamWTensor& tensor : tensors) {
-    tensor.param = from.at<void>();
-    tensor.grad = from.at<const void>();
-    tensor.exp_avg = from.at<void>();
-    tensor.exp_avg_sq = from.at<void>();
-    tensor.exp_avg_absmax = from.at<float>();
-    tensor.exp_avg_sq_absmax = from.at<float>();
-    tensor.factors = from.at<const qkern::AdamWFactors>();
-    tensor.dtype = from.dtype();
-    tensor.numel = from.size();
-    tensor.index = from.size();
-    tensor.first = from.size();
-  }
-  qkern::AdamWArgs args;
-  args.tensors = tensors.data();
-  args.count = static_cast<std::int64_t>(tensors.size());
-  args.stochastic_rounding = from.number() != 0;
-  args.seed = static_cast<std::uint64_t>(from.size());
-  return qkern::cpu::adamw_step(args, from.number());
-}
-
-struct Op {
-  const char* name;
-  Status (*run)(Arguments&);
-};
-constexpr Op kOps[] = {
-    {"quantize_4bit", quantize_4bit},     {"dequantize_4bit", dequantize_4bit},
-    {"quantize_8bit", quantize_8bit},     {"dequantize_8bit", dequantize_8bit},
-    {"quantize_absmax", quantize_absmax}, {"linear_4bit", linear_4bit},
-    {"linear_4bit_dx", linear_4bit_dx},   {"adamw_step", adamw_step},
-};
-
 const Op& find_op(const std::string& name) {
-  for (const Op& op : kOps) {
+  for (const Op& op : qkern::binding::kCpuOps) {
     if (name == op.name) return op;
   }
   stop("no op " + name);
@@ -285,7 +134,7 @@ std::string perform(Request& request) {
   for (const Buffer& input : request.inputs) {
     before.emplace_back(reinterpret_cast<const char*>(input.data()), input.bytes());
   }
-  Arguments arguments(request.values);
+  qkern::binding::Arguments arguments(request.values);
   const std::uint64_t own_fpcr = get_fpcr();
   constexpr std::uint64_t kFlushToZero = 1u << 24;
   const std::uint64_t callers_fpcr = request.flush ? own_fpcr | kFlushToZero : own_fpcr;
@@ -293,7 +142,6 @@ std::string perform(Request& request) {
   const Status status = request.op->run(arguments);
   const std::uint64_t left_fpcr = get_fpcr();
   set_fpcr(own_fpcr);
-  arguments.end();
   if (!status.ok()) return status.message;
   if (left_fpcr != callers_fpcr) return "the kernel changed FPCR";
   for (std::size_t i = 0; i < before.size(); ++i) {

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lab.module_copy import copy_of
+from lab.triton.on_cpu import backend_for
 from qkern import backends, reference
-from qkern.backends import triton
+from qkern.backends import TritonBackend
 from qkern.testing import Target, assert_bitwise
 
 NAME = "triton"
@@ -46,15 +45,19 @@ DEVICES = (
 """One for each way that tiles are chosen; sm_75 multiplies 16-bit values in float32."""
 
 
-def backend(device: Device) -> ModuleType:
-    """A copy of ``qkern.backends.triton`` that takes CPU tensors for those of ``device``."""
-    from qkern.triton_kernels import launch
+def backend(device: Device, base: type[TritonBackend] = TritonBackend) -> TritonBackend:
+    """The backend ``triton`` on CPU tensors for those of ``device``."""
+    return backend_for(device.kind, device.arch, device.processors, base)
 
-    target = launch.Target(device.kind, device.arch, device.processors)
-    module = copy_of(triton, f"triton_{device}")
-    module.on_device = lambda device: contextlib.nullcontext()  # type: ignore[attr-defined]
-    module.target_of = lambda device: target  # type: ignore[attr-defined]
-    return module
+
+class _Addressed(TritonBackend):
+    """Under ttsem, where the optimizer's launch may touch what a table of addresses holds."""
+
+    def adamw_step(self, params: Sequence[Tensor], *args: Any) -> None:
+        """See ``qkern.reference.adamw_step``."""
+        *lists, factors = args[:6]
+        with addressed([*params, *chain(*lists), factors]):
+            super().adamw_step(params, *args)
 
 
 @functools.cache
@@ -139,16 +142,7 @@ class SemanticsTarget(Target):
 
     def __init__(self, device: Device) -> None:
         super().__init__(NAME, str(device))
-        module = backend(device)
-        step = module.adamw_step
-
-        def adamw_step(params: Sequence[Tensor], *args: Any) -> None:
-            *lists, factors = args[:6]
-            with addressed([*params, *chain(*lists), factors]):
-                step(params, *args)
-
-        module.adamw_step = adamw_step  # type: ignore[attr-defined]
-        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "module", backend(device, _Addressed))
 
     def __reduce__(self) -> tuple[type[SemanticsTarget], tuple[Device]]:
         return SemanticsTarget, (next(d for d in DEVICES if str(d) == self.isa),)

@@ -7,20 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-from lab.module_copy import copy_of
 from qkern import backends
-from qkern.backends import cuda
+from qkern.backends import CudaBackend
 from qkern.testing import Target
 
 NAME = "cuda_emulated"
 
 
-def backend(library: ModuleType) -> ModuleType:
-    """A copy of ``qkern.backends.cuda`` that takes CPU tensors and calls the emulated kernels."""
-    module = copy_of(cuda, NAME)
-    module.library = lambda: library  # type: ignore[attr-defined]
-    module.current_stream = lambda device: contextlib.nullcontext(0)  # type: ignore[attr-defined]
-    return module
+def backend(library: ModuleType) -> CudaBackend:
+    """The backend ``cuda`` on CPU tensors, with the emulated kernels."""
+    return CudaBackend(NAME, library, stream=lambda device: contextlib.nullcontext(0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lab.triton.on_cpu import backend_for
 from qkern import backends, formats, reference
+from qkern.weight import Weight
 
 NVIDIA = (75, 80, 86, 89, 90, 100, 120)
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
@@ -78,19 +79,6 @@ def missing() -> str | None:
     return triton.missing_reason()
 
 
-def cpu_backend(arch: int | str, processors: int = _PROCESSORS) -> ModuleType:
-    """A copy of ``qkern.backends.triton`` that takes CPU tensors for those of an ``arch``."""
-    from lab.module_copy import copy_of
-    from qkern.backends import triton
-    from qkern.triton_kernels import launch
-
-    target = launch.Target("cuda" if arch in NVIDIA else "hip", arch, processors)
-    module: Any = copy_of(triton, f"triton_{arch}")
-    module.on_device = lambda device: contextlib.nullcontext()
-    module.target_of = lambda device: target
-    return module
-
-
 @contextlib.contextmanager
 def compiling(arch: int | str) -> Iterator[list[Compiled]]:
     """In the block, launches compile for ``arch`` and do nothing else; gives what they compiled."""
@@ -120,7 +108,8 @@ def compiling(arch: int | str) -> Iterator[list[Compiled]]:
     JITFunction.run = run
     driver.set_active(_Driver(arch))
     try:
-        with backends.use(cpu_backend(arch)):
+        kind = "cuda" if arch in NVIDIA else "hip"
+        with backends.use(backend_for(kind, arch, _PROCESSORS)):
             yield found
     finally:
         JITFunction.run = original
@@ -132,18 +121,18 @@ SIZE = 4096
 """Rows and columns of the weight in every call below: what matters of it is that 16 divides it."""
 
 
-def _weight(double_quant: bool = True) -> dict[str, Any]:
+def _weight(double_quant: bool = True) -> Weight:
     blocks = SIZE * SIZE // 64
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
-    return {
-        "packed": torch.empty(SIZE * SIZE // 2, dtype=torch.uint8),
-        "absmax": torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-        "nested_absmax": torch.empty(groups) if double_quant else None,
-        "nested_offset": torch.empty(()) if double_quant else None,
-        "codebook": None,
-        "format": "nf4",
-        "block_size": 64,
-    }
+    return Weight(
+        packed=torch.empty(SIZE * SIZE // 2, dtype=torch.uint8),
+        absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        nested_absmax=torch.empty(groups) if double_quant else None,
+        nested_offset=torch.empty(()) if double_quant else None,
+        codebook=None,
+        format="nf4",
+        block_size=64,
+    )
 
 
 ROWS = (1, 32, 64, 512)
@@ -164,9 +153,7 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
         for dq in (True, False):
             found[f"dequantize_4bit-{name}-{'double_quant' if dq else 'plain'}"] = (
                 functools.partial(
-                    lambda dq, dtype: ops.dequantize_4bit(
-                        **weight(dq), shape=(SIZE, SIZE), dtype=dtype
-                    ),
+                    lambda dq, dtype: ops.dequantize_4bit(*weight(dq), (SIZE, SIZE), dtype),
                     *(dq, dtype),
                 )
             )
@@ -179,18 +166,16 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
             found[f"adamw_step-{name}-{variant}"] = functools.partial(
                 _adamw_step, dtype, bits, seed
             )
-        for (op, size), rows in itertools.product(
-            (("linear_4bit", "out_features"), ("linear_4bit_dx", "in_features")), ROWS
-        ):
-            found[f"{op}-{name}-{rows}"] = functools.partial(_matmul, op, size, rows, dtype, weight)
+        for op, rows in itertools.product(("linear_4bit", "linear_4bit_dx"), ROWS):
+            found[f"{op}-{name}-{rows}"] = functools.partial(_matmul, op, rows, dtype, weight)
     found["quantize_absmax-fp32"] = lambda: ops.quantize_absmax(torch.empty(SIZE))
     return {key: call for key, call in found.items() if only in key}
 
 
 def _dequantize_8bit(dtype: torch.dtype) -> Tensor:
     codes, absmax = torch.empty(SIZE * 16, dtype=torch.uint8), torch.empty(SIZE * 16 // 256)
-    code = formats.map_tensor("signed")
-    return torch.ops.qkern.dequantize_8bit(codes, absmax, code, 256, dtype)
+    map = formats.map_tensor("signed")
+    return torch.ops.qkern.dequantize_8bit(codes, absmax, map, 256, dtype)
 
 
 def _adamw_step(dtype: torch.dtype, bits: int, seed: int | None) -> None:
@@ -204,10 +189,7 @@ def _adamw_step(dtype: torch.dtype, bits: int, seed: int | None) -> None:
     torch.ops.qkern.adamw_step(*tensors, factors, seed)
 
 
-def _matmul(
-    op: str, size: str, rows: int, dtype: torch.dtype, weight: Callable[[], dict[str, Any]]
-) -> Tensor:
+def _matmul(op: str, rows: int, dtype: torch.dtype, weight: Callable[[], Weight]) -> Tensor:
     matrix = torch.empty((rows, SIZE), dtype=dtype)
-    bias = {"bias": torch.empty(SIZE, dtype=dtype)} if op == "linear_4bit" else {}
-    arguments = {"x" if op == "linear_4bit" else "dy": matrix, **weight(), **bias, size: SIZE}
-    return getattr(torch.ops.qkern, op)(**arguments)
+    bias = (torch.empty(SIZE, dtype=dtype),) if op == "linear_4bit" else ()
+    return getattr(torch.ops.qkern, op)(matrix, *weight(), SIZE, *bias)

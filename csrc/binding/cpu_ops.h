@@ -1,0 +1,27 @@
+// The ops of the CPU: after an op's own arguments comes the number of threads.
+#pragma once
+
+#include "arguments.h"
+
+namespace qkern::binding {
+
+template <auto kRead, auto kKernel>
+Status run_on_cpu(Arguments& from) {
+  const auto args = kRead(from);
+  const int num_threads = from.num_threads();
+  from.end();
+  return kKernel(args, num_threads);
+}
+
+inline constexpr Op kCpuOps[] = {
+    {"quantize_4bit", run_on_cpu<read_quantize_4bit, cpu::quantize_4bit>},
+    {"dequantize_4bit", run_on_cpu<read_dequantize_4bit, cpu::dequantize_4bit>},
+    {"quantize_8bit", run_on_cpu<read_quantize_8bit, cpu::quantize_8bit>},
+    {"dequantize_8bit", run_on_cpu<read_dequantize_8bit, cpu::dequantize_8bit>},
+    {"quantize_absmax", run_on_cpu<read_quantize_absmax, cpu::quantize_absmax>},
+    {"linear_4bit", run_on_cpu<read_linear_4bit, cpu::linear_4bit>},
+    {"linear_4bit_dx", run_on_cpu<read_linear_4bit_dx, cpu::linear_4bit_dx>},
+    {"adamw_step", run_on_cpu<read_adamw_step, cpu::adamw_step>},
+};
+
+}  // namespace qkern::binding

@@ -1,0 +1,244 @@
+"""What a backend is, and what all those with kernels do before a kernel starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkern import formats, reference
+from qkern.backends import _args
+from qkern.weight import Weight
+
+
+class _Functions(dict[str, Callable[..., Any]]):
+    """By op, the function that computes it."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, op: str) -> Callable[..., Any]:
+        self[op] = found = getattr(self._backend, op, None) or getattr(reference, op)
+        return found
+
+
+class Backend:
+    """One implementation of the ops.
+
+    Each method with an op's name computes that op, with the parameters of its schema in
+    ``qkern.ops``; ``qkern.reference`` says what. What a backend lacks, the reference computes.
+    """
+
+    fast: Mapping[str, Callable[..., Any]] = {}
+    """By op, functions that read plain CPU tensors themselves: see `qkern.ops.fast`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.table: Mapping[str, Callable[..., Any]] = _Functions(self)
+
+    def has(self, op: str) -> bool:
+        """Whether it computes the op itself."""
+        return hasattr(self, op)
+
+    def missing_reason(self) -> str | None:
+        """Why it cannot run, or None."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+
+class Reference(Backend):
+    """Plain PyTorch on any device."""
+
+    def has(self, op: str) -> bool:
+        """Whether there is such an op."""
+        return hasattr(reference, op)
+
+
+class Elements(NamedTuple):
+    """A contiguous tensor as a kernel takes it where it asks for dtype and size, too."""
+
+    tensor: Tensor
+
+
+class Product(NamedTuple):
+    """A checked 4-bit matmul: ``out = x W^T + bias``, or ``out = x W`` for the input gradient."""
+
+    dx: bool
+    """Whether it is the input gradient."""
+    x: Tensor
+    """A matrix of unit inner stride; keep it alive while its address is in use."""
+    rows: int
+    row_stride: int
+    weight: Weight
+    out_features: int
+    in_features: int
+    bias: Tensor | None
+    out: Tensor
+    batch_invariant: bool
+
+
+class KernelBackend(Backend):
+    """A backend with kernels, on tensors of one device.
+
+    Its ops check their arguments, make the results and start a kernel, by `_launch` or `_multiply`.
+    A kernel is given contiguous tensors, and never one without elements.
+    """
+
+    def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
+        """Start the kernel of an op with tensors of ``device``.
+
+        Arguments are tensors, or None; `Elements`; a `Weight`; a format's name; numbers.
+        """
+        raise NotImplementedError
+
+    def _multiply(self, product: Product) -> None:
+        """Start a matmul."""
+        raise NotImplementedError
+
+    def _device_of(self, tensor: Tensor) -> torch.device:
+        """Where the other tensors must be and the results will be."""
+        return tensor.device
+
+    def quantize_4bit(
+        self, x: Tensor, format: str, block_size: int, codebook: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See ``qkern.reference.quantize_4bit``."""
+        n = x.numel()
+        device = self._device_of(x)
+        blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+        _args.check_format(format, codebook, device)
+        x = _args.float_input("x", x, device)
+        packed = torch.empty(formats.packed_size(n), dtype=torch.uint8, device=device)
+        absmax = torch.empty(blocks, dtype=torch.float32, device=device)
+        if n:
+            arguments = Elements(x), codebook, format, block_size, packed, absmax
+            self._launch("quantize_4bit", device, *arguments)
+        return packed, absmax
+
+    def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See ``qkern.reference.dequantize_4bit``."""
+        out = torch.empty(tuple(shape), dtype=dtype, device=self._device_of(weight.packed))
+        self.dequantize_4bit_out(weight, out)
+        return out
+
+    def dequantize_4bit_out(self, weight: Weight, out: Tensor) -> None:
+        """See ``qkern.reference.dequantize_4bit_out``."""
+        n = out.numel()
+        device = self._device_of(weight.packed)
+        _args.check_weight(weight, n, device)
+        _args.dtype_id("out", out.dtype)
+        _args.check("out", out, out.dtype, n, device)
+        if n:
+            self._launch("dequantize_4bit", device, weight, Elements(out))
+
+    def quantize_8bit(self, x: Tensor, map: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """See ``qkern.reference.quantize_8bit``."""
+        n = x.numel()
+        device = self._device_of(x)
+        blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+        _args.check("map", map, torch.float32, 256, device)
+        x = _args.float_input("x", x, device)
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=device)
+        absmax = torch.empty(blocks, dtype=torch.float32, device=device)
+        if n:
+            self._launch("quantize_8bit", device, Elements(x), map, block_size, codes, absmax)
+        return codes, absmax
+
+    def dequantize_8bit(
+        self, codes: Tensor, absmax: Tensor, map: Tensor, block_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See ``qkern.reference.dequantize_8bit``."""
+        n = codes.numel()
+        device = self._device_of(codes)
+        blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+        codes = codes.contiguous()
+        _args.check("codes", codes, torch.uint8, n, device)
+        _args.check("absmax", absmax, torch.float32, blocks, device)
+        _args.check("map", map, torch.float32, 256, device)
+        _args.dtype_id("dtype", dtype)
+        out = torch.empty(codes.shape, dtype=dtype, device=device)
+        if n:
+            arguments = codes, absmax, map, block_size, Elements(out)
+            self._launch("dequantize_8bit", device, *arguments)
+        return out
+
+    def quantize_absmax(self, absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``qkern.reference.quantize_absmax``."""
+        n = absmax.numel()
+        if n == 0:
+            return reference.quantize_absmax(absmax)
+        device = self._device_of(absmax)
+        absmax = absmax.contiguous()
+        _args.check("absmax", absmax, torch.float32, n, device)
+        groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
+        codes = torch.empty(absmax.shape, dtype=torch.uint8, device=device)
+        nested_absmax = torch.empty(groups, dtype=torch.float32, device=device)
+        nested_offset = torch.empty((), dtype=torch.float32, device=device)
+        results = codes, nested_absmax, nested_offset
+        self._launch("quantize_absmax", device, Elements(absmax), *results)
+        return codes, nested_absmax, nested_offset
+
+    def adamw_step(self, params: Sequence[Tensor], *args: Any) -> None:
+        """See ``qkern.reference.adamw_step``; all tensors are where the first parameter is."""
+        device = self._device_of(params[0])
+        pieces = _args.adamw_pieces(device, params, *args)
+        seed: int | None = args[6]
+        self._launch("adamw_step", device, pieces, seed)
+
+    def linear_4bit(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        bias: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.linear_4bit``."""
+        product = self._product("x", x, weight, out_features, bias, batch_invariant)
+        if product is None:
+            return reference.linear_4bit(x, weight, out_features, bias, batch_invariant)
+        self._multiply(product)
+        return product.out
+
+    def linear_4bit_dx(
+        self, dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool = False
+    ) -> Tensor:
+        """See ``qkern.reference.linear_4bit_dx``."""
+        product = self._product("dy", dy, weight, in_features, None, batch_invariant)
+        if product is None:
+            return reference.linear_4bit_dx(dy, weight, in_features, batch_invariant)
+        self._multiply(product)
+        return product.out
+
+    def _product(
+        self,
+        name: str,
+        x: Tensor,
+        weight: Weight,
+        features: int,
+        bias: Tensor | None,
+        batch_invariant: bool,
+    ) -> Product | None:
+        """The checked call for ``x``, or ``dy`` by its ``name``; None where there are no terms."""
+        dx = name == "dy"
+        device = self._device_of(x)
+        width = x.shape[-1]
+        out_features, in_features = (width, features) if dx else (features, width)
+        numel = out_features * in_features
+        _args.check_weight(weight, numel, device)
+        _args.dtype_id(name, x.dtype)
+        if bias is not None:
+            _args.check("bias", bias, x.dtype, out_features, device)
+        if numel == 0 or x.numel() == 0:
+            return None
+        matrix, rows, row_stride = _args.rows(name, x, width, device)
+        out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=device)
+        return Product(
+            *(dx, matrix, rows, row_stride, weight),
+            *(out_features, in_features, bias, out, batch_invariant),
+        )

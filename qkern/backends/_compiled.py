@@ -1,0 +1,66 @@
+"""The backends whose kernels are in ``qkern._C``: how checked tensors become addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import formats
+from qkern.backends import _args, _library
+from qkern.backends._backend import Elements, KernelBackend, Product
+from qkern.weight import Weight
+
+
+class CompiledBackend(KernelBackend):
+    """Kernels of a compiled library, ``qkern._C`` unless another is given."""
+
+    def __init__(self, name: str, library: Any = None) -> None:
+        super().__init__(name)
+        self._library = library or _library.library
+
+    def missing_reason(self) -> str | None:
+        """Why the kernels are missing, or None."""
+        return _library.missing_reason if self._library is None else None
+
+    def library(self) -> Any:
+        """The compiled module; ``RuntimeError`` when it or the kernels are missing."""
+        if reason := self.missing_reason():
+            raise RuntimeError(f"the {self.name} kernels are missing: {reason}")
+        return self._library
+
+    def _start(self, op: str, device: torch.device, *arguments: Any) -> None:
+        """Call the library's function for an op on ``device``."""
+        raise NotImplementedError
+
+    def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
+        self._start(op, device, *numbers(arguments))
+
+
+def product_numbers(product: Product, *more: Any) -> Iterator[Any]:
+    """What the library's matmuls take for ``product``, but for where it runs."""
+    bias = () if product.dx else (product.bias,)
+    x = product.x.data_ptr(), _args.DTYPE_IDS[product.x.dtype], product.rows, product.row_stride
+    sizes = product.out_features, product.in_features
+    arguments = product.weight, *sizes, *bias, product.out, product.batch_invariant
+    return numbers((*x, *arguments, *more))
+
+
+def numbers(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Addresses, sizes and ids in place of tensors and names; None is an absent tensor."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument.data_ptr()
+        elif isinstance(argument, Elements):
+            tensor = argument.tensor
+            yield tensor.data_ptr()
+            yield _args.DTYPE_IDS[tensor.dtype]
+            yield tensor.numel()
+        elif isinstance(argument, Weight):
+            yield from numbers(argument)
+        elif isinstance(argument, str):
+            yield formats.FORMAT_IDS[argument]
+        else:
+            yield argument

@@ -1,0 +1,72 @@
+"""The backend ``cpu``: the kernels of ``qkern._C`` on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkern.backends import _args
+from qkern.backends._backend import Product
+from qkern.backends._compiled import CompiledBackend, product_numbers
+
+
+class CpuBackend(CompiledBackend):
+    """C++ kernels, of an instruction set that is chosen at run time."""
+
+    def __init__(self, name: str = "cpu", library: Any = None) -> None:
+        super().__init__(name, library)
+        self.fast: dict[str, Callable[..., Any]] = {}
+        if library is None and self.missing_reason() is None:
+            self.fast = _on_tensors(self.library())
+
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return str(self.library().isa())
+
+    def available_isas(self) -> list[str]:
+        """The instruction sets this build has and this processor runs, slowest first."""
+        return list(self.library().available_isas())
+
+    def set_isa(self, name: str) -> None:
+        """Take an instruction set; ``""`` is ``QKERN_CPU_ISA`` or the best.
+
+        Raises ``ValueError`` when it is not available.
+        """
+        self.library().set_isa(name)
+
+    def has_matmul(self, dtype: torch.dtype) -> bool:
+        """Whether torch's CPU matmuls in ``dtype`` run on instructions for it.
+
+        Without them a 16-bit matmul is emulated, several times as slow as one in float32.
+        """
+        if dtype == torch.bfloat16:
+            return self.missing_reason() is None and bool(self.library().multiplies_bfloat16())
+        return dtype == torch.float32
+
+    def _device_of(self, tensor: Tensor) -> torch.device:
+        # Also where a caller has set another default device, such as meta.
+        return _args.CPU
+
+    def _start(self, op: str, device: torch.device, *arguments: Any) -> None:
+        getattr(self.library(), op)(*arguments, _args.num_threads())
+
+    def _multiply(self, product: Product) -> None:
+        op = "linear_4bit_dx" if product.dx else "linear_4bit"
+        self._start(op, product.x.device, *product_numbers(product))
+
+
+def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
+    """The library's functions on tensors, by op; none where torch lacks the interface they need.
+
+    They read plain CPU tensors themselves, in a fraction of the time that Python takes to ask for
+    addresses and sizes. They take the op's arguments, a `qkern.weight.Weight` as one, then the
+    number of threads; ``linear_4bit`` also the ``in_features`` that ``x`` must have.
+    """
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if api is None or not library.read_tensors_with(api, Tensor, nn.Parameter):
+        return {}
+    ops = ("linear_4bit", "linear_4bit_dx", "adamw_step")
+    return {op: getattr(library, f"{op}_on_tensors") for op in ops}

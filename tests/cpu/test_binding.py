@@ -1,0 +1,101 @@
+"""The compiled functions on pointers: what they refuse, and that they keep nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from qkern.backends import cpu
+from qkern.testing import OPS
+
+if reason := cpu.missing_reason():
+    pytest.skip(reason, allow_module_level=True)
+_C = cpu.library()
+
+
+def quantize_arguments() -> tuple[list[torch.Tensor], list[Any]]:
+    """Tensors to keep alive, and the arguments of ``quantize_4bit`` for them."""
+    x, packed, absmax = torch.randn(128), torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
+    addresses = packed.data_ptr(), absmax.data_ptr()
+    return [x, packed, absmax], [x.data_ptr(), 0, 128, 0, 0, 64, *addresses, 1]
+
+
+def test_every_op_has_a_function() -> None:
+    for name in OPS:
+        assert getattr(_C, name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "error", "message"),
+    [
+        (1, 3, ValueError, r"dtype: takes 0 \(float32\)"),
+        (1, -1, ValueError, "dtype: takes"),
+        (2, -1, ValueError, "sizes: take 0 and above"),
+        (4, 3, ValueError, r"format_id: takes 0 \(nf4\), 1 \(fp4\) or 2 \(custom\)"),
+        (4, 2, ValueError, "codebook: absent for format custom"),
+        (5, 48, ValueError, "block_size: takes a power of two from 32 to 4096"),
+        (5, 8192, ValueError, "block_size: takes"),
+        (8, 0, ValueError, "num_threads: takes 1 and above"),
+        (2, 1.5, TypeError, "float"),
+        (2, "a", TypeError, "str"),
+        (2, 1 << 64, OverflowError, "int too big"),
+        (8, (1, 1), TypeError, "quantize_4bit: got too many arguments"),
+    ],
+)
+def test_wrong_values_are_refused(
+    position: int, bad: object, error: type[Exception], message: str
+) -> None:
+    tensors, right = quantize_arguments()
+    with pytest.raises(error, match=message):
+        _C.quantize_4bit(*right[:position], bad, *right[position + 1 :])
+    assert not tensors[2].any()
+    _C.quantize_4bit(*right)
+    assert tensors[2].all()
+
+
+def test_a_wrong_number_of_arguments_is_refused() -> None:
+    tensors, right = quantize_arguments()
+    for given, what in ((right[:-1], "few"), ([*right, 1], "many"), ([], "few")):
+        with pytest.raises(TypeError, match=f"quantize_4bit: got too {what} arguments"):
+            _C.quantize_4bit(*given)
+    with pytest.raises(TypeError, match="keyword"):
+        _C.quantize_4bit(*right, num_threads=1)
+    assert not tensors[2].any()
+
+
+def test_a_weight_with_one_of_the_nested_scales_is_refused() -> None:
+    with pytest.raises(ValueError, match="nested_absmax and nested_offset: take both or neither"):
+        _C.dequantize_4bit(64, 64, 64, 0, 0, 0, 64, 0, 64, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({5: 0}, "absmax: takes those of both moments or neither"),
+        ({10: 128}, "first: takes a multiple of the block size"),
+        ({9: -1}, "sizes: take 0 and above"),
+    ],
+)
+def test_wrong_parameters_of_a_step_are_refused(changes: dict[int, int], message: str) -> None:
+    piece = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
+    for position, bad in changes.items():
+        piece[position] = bad
+    with pytest.raises(ValueError, match=message):
+        _C.adamw_step([tuple(piece)], None, 1)
+    with pytest.raises(ValueError, match="seed: takes None, or 0 and above"):
+        _C.adamw_step([], -1, 1)
+    assert _C.adamw_step([], 3, 1) is None
+
+
+def test_no_reference_is_kept() -> None:
+    tensors, right = quantize_arguments()
+    before = [sys.getrefcount(value) for value in (right[0], right[6])]
+    for _ in range(100):
+        _C.quantize_4bit(*right)
+        with pytest.raises(TypeError):
+            _C.quantize_4bit(*right, 1)
+    assert [sys.getrefcount(value) for value in (right[0], right[6])] == before
+    assert tensors[2].all()
