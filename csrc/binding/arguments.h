@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -59,17 +60,16 @@ class Arguments {
 
   bool flag() { return value() != 0; }
 
-  // One of the numbers 0...last of an enumeration.
-  template <typename Enum>
-  Enum one_of(Enum last, const char* what) {
+  // A number below `count`; `numbers` names them all.
+  int one_of(int count, const char* what, const char* numbers) {
     const Size number = value();
-    require(number >= 0 && number <= static_cast<Size>(last), what);
-    return static_cast<Enum>(number);
+    if (number < 0 || number >= count) {
+      throw std::invalid_argument(std::string(what) + ": takes " + numbers);
+    }
+    return static_cast<int>(number);
   }
 
-  DType dtype() {
-    return one_of(DType::kFloat16, "dtype: takes 0 (float32), 1 (bfloat16) or 2 (float16)");
-  }
+  DType dtype() { return static_cast<DType>(one_of(kDTypes, "dtype", kDTypeNumbers)); }
 
   int num_threads() {
     const Size number = value();
@@ -84,7 +84,7 @@ class Arguments {
   }
 
   Codebook codebook() {
-    const int format = one_of(kFormatCustom, "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
+    const int format = one_of(kFormats, "format_id", kFormatNumbers);
     const auto* values = pointer<const float>();
     require(format != kFormatCustom || values != nullptr, "codebook: absent for format custom");
     return {format, values};

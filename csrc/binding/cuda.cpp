@@ -17,7 +17,7 @@ Status run_on_stream(Arguments& from) {
 }
 
 CudaPath read_path(Arguments& from) {
-  return from.one_of(CudaPath::kTiled, "path: takes 0 (vector), 1 (mma) or 2 (tiled)");
+  return static_cast<CudaPath>(from.one_of(kCudaPaths, "path", kCudaPathNumbers));
 }
 
 // A matmul on a path, with the path's workspace.

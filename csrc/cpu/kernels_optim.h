@@ -2,6 +2,8 @@
 // vectors of; the same bits on each instruction set.
 #pragma once
 
+#include "qkern/optim_math.h"
+
 namespace qkern::cpu {
 namespace {
 

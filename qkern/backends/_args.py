@@ -14,7 +14,7 @@ from torch import Tensor
 from qkern import _errors, formats
 from qkern.reference import ADAMW_FACTORS
 
-DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_IDS = {getattr(torch, name): index for index, name in enumerate(formats.DTYPES)}
 _FORMAT_IDS = formats.FORMAT_IDS
 _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
 

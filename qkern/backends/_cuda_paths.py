@@ -29,8 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-PATHS = ("vector", "mma", "tiled", "gemm")
-"""The first three are the numbers of ``CudaPath`` in csrc/include/qkern/ops.h."""
+from qkern import formats
+
+PATHS = (*formats.CUDA_PATHS, "gemm")
+"""All but the last by their numbers in C++."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
+#include "qkern/codes.h"
 #include "qkern/dtype.h"
-#include "qkern/optim_math.h"
 #include "qkern/status.h"
 
 // What the host hands to a kernel: pointers, sizes and strides, already validated by the caller.
@@ -78,13 +78,6 @@ struct QuantizeAbsmaxArgs {
   std::uint8_t* codes = nullptr;
   float* nested_absmax = nullptr;
   float* nested_offset = nullptr;
-};
-
-// How a CUDA matmul is computed; qkern/backends/_cuda_paths.py chooses.
-enum class CudaPath {
-  kVector = 0,  // float32 dot products; forward only
-  kMma = 1,     // tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0
-  kTiled = 2,   // float32 tiles; takes anything
 };
 
 // y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
