@@ -2,6 +2,8 @@
 // on which it starts its kernels.
 #include "cuda.h"
 
+#include <vector>
+
 #include "arguments.h"
 #include "python.h"
 
@@ -16,15 +18,11 @@ Status run_on_stream(Arguments& from) {
   return kKernel(args, stream);
 }
 
-CudaPath read_path(Arguments& from) {
-  return static_cast<CudaPath>(from.one_of(kCudaPaths, "path", kCudaPathNumbers));
-}
-
 // A matmul on a path, with the path's workspace.
 template <auto kRead>
 Linear4bitArgs read_on_path(Arguments& from) {
   Linear4bitArgs args = kRead(from);
-  args.path = read_path(from);
+  args.path = static_cast<CudaPath>(from.one_of(kCudaPaths, "path", kCudaPathNumbers));
   args.workspace = from.pointer<float>();
   return args;
 }
@@ -68,22 +66,27 @@ constexpr Op kCudaOps[] = {
     {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
 };
 
-// Bytes of workspace that linear_4bit (or linear_4bit_dx, whose x is dy) takes on a path.
-Size linear_workspace(bool input_gradient, int dtype, Size m, Size rows, Size cols,
-                      bool batch_invariant, int path) {
-  const std::vector<Size> values = {dtype, m, rows, cols, batch_invariant, path};
+// What computes linear_4bit (or linear_4bit_dx, whose x is dy) on the current device: a list of
+// (path, parts of the contraction, bytes of workspace).
+pybind11::list linear_paths(bool input_gradient, int dtype, Size m, Size rows, Size cols,
+                            bool batch_invariant, bool aligned) {
+  const std::vector<Size> values = {dtype, m, rows, cols};
   Arguments from(values);
   Linear4bitArgs args;
   args.dtype = from.dtype();
   args.m = from.size();
   args.weight.rows = from.size();
   args.weight.cols = from.size();
-  args.batch_invariant = from.flag();
-  args.path = read_path(from);
-  Size bytes = 0;
-  raise_on_error("linear_4bit", input_gradient ? cuda::linear_4bit_dx_workspace(args, &bytes)
-                                               : cuda::linear_4bit_workspace(args, &bytes));
-  return bytes;
+  args.batch_invariant = batch_invariant;
+  cuda::MatmulPath paths[kCudaPaths];
+  int count = 0;
+  raise_on_error("linear_4bit",
+                 cuda::linear_4bit_paths(args, input_gradient, aligned, paths, &count));
+  pybind11::list found;
+  for (const cuda::MatmulPath* p = paths; p != paths + count; ++p) {
+    found.append(pybind11::make_tuple(static_cast<int>(p->path), p->parts, p->workspace_bytes));
+  }
+  return found;
 }
 
 // (compute capability, processors, bytes of L2) of the current device.
@@ -97,7 +100,7 @@ pybind11::tuple device_limits() {
 
 void bind_cuda(pybind11::module_& m) {
   add_ops(m, "cuda_", kCudaOps);
-  m.def("cuda_linear_workspace", linear_workspace);
+  m.def("cuda_linear_paths", linear_paths);
   m.def("cuda_device_limits", device_limits);
 }
 

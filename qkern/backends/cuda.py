@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from qkern import formats, reference
-from qkern.backends import _args, native
-from qkern.backends._cuda_paths import PATHS, Limits, Matmul, choose, slices_of
+from qkern.backends import _args, _cuda_matmul, native
 
 
 def _find_missing_reason() -> str | None:
@@ -208,105 +207,19 @@ def adamw_step(
         library().cuda_adamw_step(pieces, seed, stream)
 
 
-def device_limits(device: torch.device) -> Limits:
-    """The limits of ``device``, which is the current one, that paths are chosen by."""
-    return Limits(*library().cuda_device_limits())
-
-
 def _linear(
     input_gradient: bool,
     matrix: tuple[Tensor, int, int],
     weight: _args.WeightPointers,
-    out_features: int,
-    in_features: int,
+    sizes: tuple[int, int],
     bias: Tensor | None,
     out: Tensor,
     batch_invariant: bool,
 ) -> None:
-    """Start the matmul of ``matrix`` into ``out`` on the path that `_cuda_paths` chooses."""
-    x, rows, row_stride = matrix
-    if in_features % 32 == 0 and not _in_pieces(x, row_stride):
-        # x is small beside W, and in pieces every path can read it.
-        x = x.clone(memory_format=torch.contiguous_format)
-        row_stride = x.stride(0)
-    with current_stream(x.device) as stream:
-        aligned = _in_pieces(x, row_stride) and weight[0] % 16 == 0
-        limits = device_limits(x.device)
-        call = Matmul(
-            *(input_gradient, x.dtype, rows, out_features, in_features, batch_invariant, aligned)
+    with current_stream(out.device) as stream:
+        _cuda_matmul.start(
+            library(), stream, input_gradient, matrix, weight, sizes, bias, out, batch_invariant
         )
-        path = choose(call, limits)
-        if path == "gemm":
-            _slices_by_gemm(call, limits, x, weight, bias, out.view(rows, -1), stream)
-        else:
-            _fused(path, call, x, row_stride, weight, bias, out, stream)
-
-
-def _in_pieces(x: Tensor, row_stride: int) -> bool:
-    return x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
-
-
-def _fused(
-    path: str,
-    call: Matmul,
-    x: Tensor,
-    row_stride: int,
-    weight: _args.WeightPointers,
-    bias: Tensor | None,
-    out: Tensor,
-    stream: int,
-) -> None:
-    """One of qkern's own kernels, with a workspace of the size that it asks for."""
-    lib = library()
-    dtype_id = _args.dtype_id("x", x.dtype)
-    path_id = PATHS.index(path)
-    sizes = call.out_features, call.in_features
-    workspace_bytes = lib.cuda_linear_workspace(
-        call.dx, dtype_id, call.rows, *sizes, call.batch_invariant, path_id
-    )
-    # The allocator hands it out again only to work that this stream does later.
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
-    start = lib.cuda_linear_4bit_dx if call.dx else lib.cuda_linear_4bit
-    bias_ptr = 0 if bias is None else bias.data_ptr()
-    start(
-        *(x.data_ptr(), dtype_id, call.rows, row_stride, *weight, *sizes),
-        *(() if call.dx else (bias_ptr,)),
-        *(out.data_ptr(), call.batch_invariant, path_id, workspace.data_ptr(), stream),
-    )
-
-
-def _slices_by_gemm(
-    call: Matmul,
-    limits: Limits,
-    x: Tensor,
-    weight: _args.WeightPointers,
-    bias: Tensor | None,
-    out: Tensor,
-    stream: int,
-) -> None:
-    """Decode W a slice at a time into one workspace; torch multiplies into ``out``'s columns.
-
-    A slice has every term of its results, so each is rounded once, by the GEMM itself.
-    """
-    lib = library()
-    dtype_id = _args.dtype_id("x", x.dtype)
-    slices = slices_of(call, limits)
-    begin, end = slices[0]
-    other = call.out_features if call.dx else call.in_features
-    workspace = torch.empty((end - begin) * other, dtype=x.dtype, device=x.device)
-    x, out = x.detach(), out.detach()
-    for begin, end in slices:
-        width = end - begin
-        region = (0, begin, other, width) if call.dx else (begin, 0, width, other)
-        lib.cuda_dequantize_4bit_region(
-            *weight, call.in_features, *region, workspace.data_ptr(), dtype_id, stream
-        )
-        part = workspace[: width * other].view(region[2], region[3])
-        part = part if call.dx else part.t()
-        if bias is None:
-            torch.mm(x, part, out=out[:, begin:end])
-        else:
-            torch.addmm(bias.detach()[begin:end], x, part, out=out[:, begin:end])
 
 
 def linear_4bit(
@@ -348,7 +261,7 @@ def linear_4bit(
         )
     y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=device)
     matrix = _args.rows("x", x, in_features, device)
-    _linear(False, matrix, weight, out_features, in_features, bias, y, batch_invariant)
+    _linear(False, matrix, weight, (out_features, in_features), bias, y, batch_invariant)
     return y
 
 
@@ -387,5 +300,5 @@ def linear_4bit_dx(
         )
     dx = torch.empty((*dy.shape[:-1], in_features), dtype=dy.dtype, device=device)
     matrix = _args.rows("dy", dy, out_features, device)
-    _linear(True, matrix, weight, out_features, in_features, None, dx, batch_invariant)
+    _linear(True, matrix, weight, (out_features, in_features), None, dx, batch_invariant)
     return dx

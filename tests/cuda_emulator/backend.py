@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from module_copy import copy_of
 
 from qkern import backends
 from qkern.backends import cuda
+from qkern.backends._cuda_paths import Matmul
 from qkern.testing import Target
 
 NAME = "cuda_emulated"
@@ -22,6 +24,17 @@ def backend(library: ModuleType) -> ModuleType:
     module.library = lambda: library  # type: ignore[attr-defined]
     module.current_stream = lambda device: contextlib.nullcontext(0)  # type: ignore[attr-defined]
     return module
+
+
+def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
+    """The paths that can compute a call, by the rules that csrc/cuda/linear_4bit.cu must follow."""
+    found = [] if call.dx else ["vector"]
+    least = {torch.float16: 75, torch.bfloat16: 80}.get(call.dtype)
+    depth = call.out_features if call.dx else call.in_features
+    whole_pieces = call.aligned and call.in_features % 32 == 0 and depth % 8 == 0
+    if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
+        found.append("mma")
+    return (*found, "tiled") if call.batch_invariant else (*found, "tiled", "gemm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ struct Linear4bitArgs {
   void* y = nullptr;           // contiguous
   bool batch_invariant = false;
   CudaPath path = CudaPath::kTiled;
-  float* workspace = nullptr;  // CUDA: as many bytes as the op's _workspace says
+  float* workspace = nullptr;  // CUDA: as many bytes as linear_4bit_paths says
 };
 
 // One parameter, its gradient and its moments, all flat and contiguous. With `exp_avg_absmax` the
@@ -154,9 +154,18 @@ struct DeviceLimits {
 };
 Status device_limits(DeviceLimits* limits);
 
-// The scratch that the op wants for these args on the current device; 0 for none.
-Status linear_4bit_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
-Status linear_4bit_dx_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
+// A path that can compute a matmul on the current device, and what it takes there.
+struct MatmulPath {
+  CudaPath path = CudaPath::kTiled;
+  int parts = 1;  // of a contraction that is split
+  std::int64_t workspace_bytes = 0;
+};
+
+// The paths of linear_4bit, or of linear_4bit_dx, in the order of their numbers. Of `args` this
+// reads dtype, m, the weight's sizes and batch_invariant. `aligned`: whether x and the packed codes
+// start at 16 bytes and a row of x is a multiple of 16 bytes from the next.
+Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool aligned,
+                         MatmulPath (&paths)[kCudaPaths], int* count);
 
 }  // namespace cuda
 }  // namespace qkern

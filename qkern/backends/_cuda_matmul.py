@@ -1,0 +1,145 @@
+"""How a 4-bit matmul is started on a GPU, on the way that `_cuda_paths` chooses.
+
+``library`` is the compiled module everywhere; all is done on ``stream`` of the current device.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qkern.backends import _args, _cuda_paths
+from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
+
+
+def start(
+    library: ModuleType,
+    stream: int,
+    input_gradient: bool,
+    matrix: tuple[Tensor, int, int],
+    weight: _args.WeightPointers,
+    sizes: tuple[int, int],
+    bias: Tensor | None,
+    out: Tensor,
+    batch_invariant: bool,
+) -> None:
+    """Start ``x W^T + bias``, or with ``input_gradient`` ``x W``, into ``out``.
+
+    Args:
+        library: The compiled module.
+        stream: The address of the current stream of the current device.
+        input_gradient: Whether ``x`` is ``dy``.
+        matrix: ``x``, its rows and its row stride: see `_args.rows`.
+        weight: The pointers of W.
+        sizes: ``(out_features, in_features)``, the shape of W.
+        bias: ``[out_features]`` of ``x``'s dtype, or None.
+        out: ``[..., out_features]``, or ``[..., in_features]``, contiguous.
+        batch_invariant: Whether a row of ``out`` may depend on its row of ``x`` alone.
+    """
+    x, rows, row_stride = matrix
+    if sizes[1] % 32 == 0 and not _in_pieces(x, row_stride):
+        # x is small beside W, and in pieces every path can read it.
+        x = x.clone(memory_format=torch.contiguous_format)
+        row_stride = x.stride(0)
+    aligned = _in_pieces(x, row_stride) and weight[0] % 16 == 0
+    call = Matmul(input_gradient, x.dtype, rows, *sizes, batch_invariant, aligned)
+    limits = device_limits(library)
+    way = choose(library, call, limits)
+    if way.path == "gemm":
+        _slices_by_gemm(library, stream, call, limits, x, weight, bias, out.view(rows, -1))
+    else:
+        _fused(library, stream, way, call, x, row_stride, weight, bias, out)
+
+
+def _in_pieces(x: Tensor, row_stride: int) -> bool:
+    return x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
+
+
+def device_limits(library: ModuleType) -> Limits:
+    """The limits of the current device."""
+    return Limits(*library.cuda_device_limits())
+
+
+def choose(library: ModuleType, call: Matmul, limits: Limits) -> Way:
+    """The way for a call; ``ValueError`` where ``QKERN_CUDA_PATH`` forces one that cannot."""
+    ways, best = _ranked(library, call, limits)
+    return _cuda_paths.forced(call, ways) or best
+
+
+@functools.lru_cache(maxsize=4096)
+def _ranked(library: ModuleType, call: Matmul, limits: Limits) -> tuple[tuple[Way, ...], Way]:
+    """What can compute a call on the current device, and the best of it.
+
+    Kept, so that a matmul of a shape that came before asks C++ for no more than its kernel.
+    """
+    found = library.cuda_linear_paths(
+        *(call.dx, _args.dtype_id("x", call.dtype), call.rows, call.out_features),
+        *(call.in_features, call.batch_invariant, call.aligned),
+    )
+    ways = tuple(Way(PATHS[path], parts, nbytes) for path, parts, nbytes in found)
+    # A vendor's GEMM may sum in another order for another number of rows.
+    if not call.batch_invariant:
+        ways += (Way("gemm"),)
+    return ways, _cuda_paths.best(call, limits, ways)
+
+
+def _fused(
+    library: ModuleType,
+    stream: int,
+    way: Way,
+    call: Matmul,
+    x: Tensor,
+    row_stride: int,
+    weight: _args.WeightPointers,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """One of qkern's own kernels, with a workspace of the size that it asks for."""
+    # The allocator hands it out again only to work that this stream does later.
+    workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=x.device)
+    kernel = library.cuda_linear_4bit_dx if call.dx else library.cuda_linear_4bit
+    bias_ptr = 0 if bias is None else bias.data_ptr()
+    kernel(
+        *(x.data_ptr(), _args.dtype_id("x", x.dtype), call.rows, row_stride, *weight),
+        *(call.out_features, call.in_features),
+        *(() if call.dx else (bias_ptr,)),
+        *(out.data_ptr(), call.batch_invariant, PATHS.index(way.path), workspace.data_ptr()),
+        stream,
+    )
+
+
+def _slices_by_gemm(
+    library: ModuleType,
+    stream: int,
+    call: Matmul,
+    limits: Limits,
+    x: Tensor,
+    weight: _args.WeightPointers,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Decode W a slice at a time into one workspace; torch multiplies into ``out``'s columns.
+
+    A slice has every term of its results, so each is rounded once, by the GEMM itself.
+    """
+    dtype_id = _args.dtype_id("x", x.dtype)
+    slices = _cuda_paths.slices_of(call, limits)
+    begin, end = slices[0]
+    other = call.out_features if call.dx else call.in_features
+    workspace = torch.empty((end - begin) * other, dtype=x.dtype, device=x.device)
+    x, out = x.detach(), out.detach()
+    for begin, end in slices:
+        width = end - begin
+        region = (0, begin, other, width) if call.dx else (begin, 0, width, other)
+        library.cuda_dequantize_4bit_region(
+            *weight, call.in_features, *region, workspace.data_ptr(), dtype_id, stream
+        )
+        part = workspace[: width * other].view(region[2], region[3])
+        part = part if call.dx else part.t()
+        if bias is None:
+            torch.mm(x, part, out=out[:, begin:end])
+        else:
+            torch.addmm(bias.detach()[begin:end], x, part, out=out[:, begin:end])
