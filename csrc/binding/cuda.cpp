@@ -13,7 +13,8 @@ namespace {
 template <auto kRead, auto kKernel>
 Status run_on_stream(Arguments& from) {
   const auto args = kRead(from);
-  void* const stream = from.pointer<void>();
+  void* stream = nullptr;
+  from.read(stream);
   from.end();
   return kKernel(args, stream);
 }
@@ -22,8 +23,7 @@ Status run_on_stream(Arguments& from) {
 template <auto kRead>
 Linear4bitArgs read_on_path(Arguments& from) {
   Linear4bitArgs args = kRead(from);
-  args.path = static_cast<CudaPath>(from.one_of(kCudaPaths, "path", kCudaPathNumbers));
-  args.workspace = from.pointer<float>();
+  from.read(args.path, args.workspace);
   return args;
 }
 
@@ -34,19 +34,13 @@ struct RegionArgs : Dequantize4bitArgs {
 // The rectangle of `rows` x `columns` at (row, column) of a weight with rows of `cols` elements.
 RegionArgs read_region(Arguments& from) {
   RegionArgs args;
-  args.weight = from.weight();
-  const Size cols = from.size();
-  const Size row = from.size();
-  const Size column = from.size();
-  const Size rows = from.size();
-  const Size columns = from.size();
+  Size cols = 0, row = 0, column = 0, rows = 0, columns = 0;
+  from.read(args.weight, cols, row, column, rows, columns, args.out, args.out_dtype);
   require(columns > 0 && column + columns <= cols,
           "region: takes rows and columns within the weight");
   args.region = {row * cols + column, columns, cols - columns};
   args.weight.rows = 1;
   args.weight.cols = rows * columns;
-  args.out = from.pointer<void>();
-  args.out_dtype = from.dtype();
   return args;
 }
 
@@ -73,10 +67,7 @@ pybind11::list linear_paths(bool input_gradient, int dtype, Size m, Size rows, S
   const std::vector<Size> values = {dtype, m, rows, cols};
   Arguments from(values);
   Linear4bitArgs args;
-  args.dtype = from.dtype();
-  args.m = from.size();
-  args.weight.rows = from.size();
-  args.weight.cols = from.size();
+  from.read(args.dtype, args.m, args.weight.rows, args.weight.cols);
   args.batch_invariant = batch_invariant;
   cuda::MatmulPath paths[kCudaPaths];
   int count = 0;
