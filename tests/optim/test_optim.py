@@ -28,9 +28,9 @@ from lab.fake_gpu import FakeGpu
 from lab.processes import environment
 from qkern import formats, reference, testing
 from qkern.backends import cpu
-from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver, adamw
+from qkern.optim import ChunkFileError, PagedAdamW, PagedAdamW8bit, _driver, _updates
+from qkern.optim._chunks import plan
 from qkern.optim._moments import BLOCK, Moments
-from qkern.optim.paging import plan
 
 # A scalar, an empty one, whole and broken blocks, and some of several chunks of 64 KiB.
 SHAPES = ((), (3,), (17, 5), (0, 4), (64, 96), (5000,), (130, 257))
@@ -105,7 +105,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     if request.param in ("none", "mmap"):
         return Made(request.param, tmp_path)
     gpu = FakeGpu(managed=request.param == "managed", eagerness=1.0)
-    monkeypatch.setattr(_driver, "driver", gpu)
+    monkeypatch.setattr(_driver, "current", gpu)
     return Made("unified", tmp_path)
 
 
@@ -957,7 +957,7 @@ def test_an_interrupt_in_a_step_says_what_is_half_done(
     train(optimizer, params, 1)
     state = copy.deepcopy(optimizer.state_dict())
     before = [param.detach().clone() for param in params]
-    run = adamw._Calls.run
+    run = _updates.Calls.run
 
     def interrupted(of_step: Any) -> None:
         nonlocal calls
@@ -968,7 +968,7 @@ def test_an_interrupt_in_a_step_says_what_is_half_done(
 
     changes = calls > 0
     with monkeypatch.context() as patch:
-        patch.setattr(adamw._Calls, "run", interrupted)
+        patch.setattr(_updates.Calls, "run", interrupted)
         if make.pager == "none":  # one call does everything
             calls = 0
             text = "^$"
@@ -1068,7 +1068,7 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     if pid == 0:
         status = 1
         try:
-            optimizer._pager.step((), lambda pieces: None, optimizer._pager.steps)
+            optimizer._pager.step((), lambda pieces: None)
         except ValueError:
             status = 42
         finally:
@@ -1095,7 +1095,7 @@ def test_checkpoints_across_pagers_and_widths(
     to: tuple[str, int],
     saved: bool,
 ) -> None:
-    monkeypatch.setattr(_driver, "driver", FakeGpu(eagerness=1.0))
+    monkeypatch.setattr(_driver, "current", FakeGpu(eagerness=1.0))
     params, whole = make_params(), make_params()
     optimizer = Made(start[0], tmp_path)(params, bits=start[1], lr=1e-2)
     other = PagedAdamW(whole, pager="none", bits=start[1], lr=1e-2)

@@ -28,7 +28,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkern.optim._chunkfile import ALIGNMENT, ChunkFile, ChunkFileError, DamagedChunksError
+from qkern.optim._chunk_file import ChunkFile
+from qkern.optim._file_layout import ALIGNMENT, ChunkFileError, DamagedChunksError
 from qkern.optim._stream import ChunkStream
 
 SIZES = (5000, 3, 2 * ALIGNMENT, 4097)
@@ -223,9 +224,13 @@ def test_the_format_is_as_documented(tmp_path: Path) -> None:
 def test_the_checksum_of_a_long_chunk(tmp_path: Path) -> None:
     sizes = ((2 << 20) + 5, 1 << 20)
     with create(tmp_path / "state", sizes) as file:
-        assert file._checksums == [documented_checksum(chunk) for chunk in version(0, sizes)]
+        assert file._committed.checksums == [
+            documented_checksum(chunk) for chunk in version(0, sizes)
+        ]
         take_step(file, 1)
-        assert file._checksums == [documented_checksum(chunk) for chunk in version(1, sizes)]
+        assert file._committed.checksums == [
+            documented_checksum(chunk) for chunk in version(1, sizes)
+        ]
     assert reopened(tmp_path / "state") == (1, version(1, sizes))
 
 
@@ -414,7 +419,7 @@ def test_damaged_chunks_are_named(tmp_path: Path) -> None:
     path = tmp_path / "state"
     with create(path) as file:
         take_step(file, 1)
-        offsets = [file._offsets[1][i] + size - 1 for i, size in enumerate(SIZES)]
+        offsets = [file._layout.slot_offsets[1][i] + size - 1 for i, size in enumerate(SIZES)]
     for index, offset in enumerate(offsets):
         flip(path, offset)
         with ChunkFile.open(path) as file:
@@ -441,7 +446,7 @@ def test_a_damaged_record_leaves_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "state"
     with create(path) as file:
         take_step(file, 1)
-        places = file._record_offsets
+        places = file._layout.record_offsets
     length = 56 + 5 * len(SIZES) + len(b'{"step": 0}')
     for offset in range(length):
         flip(path, places[0] + offset)
@@ -466,7 +471,7 @@ def test_a_record_torn_at_any_byte(
     with create(path) as file:
         for step in (1, 2, 3):
             take_step(file, step)
-        places = file._record_offsets
+        places = file._layout.record_offsets
     original = path.read_bytes()
     calls = Calls(monkeypatch, ("pwritev",))
     found = []
@@ -996,7 +1001,10 @@ def test_skipped_chunks_are_not_touched(tmp_path: Path) -> None:
         after = path.read_bytes()
         for index in (0, 2):
             for slot in (0, 1):
-                place = slice(file._offsets[slot][index], file._offsets[slot][index] + SIZES[index])
+                place = slice(
+                    file._layout.slot_offsets[slot][index],
+                    file._layout.slot_offsets[slot][index] + SIZES[index],
+                )
                 assert before[place] == after[place]
     expected = version(1)
     expected[1], expected[3] = version(2)[1], version(2)[3]

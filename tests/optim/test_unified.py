@@ -39,7 +39,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
     """Put a simulated GPU in the place of the real one."""
 
     def use(gpu: FakeGpu) -> FakeGpu:
-        monkeypatch.setattr(_driver, "driver", gpu)
+        monkeypatch.setattr(_driver, "current", gpu)
         return gpu
 
     with warnings.catch_warnings():
@@ -389,7 +389,6 @@ def test_each_device_has_its_own_budget(use: Use, monkeypatch: pytest.MonkeyPatc
     pager = optimizer._pager
     pager.close()
     pager._numels.clear()
-    pager._bits.clear()
     pager.add(devices, [tuple(param.shape) for param in params], [32] * len(params))
     pools = list(pager._pools.values())
     found = trained(optimizer, params, 3)
@@ -523,7 +522,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_managed_memory_is_freed_once(library: ctypes.CDLL) -> None:
-    memory = _driver._Managed(5 << 30, GPU)
+    memory = _driver._ManagedMemory(5 << 30, GPU)
     interface = memory.__cuda_array_interface__
     assert interface["shape"] == (5 << 30,)
     assert interface["data"] == (0x7F0000000000, False)
@@ -533,7 +532,7 @@ def test_managed_memory_is_freed_once(library: ctypes.CDLL) -> None:
     assert told(library) == ["free 7f0000000000"]
     set_failing(library)
     with pytest.raises(DriverError, match="cuMemAllocManaged: CUDA_ERROR_OUT_OF_MEMORY"):
-        _driver._Managed(1 << 20, GPU)
+        _driver._ManagedMemory(1 << 20, GPU)
     assert told(library) == ["managed 1048576 flags 1"]
 
 
