@@ -210,22 +210,17 @@ class ChunkFile:
         """Number of the last commit; creation is the first."""
         return self._committed.sequence
 
-    @property
-    def direct(self) -> bool:
-        """Whether data moves past the page cache, from buffers aligned to ``ALIGNMENT``."""
-        return self._file.direct
-
-    @property
-    def uncommitted(self) -> frozenset[int]:
-        """Chunks written since the last commit or rollback."""
-        return frozenset(self._pending)
-
     def stamp(self, index: int) -> int:
         """A number that changes whenever the chunk's bytes do: by a write or a rollback.
 
         Who keeps a copy of a chunk tells by it whether the copy still holds.
         """
         return self._stamps[index]
+
+    @property
+    def uncommitted(self) -> frozenset[int]:
+        """Chunks written since the last commit or rollback."""
+        return frozenset(self._pending)
 
     # Reading and writing.
 

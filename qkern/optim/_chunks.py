@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,21 @@ _LEAST_CHUNK_BYTES = 64 << 10
 _ALIGNMENT = 64
 
 T = TypeVar("T")
+
+
+class MomentSpec(NamedTuple):
+    """What a pager must know of a parameter: which moments it has."""
+
+    device: torch.device
+    """Of the parameter."""
+    shape: tuple[int, ...]
+    bits: int
+    """32 or 8."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of each moment."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

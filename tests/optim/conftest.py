@@ -11,8 +11,8 @@ import pytest
 
 from lab.fake_gpu import FakeGpu
 from qkern.optim import _driver
-from tests.optim.params import Made
-from tests.optim.simulated import Use
+from tests.optim.pagers import Made
+from tests.optim.schedules import Use
 
 
 @pytest.fixture(params=["none", "mmap", "managed", "pinned"])

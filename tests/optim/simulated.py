@@ -1,21 +1,15 @@
-"""Parameters whose moments take several chunks on a simulated GPU."""
+"""Parameters whose moments take several chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lab.fake_gpu import FakeGpu
 from qkern.optim import PagedAdamW
 
-KIB = 1 << 10
-BUDGET = 256 * KIB  # four chunks
 SHAPES = ((50_000,), (30, 70), (9_000,), (40_000,), (1,))  # 791 KiB of moments in 32 bits
-Use = Callable[[FakeGpu], FakeGpu]
-SCHEDULES = [(0.0, 0), (1.0, 0), (0.5, 1), (0.7, 2), (0.3, 3), (0.6, 4)]
 
 
 def make_params() -> list[nn.Parameter]:

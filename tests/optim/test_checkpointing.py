@@ -17,16 +17,9 @@ from lab.fake_gpu import FakeGpu
 from qkern import testing
 from qkern.optim import PagedAdamW, PagedAdamW8bit, _driver
 from qkern.optim._moments import BLOCK, Moments
-from tests.optim.params import (
-    SHAPES,
-    Made,
-    assert_same,
-    assert_same_state,
-    close_to_fused,
-    fused,
-    make_params,
-    train,
-)
+from tests.optim.compare import assert_same, assert_same_state, close_to_fused, fused
+from tests.optim.pagers import Made
+from tests.optim.params import SHAPES, make_params, train
 
 KINDS = [(pager, bits) for pager in ("none", "mmap", "unified") for bits in (32, 8)]
 

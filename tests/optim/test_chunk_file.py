@@ -13,20 +13,9 @@ import pytest
 from qkern.optim._chunk_file import ChunkFile
 from qkern.optim._file_layout import ALIGNMENT
 from qkern.optim._stream import ChunkStream
-from tests.optim.chunk_files import (
-    LAYOUT,
-    SIZES,
-    Calls,
-    both_ways,
-    contents,
-    create,
-    exit_status,
-    in_child,
-    payload,
-    reopened,
-    take_step,
-    version,
-)
+from tests.optim.chunk_files import LAYOUT, create, reopened, take_step
+from tests.optim.system import Calls, both_ways, exit_status, in_child
+from tests.optim.versions import SIZES, contents, payload, version
 
 
 @both_ways

@@ -9,17 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim.params import (
-    LOW_DTYPES,
-    Made,
-    assert_same,
-    assert_same_state,
-    close_to_fused,
-    fused,
-    make_params,
-    set_grads,
-    train,
-)
+from tests.optim.compare import assert_same, assert_same_state, close_to_fused, fused
+from tests.optim.pagers import Made
+from tests.optim.params import LOW_DTYPES, make_params, set_grads, train
 
 
 @pytest.mark.parametrize("norm", [0.05, 1e6], ids=["clipped", "as is"])

@@ -12,18 +12,8 @@ import pytest
 from qkern.optim._chunk_file import ChunkFile
 from qkern.optim._file_layout import ALIGNMENT, ChunkFileError, DamagedChunksError
 from qkern.optim._stream import ChunkStream
-from tests.optim.chunk_files import (
-    LAYOUT,
-    SIZES,
-    contents,
-    create,
-    documented_checksum,
-    flip,
-    payload,
-    reopened,
-    take_step,
-    version,
-)
+from tests.optim.chunk_files import LAYOUT, create, documented_checksum, flip, reopened, take_step
+from tests.optim.versions import SIZES, contents, payload, version
 
 
 def test_the_format_is_as_documented(tmp_path: Path) -> None:

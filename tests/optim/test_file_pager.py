@@ -20,15 +20,9 @@ from lab.processes import environment
 from qkern import testing
 from qkern.optim import ChunkFileError, PagedAdamW
 from qkern.optim._moments import Moments
-from tests.optim.params import (
-    LEAST_BUDGET,
-    SHAPES,
-    assert_same,
-    assert_same_state,
-    make_params,
-    set_grads,
-    train,
-)
+from tests.optim.compare import assert_same, assert_same_state
+from tests.optim.pagers import LEAST_BUDGET
+from tests.optim.params import SHAPES, make_params, set_grads, train
 
 
 @pytest.mark.parametrize("budget", [LEAST_BUDGET, 3 * LEAST_BUDGET, 16 << 20])
@@ -178,10 +172,11 @@ def test_a_step_after_close(tmp_path: Path) -> None:
 KILLED = """
 import torch
 from tests.optim import params as t
+from tests.optim.pagers import LEAST_BUDGET
 from qkern.optim import PagedAdamW
 torch.set_num_threads(1)
 params = t.make_params()
-optimizer = PagedAdamW(params, path={path!r}, resume={resume}, budget_bytes=t.LEAST_BUDGET)
+optimizer = PagedAdamW(params, path={path!r}, resume={resume}, budget_bytes=LEAST_BUDGET)
 first = int(optimizer.state[params[0]].get("step", 0))
 if first:
     for param, saved in zip(params, torch.load({saved!r} + str(first)), strict=True):

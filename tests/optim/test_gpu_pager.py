@@ -14,16 +14,9 @@ import torch
 
 from lab.fake_gpu import FakeGpu
 from qkern.optim import PagedAdamW
-from tests.optim.simulated import (
-    BUDGET,
-    KIB,
-    SCHEDULES,
-    Use,
-    expected,
-    make_params,
-    set_grads,
-    trained,
-)
+from qkern.optim._chunks import MomentSpec
+from tests.optim.schedules import BUDGET, KIB, SCHEDULES, Use
+from tests.optim.simulated import expected, make_params, set_grads, trained
 
 
 @pytest.mark.parametrize("managed", [True, False], ids=["managed", "pinned"])
@@ -200,7 +193,7 @@ def test_each_device_has_its_own_budget(use: Use, monkeypatch: pytest.MonkeyPatc
     pager = optimizer._pager
     pager.close()
     pager._numels.clear()
-    pager.add(devices, [tuple(param.shape) for param in params], [32] * len(params))
+    pager.add([MomentSpec(d, tuple(p.shape), 32) for d, p in zip(devices, params, strict=True)])
     pools = list(pager._pools.values())
     found = trained(optimizer, params, 3)
     gpu.finish()

@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from lab.fake_gpu import FakeGpu, failing
 from qkern.optim import PagedAdamW
 from qkern.optim._driver import DriverError
-from tests.optim.simulated import (
-    BUDGET,
-    KIB,
-    SCHEDULES,
-    Use,
-    expected,
-    make_params,
-    set_grads,
-    trained,
-)
+from tests.optim.schedules import BUDGET, KIB, SCHEDULES, Use
+from tests.optim.simulated import expected, make_params, set_grads, trained
 
 
 def test_without_hints_it_goes_on(use: Use) -> None:

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from qkern import formats, testing
 from qkern.optim import PagedAdamW, PagedAdamW8bit
 from qkern.optim._moments import BLOCK, Moments
-from tests.optim.params import (
-    Made,
-    assert_same,
-    fused,
-    make_params,
-    set_grads,
-    train,
-)
+from tests.optim.compare import assert_same, fused
+from tests.optim.pagers import Made
+from tests.optim.params import make_params, set_grads, train
 
 # 8 bits.
 

@@ -15,19 +15,9 @@ from torch import Tensor, nn
 
 from qkern import testing
 from qkern.optim import PagedAdamW, PagedAdamW8bit, _updates
-from tests.optim.params import (
-    LOW_DTYPES,
-    SHAPES,
-    Made,
-    Params,
-    assert_same,
-    assert_same_state,
-    close_to_fused,
-    fused,
-    make_params,
-    set_grads,
-    train,
-)
+from tests.optim.compare import assert_same, assert_same_state, close_to_fused, fused
+from tests.optim.pagers import Made
+from tests.optim.params import LOW_DTYPES, SHAPES, Params, make_params, set_grads, train
 
 
 def test_1000_steps_as_torch() -> None:

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from qkern.optim import PagedAdamW
-from tests.optim.params import (
-    LEAST_BUDGET,
-    SHAPES,
-    Made,
-    assert_same,
-    make_params,
-    set_grads,
-)
+from tests.optim.compare import assert_same
+from tests.optim.pagers import LEAST_BUDGET, Made
+from tests.optim.params import SHAPES, make_params, set_grads
 
 
 @pytest.mark.parametrize(

@@ -18,21 +18,9 @@ from hypothesis import strategies as st
 
 from qkern.optim._chunk_file import ChunkFile
 from qkern.optim._stream import ChunkStream
-from tests.optim.chunk_files import (
-    LAYOUT,
-    PAGE,
-    SIZES,
-    Calls,
-    Crash,
-    both_ways,
-    contents,
-    create,
-    fill_step,
-    payload,
-    reopened,
-    take_step,
-    version,
-)
+from tests.optim.chunk_files import LAYOUT, create, reopened, take_step
+from tests.optim.system import Calls, Crash, both_ways
+from tests.optim.versions import PAGE, SIZES, contents, fill_step, payload, version
 
 
 def no_threads_left() -> bool:
