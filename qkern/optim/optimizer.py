@@ -324,7 +324,8 @@ class PagedAdamW(Optimizer):
         are copies on the CPU: so ``torch.distributed.checkpoint`` saves them from one number of
         processes and loads them into another, of either width. Where the shards are the same,
         codes and scales come back bit for bit. Where they are cut elsewhere, blocks that stay whole
-        do, and the others are quantised once more, with the error of 8 bits.
+        do, and the others are quantised once more, with the error of 8 bits. A distributed
+        checkpoint of parameters that are not sharded has codes; it loads into a state like it.
         """
         return super().state_dict()
 
