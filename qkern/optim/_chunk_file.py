@@ -123,7 +123,7 @@ class ChunkFile:
         try:
             with file.errors_name_path():
                 file.lock()
-                # Whoever held the lock may have finished: then this is its file, or nameless.
+                # Who held the lock may have finished: then this is that file, or has no name.
                 ours = file.has_name(partial)
                 if not ours or path.exists():
                     if ours:
@@ -213,7 +213,7 @@ class ChunkFile:
     def stamp(self, index: int) -> int:
         """A number that changes whenever the chunk's bytes do: by a write or a rollback.
 
-        Who keeps a copy of a chunk tells by it whether the copy still holds.
+        A copy of a chunk is up to date as long as the stamp is the same.
         """
         return self._stamps[index]
 

@@ -11,7 +11,7 @@ import torch
 
 from qkern.optim import _chunks
 from qkern.optim._chunk_file import ChunkFile
-from qkern.optim._chunks import MomentSpec, Piece, Update
+from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
 from qkern.optim._file_layout import ChunkFileError
 from qkern.optim._moments import Moments
 from qkern.optim._stream import ChunkStream, StreamStats
@@ -108,7 +108,7 @@ class FilePager:
         """Nothing: no moments are on a GPU."""
         return {}
 
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``, then commit.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt

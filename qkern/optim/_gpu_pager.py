@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkern.optim import _chunks, _driver
-from qkern.optim._chunks import MomentSpec, Piece, Update
+from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
 from qkern.optim._driver import Driver
 from qkern.optim._gpu_places import Chunk, ManagedPlaces, PinnedPlaces, Places
 from qkern.optim._moments import Moments
@@ -207,7 +207,7 @@ class UnifiedPager:
             if device not in self._pools:
                 self._pools[device] = _Pool(_driver.current, device, self._budget)
             pool = self._pools[device]
-            # In the place of the others, parameters of nothing.
+            # Those of other pools count as empty, so that numbers stay.
             mine = [param.numel if param.device == device else 0 for param in params]
             bits = [32] * first + [param.bits for param in params]
             pool.add(_chunks.plan([0] * first + mine, bits, pool.chunk_bytes))
@@ -232,7 +232,7 @@ class UnifiedPager:
         """As in memory, so that no step waits for the host."""
         return device_of_steps(device)
 
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from qkern.optim._chunks import MomentSpec, Update
+from qkern.optim._chunks import ChunkUpdate, MomentSpec
 from qkern.optim._moments import Moments
 
 
@@ -43,7 +43,7 @@ class Pager(Protocol):
     def device_of_steps(self, device: torch.device) -> torch.device:
         """Where the step counters are of parameters on ``device``."""
 
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``, which take one step by it.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt stays
