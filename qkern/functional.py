@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from qkern.autograd import (
 from qkern.backends import has_cpu_matmul, num_threads
 from qkern.ops import assume, fast, forward_derivatives
 from qkern.tensor import QuantizedTensor
+from qkern.weight import Weight
 
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
 
@@ -202,32 +203,39 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     autocast ``x`` and ``bias`` are cast to its dtype, as ``torch.nn.functional.linear`` does.
     Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or device.
     """
-    y = _by_kernel_alone(x, qw, bias)
-    if y is None:
-        x, bias = _checked_input(x, qw, bias)
-        if _is_recorded(x, bias):
-            return recorded_linear_4bit(x, bias, qw.shape[0], _batch_invariant, *qw.weight)
-        return _linear_4bit(x, *qw.weight, qw.shape[0], bias, _batch_invariant)
-    if _is_recorded(x, bias):
-        return record_known_linear_4bit(x, bias, qw.weight, _batch_invariant, (y,))
-    return y
+    _check_quantized("qw", qw)
+    return linear_by_weight(x, qw.weight, qw.shape, bias)
 
 
 _linear_4bit = torch.ops.qkern.linear_4bit.default
 
 
-def _by_kernel_alone(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor | None:
+def linear_by_weight(
+    x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """`linear_4bit` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
+    y = _by_kernel_alone(x, weight, shape, bias)
+    if y is None:
+        x, bias = _checked_input(x, weight, shape, bias)
+        if _is_recorded(x, bias):
+            return recorded_linear_4bit(x, bias, shape[0], _batch_invariant, *weight)
+        return _linear_4bit(x, *weight, shape[0], bias, _batch_invariant)
+    if _is_recorded(x, bias):
+        return record_known_linear_4bit(x, bias, weight, _batch_invariant, (y,))
+    return y
+
+
+def _by_kernel_alone(
+    x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
+) -> Tensor | None:
     """The product by the kernel alone, without a graph.
 
     None if a tracer must see the op or an argument is unusual.
     """
     kernel = fast("linear_4bit")
-    if kernel is None or _any_autocast() or not isinstance(qw, QuantizedTensor):
+    if kernel is None or _any_autocast() or len(shape) != 2:
         return None
-    shape = qw.shape
-    if len(shape) != 2:
-        return None
-    return kernel(x, qw.weight, shape[0], bias, _batch_invariant, num_threads(), shape[1])
+    return kernel(x, weight, shape[0], bias, _batch_invariant, num_threads(), shape[1])
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
@@ -237,22 +245,20 @@ def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _checked_input(
-    x: Tensor, qw: QuantizedTensor, bias: Tensor | None
+    x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """``x`` and ``bias``, checked against ``qw``, in the autocast dtype if there is one."""
+    """``x`` and ``bias``, checked against the weight, in the autocast dtype if there is one."""
     _errors.check_tensor("x", x)
-    _check_quantized("qw", qw)
     if _autocast_enabled(x):
         x, bias = _autocast(x, bias)
-    shape = qw.shape
     if (
         x.dtype not in _errors.FLOAT_DTYPES
         or len(shape) != 2
-        or x.device != qw.packed.device
+        or x.device != weight.device
         or x.dim() == 0
         or x.shape[-1] != shape[1]
     ):
-        _raise_for_input(x, qw)
+        _raise_for_input(x, weight, shape)
     if bias is not None:
         _check_bias(bias, x, shape[0])
     return x, bias
@@ -278,15 +284,15 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, bias
 
 
-def _raise_for_input(x: Tensor, qw: QuantizedTensor) -> None:
+def _raise_for_input(x: Tensor, weight: Weight, shape: Sequence[int]) -> None:
     _errors.check_float_tensor("x", x)
-    if len(qw.shape) != 2:
+    if len(shape) != 2:
         raise ValueError(
-            f"qw: got shape {list(qw.shape)}; takes two dimensions, [out_features, in_features]"
+            f"qw: got shape {list(shape)}; takes two dimensions, [out_features, in_features]"
         )
-    _errors.check_device("x", x, qw.device, "qw")
+    _errors.check_device("x", x, weight.device, "qw")
     raise ValueError(
-        f"x: got shape {list(x.shape)}; takes [..., {qw.shape[1]}] for qw of shape {list(qw.shape)}"
+        f"x: got shape {list(x.shape)}; takes [..., {shape[1]}] for qw of shape {list(shape)}"
     )
 
 
@@ -339,10 +345,25 @@ def lora_linear(
     backward keeps only ``x @ lora_a.T`` (and the dropped-out ``x`` with dropout). Raises as
     ``linear_4bit`` does.
     """
-    y = _by_kernel_alone(x, qw, bias)
+    _check_quantized("qw", qw)
+    return lora_by_weight(x, qw.weight, qw.shape, lora_a, lora_b, scaling, bias, dropout_p)
+
+
+def lora_by_weight(
+    x: Tensor,
+    weight: Weight,
+    shape: Sequence[int],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """`lora_linear` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
+    y = _by_kernel_alone(x, weight, shape, bias)
     if y is None:
-        x, bias = _checked_input(x, qw, bias)
-    out_features, in_features = qw.shape
+        x, bias = _checked_input(x, weight, shape, bias)
+    out_features, in_features = shape
     _check_adapter("lora_a", lora_a, x, None, in_features)
     _check_adapter("lora_b", lora_b, x, out_features, lora_a.shape[0])
     if not 0.0 <= dropout_p < 1.0:
@@ -355,18 +376,18 @@ def lora_linear(
     lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
     if forward_derivatives():
         # Separately: the function of both has no tangents.
-        y = recorded_linear_4bit(matrix, bias, out_features, _batch_invariant, *qw.weight)
+        y = recorded_linear_4bit(matrix, bias, out_features, _batch_invariant, *weight)
         kept = matrix if adapter_input is None else adapter_input
         hidden = linear(as_dtype(kept, adapter_dtype), lora_a)
         y = y + as_dtype(linear(hidden, lora_b) * scaling, y.dtype)
     elif torch.is_grad_enabled():
         known = None if y is None else (y,)
         adapter = (adapter_input, lora_a, lora_b, scaling)
-        weight = (bias, out_features, _batch_invariant, *qw.weight)
-        y = LoRALinear4bit.apply(matrix, *adapter, known, *weight)
+        base = (bias, out_features, _batch_invariant, *weight)
+        y = LoRALinear4bit.apply(matrix, *adapter, known, *base)
     else:
         if y is None:
-            y = _linear_4bit(matrix, *qw.weight, out_features, bias, _batch_invariant)
+            y = _linear_4bit(matrix, *weight, out_features, bias, _batch_invariant)
         add_adapter(y, matrix if adapter_input is None else adapter_input, lora_a, lora_b, scaling)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], out_features)
 

@@ -7,6 +7,7 @@ to memory is checked here: dtype, device, layout and number of elements of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,22 +127,14 @@ def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[
 
 
 def adamw_pieces(
-    device: torch.device,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_absmaxes: Sequence[Tensor],
-    exp_avg_sq_absmaxes: Sequence[Tensor],
-    factors: Tensor,
-    seed: int | None,
-    indices: Sequence[int],
-    offsets: Sequence[int],
+    device: torch.device, params: Sequence[Tensor], *args: Any
 ) -> list[tuple[int, ...]]:
     """For each parameter seven addresses (0 is absent), dtype, elements, index and offset.
 
-    Takes the op's arguments; ``seed`` is not looked at.
+    Takes all arguments of the op ``adamw_step``.
     """
+    *lists_of_tensors, factors, _, indices, offsets = args
+    grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes = lists_of_tensors
     in_codes = len(exp_avg_absmaxes) > 0
     lists = (params, grads, exp_avgs, exp_avg_sqs, indices or params, offsets or params)
     scales = {len(exp_avg_absmaxes), len(exp_avg_sq_absmaxes)}

@@ -190,18 +190,11 @@ class KernelBackend(Backend):
         seed: int | None = args[6]
         self._launch("adamw_step", device, pieces, seed)
 
-    def linear_4bit(
-        self,
-        x: Tensor,
-        weight: Weight,
-        out_features: int,
-        bias: Tensor | None = None,
-        batch_invariant: bool = False,
-    ) -> Tensor:
+    def linear_4bit(self, x: Tensor, weight: Weight, *args: Any) -> Tensor:
         """See ``qkern.reference.linear_4bit``."""
-        product = self._product("x", x, weight, out_features, bias, batch_invariant)
+        product = self._product("x", x, weight, *args)
         if product is None:
-            return reference.linear_4bit(x, weight, out_features, bias, batch_invariant)
+            return reference.linear_4bit(x, weight, *args)
         self._multiply(product)
         return product.out
 

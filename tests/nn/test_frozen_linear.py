@@ -26,13 +26,13 @@ def emulated(monkeypatch):
 def widened(monkeypatch):
     """How often the Function ran."""
     calls = []
-    forward = autograd.WidenedLinear.forward
+    forward = autograd.FrozenLinear.forward
 
     def counting(*args):
         calls.append(args)
         return forward(*args)
 
-    monkeypatch.setattr(autograd.WidenedLinear, "forward", staticmethod(counting))
+    monkeypatch.setattr(autograd.FrozenLinear, "forward", staticmethod(counting))
     return calls
 
 

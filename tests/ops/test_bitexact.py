@@ -154,10 +154,10 @@ def test_reference_quantize_4bit_follows_the_rule(
 @pytest.mark.parametrize("map_name", formats.MAPS)
 @dtypes
 def test_reference_quantize_8bit_follows_the_rule(dtype: torch.dtype, map_name: str) -> None:
-    code = formats.map_tensor(map_name)
+    map = formats.map_tensor(map_name)
     for x in (awkward(100_001, dtype, seed=8), ties(map.tolist(), dtype, 50, 256)):
-        codes, absmax = reference.quantize_8bit(x, code, 256)
-        oracle_codes, oracle_absmax = oracle_quantize_8bit(x.float().numpy(), code.numpy(), 256)
+        codes, absmax = reference.quantize_8bit(x, map, 256)
+        oracle_codes, oracle_absmax = oracle_quantize_8bit(x.float().numpy(), map.numpy(), 256)
         assert_same(absmax, oracle_absmax, "absmax")
         assert_same(codes, oracle_codes, "codes")
 
@@ -172,8 +172,8 @@ def test_reference_dequantize_4bit_follows_the_rule(dtype: torch.dtype) -> None:
     with np.errstate(all="ignore"):
         exact = np.array(formats.FP4_CODES, dtype=np.float32)[values[:100_001]]
         exact = exact * np.repeat(absmax.numpy(), 32)[:100_001]
-    arguments = (torch.from_numpy(packed), absmax, None, None, None)
-    out = reference.dequantize_4bit(*arguments, "fp4", 32, (100_001,), dtype)
+    weight = Weight(torch.from_numpy(packed), absmax, None, None, None, "fp4", 32)
+    out = reference.dequantize_4bit(weight, (100_001,), dtype)
     testing.assert_bitwise(out, torch.from_numpy(exact).to(dtype))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from qkern import formats
-from qkern.testing._spec import DTYPES, LAYOUTS, Case, Inputs
+from qkern.testing._spec import DTYPES, LAYOUTS, Case, Inputs, OpSpec
 from qkern.testing._values import normal, place, random_weight, weight_bytes
 from qkern.testing.specs._common import unique
 
@@ -125,3 +126,18 @@ def matmul_bytes(case: Case) -> int:
 def matmul_flops(case: Case) -> int:
     """Two for each term of each result."""
     return 2 * math.prod(case.shape)
+
+
+def matmul_spec(name: str, main: str, size: str) -> OpSpec:
+    """The entry of a product of activations called `main`; `size` is how many features it has."""
+    forward = main == "x"
+    return OpSpec(
+        name,
+        matmul_cases(with_bias=forward),
+        partial(matmul_inputs, main=main, size=size),
+        "matmul",
+        matmul_bytes,
+        matmul_flops,
+        main=main,
+        input_gradient=not forward,
+    )

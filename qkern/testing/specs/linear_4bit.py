@@ -1,23 +1,5 @@
 """linear_4bit: activations times a 4-bit weight."""
 
-from __future__ import annotations
+from qkern.testing.specs._matmul import matmul_spec
 
-import torch
-
-from qkern.testing._spec import Case, Inputs, OpSpec
-from qkern.testing.specs._matmul import matmul_bytes, matmul_cases, matmul_flops, matmul_inputs
-
-
-def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
-    return matmul_inputs(case, device, generator, "x", "out_features")
-
-
-SPEC = OpSpec(
-    "linear_4bit",
-    matmul_cases(with_bias=True),
-    _inputs,
-    "matmul",
-    matmul_bytes,
-    matmul_flops,
-    main="x",
-)
+SPEC = matmul_spec("linear_4bit", "x", "out_features")
