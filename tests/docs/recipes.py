@@ -12,7 +12,7 @@ from lab import ROOT
 _FENCED = re.compile(
     r"^(?P<intro>[^\n]+)\n\n```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-_NEW = re.compile(r"^(?:Instead, n|N)ew file `([^`]+)`:$")
+_NEW = re.compile(r"^New file `([^`]+)`:$")
 _IN = re.compile(r"^(?:Instead, i|I)n `([^`]+)`, (after|before) `([^`]+)`:$")
 _COPIED = (
     *("qkern", "triton_kernels", "csrc", "tests", "tools"),
