@@ -17,7 +17,8 @@ NATIVE_TESTS := tests/ops/test_conformance.py tests/ops/test_bitexact.py tests/c
 GPU_TESTS := tests/ops/test_conformance.py tests/optim/test_gpu.py
 COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
+CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) \
+    $(shell find tools/lab -name '*.cpp' -o -name '*.h')
 PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
     $(RUN) -m pytest
 
