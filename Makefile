@@ -108,6 +108,7 @@ lint: setup  ## check style, types, and that generated files are current
 	$(RUN) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
 	$(RUN) -m qkern.formats --check
+	$(RUN) -m tools.api_page --check
 
 format: setup  ## format the Python and C++ sources
 	$(RUN) -m ruff check --fix-only .
