@@ -17,7 +17,8 @@ NATIVE_TESTS := tests/ops/test_conformance.py tests/ops/test_bitexact.py tests/c
 GPU_TESTS := tests/ops/test_conformance.py tests/optim/test_gpu.py
 COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES))
+CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) \
+    $(shell find tools/lab -name '*.cpp' -o -name '*.h')
 PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY=PASSIVE \
     $(RUN) -m pytest
 
@@ -107,6 +108,7 @@ lint: setup  ## check style, types, and that generated files are current
 	$(RUN) -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
 	$(RUN) -m qkern.formats --check
+	$(RUN) -m tools.api_page --check
 
 format: setup  ## format the Python and C++ sources
 	$(RUN) -m ruff check --fix-only .

@@ -293,7 +293,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 _SLICE_BYTES = 4 << 20  # of a dense weight in float32; a smaller slice's matmul is slower
 
 
-class WidenedLinear(Function):
+class FrozenLinear(Function):
     """``x @ weight.T + bias`` in float32, rounded once to the 16-bit dtype of all three.
 
     The weight ``[out_features, in_features]`` is frozen and widened a slice of rows at a time;
@@ -319,14 +319,14 @@ class WidenedLinear(Function):
         (weight,) = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = WidenedLinearDx.apply(dy, weight)
+            dx = FrozenLinearDx.apply(dy, weight)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         return dx, None, dbias
 
 
-class WidenedLinearDx(Function):
-    """``dy @ weight``, as `WidenedLinear`."""
+class FrozenLinearDx(Function):
+    """``dy @ weight``, as `FrozenLinear`."""
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class WidenedLinearDx(Function):
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of ``dy``: the map is linear, so it is the forward again."""
         (weight,) = ctx.saved_tensors
-        return WidenedLinear.apply(ddx, weight, None) if ctx.needs_input_grad[0] else None, None
+        return FrozenLinear.apply(ddx, weight, None) if ctx.needs_input_grad[0] else None, None
 
 
 def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,6 +117,18 @@ def _table_op(
     return problem, list(_per_isa(choice, ours)), []
 
 
+def _bitsandbytes(choice: Choice, missing: list[str]) -> ModuleType | None:
+    """``bitsandbytes.functional``, if it is asked for; ``missing`` gets why it is not there."""
+    if "bitsandbytes" not in choice.peers:
+        return None
+    try:
+        functional: ModuleType = peers.bitsandbytes(choice.limit is not None).functional
+    except SkippedError as error:
+        missing.append(f"bitsandbytes: {error}")
+        return None
+    return functional
+
+
 def _quantize(
     shape: tuple[int, int], dtype: torch.dtype, choice: Choice
 ) -> tuple[Problem, list[Candidate], list[str]]:
@@ -138,24 +151,19 @@ def _quantize(
 
     ours = Candidate("qkern", make(qkern.quantize_4bit), check, bytes, w.nbytes)
     found, missing = list(_per_isa(choice, ours)), []
-    if "bitsandbytes" in choice.peers:
-        try:
-            functional = peers.bitsandbytes(choice.limit is not None).functional
-        except SkippedError as error:
-            missing.append(f"bitsandbytes: {error}")
-        else:
-            theirs = partial(
-                functional.quantize_4bit,
-                blocksize=BLOCK_SIZE,
-                quant_type="nf4",
-                compress_statistics=True,
-            )
+    if functional := _bitsandbytes(choice, missing):
+        theirs = partial(
+            functional.quantize_4bit,
+            blocksize=BLOCK_SIZE,
+            quant_type="nf4",
+            compress_statistics=True,
+        )
 
-            def check_theirs(result: tuple[Tensor, object]) -> None:
-                share = (result[0].flatten() == packed).float().mean().item()
-                assert share >= _EQUAL_SHARE, f"{share:.4f} of the codes are the reference's"
+        def check_theirs(result: tuple[Tensor, object]) -> None:
+            share = (result[0].flatten() == packed).float().mean().item()
+            assert share >= _EQUAL_SHARE, f"{share:.4f} of the codes are the reference's"
 
-            found.append(Candidate("bitsandbytes", make(theirs), check_theirs, bytes, w.nbytes))
+        found.append(Candidate("bitsandbytes", make(theirs), check_theirs, bytes, w.nbytes))
     return Problem("quantize", dtype, shape), found, missing
 
 
@@ -165,8 +173,7 @@ def _dequantize(
     qw = random_weight(shape, dtype)
     bytes = testing.OPS["dequantize_4bit"].bytes(case(shape, dtype))
     (expected,) = testing.OPS["dequantize_4bit"].reference(
-        {**qw.tensors(), "codebook": None, "format": "nf4", "block_size": BLOCK_SIZE}
-        | {"shape": list(shape), "dtype": dtype}
+        {"weight": qw.weight, "shape": list(shape), "dtype": dtype}
     )
     footprint = qw.nbytes + expected.nbytes
 
@@ -186,20 +193,15 @@ def _dequantize(
     # The peer must allocate its result, and page faults cost as much as the arithmetic.
     fresh = Candidate("qkern (fresh output)", prepare_fresh, check, bytes, qw.nbytes)
     found += _per_isa(choice, fresh)
-    if "bitsandbytes" in choice.peers:
-        try:
-            functional = peers.bitsandbytes(choice.limit is not None).functional
-        except SkippedError as error:
-            missing.append(f"bitsandbytes: {error}")
-        else:
+    if functional := _bitsandbytes(choice, missing):
 
-            def prepare_theirs() -> Call:
-                # It takes no out= on a CPU.
-                packed, state = peers.to_bitsandbytes(deepcopy(qw), dtype)
-                return partial(functional.dequantize_4bit, packed, state)
+        def prepare_theirs() -> Call:
+            # It takes no out= on a CPU.
+            packed, state = peers.to_bitsandbytes(deepcopy(qw), dtype)
+            return partial(functional.dequantize_4bit, packed, state)
 
-            near = partial(matmul.assert_near, exact=expected, tolerance=0.01)
-            found.append(Candidate("bitsandbytes", prepare_theirs, near, bytes, qw.nbytes))
+        near = partial(matmul.assert_near, exact=expected, tolerance=0.01)
+        found.append(Candidate("bitsandbytes", prepare_theirs, near, bytes, qw.nbytes))
     if "dense" in choice.peers:
 
         def prepare_copy() -> Call:

@@ -14,17 +14,7 @@ import torch
 from qkern import testing
 from qkern.backends import cpu
 
-from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report
-from .timing import (
-    Candidate,
-    Problem,
-    Sample,
-    Settings,
-    SkippedError,
-    WrongResultError,
-    run_contest,
-    wall_clock,
-)
+from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report, timing
 
 _MODEL_SECONDS = 300.0
 _MODEL_ROUNDS = 3
@@ -37,14 +27,14 @@ class Session:
         self.args = args
         self.dtypes = [getattr(torch, name) for name in args.dtype]
         self.hide_bf16 = args.peer_isa is not None
-        self.settings = Settings(
+        self.settings = timing.Settings(
             repeat=args.repeat,
             max_seconds=args.max_seconds,
             cold=args.cache == "cold",
             cache_bytes=machine.cache_bytes(),
         )
         self.buffer_bytes = machine.probe_buffer_bytes(self.settings.cache_bytes)
-        self.contests: list[tuple[Problem, list[Sample]]] = []
+        self.contests: list[tuple[timing.Problem, list[timing.Sample]]] = []
         self.memory: list[report.Record] = []
         self.notes: list[str] = []
         self.wrong: list[str] = []
@@ -99,18 +89,18 @@ class Session:
 
     def _play(
         self,
-        problem: Problem,
-        candidates: Sequence[Candidate],
+        problem: timing.Problem,
+        candidates: Sequence[timing.Candidate],
         missing: Sequence[str],
-        settings: Settings,
+        settings: timing.Settings,
     ) -> None:
         self.notes += [f"{problem}: without {reason}" for reason in missing]
-        clock = wall_clock
+        clock = timing.wall_clock
         if problem.op == overhead.OP:
             clock, settings = overhead.batched_clock, replace(settings, cold=False)
         try:
-            samples = run_contest(problem, candidates, settings, clock)
-        except WrongResultError as error:
+            samples = timing.run_contest(problem, candidates, settings, clock)
+        except timing.WrongResultError as error:
             # The other contests still count; the exit status tells.
             self.wrong.append(f"wrong result, not timed: {error}")
             print(f"run.py: {self.wrong[-1]}", file=sys.stderr, flush=True)
@@ -120,7 +110,7 @@ class Session:
         print(f"{problem}: ms {times}", file=sys.stderr, flush=True)
 
     def _measure_memory(self, workload: models.Workload, dtype: torch.dtype) -> None:
-        problem = Problem("memory", dtype, (workload.batch, workload.sequence))
+        problem = timing.Problem("memory", dtype, (workload.batch, workload.sequence))
         limited = ["--peer-isa", self.args.peer_isa] if self.args.peer_isa else []
         ours = None
         for name in models.names(self.args.peer):
@@ -128,7 +118,7 @@ class Session:
                 found = models.peak_memory_in_subprocess(
                     name, workload, dtype, self.args.threads, limited
                 )
-            except SkippedError as error:
+            except timing.SkippedError as error:
                 self.notes.append(f"{problem}: without {name}: {error}")
                 continue
             ours = ours or found
@@ -155,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
                 f"llama.cpp's layout {name} left out: it crashed or was wrong in a trial"
                 for name in llama_cpp.broken_layouts()
             ]
-        except SkippedError as error:
+        except timing.SkippedError as error:
             print(f"run.py: without llama.cpp: {error}", file=sys.stderr)
     limits = session.limits()
     session.run()

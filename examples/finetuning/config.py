@@ -225,6 +225,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         "--overwrite", action="store_true", help="throw away an interrupted run in --output"
     )
     group.add_argument(
+        "--eval-steps",
+        type=_positive_int,
+        default=50,
+        help="a held-out loss every so many steps, for the curve",
+    )
+    group.add_argument(
         "--save-steps",
         type=_positive_int,
         default=20,
@@ -232,12 +238,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     )
     group.add_argument(
         "--keep-checkpoints", type=_positive_int, default=2, help="the newest that are kept"
-    )
-    group.add_argument(
-        "--eval-steps",
-        type=_positive_int,
-        default=50,
-        help="a held-out loss every so many steps, for the curve",
     )
     group.add_argument(
         "--sample-prompt", help="for the answers before and after (default: a held-out prompt)"

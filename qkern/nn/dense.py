@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkern.autograd import WidenedLinear
+from qkern import autograd
 from qkern.backends import has_cpu_matmul
 
 _MIN_ROWS = 16
@@ -41,7 +41,7 @@ class FrozenLinear(nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]`` in the input's dtype."""
         if not self._is_emulated(input):
             return F.linear(input, self.weight, self.bias)
-        y: Tensor = WidenedLinear.apply(input.flatten(0, -2), self.weight, self.bias)
+        y: Tensor = autograd.FrozenLinear.apply(input.flatten(0, -2), self.weight, self.bias)
         return y.view(*input.shape[:-1], self.out_features)
 
     def _is_emulated(self, x: Tensor) -> bool:

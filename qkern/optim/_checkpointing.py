@@ -1,4 +1,4 @@
-"""State of an optimizer in and out: its own of any pager and width, and other AdamWs'."""
+"""Takes the state of an optimizer out and in: its own, and that of other AdamWs."""
 
 from __future__ import annotations
 

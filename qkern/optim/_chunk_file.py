@@ -123,7 +123,7 @@ class ChunkFile:
         try:
             with file.errors_name_path():
                 file.lock()
-                # Whoever held the lock may have finished: then this is its file, or nameless.
+                # Who held the lock may have finished: then this is that file, or has no name.
                 ours = file.has_name(partial)
                 if not ours or path.exists():
                     if ours:
@@ -210,22 +210,17 @@ class ChunkFile:
         """Number of the last commit; creation is the first."""
         return self._committed.sequence
 
-    @property
-    def direct(self) -> bool:
-        """Whether data moves past the page cache, from buffers aligned to ``ALIGNMENT``."""
-        return self._file.direct
+    def stamp(self, index: int) -> int:
+        """A number that changes whenever the chunk's bytes do: by a write or a rollback.
+
+        A copy of a chunk is up to date as long as the stamp is the same.
+        """
+        return self._stamps[index]
 
     @property
     def uncommitted(self) -> frozenset[int]:
         """Chunks written since the last commit or rollback."""
         return frozenset(self._pending)
-
-    def stamp(self, index: int) -> int:
-        """A number that changes whenever the chunk's bytes do: by a write or a rollback.
-
-        Who keeps a copy of a chunk tells by it whether the copy still holds.
-        """
-        return self._stamps[index]
 
     # Reading and writing.
 

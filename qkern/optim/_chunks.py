@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,21 @@ _LEAST_CHUNK_BYTES = 64 << 10
 _ALIGNMENT = 64
 
 T = TypeVar("T")
+
+
+class MomentSpec(NamedTuple):
+    """What a pager must know of a parameter: which moments it has."""
+
+    device: torch.device
+    """Of the parameter."""
+    shape: tuple[int, ...]
+    bits: int
+    """32 or 8."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of each moment."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ def chunk_size(budget_bytes: int, chunks: int, most: int) -> int:
 def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[list[Piece]]:
     """Which pieces each chunk holds: parameters in order, cut where a chunk is full."""
     chunks: list[list[Piece]] = []
-    room_from = chunk_bytes  # in the last chunk
+    room_from = chunk_bytes  # where the last chunk has room
     for param, (numel, width) in enumerate(zip(numels, bits, strict=True)):
         first = 0
         while first < numel:
@@ -104,7 +120,7 @@ def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[l
     return chunks
 
 
-Update = Callable[[Sequence[tuple[Piece, Moments]]], object]
+ChunkUpdate = Callable[[Sequence[tuple[Piece, Moments]]], object]
 """What a step does with the pieces of a chunk and their moments."""
 
 
@@ -134,14 +150,14 @@ def copy_out(
 ) -> None:
     """Copy what a chunk has of the parameters in ``whole`` to their flat moments.
 
-    Where those have 32 bits and the chunk 8, what they get gives the same codes again.
+    From 8 bits to 32 by `Moments.to_reversible`.
     """
     for piece in pieces:
         if piece.param in whole:
             to = whole[piece.param]
             moments = piece.moments(chunk)
             if to.bits == 32:
-                moments = moments.to_reversible()  # of whole blocks, as a piece has them
+                moments = moments.to_reversible()  # a piece has whole blocks
             for of_whole, part in _matching(to, piece, moments):
                 of_whole.copy_(part)
 

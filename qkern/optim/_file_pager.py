@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import tempfile
@@ -10,19 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
+from qkern.optim import _chunks
 from qkern.optim._chunk_file import ChunkFile
-from qkern.optim._chunks import (
-    DEFAULT_BUDGET_BYTES,
-    Piece,
-    Update,
-    broke_off,
-    check_budget,
-    chunk_size,
-    copy_in,
-    copy_out,
-    has_any,
-    plan,
-)
+from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
 from qkern.optim._file_layout import ChunkFileError
 from qkern.optim._moments import Moments
 from qkern.optim._stream import ChunkStream, StreamStats
@@ -36,8 +25,7 @@ class FilePager:
 
     Args:
         path: The file.
-        shapes: Of each parameter.
-        bits: Of each parameter's moments, 32 or 8.
+        params: What each parameter has.
         budget_bytes: Most memory for chunks; 256 MiB by default.
         resume: Open an existing file instead of making one.
         durable: Wait for the disk at every commit.
@@ -53,24 +41,19 @@ class FilePager:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        shapes: Sequence[tuple[int, ...]],
-        bits: Sequence[int],
+        params: Sequence[MomentSpec],
         budget_bytes: int | None,
         *,
         resume: bool = False,
         durable: bool = False,
     ) -> None:
         if budget_bytes is None:
-            budget_bytes = DEFAULT_BUDGET_BYTES
-        check_budget(budget_bytes)
-        chunk_bytes = chunk_size(budget_bytes, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
-        numels = [math.prod(shape) for shape in shapes]
+            budget_bytes = _chunks.DEFAULT_BUDGET_BYTES
+        _chunks.check_budget(budget_bytes)
+        chunk_bytes = _chunks.chunk_size(budget_bytes, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
         layout = {
             "what": "AdamW",
-            "params": [
-                {"shape": list(shape), "bits": width}
-                for shape, width in zip(shapes, bits, strict=True)
-            ],
+            "params": [{"shape": list(param.shape), "bits": param.bits} for param in params],
         }
         if resume:
             self._file = ChunkFile.open(path, durable=durable)
@@ -78,10 +61,12 @@ class FilePager:
             if self._file.layout != layout | {"chunk_bytes": chunk_bytes}:
                 self._file.close()
                 self._file = ChunkFile.open(path, layout | {"chunk_bytes": chunk_bytes})
-        self._chunks = plan(numels, bits, chunk_bytes)
+        self._numels = [param.numel for param in params]
+        bits = [param.bits for param in params]
+        self._chunks = _chunks.plan(self._numels, bits, chunk_bytes)
         sizes = [pieces[-1].end for pieces in self._chunks]
         if not resume:
-            meta = {"steps": [0] * len(shapes)}
+            meta = {"steps": [0] * len(params)}
             self._file = ChunkFile.create(
                 path,
                 sizes,
@@ -89,7 +74,7 @@ class FilePager:
                 meta,
                 durable=durable,
                 # Twenty digits a parameter, and the rest.
-                meta_capacity=64 + 22 * len(shapes),
+                meta_capacity=64 + 22 * len(params),
             )
         try:
             if self._file.sizes != tuple(sizes):
@@ -98,7 +83,6 @@ class FilePager:
         except BaseException:
             self._file.close()
             raise
-        self._numels = numels
         self.steps: list[int] = list(self._file.meta["steps"])
 
     @property
@@ -106,30 +90,25 @@ class FilePager:
         """Counts of what was read, written, found in memory and evicted."""
         return self._stream.stats
 
+    def add(self, params: Sequence[MomentSpec]) -> None:
+        """Raises ``RuntimeError``: the file's layout is fixed."""
+        raise RuntimeError(f"{self._file.path}: takes no more parameters")
+
     @property
     def held_bytes(self) -> int:
         """Memory that holds chunks now."""
         return self._stream.held_bytes
+
+    def device_of_steps(self, device: torch.device) -> torch.device:
+        """The CPU, where a commit needs them."""
+        return torch.device("cpu")
 
     @property
     def report(self) -> dict[str, str]:
         """Nothing: no moments are on a GPU."""
         return {}
 
-    def add(
-        self,
-        devices: Sequence[torch.device],
-        shapes: Sequence[tuple[int, ...]],
-        bits: Sequence[int],
-    ) -> None:
-        """Raises ``RuntimeError``: the file's layout is fixed."""
-        raise RuntimeError(f"{self._file.path}: takes no more parameters")
-
-    def device_of_steps(self, device: torch.device) -> torch.device:
-        """The CPU, where a commit needs them."""
-        return torch.device("cpu")
-
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``, then commit.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
@@ -150,7 +129,7 @@ class FilePager:
         except (Exception, KeyboardInterrupt) as error:
             if not updated:
                 raise
-            raise broke_off(
+            raise _chunks.broke_off(
                 f"{self._file.path}: a step broke off and the file has the one before, but"
                 f" parameters of {updated} of {len(chunks)} chunks are updated; load them and this"
                 " file from before the step",
@@ -183,7 +162,7 @@ class FilePager:
         moments = {index: piece.moments(buffer) for index, piece in whole.items()}
 
         def copy(index: int, chunk: memoryview) -> None:
-            copy_out(self._chunks[index], chunk, moments)
+            _chunks.copy_out(self._chunks[index], chunk, moments)
 
         self._run(bits, copy, write=False)
         return moments
@@ -193,7 +172,7 @@ class FilePager:
         flat = {index: given for index, (_, given) in moments.items()}
 
         def copy(index: int, chunk: memoryview) -> None:
-            copy_in(self._chunks[index], chunk, flat)
+            _chunks.copy_in(self._chunks[index], chunk, flat)
 
         self._run(range(len(self._numels)), copy, write=True)
         steps = [moments[i][0] if i in moments else 0 for i in range(len(self._numels))]
@@ -213,7 +192,7 @@ class FilePager:
         """The chunks with a piece of ``params``, at the file's last commit."""
         # Nothing is left to take back, unless an error kept the last call from doing it.
         self._file.rollback()
-        return [i for i, pieces in enumerate(self._chunks) if has_any(pieces, params)]
+        return [i for i, pieces in enumerate(self._chunks) if _chunks.has_any(pieces, params)]
 
     def close(self) -> None:
         """Close the file and free the memory."""

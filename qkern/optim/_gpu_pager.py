@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -11,19 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern.optim import _driver
-from qkern.optim._chunks import (
-    Piece,
-    Update,
-    broke_off,
-    check_budget,
-    chunk_size,
-    copy_in,
-    copy_out,
-    has_any,
-    plan,
-    resident_first,
-)
+from qkern.optim import _chunks, _driver
+from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
 from qkern.optim._driver import Driver
 from qkern.optim._gpu_places import Chunk, ManagedPlaces, PinnedPlaces, Places
 from qkern.optim._moments import Moments
@@ -49,7 +37,9 @@ class _Pool:
         self._budget = self._places.budget if budget_bytes is None else budget_bytes
         self.chunk_bytes = _MOST_CHUNK_BYTES
         if self._budget is not None:
-            self.chunk_bytes = chunk_size(self._budget, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
+            self.chunk_bytes = _chunks.chunk_size(
+                self._budget, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES
+            )
         self._slot_bytes = 0
         self._most: int | None = None  # resident chunks
         self.chunks: list[Chunk] = []
@@ -97,8 +87,8 @@ class _Pool:
     def _run(
         self, wanted: Collection[int], work: Callable[[Chunk, Tensor], object], current: Any
     ) -> None:
-        chunks = [chunk for chunk in self.chunks if has_any(chunk.pieces, wanted)]
-        coming = deque(resident_first(chunks, self._resident))
+        chunks = [chunk for chunk in self.chunks if _chunks.has_any(chunk.pieces, wanted)]
+        coming = deque(_chunks.resident_first(chunks, self._resident))
         ahead: deque[Chunk] = deque()
         while coming or ahead:
             while coming and len(ahead) < _DEPTH and self._bring(coming[0], ahead):
@@ -197,36 +187,31 @@ class UnifiedPager:
 
     def __init__(self, budget_bytes: int | None) -> None:
         if budget_bytes is not None:
-            check_budget(budget_bytes)
+            _chunks.check_budget(budget_bytes)
         self._budget = budget_bytes
         self._pools: dict[torch.device, _Pool] = {}
         self._numels: list[int] = []
 
-    def add(
-        self,
-        devices: Sequence[torch.device],
-        shapes: Sequence[tuple[int, ...]],
-        bits: Sequence[int],
-    ) -> None:
+    def add(self, params: Sequence[MomentSpec]) -> None:
         """Take in more parameters; they follow those that are there.
 
         Raises ``ValueError`` for a device that is no GPU.
         """
-        for device in devices:
+        for device, *_ in params:
             if not _driver.current.takes(device):
                 raise ValueError(
                     f'pager: got "unified" with a parameter on {device}; takes those on a GPU'
                 )
         first = len(self._numels)
-        numels = [math.prod(shape) for shape in shapes]
-        for device in dict.fromkeys(devices):
+        for device in dict.fromkeys(param.device for param in params):
             if device not in self._pools:
                 self._pools[device] = _Pool(_driver.current, device, self._budget)
             pool = self._pools[device]
-            # In the place of the others, parameters of nothing.
-            mine = [n if d == device else 0 for n, d in zip(numels, devices, strict=True)]
-            pool.add(plan([0] * first + mine, [32] * first + list(bits), pool.chunk_bytes))
-        self._numels += numels
+            # Those of other pools count as empty, so that numbers stay.
+            mine = [param.numel if param.device == device else 0 for param in params]
+            bits = [32] * first + [param.bits for param in params]
+            pool.add(_chunks.plan([0] * first + mine, bits, pool.chunk_bytes))
+        self._numels += [param.numel for param in params]
 
     @property
     def held_bytes(self) -> int:
@@ -247,7 +232,7 @@ class UnifiedPager:
         """As in memory, so that no step waits for the host."""
         return device_of_steps(device)
 
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
@@ -264,7 +249,7 @@ class UnifiedPager:
             done = self._launches() - before
             if not done:
                 raise
-            raise broke_off(
+            raise _chunks.broke_off(
                 f"a step broke off: {done} chunks of parameters and moments have taken it, and the"
                 " others have not; load a checkpoint",
                 error,
@@ -276,7 +261,7 @@ class UnifiedPager:
             index: Piece(index, 0, self._numels[index], width, 0).empty_moments()
             for index, width in bits.items()
         }
-        self._run(bits, lambda chunk, memory: copy_out(chunk.pieces, memory, found))
+        self._run(bits, lambda chunk, memory: _chunks.copy_out(chunk.pieces, memory, found))
         for pool in self._pools.values():
             pool.synchronize()
         return found
@@ -287,7 +272,7 @@ class UnifiedPager:
         chunks = [chunk for pool in self._pools.values() for chunk in pool.chunks]
         used = [chunk for chunk in chunks if chunk.memory is not None]
         wanted = {piece.param for chunk in used for piece in chunk.pieces} | set(given)
-        self._run(wanted, lambda chunk, memory: copy_in(chunk.pieces, memory, given))
+        self._run(wanted, lambda chunk, memory: _chunks.copy_in(chunk.pieces, memory, given))
 
     def _launches(self) -> int:
         return sum(pool.launches for pool in self._pools.values())

@@ -16,6 +16,8 @@ from qkern.optim._driver import Driver, DriverError
 
 @dataclass(eq=False)
 class Chunk:
+    """Moments that come to the device and leave it together."""
+
     pieces: Sequence[Piece]
     memory: Tensor | None = None
     """On the host's side: managed or pinned, from the first use on."""
@@ -62,7 +64,7 @@ class Places(Protocol):
 
 
 class ManagedPlaces:
-    """Memory whose pages the driver moves; what it is told ahead of time are hints."""
+    """Memory whose pages the driver moves; what it is told ahead of time is a hint."""
 
     has_slots = False
 
@@ -83,7 +85,7 @@ class ManagedPlaces:
         self.bring_again(chunk, stream)
 
     def bring_again(self, chunk: Chunk, stream: Any) -> None:
-        # Others may have needed its place meanwhile.
+        # The driver may have moved it away since, for what others need.
         self._hint("prefetch", self._driver.prefetch, chunk.memory, False, stream)
 
     def evict(self, chunk: Chunk, stream: Any) -> None:
@@ -123,7 +125,7 @@ class PinnedPlaces:
         assert chunk.memory is not None
         if not self._free:
             slot = self._driver.on_device(slot_bytes, self._device, self._streams)
-            # Who had this memory before may still use it in the current stream.
+            # Work of the current stream may still be using this memory for something else.
             current = self._driver.current_stream(self._device)
             self._driver.wait(stream, self._driver.record(current))
             self._free.append(slot)

@@ -62,11 +62,6 @@ class LockedFile:
             self._direct_fd = -1
 
     @property
-    def direct(self) -> bool:
-        """Whether data moves past the page cache, from buffers aligned to ``ALIGNMENT``."""
-        return self._direct_fd >= 0
-
-    @property
     def nbytes(self) -> int:
         """The file's length."""
         return os.fstat(self._fd).st_size

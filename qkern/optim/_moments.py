@@ -70,9 +70,9 @@ class Moments(NamedTuple):
     def to_reversible(self) -> Moments:
         """In 32 bits, from which `to_bits` makes the same codes and scales again.
 
-        For blocks whose elements stay together. Decoded alone would not do: the signed map has 1
-        but not -1, so that where a block's largest value is negative, its code stands for less
-        than the block's scale.
+        That holds for each block whose elements stay together. `to_bits` alone would not do: the
+        signed map has 1 but not -1. Where the largest value of a block is negative, its code
+        decodes to less than the block's scale, which would be lost.
         """
         if self.bits == 32:
             return self
@@ -84,7 +84,7 @@ class Moments(NamedTuple):
         return decoded
 
     def on(self, device: torch.device) -> Moments:
-        """The same on ``device``; themselves where they are there."""
+        """The same on ``device``; the object itself if it is there already."""
         if self.exp_avg.device == device:
             return self
         return self._replace(**{name: t.to(device) for name, t in to_state(self).items()})
@@ -95,9 +95,10 @@ class Moments(NamedTuple):
             to.copy_(value)
 
     def like(self, param: Tensor, copy: bool = False) -> Moments:
-        """On the parameter's device; in 32 bits and where that is sharded, as its shards.
+        """The same on the parameter's device, in 32 bits as DTensors if the parameter is one.
 
-        Codes stay local tensors: another number of shards would cut their blocks anew.
+        Codes stay plain tensors of the shard that is here: another number of shards would cut
+        their blocks elsewhere.
         """
         found = [t.to(param.device, copy=copy) for t in to_state(self).values()]
         if self.bits == 8 or not is_sharded(param):
@@ -119,7 +120,7 @@ class Moments(NamedTuple):
 def of_zeros(param: Tensor, bits: int) -> Moments:
     """Moments before the first step, in the parameter's shape and on its device.
 
-    In 32 bits sharded as the parameter is; in 8 bits of the shard that is here.
+    For a sharded parameter: in 32 bits as DTensors, in 8 bits those of the shard that is here.
     """
     if bits == 32:
         return Moments(
@@ -138,7 +139,7 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
 
 
 def _restore_largest(values: Tensor, absmax: Tensor) -> None:
-    """Give the largest of each block the size of the scale, which it had before it was a code."""
+    """Set the largest value of each block to its scale, as it was before it became a code."""
     whole = values.numel() // BLOCK
     first_of_rest = whole * BLOCK
     parts = [(values[:first_of_rest].view(-1, BLOCK), absmax[:whole])]
@@ -156,11 +157,11 @@ def to_state(moments: Moments) -> dict[str, Tensor]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which a part is here."""
+    """Whether it is a DTensor, of which a shard is here."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor (DTensor) is here; others as they are."""
+    """The shard of a DTensor that is here; other tensors as they are."""
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from qkern.optim._chunks import Update
+from qkern.optim._chunks import ChunkUpdate, MomentSpec
 from qkern.optim._moments import Moments
 
 
@@ -34,27 +34,16 @@ class Pager(Protocol):
     def report(self) -> dict[str, str]:
         """For each GPU, what its moments are in and why."""
 
-    def add(
-        self,
-        devices: Sequence[torch.device],
-        shapes: Sequence[tuple[int, ...]],
-        bits: Sequence[int],
-    ) -> None:
+    def add(self, params: Sequence[MomentSpec]) -> None:
         """Take in more parameters; they follow those that are there, and have moments of zero.
 
-        Args:
-            devices: Of each parameter.
-            shapes: Of each parameter.
-            bits: Of each parameter's moments, 32 or 8.
-
-        Raises:
-            ValueError: A parameter is on a device that the pager does not serve.
+        Raises ``ValueError`` for a parameter on a device that the pager does not serve.
         """
 
     def device_of_steps(self, device: torch.device) -> torch.device:
         """Where the step counters are of parameters on ``device``."""
 
-    def step(self, params: Collection[int], update: Update) -> None:
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``, which take one step by it.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt stays

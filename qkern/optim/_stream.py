@@ -19,16 +19,19 @@ _WRITERS = 4
 
 @dataclass
 class StreamStats:
-    """What a :class:`ChunkStream` has done since it was made."""
+    """What a `ChunkStream` has done since it was made.
+
+    Attributes:
+        read_bytes: Bytes read from the file.
+        written_bytes: Bytes written to the file.
+        hits: Chunks that were resident and needed no read.
+        evictions: Resident chunks that made room for others.
+    """
 
     read_bytes: int = 0
-    """Bytes read from the file."""
     written_bytes: int = 0
-    """Bytes written to the file."""
     hits: int = 0
-    """Chunks that were resident and needed no read."""
     evictions: int = 0
-    """Resident chunks that made room for others."""
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from qkern.optim import _checkpointing, _driver, _updates
-from qkern.optim._chunks import Piece
+from qkern.optim._chunks import MomentSpec, Piece
 from qkern.optim._file_pager import FilePager
 from qkern.optim._gpu_pager import UnifiedPager
 from qkern.optim._moments import Moments, local, of_zeros, to_state
@@ -125,17 +125,13 @@ class PagedAdamW(Optimizer):
         check_paging(self.pager, path, resume, durable, budget_bytes)
         if self.pager == "none":
             return
-        layout = self._layout(self.param_groups)
-        pager_of_moments: Pager
+        specs = self._specs(self.param_groups)
         if path is not None:
-            pager_of_moments = FilePager(
-                path, *layout, budget_bytes, resume=resume, durable=durable
-            )
+            self._pager = FilePager(path, specs, budget_bytes, resume=resume, durable=durable)
         else:
-            pager_of_moments = UnifiedPager(budget_bytes)
-            pager_of_moments.add([param.device for param in params], *layout)
-        self._pager = pager_of_moments
-        for param, step in zip(params, pager_of_moments.steps, strict=False):
+            self._pager = UnifiedPager(budget_bytes)
+            self._pager.add(specs)
+        for param, step in zip(params, self._pager.steps, strict=False):
             if step:
                 self.state[param]["step"] = torch.tensor(float(step))
 
@@ -151,9 +147,9 @@ class PagedAdamW(Optimizer):
         try:
             group = self.param_groups[-1]
             check_group(group)
-            layout = self._layout([group])
+            specs = self._specs([group])
             if pager is not None:
-                pager.add([param.device for param in group["params"]], *layout)
+                pager.add(specs)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -301,11 +297,13 @@ class PagedAdamW(Optimizer):
             return 32
         return 8
 
-    def _layout(self, groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The shape that each parameter has here, and the bits of its moments."""
-        pairs = [(param, group) for group in groups for param in group["params"]]
-        shapes = [tuple(local(param).shape) for param, _ in pairs]
-        return shapes, [self._bits(param, group) for param, group in pairs]
+    def _specs(self, groups: Sequence[dict[str, Any]]) -> list[MomentSpec]:
+        """What a pager must know of the groups' parameters, of whose shape a part may be here."""
+        return [
+            MomentSpec(param.device, tuple(local(param).shape), self._bits(param, group))
+            for group in groups
+            for param in group["params"]
+        ]
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -326,7 +324,8 @@ class PagedAdamW(Optimizer):
         are copies on the CPU: so ``torch.distributed.checkpoint`` saves them from one number of
         processes and loads them into another, of either width. Where the shards are the same,
         codes and scales come back bit for bit. Where they are cut elsewhere, blocks that stay whole
-        do, and the others are quantised once more, with the error of 8 bits.
+        do, and the others are quantised once more, with the error of 8 bits. A distributed
+        checkpoint of parameters that are not sharded has codes; it loads into a state like it.
         """
         return super().state_dict()
 

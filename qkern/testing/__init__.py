@@ -4,8 +4,7 @@ Tests and benchmarks read this one table, and so may anyone who writes a backend
 
     from qkern import testing
 
-    target = testing.Target("mybackend", device_type="cpu")   # a name qkern.backends knows
-    testing.register_target(target)
+    target = testing.Target(my_backend)   # a qkern.backends.Backend, or the name of one
     for spec in testing.OPS.values():
         for case in spec.cases:
             testing.check(spec, case, target)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qkern import backends
+from qkern.backends import Backend
 
 _IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("scalar", "neon") if _IS_ARM else ("scalar", "avx2", "avx512", "avx512vnni", "amx")
@@ -19,18 +20,19 @@ A build or a CPU may lack some.
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A backend, and where it has several, one of its instruction sets.
+    """A backend, by name or itself, and where it has several, one of its instruction sets.
 
     `reason` says why the target cannot run here; None means that it can.
     """
 
-    backend: str
+    backend: str | Backend
     isa: str | None = None
     device_type: str = "cpu"
     reason: str | None = None
 
     def __str__(self) -> str:
-        return self.backend if self.isa is None else f"{self.backend}.{self.isa}"
+        name = self.backend if isinstance(self.backend, str) else self.backend.name
+        return name if self.isa is None else f"{name}.{self.isa}"
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:

@@ -145,8 +145,9 @@ def source(case: Case, table: Sequence[float], generator: torch.Generator) -> Te
 
 
 HALFWAY_TAILS = {4: (2.0**-53, 2.0**-60), 8: (2.0**-52, 2.0**-53), 16: (2.0**-53, 0.0)}
-"""The last terms of a sum, by its length, whose mean lies next to the middle of two floats: whether
-its sum is rounded up to a float64 decides."""
+"""By the length of a sum, its last terms: tails that put the mean next to a rounding midpoint.
+
+Correct only if the float64 sum is rounded up."""
 
 
 def scales(n: int, values: str, generator: torch.Generator) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import qkern
+from lab.processes import fresh_python
 from qkern import backends, env
 from qkern.backends import cpu, reference
 
@@ -21,16 +20,9 @@ needs_native = pytest.mark.skipif(
 
 
 def python(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter with this process's paths and none of its QKERN_ variables."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("QKERN_")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(
-        [sys.executable, *args],
-        env={**inherited, "PYTHONPATH": paths, **variables},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = fresh_python(*args, **variables)
+    done.check_returncode()
+    return done
 
 
 def test_import_is_quiet_and_starts_no_device() -> None:

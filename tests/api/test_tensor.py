@@ -247,26 +247,33 @@ def test_codebook_is_kept_and_sorted_only_for_encoding() -> None:
     assert torch.equal(qw.packed, straight.packed ^ 0xFF)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nf4_equals_bitsandbytes(dtype: torch.dtype) -> None:
+def quantized_twice(
+    format: str, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A matrix; bitsandbytes' codes and what they stand for; the reference's codes and scales.
+
+    The scales are the same.
+    """
     functional = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
-    theirs, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
-    packed, absmax = reference.quantize_4bit(w, "nf4", 64, None)
+    theirs, state = functional.quantize_4bit(w, blocksize=64, quant_type=format)
+    packed, absmax = reference.quantize_4bit(w, format, 64, None)
     assert torch.equal(absmax, state.absmax)
+    return w, (theirs, functional.dequantize_4bit(theirs, state)), (packed, absmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_equals_bitsandbytes(dtype: torch.dtype) -> None:
+    w, (theirs, their_dense), (packed, absmax) = quantized_twice("nf4", dtype)
     assert torch.equal(packed, theirs.view(-1))
     weight = Weight(packed, absmax, None, None, None, "nf4", 64)
     dense = reference.dequantize_4bit(weight, w.shape, dtype)
-    assert torch.equal(dense, functional.dequantize_4bit(theirs, state))
+    assert torch.equal(dense, their_dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fp4_equals_bitsandbytes_but_for_ties_and_the_sign_of_zero(dtype: torch.dtype) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
-    theirs, state = functional.quantize_4bit(w, blocksize=64, quant_type="fp4")
-    packed, absmax = reference.quantize_4bit(w, "fp4", 64, None)
-    assert torch.equal(absmax, state.absmax)
+    w, (theirs, _), (packed, absmax) = quantized_twice("fp4", dtype)
 
     def values(codes: Tensor) -> Tensor:
         weight = Weight(codes, absmax, None, None, None, "fp4", 64)

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkern
 from qkern import QuantizedTensor, backends, reference, testing
 from qkern.backends import cpu
 from qkern.testing import OPS
 from qkern.weight import Weight
+from tests.observers import Functions, Ops
 
 pytestmark = pytest.mark.skipif(
     not cpu.fast,
@@ -154,30 +153,6 @@ def test_other_threads_see_their_own_modes(calls: Calls) -> None:
 
 
 # Where somebody would notice
-
-
-class Ops(TorchDispatchMode):
-    """Notes the qkern ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-class Functions(TorchFunctionMode):
-    """Notes the functions of torch that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 Run = Callable[[Tensor, QuantizedTensor], Tensor]

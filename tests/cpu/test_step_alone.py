@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qkern import ops, testing
 from qkern.backends import cpu
 from qkern.testing import OPS, Case
+from tests.observers import Ops
 
 SPEC = OPS["adamw_step"]
 ORDER = (
@@ -109,16 +109,6 @@ def test_the_kernel_takes_nothing_wrong(bits: int, seed: int | None) -> None:
     assert cpu.fast["adamw_step"](*right, 1) is True
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_an_observer_gets_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of(Case((300,), block_size=256, bits=32))
     ops.OPS["adamw_step"].overload(*arguments_of(inputs))  # so that the backend is chosen
@@ -132,9 +122,9 @@ def test_an_observer_gets_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cpu.fast, "adamw_step", counted)
     ops.adamw_step(*arguments_of(inputs))
     assert answers == [True]
-    with Seen() as seen:
+    with Ops() as seen:
         ops.adamw_step(*arguments_of(inputs))
-    assert "qkern.adamw_step.default" in seen.names
+    assert "qkern.adamw_step.default" in seen.seen
 
 
 def test_what_the_kernel_refuses_has_the_ops_error() -> None:

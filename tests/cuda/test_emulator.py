@@ -1,11 +1,12 @@
 """The emulator that runs the CUDA kernels on a CPU finds what it is there to find.
 
-`lab/cuda/emulator/selftest.cpp` has small kernels: right ones, and ones with a single mistake.
+`lab/cuda/emulator/selftest` has small kernels: right ones, and ones with a single mistake.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 
 import pytest
@@ -29,7 +30,7 @@ RIGHT = (
 )
 
 REFUSED = {
-    "divergent_sites": "divergent barrier: other threads wait in __syncthreads at selftest.cpp",
+    "divergent_sites": "divergent barrier: other threads wait in __syncthreads at barriers.cpp",
     "divergent_return": "divergent barrier: thread 7 has left the kernel",
     "deadlock": "32 wait in __syncwarp",
     "static_shared_too_large": "49153 bytes of static shared memory",
@@ -109,10 +110,10 @@ def test_before_sm_80_there_is_no_bfloat16_mma() -> None:
 
 
 def test_every_kernel_of_the_program_is_tested() -> None:
-    source = (build.HERE / "selftest.cpp").read_text()
-    table = source[source.index("kTests = {") :]
-    lines = table[: table.index("};")].splitlines()
-    names = {line.split('"')[1] for line in lines if '"' in line}
+    names = set()
+    for file in (build.HERE / "selftest").glob("*.cpp"):
+        table = file.read_text().partition("\nTests ")[2]
+        names |= set(re.findall(r'\{"(\w+)",', table))
     known = {*RIGHT, *REFUSED, *WRONG, *WRONG_WHEN_LATE, *OUT_OF_BOUNDS, *RACES}
     assert names == known
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lab.cuda import proofs, skeleton
-from lab.cuda.proofs import PROOFS, Proof
-from lab.cuda.skeleton import SkeletonError
+from lab.cuda.mutants.races import RACES
+from lab.cuda.proofs import prover, skeleton
+from lab.cuda.proofs.launches import PROOFS, Proof
+from lab.cuda.proofs.ptx import SkeletonError
 from lab.cuda.static import toolchain
+from lab.mutants import Mutant, plant
 from lab.ptx_prover import verify
 
 if importlib.util.find_spec("sentryward") is None:
@@ -46,7 +46,7 @@ def params(proofs: Iterable[Proof]) -> list[object]:
 @needs_nvcc
 @pytest.mark.parametrize(("proof", "architecture"), params(PROOFS))
 def test_race_free(proof: Proof, architecture: int) -> None:
-    verdict = proofs.prove(proof, architecture)
+    verdict = prover.prove(proof, architecture)
     assert verdict.result == "race_free", verdict
 
 
@@ -54,173 +54,23 @@ def test_race_free(proof: Proof, architecture: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_asked_about(architecture: int) -> None:
-    assert {proof.kernel for proof in PROOFS} == proofs.compiled_kernels(architecture)
-
-
-@dataclass(frozen=True, slots=True)
-class Mistake:
-    """``old``, which occurs once in a kernel's file, becomes ``new``."""
-
-    kernel: str
-    name: str
-    old: str
-    new: str
-    file: str = ""
-    """Where it is, if not in the kernel's own file."""
-
-
-_BARRIER = "__syncthreads();\n"
-_MMA = "linear_4bit_mma_kernel<BFloat16, 16, 4>"
-_WIDE_MMA = "linear_4bit_mma_kernel<Float16, 64, 2>"
-_DX = "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>"
-_VECTOR = "linear_4bit_vector_kernel<BFloat16, 1, 4, true>"
-_TILED = "linear_4bit_tiled_kernel<float, false>"
-_FEW = "cp_async_wait<kStages - 2>();"
-_ONE_FEWER = "cp_async_wait<kStages - 1>();"
-MISTAKES = (
-    Mistake(
-        "adamw_step_kernel<float, unsigned char>",
-        "tables_read_early",
-        "stage_tables<kThreads>(shared);\n    __syncthreads();",
-        "stage_tables<kThreads>(shared);",
-    ),
-    Mistake(
-        "adamw_step_kernel<BFloat16, unsigned char>",
-        "scales_stored_by_all",
-        "    if (lane == 0) {\n",
-        "    {\n",
-    ),
-    Mistake(
-        "adamw_step_kernel<BFloat16, unsigned char>",
-        "scales_replaced_while_they_are_read",
-        "if constexpr (kCodes) __syncwarp();",
-        "",
-    ),
-    Mistake(
-        "adamw_step_kernel<float, float>",
-        "warps_overlap",
-        "kChunk + warp * kStateBlockSize;",
-        "kChunk + warp * (kStateBlockSize / 2);",
-    ),
-    Mistake(
-        "dequantize_4bit_kernel<BFloat16>",
-        "table_read_early",
-        "stage_codes(source, shared.table);\n  __syncthreads();",
-        "stage_codes(source, shared.table);",
-    ),
-    Mistake(
-        "dequantize_4bit_kernel<BFloat16>",
-        "results_read_early",
-        "own[c] = values[c];\n    __syncwarp();",
-        "own[c] = values[c];",
-    ),
-    Mistake(
-        "dequantize_4bit_kernel<float>",
-        "results_overwritten",
-        "    }\n    __syncwarp();\n  }\n}",
-        "    }\n  }\n}",
-    ),
-    Mistake(
-        "quantize_4bit_kernel<float, true>",
-        "table_read_early",
-        "  __syncthreads();\n  const TensorValues<T> input",
-        "  const TensorValues<T> input",
-    ),
-    Mistake(
-        "quantize_4bit_kernel<float, false>",
-        "ranks_read_early",
-        "    ranks.of[i] = rank;\n  }\n  __syncthreads();",
-        "    ranks.of[i] = rank;\n  }",
-    ),
-    Mistake(
-        "quantize_8bit_kernel<float>",
-        "thresholds_read_early",
-        "stage_thresholds(map, thresholds);\n  __syncthreads();",
-        "stage_thresholds(map, thresholds);",
-    ),
-    Mistake(
-        "dequantize_8bit_kernel<BFloat16>",
-        "map_read_early",
-        "table.values[i] = map[i];\n  __syncthreads();",
-        "table.values[i] = map[i];",
-    ),
-    Mistake(
-        "absmax_mean_kernel",
-        "sum_read_early",
-        "  sum.flush(state);\n  __syncthreads();",
-        "  sum.flush(state);",
-    ),
-    Mistake(
-        "absmax_mean_kernel",
-        "bins_cleared_late",
-        "state.not_finite = 0;\n  __syncthreads();",
-        "state.not_finite = 0;",
-    ),
-    Mistake(
-        "quantize_absmax_kernel",
-        "thresholds_read_early",
-        "stage_thresholds(kDeviceMapSigned.values, thresholds);\n  __syncthreads();",
-        "stage_thresholds(kDeviceMapSigned.values, thresholds);",
-    ),
-    Mistake(
-        "quantize_absmax_kernel",
-        "codes_of_two_lanes_overlap",
-        "codes[start + i] =",
-        "codes[start / 2 + i] =",
-        "blockwise.cuh",
-    ),
-    Mistake(_VECTOR, "x_overwritten", f"    {_BARRIER}    stage_x", "    stage_x"),
-    Mistake(
-        _VECTOR,
-        "x_read_early",
-        "begin + stage, shared);\n    __syncthreads();",
-        "begin + stage, shared);",
-    ),
-    Mistake(_TILED, "tile_overwritten", "d0 += kDepth) {\n    __syncthreads();", "d0 += kDepth) {"),
-    Mistake(
-        _TILED,
-        "tile_read_early",
-        "    __syncthreads();\n#pragma unroll 8",
-        "#pragma unroll 8",
-    ),
-    Mistake(_MMA, "no_barrier", f"    {_BARRIER}    start_loads(", "    start_loads("),
-    Mistake(_MMA, "waits_too_little", _FEW, _ONE_FEWER),
-    Mistake(_WIDE_MMA, "waits_too_little", _FEW, _ONE_FEWER),
-    Mistake(_DX, "no_barrier", f"    {_BARRIER}    start_loads(", "    start_loads("),
-    Mistake(_DX, "waits_too_little", _FEW, _ONE_FEWER),
-    Mistake(
-        _DX,
-        "scales_in_one_buffer",
-        "shared.scales[tile % 2][warp][i * ",
-        "shared.scales[0][warp][i * ",
-    ),
-    Mistake(
-        "sum_splits_kernel<BFloat16>", "two_threads_one_result", "    y[i] = ", "    y[i / 2] = "
-    ),
-)
-QUICK_MISTAKES = ("waits_too_little",)
+    assert {proof.kernel for proof in PROOFS} == prover.compiled_kernels(architecture)
 
 
 def mistake_params() -> list[object]:
     found = []
-    for mistake in MISTAKES:
-        quick = mistake.kernel == _MMA and mistake.name in QUICK_MISTAKES
-        marks = [] if quick else [pytest.mark.slow]
-        found.append(pytest.param(mistake, id=f"{mistake.kernel}-{mistake.name}", marks=marks))
+    for mistake in RACES:
+        marks = [] if mistake.quick else [pytest.mark.slow]
+        found.append(pytest.param(mistake, id=f"{mistake.scope}-{mistake.name}", marks=marks))
     return found
 
 
 @needs_nvcc
 @pytest.mark.parametrize("mistake", mistake_params())
-def test_a_mistake_is_found(mistake: Mistake, tmp_path: Path) -> None:
-    proof = next(proof for proof in PROOFS if proof.kernel == mistake.kernel)
-    kernels = tmp_path / "cuda"
-    shutil.copytree(toolchain.KERNELS, kernels)
-    file = kernels / (mistake.file or proof.source)
-    text = file.read_text()
-    assert text.count(mistake.old) == 1
-    file.write_text(text.replace(mistake.old, mistake.new))
-    verdict = proofs.prove(proof, 80, kernels)
+def test_a_mistake_is_found(mistake: Mutant, tmp_path: Path) -> None:
+    proof = next(proof for proof in PROOFS if proof.kernel == mistake.scope)
+    kernels = plant(mistake, toolchain.KERNELS, tmp_path)
+    verdict = prover.prove(proof, 80, kernels)
     assert verdict.result == "potential_race", verdict
 
 
@@ -228,7 +78,7 @@ def test_each_kernel_has_a_mistake() -> None:
     def name(kernel: str) -> str:
         return kernel.partition("<")[0]
 
-    assert {name(m.kernel) for m in MISTAKES} == {name(proof.kernel) for proof in PROOFS}
+    assert {name(m.scope) for m in RACES} == {name(proof.kernel) for proof in PROOFS}
 
 
 HEAD = """.version 8.0

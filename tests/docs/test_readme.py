@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qkern
+from tests.models import tiny_llama
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -29,15 +29,7 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(x.grad, layer.weight.dequantize().sum(0).expand(3, 128))
     assert layer.b.grad.count_nonzero() == layer.b.numel()
 
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=50,
-    )
-    names["model"] = LlamaForCausalLM(config)
+    names["model"] = tiny_llama(num_hidden_layers=1)
     exec(compile(whole_model, "README.md", "exec"), names)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_model.safetensors",

@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -38,19 +40,10 @@ def tiny_model(
 ) -> Path:
     """A Hugging Face directory with a two-layer Llama of random weights."""
     path = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(path)
+        model = tiny_llama(**config, intermediate_size=128, tie_word_embeddings=True)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

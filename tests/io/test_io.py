@@ -10,23 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from qkern import io
 from qkern import nn as qnn
+from tests import models
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    return LlamaForCausalLM(config).eval()
+    return models.tiny_llama().eval()
 
 
 def lora_llama(**options) -> LlamaForCausalLM:
@@ -427,17 +419,8 @@ class TestBitsandbytes:
 
     @pytest.mark.parametrize("tie", [True, False])
     def test_reads_a_transformers_checkpoint_onto_meta(self, tie, tmp_path):
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            tie_word_embeddings=tie,
-        )
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+        dense = models.tiny_llama(intermediate_size=128, tie_word_embeddings=tie)
+        dense.save_pretrained(tmp_path / "dense")
         theirs = LlamaForCausalLM.from_pretrained(
             tmp_path / "dense",
             quantization_config=BitsAndBytesConfig(
@@ -453,7 +436,7 @@ class TestBitsandbytes:
         theirs.save_pretrained(tmp_path / "4bit", max_shard_size="40KB")
         assert len(list((tmp_path / "4bit").glob("*.safetensors"))) > 1
 
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(dense.config).eval()
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 held = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -463,7 +446,7 @@ class TestBitsandbytes:
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
 
-        dense = LlamaForCausalLM(config).eval()
+        dense = LlamaForCausalLM(dense.config).eval()
         state = {
             name: bnb_dequantize(parameter) if hasattr(parameter, "quant_state") else parameter
             for name, parameter in theirs.named_parameters()

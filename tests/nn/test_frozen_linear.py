@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkern import autograd
 from qkern import nn as qnn
 from qkern.backends import cpu
+from tests.models import tiny_llama
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -26,13 +26,13 @@ def emulated(monkeypatch):
 def widened(monkeypatch):
     """How often the Function ran."""
     calls = []
-    forward = autograd.WidenedLinear.forward
+    forward = autograd.FrozenLinear.forward
 
     def counting(*args):
         calls.append(args)
         return forward(*args)
 
-    monkeypatch.setattr(autograd.WidenedLinear, "forward", staticmethod(counting))
+    monkeypatch.setattr(autograd.FrozenLinear, "forward", staticmethod(counting))
     return calls
 
 
@@ -141,16 +141,8 @@ def test_a_layer_to_be_trained_is_refused():
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_prepare_for_training_replaces_what_stays_dense(tie):
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=70,
-        tie_word_embeddings=tie,
-    )
-    model = LlamaForCausalLM(config).bfloat16()
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 70}
+    model = tiny_llama(**sizes, num_hidden_layers=1, tie_word_embeddings=tie).bfloat16()
     qnn.quantize_model(model, lora=qnn.LoRAConfig(r=2))
     names = list(model.state_dict())
     weight, seen = model.lm_head.weight, []

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import qkern
 from qkern import nn as qnn
+from tests import models
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 FORMATS = [
@@ -27,17 +28,7 @@ FORMATS = [
 
 
 def tiny_llama(tie: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config).eval()
+    return models.tiny_llama(tie_word_embeddings=tie).eval()
 
 
 def quantized_linear(bias: bool = True, dtype: torch.dtype = torch.float32, **options):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -219,8 +220,47 @@ def clipped(rank: int, folder: Path, pager: str) -> dict[str, Any]:
     return found(params, optimizer)
 
 
+def beside_unsharded(rank: int, folder: Path, pager: str) -> dict[str, Any]:
+    """From sharded parameters to plain ones and back, by a distributed checkpoint."""
+    results: dict[str, Any] = {}
+    for name, start, to, bits in (
+        ("to 32 bits", sharded(), Layers(), 32),
+        ("to 8 bits", sharded(), Layers(), 8),
+        ("from 8 bits", Layers(), sharded(), 8),
+    ):
+        params = list(start.parameters())
+        optimizer = make(start, "none", folder)
+        train(optimizer, params, 0)
+        optimizer.zero_grad()
+        state = get_optimizer_state_dict(start, optimizer)
+        save(state, storage_writer=FileSystemWriter(folder / name))
+        for param, value in zip(to.parameters(), params, strict=True):
+            param.data.copy_(like(whole(value), param))
+        again = make(to, "none", folder, bits=bits)
+        try:
+            state = get_optimizer_state_dict(to, again)
+            load(state, storage_reader=FileSystemReader(folder / name))
+            set_optimizer_state_dict(to, again, state)
+        except (ValueError, CheckpointException) as error:
+            results[name] = str(error)
+        else:
+            train(again, list(to.parameters()), HALF)
+            results[name] = found(list(to.parameters()), again)["params"]
+    return results
+
+
 SCENARIOS = {
-    f.__name__: f for f in (straight, saved, loaded, loaded_in_32_bits, own_state, placed, clipped)
+    f.__name__: f
+    for f in (
+        straight,
+        saved,
+        loaded,
+        loaded_in_32_bits,
+        own_state,
+        placed,
+        clipped,
+        beside_unsharded,
+    )
 }
 
 if __name__ == "__main__":

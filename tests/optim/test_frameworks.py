@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qkern import testing
 from qkern.optim import PagedAdamW
+from tests.models import tiny_llama
 from tests.optim import training
 from tests.optim.processes import run_processes
 from tests.optim.training import OPTIONS, STEPS
@@ -155,20 +156,6 @@ def test_accelerate(tmp_path: Path, pager: str) -> None:
             results.append([p.detach().clone() for p in net.parameters()])
     for one, other in zip(*results, strict=True):
         testing.assert_bitwise(one, other)
-
-
-def tiny_llama() -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def trained(folder: Path, steps: int, pager: str, bits: int, resume: bool = False) -> list[Tensor]:

@@ -17,6 +17,7 @@ from qkern import formats, testing
 from qkern.optim import PagedAdamW
 from qkern.optim._moments import BLOCK, MAPS, Moments
 from tests.optim import sharded
+from tests.optim.compare import assert_same
 from tests.optim.processes import run_processes
 from tests.optim.sharded import HALF, LEAST, OPTIONS, Layers
 
@@ -56,11 +57,6 @@ class Apart:
 
     def joined(self) -> list[Tensor]:
         return [torch.cat([p.detach() for p in parts], self.dim) for parts in self.shards]
-
-
-def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        testing.assert_bitwise(a, b, f"parameter {index}")
 
 
 def assert_same_results(actual: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -260,6 +256,29 @@ def test_other_widths_and_optimizers_take_up_a_checkpoint(tmp_path: Path) -> Non
     for rank in run_processes(sharded, "loaded_in_32_bits", "none", tmp_path):
         for result in rank.values():
             assert_same(result["params"], results[0])
+
+
+@pytest.mark.slow
+def test_distributed_checkpoints_beside_unsharded_parameters(tmp_path: Path) -> None:
+    """What torch would read wrongly is refused, by it or here."""
+    (result,) = run_processes(sharded, "beside_unsharded", "none", tmp_path, world=1)
+    first = Apart(1)
+    first.train(0)
+    params = [nn.Parameter(t) for t in first.joined()]
+    optimizer = PagedAdamW(params, **OPTIONS | {"bits": 32})
+    moments = [
+        Moments(*(first.optimizer.state[part].get(k) for k in Moments._fields)).to_reversible()
+        for (part,) in first.shards
+    ]
+    state = {
+        index: {"step": torch.tensor(float(HALF)), "exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq}
+        for index, m in enumerate(moments)
+    }
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    sharded.train(optimizer, params, HALF)
+    assert_same(result["to 32 bits"], params)
+    assert "Missing key in checkpoint state_dict: state.0.exp_avg_absmax" in result["to 8 bits"]
+    assert "exp_avg: got whole numbers from 0 to 255 as floats" in result["from 8 bits"]
 
 
 def full_of(optimizer: torch.optim.Optimizer, full: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from setuptools import find_packages
 
 import qkern
 from lab import ROOT
+from lab.processes import fresh_python
 from lab.triton import semantics
 from qkern import backends, formats, reference
 from qkern.backends import cuda, triton
@@ -28,15 +29,7 @@ needs_triton = pytest.mark.skipif(
 
 def python(code: str, **variables: str) -> str:
     """What a fresh interpreter prints; anything on stderr is a failure."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("QKERN_")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": paths, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh_python("-c", code, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -186,7 +179,7 @@ def test_the_optimizer_takes_the_same_steps() -> None:
         return [param.detach() for param in params]
 
     found = train()
-    with backends.use(reference):
+    with backends.use("reference"):
         expected = train()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

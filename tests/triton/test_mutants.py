@@ -6,8 +6,6 @@ Quick tests plant a handful, slow ones all. A replacement that no longer applies
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,8 +14,8 @@ import pytest
 
 from lab import ROOT
 from lab.cuda.static import toolchain
-from lab.processes import environment
-from lab.triton.mutants import MUTANTS, Mutant
+from lab.mutants import Mutant, chosen, plant, run_judge
+from lab.triton.mutants import MUTANTS
 from qkern.backends import triton
 
 if reason := triton.missing_reason():
@@ -28,49 +26,24 @@ if importlib.util.find_spec("ttsem") is None or toolchain.disassembler_folder() 
 KERNELS = ROOT / "triton_kernels"
 
 
-def plant(mutant: Mutant, folder: Path) -> Path:
-    """A copy of triton_kernels with the bug in it."""
-    kernels = folder / "triton_kernels"
-    shutil.copytree(KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
-    file = kernels / mutant.file
-    text = file.read_text()
-    count = text.count(mutant.old)
-    assert count == 1, f"{mutant.name}: what it replaces occurs {count} times in {mutant.file}"
-    file.write_text(text.replace(mutant.old, mutant.new))
-    return kernels
-
-
 def verdict(kernels: Path, scope: str) -> str:
     """What noticed a bug in a copy of the kernels, or ``survived``."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "lab.triton.judge", str(kernels), *scope.split()],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env=environment(OMP_NUM_THREADS="1"),
-    )
-    if done.returncode == 3:
-        return done.stdout.split("caught by ")[1].split(":")[0]
-    if done.returncode == 0 and done.stdout.endswith("survived\n"):
-        return "survived"
-    raise RuntimeError(f"{scope}: {done.stdout}{done.stderr}")
+    command = [sys.executable, "-W", "ignore", "-m", "lab.triton.judge", str(kernels)]
+    found, done = run_judge([*command, *scope.split()])
+    if found is None:
+        raise RuntimeError(f"{scope}: {done.stdout}{done.stderr}")
+    return found
 
 
-def params(quick: bool) -> list[object]:
-    chosen = [mutant for mutant in MUTANTS if mutant.quick == quick]
-    return [pytest.param(mutant, id=f"{mutant.name}-{mutant.caught_by}") for mutant in chosen]
-
-
-@pytest.mark.parametrize("mutant", params(quick=True))
+@pytest.mark.parametrize("mutant", chosen(MUTANTS, quick=True), ids=str)
 def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
-    assert verdict(plant(mutant, tmp_path), mutant.scope) == mutant.caught_by
+    assert verdict(plant(mutant, KERNELS, tmp_path), mutant.scope) == mutant.caught_by
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", params(quick=False))
+@pytest.mark.parametrize("mutant", chosen(MUTANTS, quick=False), ids=str)
 def test_every_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
-    assert verdict(plant(mutant, tmp_path), mutant.scope) == mutant.caught_by
+    assert verdict(plant(mutant, KERNELS, tmp_path), mutant.scope) == mutant.caught_by
 
 
 @pytest.mark.slow
@@ -81,7 +54,7 @@ def test_nothing_is_caught_where_nothing_is_planted(scope: str) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_bug_can_be_planted(mutant: Mutant, tmp_path: Path) -> None:
-    plant(mutant, tmp_path)
+    plant(mutant, KERNELS, tmp_path)
 
 
 def test_every_kind_of_check_has_bugs_of_its_own() -> None:

@@ -15,11 +15,11 @@ import torch
 
 from lab.cuda import adamw
 from lab.cuda.emulator import backend, build
+from lab.mutants import report
 from qkern import testing
 from qkern.testing import Case
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-CAUGHT = 3
 
 
 def _cases(shapes: object, **fields: object) -> tuple[Case, ...]:
@@ -112,7 +112,8 @@ def huge_stride(target: testing.Target) -> None:
     assert torch.equal(y, expected), "rows far apart"
 
 
-def judge(folder: str, op: str, schedules: list[int]) -> None:
+def judge(folder: str, op: str, schedules: list[int]) -> str | None:
+    """What is wrong with the module in ``folder``, as ``KIND: WHERE: WHAT``."""
     library = build.load(Path(folder))
     name, cases = CASES[op]
     for schedule in schedules:
@@ -129,15 +130,13 @@ def judge(folder: str, op: str, schedules: list[int]) -> None:
         except AssertionError as wrong:
             nan = re.search(r"\bnan\b|is not finite", str(wrong))
             what = "schedule" if schedule != ORDERLY else "poison" if nan else "numbers"
-            print(f"caught by {what}: {at}: {str(wrong).splitlines()[0]}")
-            sys.exit(CAUGHT)
+            return f"{what}: {at}: {str(wrong).splitlines()[0]}"
         except (RuntimeError, ValueError) as refused:
-            print(f"caught by launch: {at}: {refused}")
-            sys.exit(CAUGHT)
-    print("survived")
+            return f"launch: {at}: {refused}"
+    return None
 
 
 ORDERLY = backend.SCHEDULES.index(backend.Schedule("forward", late_copies=False))
 
 if __name__ == "__main__":
-    judge(sys.argv[1], sys.argv[2], [int(index) for index in sys.argv[3:]])
+    report(judge(sys.argv[1], sys.argv[2], [int(index) for index in sys.argv[3:]]))

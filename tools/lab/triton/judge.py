@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 import qkern
+from lab.mutants import report
 from lab.triton import semantics
 from qkern import testing
 from qkern.testing import Case
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-CAUGHT = 3
 SM_90, SM_75 = semantics.DEVICES[:2]
 FAULTS = {"oob_read": "bounds", "oob_write": "bounds", "race": "race", "poison": "undefined"}
 
@@ -145,10 +145,7 @@ def main(folder: str, scope: str, architecture: str = "") -> None:
     """Command line."""
     take_kernels_from(Path(folder))
     found = judge_code(scope, architecture) if architecture else judge_numbers(scope)
-    if found is not None:
-        print(f"caught by {found}")
-        sys.exit(CAUGHT)
-    print("survived")
+    report(found)
 
 
 if __name__ == "__main__":

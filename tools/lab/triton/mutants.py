@@ -9,26 +9,13 @@ What can notice one:
     rounding  an approximate, contracted or flushed rounding in the compilers' text
     offsets   an offset into a tensor that has 32 bits
     figures   the machine code: spills, widths of accesses, no matrix instructions
+
+A ``scope`` is one of `judge.CASES`, or a call of `static.compile` with an architecture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """A bug: ``old``, which occurs once in ``file``, becomes ``new``."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    scope: str
-    """Cases of `judge.CASES`, or calls of `static.compile` (with an architecture)."""
-    caught_by: str
-    quick: bool = False
-
+from lab.mutants import Mutant
 
 MUTANTS = (
     # What the encoders compute.

@@ -1,12 +1,8 @@
 #include "cuda_emulator/scheduler.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <memory>
 #include <mutex>
 #include <random>
 #include <string>
@@ -15,6 +11,9 @@
 
 #include "cuda_emulator/fiber.h"
 #include "cuda_emulator/sanitizers.h"
+#include "messages.h"
+#include "shared_memory.h"
+#include "thread.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -22,88 +21,7 @@ dim3 blockDim, gridDim;
 namespace qkern::cuda::emulator {
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;
-constexpr unsigned kMaxGridYZ = 65535;
-constexpr unsigned kMaxGridX = 0x7fffffff;
 constexpr std::size_t kMaxStaticShared = 48 << 10;
-constexpr std::size_t kSharedAlignment = 16;
-
-// Most dynamic shared memory a block can opt in to (CUDA C++ Programming Guide, compute
-// capabilities).
-std::size_t max_dynamic_shared(int capability) {
-  switch (capability) {
-    case 75:
-      return 64 << 10;
-    case 80:
-    case 87:
-      return 163 << 10;
-    case 90:
-    case 100:
-    case 103:
-      return 227 << 10;
-    default:
-      return 99 << 10;
-  }
-}
-
-enum class State { kReady, kInBarrier, kInMeeting, kLeft };
-
-struct Thread {
-  Fiber fiber;
-  State state = State::kLeft;
-  uint3 index{};
-  unsigned linear = 0;
-  Site site{};        // where it waits
-  unsigned mask = 0;  // whom it meets
-  Meeting meeting{};  // and for what
-  void* argument = nullptr;
-  // What ThreadSanitizer is told of an ordered meeting: this lane's past is in `arrived`, and the
-  // past of all lanes in `released`. Each lane has its own, for a lane that has gone on must not
-  // seem to have done so before one that is still to wake up.
-  char arrived = 0;
-  char released = 0;
-  std::deque<Copy> copies;         // issued, not arrived; oldest first
-  std::deque<std::size_t> groups;  // sizes of the committed groups, oldest first
-  std::size_t uncommitted = 0;     // copies after the last commit
-
-  unsigned lane() const { return linear % kWarpSize; }
-  unsigned warp() const { return linear / kWarpSize; }
-};
-
-struct Warp {
-  unsigned ready = 0;  // lanes that can run
-  unsigned left = 0;   // lanes that have returned
-};
-
-// Memory of its own for every variable, so that AddressSanitizer knows where it ends.
-struct SharedVariable {
-  const void* key;
-  std::size_t size;
-  unsigned char* data;
-
-  SharedVariable(const void* key_, std::size_t size_) : key(key_), size(size_) {
-    const TsanIgnores ignores;
-    const std::size_t padded = (size + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-    data = static_cast<unsigned char*>(
-        std::aligned_alloc(kSharedAlignment, std::max<std::size_t>(padded, 16)));
-    if (data == nullptr) throw std::bad_alloc();
-    std::memset(data, kPoisonByte, size);
-#ifdef __SANITIZE_ADDRESS__
-    __asan_poison_memory_region(data + size, padded - size);
-#endif
-  }
-  SharedVariable(SharedVariable&& other) noexcept
-      : key(other.key), size(other.size), data(std::exchange(other.data, nullptr)) {}
-  SharedVariable& operator=(SharedVariable&&) = delete;
-  ~SharedVariable() {
-    const TsanIgnores ignores;
-    std::free(data);
-  }
-  bool holds(const void* begin, std::size_t bytes) const {
-    const auto* p = static_cast<const unsigned char*>(begin);
-    return p >= data && p + bytes <= data + size;
-  }
-};
 
 // One launch at a time; its state.
 class Scheduler {
@@ -121,7 +39,6 @@ class Scheduler {
 
  private:
   static void entry();
-  std::string launch_error(dim3 grid, dim3 block, std::size_t dynamic_shared_bytes) const;
   void run_block();
   void start_block();
   Warp* next_warp();
@@ -158,44 +75,6 @@ class Scheduler {
 Scheduler& scheduler() {
   static Scheduler instance;
   return instance;
-}
-
-std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
-std::string text(const char* format, ...) {
-  char buffer[256];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(buffer, sizeof buffer, format, arguments);
-  va_end(arguments);
-  return buffer;
-}
-
-std::string where(const Site& site) {
-  const char* slash = std::strrchr(site.file, '/');
-  return text("%s at %s:%d", site.operation, slash == nullptr ? site.file : slash + 1, site.line);
-}
-
-bool same_site(const Site& a, const Site& b) {
-  return a.line == b.line && std::strcmp(a.operation, b.operation) == 0 &&
-         std::strcmp(a.file, b.file) == 0;
-}
-
-std::string Scheduler::launch_error(dim3 grid, dim3 block, std::size_t dynamic_shared_bytes) const {
-  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > 64) {
-    return text("block of %u x %u x %u threads; a device takes 1 to 1024", block.x, block.y,
-                block.z);
-  }
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ ||
-      grid.z > kMaxGridYZ) {
-    return text("grid of %u x %u x %u blocks; a device takes 1 to 2147483647 x 65535 x 65535",
-                grid.x, grid.y, grid.z);
-  }
-  if (const std::size_t most = max_dynamic_shared(capability()); dynamic_shared_bytes > most) {
-    return text("%zu bytes of dynamic shared memory; sm_%d has %zu", dynamic_shared_bytes,
-                capability(), most);
-  }
-  return {};
 }
 
 const char* Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared_bytes,
@@ -424,17 +303,21 @@ void Scheduler::meet(unsigned mask, const Site& site, const Meeting& meeting, vo
 }
 
 void* Scheduler::static_shared(const void* key, std::size_t size) {
-  const TsanIgnores ignores;
   std::size_t total = size;
-  for (const SharedVariable& variable : shared_) {
-    if (variable.key == key) return variable.data;
-    if (variable.key != nullptr) total += variable.size;
+  {
+    const TsanIgnores ignores;
+    for (const SharedVariable& variable : shared_) {
+      if (variable.key == key) return variable.data;
+      if (variable.key != nullptr) total += variable.size;
+    }
   }
+  // A thread may not end while it is ignored.
   if (total > kMaxStaticShared) {
     fail({"shared memory", "kernel", 0}, text("%zu bytes of static shared memory; a device takes "
                                               "49152",
                                               total));
   }
+  const TsanIgnores ignores;
   return shared_.emplace_back(key, size).data;
 }
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lab.cuda import graphs
+
 STALLS_KNOWN = (80, 86, 89, 90)
 
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS")
@@ -250,24 +252,10 @@ def _reach(blocks: dict[int, Block], start: int) -> set[int]:
 def _reverse_postorder(
     blocks: dict[int, Block], roots: Iterable[int], within: frozenset[int] | None = None
 ) -> list[int]:
-    seen: set[int] = set()
-    finished: list[int] = []
-    for root in roots:
-        if root in seen:
-            continue
-        seen.add(root)
-        stack = [(root, iter(blocks[root].successors))]
-        while stack:
-            node, successors = stack[-1]
-            for successor in successors:
-                if successor not in seen and (within is None or successor in within):
-                    seen.add(successor)
-                    stack.append((successor, iter(blocks[successor].successors)))
-                    break
-            else:
-                finished.append(node)
-                stack.pop()
-    return finished[::-1]
+    def ways(node: int) -> list[int]:
+        return [s for s in blocks[node].successors if within is None or s in within]
+
+    return graphs.reverse_postorder(roots, ways)
 
 
 def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[int, set[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab import ROOT
+from lab.kept import kept
 
 KERNELS = ROOT / "csrc" / "cuda"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -87,18 +87,13 @@ def compile_kernels(
     for path in [*sorted(headers), source]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
-    folder = ROOT / "build" / "cuda_static"
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{source.stem}.sm_{architecture}.{digest.hexdigest()[:16]}"
-    result = folder / f"{name}.{kind}"
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not result.exists():
-            partial = result.with_suffix(f".partial.{kind}")
-            include = f"-I{ROOT / 'csrc' / 'include'}"
-            run([compiler, *flags, include, f"-arch={target}", f"-{kind}", "-o", partial, source])
-            partial.rename(result)
-    return result
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    command = [compiler, *flags, include, f"-arch={target}", f"-{kind}"]
+    return kept(
+        ROOT / "build" / "cuda_static" / f"{name}.{kind}",
+        lambda partial: run([*command, "-o", partial, source]),
+    )
 
 
 def extract(library: Path, architecture: int, into: Path) -> list[Path]:

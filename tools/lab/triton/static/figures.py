@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lab import ROOT
 from lab.cuda.static import sass, toolchain
+from lab.kept import kept
 
 from . import compile as compiler
 from .compile import Compiled
@@ -148,18 +148,14 @@ def kernel_figures(architecture: int | str, only: str = "") -> list[Figures]:
     digest = hashlib.sha256(f"{triton_version()} {architecture} {only}".encode())
     for source in sorted(_SOURCES):
         digest.update(source.read_bytes())
-    folder = ROOT / "build" / "triton_static"
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{architecture}.{digest.hexdigest()[:16]}"
-    kept = folder / f"{name}.json"
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            found = list(_compile_all(architecture, only))
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps([asdict(f) for f in found]))
-            partial.rename(kept)
-    return [Figures(**row) for row in json.loads(kept.read_text())]
+
+    def measure(partial: Path) -> None:
+        found = list(_compile_all(architecture, only))
+        partial.write_text(json.dumps([asdict(f) for f in found]))
+
+    file = kept(ROOT / "build" / "triton_static" / f"{name}.json", measure)
+    return [Figures(**row) for row in json.loads(file.read_text())]
 
 
 def _compile_all(architecture: int | str, only: str) -> Iterable[Figures]:

@@ -1,0 +1,223 @@
+"""Bugs in the matmuls' kernels, and in what they share."""
+
+from __future__ import annotations
+
+from lab.mutants import Mutant
+
+_MMA = "linear_4bit_mma.cu"
+_DX = "linear_4bit_dx_mma.cu"
+_VECTOR = "linear_4bit_vector.cu"
+_TILED = "linear_4bit_tiled.cu"
+
+MATMULS = (
+    # Barriers.
+    Mutant(
+        "mma_without_barrier",
+        _MMA,
+        "    __syncthreads();\n    start_loads(tile + kStages - 1);",
+        "    start_loads(tile + kStages - 1);",
+        "linear_4bit_mma",
+        "poison",
+    ),
+    Mutant(
+        "dx_without_barrier",
+        _DX,
+        "    __syncthreads();\n    start_loads(tile + kStages - 1);",
+        "    start_loads(tile + kStages - 1);",
+        "linear_4bit_dx_mma",
+        "poison",
+    ),
+    Mutant(
+        "dx_scales_in_one_buffer",
+        _DX,
+        "shared.scales[tile % 2][warp][i * kWarp + lane] = finished[i];",
+        "shared.scales[0][warp][i * kWarp + lane] = finished[i];",
+        "linear_4bit_dx_mma",
+        "poison",
+    ),
+    Mutant(
+        "vector_overwrites_x_that_is_read",
+        _VECTOR,
+        "    __syncthreads();\n    stage_x<kWhole>(",
+        "    stage_x<kWhole>(",
+        "linear_4bit_vector",
+        "numbers",
+    ),
+    Mutant(
+        "vector_reads_x_before_it_is_there",
+        _VECTOR,
+        "begin + stage, shared);\n    __syncthreads();",
+        "begin + stage, shared);",
+        "linear_4bit_vector",
+        "poison",
+    ),
+    Mutant(
+        "vector_barrier_of_half_a_warp",
+        _VECTOR,
+        "    __syncthreads();\n    stage_x<kWhole>(",
+        "    if (lane < 16) __syncthreads();\n    stage_x<kWhole>(",
+        "linear_4bit_vector",
+        "launch",
+    ),
+    Mutant(
+        "tiled_without_trailing_barrier",
+        _TILED,
+        "d0 += kDepth) {\n    __syncthreads();",
+        "d0 += kDepth) {",
+        "linear_4bit_tiled",
+        "poison",
+    ),
+    # Asynchronous copies.
+    Mutant(
+        "mma_waits_for_one_group_too_few",
+        _MMA,
+        "cp_async_wait<kStages - 2>();",
+        "cp_async_wait<kStages - 1>();",
+        "linear_4bit_mma",
+        "schedule",
+    ),
+    Mutant(
+        "dx_waits_for_one_group_too_few",
+        _DX,
+        "cp_async_wait<kStages - 2>();",
+        "cp_async_wait<kStages - 1>();",
+        "linear_4bit_dx_mma",
+        "schedule",
+    ),
+    Mutant(
+        "dx_commits_only_where_it_copied",
+        _DX,
+        "    cp_async_commit();\n  };",
+        "    if (tile < tiles) cp_async_commit();\n  };",
+        "linear_4bit_dx_mma",
+        "schedule",
+    ),
+    Mutant(
+        "mma_reads_the_next_stage",
+        _MMA,
+        "const uint4* const x_tile = shared.x[stage];",
+        "const uint4* const x_tile = shared.x[(stage + 1) % kStages];",
+        "linear_4bit_mma",
+        "poison",
+    ),
+    # Fragments, codes, scales.
+    Mutant(
+        "mma_fragment_rows_swapped",
+        _MMA,
+        "{w[2 * f][2 * step], w[2 * f + 1][2 * step],",
+        "{w[2 * f + 1][2 * step], w[2 * f][2 * step],",
+        "linear_4bit_mma",
+        "numbers",
+        quick=True,
+    ),
+    Mutant(
+        "dx_rows_of_a_pair_swapped",
+        _DX,
+        "code_position(row0 + 2 * pair + i, warp)",
+        "code_position(row0 + 2 * pair + 1 - i, warp)",
+        "linear_4bit_dx_mma",
+        "numbers",
+    ),
+    Mutant(
+        "results_from_the_wrong_lane",
+        "linear.cuh",
+        "odd ? pairs[0][i] : pairs[1][i], 4);",
+        "odd ? pairs[0][i] : pairs[1][i], 8);",
+        "linear_4bit_mma",
+        "numbers",
+        compiled=(_MMA,),
+    ),
+    Mutant(
+        "nibbles_of_a_word_swapped",
+        "codec.cuh",
+        "i % 2 == 0 ? first : second",
+        "i % 2 == 0 ? second : first",
+        "linear_4bit_vector",
+        "numbers",
+        compiled=(_VECTOR,),
+    ),
+    Mutant(
+        "scale_of_the_next_block",
+        _MMA,
+        "positions[j] = row_position[j] + k0;",
+        "positions[j] = row_position[j] + k0 + kLaneCodes;",
+        "linear_4bit_mma",
+        "numbers",
+    ),
+    # Tails and bounds.
+    Mutant(
+        "mma_reads_rows_that_x_has_not",
+        _MMA,
+        "x_in_range && (kRepeatsRows || i < copies));",
+        "x_in_range);",
+        "linear_4bit_mma",
+        "address",
+    ),
+    Mutant(
+        "mma_reads_rows_that_w_has_not",
+        _MMA,
+        "in_range && j < lane_rows);",
+        "in_range);",
+        "linear_4bit_mma",
+        "address",
+    ),
+    Mutant(
+        "writes_one_row_too_many",
+        "linear.cuh",
+        "if (row >= output.m) return;",
+        "if (row > output.m) return;",
+        "linear_4bit_mma",
+        "address",
+        compiled=(_MMA,),
+    ),
+    Mutant(
+        "mma_stages_misaligned",
+        _MMA,
+        "Shared& shared = *reinterpret_cast<Shared*>(memory);",
+        "Shared& shared = *reinterpret_cast<Shared*>(memory + 8);",
+        "linear_4bit_mma",
+        "launch",
+        quick=True,
+    ),
+    Mutant(
+        "dx_asks_for_too_little_shared_memory",
+        _DX,
+        "kThreads, sizeof(DxShared<kTileM, kStages>), stream}",
+        "kThreads, sizeof(DxShared<kTileM, kStages>) - 512, stream}",
+        "linear_4bit_dx_mma",
+        "address",
+    ),
+    Mutant(
+        "splits_summed_twice",
+        "linear_4bit.cu",
+        "for (int part = 1; part < count",
+        "for (int part = 0; part < count",
+        "linear_4bit_vector",
+        "numbers",
+    ),
+    Mutant(
+        "row_offset_in_32_bits",
+        _VECTOR,
+        "args.x + (row0 + row) * args.x_row_stride + k;",
+        "args.x + static_cast<int>((row0 + row) * args.x_row_stride) + k;",
+        "huge_stride",
+        "numbers",
+    ),
+    # The machine code.
+    Mutant(
+        "mma_swizzle_forgotten",
+        _MMA,
+        "return (row * kRowChunks + ((t >> 1) << 3 | low)) ^ (s << 1);",
+        "return row * kRowChunks + (4 * t + s) + 0 * low;",
+        "linear_4bit_mma",
+        "layout",
+    ),
+    Mutant(
+        "too_many_blocks_for_the_registers",
+        _DX,
+        "QKERN_KERNEL(kThreads, 2)",
+        "QKERN_KERNEL(kThreads, 8)",
+        "linear_4bit_dx_mma",
+        "code",
+    ),
+)

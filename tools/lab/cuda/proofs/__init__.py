@@ -1,0 +1,1 @@
+"""Proofs, by sentryward, that no CUDA kernel races in one small launch."""
