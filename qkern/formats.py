@@ -1,4 +1,4 @@
-"""The number formats: code tables, decision thresholds and block layout.
+"""The number formats: code tables, thresholds and block layout; and names by C++'s numbers.
 
 This file is the single source. The C++ header ``csrc/include/qkern/codes.h`` is generated from it:
 
@@ -27,6 +27,30 @@ if TYPE_CHECKING:
 
 FORMATS = ("nf4", "fp4", "custom")
 FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that kernels compute with; the position is C++'s number, ``DType``."""
+
+CUDA_PATHS = {
+    "vector": "float32 dot products; forward only",
+    "mma": "tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0",
+    "tiled": "float32 tiles; takes anything",
+}
+"""How a CUDA matmul is computed; the position is C++'s number, ``CudaPath``."""
+
+ADAMW_FACTORS = {
+    "grad_scale": "of gradients: clipping, inverse loss scale, the sign to maximise",
+    "decay": "1 - lr * weight_decay",
+    "beta1_complement": "1 - beta1",
+    "beta2": "",
+    "beta2_complement": "1 - beta2",
+    "step_size": "lr / (1 - beta1^t)",
+    "root_bias2_inverse": "1 / sqrt(1 - beta2^t)",
+    "eps": "",
+    "skip": "unless 0, the parameter and its moments stay as they are",
+    "step": "t",
+}
+"""The float32 numbers that a parameter's step ``t`` of AdamW takes, in their order in memory."""
 
 MIN_BLOCK_SIZE = 32
 MAX_BLOCK_SIZE = 4096
@@ -211,6 +235,52 @@ def _float_array(name: str, values: Sequence[float], comment: str) -> str:
     return f"// {comment}\n" + _array("float", name, [_float_literal(v) for v in values], 4)
 
 
+def _numbers(name: str, values: Sequence[str]) -> str:
+    """How many there are of ``values``, and what an error says of their numbers."""
+    *most, last = (f"{i} ({value})" for i, value in enumerate(values))
+    return (
+        f"inline constexpr int k{name}s = {len(values)};\n"
+        f'inline constexpr const char* k{name}Numbers = "{", ".join(most)} or {last}";'
+    )
+
+
+def _commented(code: str, comment: str) -> str:
+    return f"  {code}  // {comment}" if comment else f"  {code}"
+
+
+def _names() -> list[str]:
+    """The numbers that stand for names in C++."""
+    dtypes = [f"k{name.capitalize().replace('Bf', 'BF')}" for name in DTYPES]
+    return [
+        *(
+            f"inline constexpr int kFormat{name.capitalize()} = {i};"
+            for i, name in enumerate(FORMATS)
+        ),
+        _numbers("Format", FORMATS),
+        "",
+        "enum class DType : int {",
+        *(f"  {name} = {i}," for i, name in enumerate(dtypes)),
+        "};",
+        _numbers("DType", DTYPES),
+        "",
+        "// How a CUDA matmul is computed; qkern/backends/_cuda_paths.py chooses.",
+        "enum class CudaPath : int {",
+        *(
+            _commented(f"k{name.capitalize()} = {i},", comment)
+            for i, (name, comment) in enumerate(CUDA_PATHS.items())
+        ),
+        "};",
+        _numbers("CudaPath", tuple(CUDA_PATHS)),
+        "",
+        "// AdamW's factors for a parameter at its step t; qkern/reference.py derives them.",
+        "struct AdamWFactors {",
+        *(_commented(f"float {name};", comment) for name, comment in ADAMW_FACTORS.items()),
+        "};",
+        f"inline constexpr int kAdamWFactors = {len(ADAMW_FACTORS)};",
+        'static_assert(sizeof(AdamWFactors) == kAdamWFactors * sizeof(float), "no padding");',
+    ]
+
+
 def header() -> str:
     """The text of ``codes.h``."""
     parts = [
@@ -222,10 +292,7 @@ def header() -> str:
         "",
         "namespace qkern {",
         "",
-        *(
-            f"inline constexpr int kFormat{name.capitalize()} = {i};"
-            for name, i in FORMAT_IDS.items()
-        ),
+        *_names(),
         "",
         f"inline constexpr int kMinBlockSize = {MIN_BLOCK_SIZE};",
         f"inline constexpr int kMaxBlockSize = {MAX_BLOCK_SIZE};",

@@ -196,9 +196,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
-ADAMW_FACTORS = 10
-"""Floats that `adamw_step` takes for each parameter: ``AdamWFactors`` in
-``csrc/include/qkern/optim_math.h``."""
+ADAMW_FACTORS = len(formats.ADAMW_FACTORS)
+"""Floats that `adamw_step` takes for each parameter."""
 
 
 def adamw_factors(
@@ -228,29 +227,28 @@ def adamw_factors(
         skip: Unless 0, the step leaves everything as it is.
 
     Returns:
-        float32 ``[n, 10]``, in the order of ``AdamWFactors`` in
-        ``csrc/include/qkern/optim_math.h``.
+        float32 ``[n, 10]``, in the order of ``qkern.formats.ADAMW_FACTORS``.
     """
     steps = steps.double()
     lr, grad_scale, skip = (
         value.to(steps.device, torch.float64).reshape(()) if isinstance(value, Tensor) else value
         for value in (lr, grad_scale, skip)
     )
-    columns = (
-        grad_scale,
-        1 - lr * weight_decay,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        lr / (1 - torch.pow(beta1, steps)),
-        1 / (1 - torch.pow(beta2, steps)).sqrt(),
-        eps,
-        skip,
-        steps,
-    )
+    columns = {
+        "grad_scale": grad_scale,
+        "decay": 1 - lr * weight_decay,
+        "beta1_complement": 1 - beta1,
+        "beta2": beta2,
+        "beta2_complement": 1 - beta2,
+        "step_size": lr / (1 - torch.pow(beta1, steps)),
+        "root_bias2_inverse": 1 / (1 - torch.pow(beta2, steps)).sqrt(),
+        "eps": eps,
+        "skip": skip,
+        "step": steps,
+    }
     factors = torch.empty(len(steps), ADAMW_FACTORS, device=steps.device)
-    for index, column in enumerate(columns):
-        factors[:, index] = column
+    for index, name in enumerate(formats.ADAMW_FACTORS):
+        factors[:, index] = columns[name]
     return factors
 
 

@@ -39,17 +39,18 @@ _SEED = tl.constexpr(10)
 _FIRST_PROGRAM = tl.constexpr(11)
 _WORDS = tl.constexpr(12)
 
-# The factors, float32: struct AdamWFactors.
-_GRAD_SCALE = tl.constexpr(0)
-_DECAY = tl.constexpr(1)
-_BETA1_COMPLEMENT = tl.constexpr(2)
-_BETA2 = tl.constexpr(3)
-_BETA2_COMPLEMENT = tl.constexpr(4)
-_STEP_SIZE = tl.constexpr(5)
-_ROOT_BIAS2_INVERSE = tl.constexpr(6)
-_EPS = tl.constexpr(7)
-_SKIP = tl.constexpr(8)
-_STEP = tl.constexpr(9)
+# The places of the factors, float32.
+_factor = tuple(formats.ADAMW_FACTORS).index
+_GRAD_SCALE = tl.constexpr(_factor("grad_scale"))
+_DECAY = tl.constexpr(_factor("decay"))
+_BETA1_COMPLEMENT = tl.constexpr(_factor("beta1_complement"))
+_BETA2 = tl.constexpr(_factor("beta2"))
+_BETA2_COMPLEMENT = tl.constexpr(_factor("beta2_complement"))
+_STEP_SIZE = tl.constexpr(_factor("step_size"))
+_ROOT_BIAS2_INVERSE = tl.constexpr(_factor("root_bias2_inverse"))
+_EPS = tl.constexpr(_factor("eps"))
+_SKIP = tl.constexpr(_factor("skip"))
+_STEP = tl.constexpr(_factor("step"))
 
 _TYPES = (tl.float32, tl.bfloat16, tl.float16)
 """By their numbers in ``_args.DTYPE_IDS``."""

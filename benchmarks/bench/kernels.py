@@ -173,8 +173,7 @@ def _dequantize(
     qw = random_weight(shape, dtype)
     bytes = testing.OPS["dequantize_4bit"].bytes(case(shape, dtype))
     (expected,) = testing.OPS["dequantize_4bit"].reference(
-        {**qw.tensors(), "codebook": None, "format": "nf4", "block_size": BLOCK_SIZE}
-        | {"shape": list(shape), "dtype": dtype}
+        {"weight": qw.weight, "shape": list(shape), "dtype": dtype}
     )
     footprint = qw.nbytes + expected.nbytes
 

@@ -1,9 +1,9 @@
 // How integers become the arguments of an op, whoever passes them: Python, for the CPU and for
 // CUDA, or another process (the emulator of AArch64). Knows nothing of Python.
 //
-// Pointers arrive as addresses (0 or None is absent) that qkern/backends/_args.py took from checked
-// tensors; sizes and strides are in elements. A list is its length and then its items, a tuple its
-// items, None is kNone. (tensors.cpp reads tensors themselves.)
+// Pointers arrive as addresses (0 = absent) that qkern/backends/_args.py took from checked tensors;
+// sizes and strides are in elements. A list is its length and then its items, a tuple its items,
+// None is kNone. (tensors.cpp reads tensors themselves.)
 #pragma once
 
 #include <climits>
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,11 @@ inline bool is_block_size(Size size) {
   return size >= kMinBlockSize && size <= kMaxBlockSize && (size & (size - 1)) == 0;
 }
 
+// Marks a size that must be one of a block's.
+struct BlockSize {
+  Size& value;
+};
+
 // The values of one call, each read once and in order.
 class Arguments {
  public:
@@ -46,30 +52,10 @@ class Arguments {
     if (next_ != values_.size()) throw std::length_error("got too many arguments");
   }
 
-  template <typename T>
-  T* pointer() {
-    const Size address = value();
-    return address == kNone ? nullptr : reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
-  }
-
-  Size size() {
-    const Size size = value();
-    require(size >= 0, "sizes: take 0 and above");
-    return size;
-  }
-
-  bool flag() { return value() != 0; }
-
-  // One of the numbers 0...last of an enumeration.
-  template <typename Enum>
-  Enum one_of(Enum last, const char* what) {
-    const Size number = value();
-    require(number >= 0 && number <= static_cast<Size>(last), what);
-    return static_cast<Enum>(number);
-  }
-
-  DType dtype() {
-    return one_of(DType::kFloat16, "dtype: takes 0 (float32), 1 (bfloat16) or 2 (float16)");
+  // Reads each of `fields` by its type; throws std::invalid_argument where a value is not one.
+  template <typename... Fields>
+  void read(Fields&&... fields) {
+    (read_one(fields), ...);
   }
 
   int num_threads() {
@@ -78,34 +64,51 @@ class Arguments {
     return static_cast<int>(number);
   }
 
-  Size block_size() {
-    const Size size = value();
-    require(is_block_size(size), "block_size: takes a power of two from 32 to 4096");
-    return size;
+ private:
+  template <typename T>
+  void read_one(T*& pointer) {
+    const Size address = value();
+    pointer =
+        address == kNone ? nullptr : reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
   }
-
-  Codebook codebook() {
-    const auto* values = pointer<const float>();
-    const int format = one_of(kFormatCustom, "format_id: takes 0 (nf4), 1 (fp4) or 2 (custom)");
-    require(format != kFormatCustom || values != nullptr, "codebook: absent for format custom");
-    return {format, values};
+  void read_one(Size& size) {
+    size = value();
+    require(size >= 0, "sizes: take 0 and above");
   }
-
-  // The caller adds the shape.
-  Weight4bit weight() {
-    Weight4bit weight;
-    weight.packed = pointer<const std::uint8_t>();
-    weight.absmax = pointer<const void>();
-    weight.nested_absmax = pointer<const float>();
-    weight.nested_offset = pointer<const float>();
+  void read_one(BlockSize& size) {
+    size.value = value();
+    require(is_block_size(size.value), "block_size: takes a power of two from 32 to 4096");
+  }
+  void read_one(bool& flag) { flag = value() != 0; }
+  void read_one(DType& dtype) {
+    dtype = static_cast<DType>(one_of(kDTypes, "dtype", kDTypeNumbers));
+  }
+  void read_one(CudaPath& path) {
+    path = static_cast<CudaPath>(one_of(kCudaPaths, "path", kCudaPathNumbers));
+  }
+  void read_one(Codebook& codes) {
+    read(codes.codebook);
+    codes.format = one_of(kFormats, "format_id", kFormatNumbers);
+    require(codes.format != kFormatCustom || codes.codebook != nullptr,
+            "codebook: absent for format custom");
+  }
+  // All but the shape.
+  void read_one(Weight4bit& weight) {
+    read(weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.codes,
+         BlockSize{weight.block_size});
     require((weight.nested_absmax == nullptr) == (weight.nested_offset == nullptr),
             "nested_absmax and nested_offset: take both or neither");
-    weight.codes = codebook();
-    weight.block_size = block_size();
-    return weight;
   }
 
- private:
+  // A number below `count`; `numbers` names them all.
+  int one_of(int count, const char* what, const char* numbers) {
+    const Size number = value();
+    if (number < 0 || number >= count) {
+      throw std::invalid_argument(std::string(what) + ": takes " + numbers);
+    }
+    return static_cast<int>(number);
+  }
+
   const std::vector<Size>& values_;
   std::size_t next_ = 0;
 };
@@ -114,74 +117,47 @@ class Arguments {
 
 inline Quantize4bitArgs read_quantize_4bit(Arguments& from) {
   Quantize4bitArgs args;
-  args.x = from.pointer<const void>();
-  args.x_dtype = from.dtype();
-  args.numel = from.size();
-  args.codes = from.codebook();
-  args.block_size = from.block_size();
-  args.packed = from.pointer<std::uint8_t>();
-  args.absmax = from.pointer<float>();
+  from.read(args.x, args.x_dtype, args.numel, args.codes, BlockSize{args.block_size}, args.packed,
+            args.absmax);
   return args;
 }
 
 inline Dequantize4bitArgs read_dequantize_4bit(Arguments& from) {
   Dequantize4bitArgs args;
-  args.weight = from.weight();
-  args.out = from.pointer<void>();
-  args.out_dtype = from.dtype();
+  from.read(args.weight, args.out, args.out_dtype, args.weight.cols);
   args.weight.rows = 1;
-  args.weight.cols = from.size();
   return args;
 }
 
 inline Quantize8bitArgs read_quantize_8bit(Arguments& from) {
   Quantize8bitArgs args;
-  args.x = from.pointer<const void>();
-  args.x_dtype = from.dtype();
-  args.numel = from.size();
-  args.map = from.pointer<const float>();
-  args.block_size = from.block_size();
-  args.codes = from.pointer<std::uint8_t>();
-  args.absmax = from.pointer<float>();
+  from.read(args.x, args.x_dtype, args.numel, args.map, BlockSize{args.block_size}, args.codes,
+            args.absmax);
   return args;
 }
 
 inline Dequantize8bitArgs read_dequantize_8bit(Arguments& from) {
   Dequantize8bitArgs args;
-  args.codes = from.pointer<const std::uint8_t>();
-  args.absmax = from.pointer<const float>();
-  args.map = from.pointer<const float>();
-  args.block_size = from.block_size();
-  args.out = from.pointer<void>();
-  args.out_dtype = from.dtype();
-  args.numel = from.size();
+  from.read(args.codes, args.absmax, args.map, BlockSize{args.block_size}, args.out, args.out_dtype,
+            args.numel);
   return args;
 }
 
 inline QuantizeAbsmaxArgs read_quantize_absmax(Arguments& from) {
   QuantizeAbsmaxArgs args;
-  args.absmax = from.pointer<const float>();
-  require(from.dtype() == DType::kFloat32, "dtype: takes 0 (float32)");
-  args.numel = from.size();
-  args.codes = from.pointer<std::uint8_t>();
-  args.nested_absmax = from.pointer<float>();
-  args.nested_offset = from.pointer<float>();
+  DType dtype = DType::kFloat32;
+  from.read(args.absmax, dtype, args.numel, args.codes, args.nested_absmax, args.nested_offset);
+  require(dtype == DType::kFloat32, "absmax: takes float32");
   return args;
 }
 
 template <bool kHasBias>
 Linear4bitArgs read_matmul(Arguments& from) {
   Linear4bitArgs args;
-  args.x = from.pointer<const void>();
-  args.dtype = from.dtype();
-  args.m = from.size();
-  args.x_row_stride = from.size();
-  args.weight = from.weight();
-  args.weight.rows = from.size();
-  args.weight.cols = from.size();
-  if (kHasBias) args.bias = from.pointer<const void>();
-  args.y = from.pointer<void>();
-  args.batch_invariant = from.flag();
+  from.read(args.x, args.dtype, args.m, args.x_row_stride, args.weight, args.weight.rows,
+            args.weight.cols);
+  if (kHasBias) from.read(args.bias);
+  from.read(args.y, args.batch_invariant);
   return args;
 }
 
@@ -205,26 +181,19 @@ struct AdamWStep : AdamWArgs {
 
 inline AdamWTensor read_adamw_tensor(Arguments& from) {
   AdamWTensor tensor;
-  tensor.param = from.pointer<void>();
-  tensor.grad = from.pointer<const void>();
-  tensor.exp_avg = from.pointer<void>();
-  tensor.exp_avg_sq = from.pointer<void>();
-  tensor.exp_avg_absmax = from.pointer<float>();
-  tensor.exp_avg_sq_absmax = from.pointer<float>();
+  from.read(tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq, tensor.exp_avg_absmax,
+            tensor.exp_avg_sq_absmax, tensor.factors, tensor.dtype, tensor.numel, tensor.index,
+            tensor.first);
   require((tensor.exp_avg_absmax == nullptr) == (tensor.exp_avg_sq_absmax == nullptr),
           "absmax: takes those of both moments or neither");
-  tensor.factors = from.pointer<const AdamWFactors>();
-  tensor.dtype = from.dtype();
-  tensor.numel = from.size();
-  tensor.index = from.size();
-  tensor.first = from.size();
   require(tensor.first % kStateBlockSize == 0, "first: takes a multiple of the block size");
   return tensor;
 }
 
 inline AdamWStep read_adamw_step(Arguments& from) {
   std::vector<AdamWTensor> tensors;
-  for (Size left = from.size(); left > 0; --left) tensors.push_back(read_adamw_tensor(from));
+  Size left = 0;
+  for (from.read(left); left > 0; --left) tensors.push_back(read_adamw_tensor(from));
   return {std::move(tensors), from.value()};
 }
 

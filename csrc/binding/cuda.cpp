@@ -2,6 +2,8 @@
 // on which it starts its kernels.
 #include "cuda.h"
 
+#include <vector>
+
 #include "arguments.h"
 #include "python.h"
 
@@ -11,21 +13,17 @@ namespace {
 template <auto kRead, auto kKernel>
 Status run_on_stream(Arguments& from) {
   const auto args = kRead(from);
-  void* const stream = from.pointer<void>();
+  void* stream = nullptr;
+  from.read(stream);
   from.end();
   return kKernel(args, stream);
-}
-
-CudaPath read_path(Arguments& from) {
-  return from.one_of(CudaPath::kTiled, "path: takes 0 (vector), 1 (mma) or 2 (tiled)");
 }
 
 // A matmul on a path, with the path's workspace.
 template <auto kRead>
 Linear4bitArgs read_on_path(Arguments& from) {
   Linear4bitArgs args = kRead(from);
-  args.path = read_path(from);
-  args.workspace = from.pointer<float>();
+  from.read(args.path, args.workspace);
   return args;
 }
 
@@ -36,19 +34,13 @@ struct RegionArgs : Dequantize4bitArgs {
 // The rectangle of `rows` x `columns` at (row, column) of a weight with rows of `cols` elements.
 RegionArgs read_region(Arguments& from) {
   RegionArgs args;
-  args.weight = from.weight();
-  const Size cols = from.size();
-  const Size row = from.size();
-  const Size column = from.size();
-  const Size rows = from.size();
-  const Size columns = from.size();
+  Size cols = 0, row = 0, column = 0, rows = 0, columns = 0;
+  from.read(args.weight, cols, row, column, rows, columns, args.out, args.out_dtype);
   require(columns > 0 && column + columns <= cols,
           "region: takes rows and columns within the weight");
   args.region = {row * cols + column, columns, cols - columns};
   args.weight.rows = 1;
   args.weight.cols = rows * columns;
-  args.out = from.pointer<void>();
-  args.out_dtype = from.dtype();
   return args;
 }
 
@@ -68,22 +60,24 @@ constexpr Op kCudaOps[] = {
     {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
 };
 
-// Bytes of workspace that linear_4bit (or linear_4bit_dx, whose x is dy) takes on a path.
-Size linear_workspace(bool input_gradient, int dtype, Size m, Size rows, Size cols,
-                      bool batch_invariant, int path) {
-  const std::vector<Size> values = {dtype, m, rows, cols, batch_invariant, path};
+// What computes linear_4bit (or linear_4bit_dx, whose x is dy) on the current device: a list of
+// (path, parts of the contraction, bytes of workspace).
+pybind11::list linear_paths(bool input_gradient, int dtype, Size m, Size rows, Size cols,
+                            bool batch_invariant, bool aligned) {
+  const std::vector<Size> values = {dtype, m, rows, cols};
   Arguments from(values);
   Linear4bitArgs args;
-  args.dtype = from.dtype();
-  args.m = from.size();
-  args.weight.rows = from.size();
-  args.weight.cols = from.size();
-  args.batch_invariant = from.flag();
-  args.path = read_path(from);
-  Size bytes = 0;
-  raise_on_error("linear_4bit", input_gradient ? cuda::linear_4bit_dx_workspace(args, &bytes)
-                                               : cuda::linear_4bit_workspace(args, &bytes));
-  return bytes;
+  from.read(args.dtype, args.m, args.weight.rows, args.weight.cols);
+  args.batch_invariant = batch_invariant;
+  cuda::MatmulPath paths[kCudaPaths];
+  int count = 0;
+  raise_on_error("linear_4bit",
+                 cuda::linear_4bit_paths(args, input_gradient, aligned, paths, &count));
+  pybind11::list found;
+  for (const cuda::MatmulPath* p = paths; p != paths + count; ++p) {
+    found.append(pybind11::make_tuple(static_cast<int>(p->path), p->parts, p->workspace_bytes));
+  }
+  return found;
 }
 
 // (compute capability, processors, bytes of L2) of the current device.
@@ -97,7 +91,7 @@ pybind11::tuple device_limits() {
 
 void bind_cuda(pybind11::module_& m) {
   add_ops(m, "cuda_", kCudaOps);
-  m.def("cuda_linear_workspace", linear_workspace);
+  m.def("cuda_linear_paths", linear_paths);
   m.def("cuda_device_limits", device_limits);
 }
 

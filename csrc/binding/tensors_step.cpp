@@ -75,10 +75,9 @@ bool read_step(PyObject* const* arguments, std::vector<AdamWTensor>* tensors) {
       sq_absmaxes.size() != scales) {
     return false;
   }
-  constexpr Size kFactorCount = sizeof(AdamWFactors) / sizeof(float);
   PlainTensor factors;
   if (!factors.read(arguments[kFactors]) || factors.ndim() != 2 ||
-      factors.size(1) != kFactorCount || !factors.is(dlpack::kFloat, 32) ||
+      factors.size(1) != kAdamWFactors || !factors.is(dlpack::kFloat, 32) ||
       factors.contiguous_numel() < 0 || is_negated(arguments[kFactors])) {
     return false;
   }

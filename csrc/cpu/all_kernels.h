@@ -1,5 +1,7 @@
-// The table of an instruction set that has every kernel of its own. Included after kernels.h.
+// The table of an instruction set that has every kernel of its own.
 #pragma once
+
+#include "kernels.h"
 
 namespace qkern::cpu {
 namespace {

@@ -2,24 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "kernel_table.h"
-#include "parallel.h"
-#include "qkern/codes.h"
-#include "qkern/ops.h"
-#include "scratch.h"
 
 #include "kernels_elementwise.h"
-#include "kernels_panel.h"
-
 #include "kernels_optim.h"
-
-#include "kernels_multiply.h"
+#include "kernels_panel.h"
 #include "kernels_tiled.h"
 #include "kernels_vector.h"
 #include "kernels_vector_dx.h"
+#include "qkern/ops.h"
 
 namespace qkern::cpu {
 namespace {

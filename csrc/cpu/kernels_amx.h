@@ -1,9 +1,13 @@
 // The tiled matmuls' engine for bfloat16 on AMX: 16 x 32 by 32 x 16 tile products with float32
 // sums. Weights are rounded to bfloat16, as "dequantise to x's dtype, then multiply" would. The
-// instructions take subnormal inputs for zeros. Included after kernels.h.
+// instructions take subnormal inputs for zeros.
 #pragma once
 
 #include <immintrin.h>
+
+#include "simd_avx512.h"
+
+#include "kernels.h"
 
 namespace qkern::cpu {
 namespace {

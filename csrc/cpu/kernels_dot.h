@@ -1,9 +1,12 @@
 // y = x W^T + bias for a few rows of 16-bit x, by VNNI's dot products of 16-bit integers: twice as
-// many products an instruction as float32, and two for a decoded register. Included after
-// kernels.h.
+// many products an instruction as float32, and two for a decoded register.
 #pragma once
 
 #include <immintrin.h>
+
+#include "simd_avx512.h"
+
+#include "kernels.h"
 
 namespace qkern::cpu {
 namespace {

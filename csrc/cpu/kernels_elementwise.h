@@ -1,6 +1,14 @@
-// Quantise and dequantise over flat blocks. Included once per instruction set, after its Simd.
-// Codes, scales and values are the same bits on each: no fused multiply-add, no approximation.
+// Quantise and dequantise over flat blocks. Codes, scales and values are the same bits on each
+// instruction set: no fused multiply-add, no approximation.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "qkern/codes.h"
+#include "qkern/ops.h"
+#include "simd.h"
 
 namespace qkern::cpu {
 namespace {

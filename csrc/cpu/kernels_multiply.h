@@ -1,6 +1,10 @@
-// The inner loops of the tiled matmuls in float32. Included once per instruction set, after
-// kernels_panel.h.
+// The inner loops of the tiled matmuls in float32.
 #pragma once
+
+#include <cstdint>
+
+#include "kernels_panel.h"
+#include "simd.h"
 
 namespace qkern::cpu {
 namespace {

@@ -2,6 +2,12 @@
 // vectors of; the same bits on each instruction set.
 #pragma once
 
+#include <cstdint>
+
+#include "kernels_elementwise.h"
+#include "qkern/optim_math.h"
+#include "simd.h"
+
 namespace qkern::cpu {
 namespace {
 

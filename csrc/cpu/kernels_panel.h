@@ -1,7 +1,11 @@
 // Decoding panels of W for the tiled matmuls: kTileCols output columns by as many steps of the
-// contraction as the engine's panel holds. Included once per instruction set, after
-// kernels_elementwise.h.
+// contraction as the engine's panel holds.
 #pragma once
+
+#include <cstdint>
+
+#include "kernels_elementwise.h"
+#include "simd.h"
 
 namespace qkern::cpu {
 namespace {

@@ -1,7 +1,14 @@
 // Matmuls over 4-bit weights by tiles: y = x W^T + bias and dx = dy W. A panel of W is decoded into
 // the first-level cache, used for every row of the tile and dropped, so W never exists dequantised.
-// Included once per instruction set, after kernels_multiply.h.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels_multiply.h"
+#include "kernels_panel.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace qkern::cpu {
 namespace {

@@ -1,6 +1,12 @@
-// y = x W^T + bias for a few rows of x: the decoded weights stay in registers. Included once per
-// instruction set, after kernels_tiled.h.
+// y = x W^T + bias for a few rows of x: the decoded weights stay in registers.
 #pragma once
+
+#include <cstdint>
+
+#include "kernels_panel.h"
+#include "kernels_tiled.h"
+#include "parallel.h"
+#include "scratch.h"
 
 namespace qkern::cpu {
 namespace {

@@ -1,6 +1,10 @@
-// dx = dy W for a few rows of dy: weights are used as they are decoded, without a panel. Included
-// once per instruction set, after kernels_vector.h.
+// dx = dy W for a few rows of dy: weights are used as they are decoded, without a panel.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels_vector.h"
 
 namespace qkern::cpu {
 namespace {

@@ -2,29 +2,19 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "kernel_table.h"
+#include "simd_base.h"
 #include "simd_x86.h"
 
 namespace qkern::cpu {
 namespace {
 
 // 8 float lanes: AVX2, FMA, F16C.
-struct Simd {
+struct Simd : SimdBase {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
   static constexpr int kVectorAccumulators = 9;
-  // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 6;
-  static constexpr int kFactorRows = 8;  // of W at most
-  // The look-up serves one register of codes; see simd_neon.h for the other way.
-  static constexpr bool kByteTables = false;
-  static constexpr int kExposed = 1;
-  static constexpr int kTileSteps = 1;
 
   using F = __m256;
   using I = __m256i;

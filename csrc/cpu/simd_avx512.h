@@ -8,31 +8,20 @@
 
 #include <immintrin.h>
 
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "kernel_table.h"
+#include "simd_base.h"
 #include "simd_x86.h"
 
 namespace qkern::cpu {
 namespace {
 
 // 16 float lanes: AVX-512 F, BW, DQ, VL.
-struct Simd {
+struct Simd : SimdBase {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
   // Register tile of the matmul: 14 x 2 accumulators leave room for two columns and a broadcast.
   static constexpr int kTileRows = 14;
-  // Accumulators that the matrix-vector kernel may hold.
   static constexpr int kVectorAccumulators = 24;
-  // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 16;
-  static constexpr int kFactorRows = 8;  // of W at most
-  // The look-up serves one register of codes; see simd_neon.h for the other way.
-  static constexpr bool kByteTables = false;
-  static constexpr int kExposed = 1;
-  static constexpr int kTileSteps = 1;
 
   using F = __m512;
   using I = __m512i;

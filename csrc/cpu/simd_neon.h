@@ -2,11 +2,7 @@
 
 #include <arm_neon.h>
 
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "kernel_table.h"
+#include "simd_base.h"
 
 namespace qkern::cpu {
 namespace {
@@ -27,7 +23,6 @@ struct Simd {
   // load would cost the arithmetic units as much as a multiply-add does.
   static constexpr int kTileSteps = 4;
   static constexpr int kVectorAccumulators = 8;
-  // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 4;
   static constexpr int kFactorRows = 2;  // of W at most
   // The look-up serves 16 codes: half of a register of words.

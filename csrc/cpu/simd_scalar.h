@@ -1,28 +1,18 @@
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#include "convert.h"
-#include "kernel_table.h"
+#include "simd_base.h"
 
 namespace qkern::cpu {
 namespace {
 
 // Plain C++ in groups of four lanes, which compilers turn into SSE2 or NEON where they can. No
 // fused multiply-add: without the instruction it is a library call.
-struct Simd {
+struct Simd : SimdBase {
   static constexpr const char* kName = "scalar";
   static constexpr int kLanes = 4;
   static constexpr int kTileRows = 4;
   static constexpr int kVectorAccumulators = 6;
-  // Factors (rows of W times rows of dy) that its input gradient may hold.
   static constexpr int kVectorFactors = 4;
-  static constexpr int kFactorRows = 8;  // of W at most
-  // The look-up serves one register of codes; see simd_neon.h for the other way.
-  static constexpr bool kByteTables = false;
-  static constexpr int kExposed = 1;
-  static constexpr int kTileSteps = 1;
 
   struct F {
     float lane[kLanes];

@@ -1,4 +1,4 @@
-// What AVX2 and AVX-512 share. Included once per instruction set.
+// What AVX2 and AVX-512 share.
 #pragma once
 
 #include <immintrin.h>

@@ -86,16 +86,14 @@ QKERN_DEVICE int piece_of(const Pieces& pieces, std::int64_t chunk) {
 }
 
 QKERN_DEVICE AdamWFactors load_factors(const AdamWFactors* from) {
-  return {__ldg(&from->grad_scale),
-          __ldg(&from->decay),
-          __ldg(&from->beta1_complement),
-          __ldg(&from->beta2),
-          __ldg(&from->beta2_complement),
-          __ldg(&from->step_size),
-          __ldg(&from->root_bias2_inverse),
-          __ldg(&from->eps),
-          __ldg(&from->skip),
-          __ldg(&from->step)};
+  float values[kAdamWFactors];
+#pragma unroll
+  for (int i = 0; i < kAdamWFactors; ++i) {
+    values[i] = __ldg(reinterpret_cast<const float*>(from) + i);
+  }
+  AdamWFactors factors;
+  std::memcpy(&factors, values, sizeof(factors));
+  return factors;
 }
 
 // What a lane holds of a T in memory: its value, or the code that a byte is.

@@ -19,59 +19,69 @@ sum_splits_kernel(const float* __restrict__ parts, int count, std::int64_t m, st
   }
 }
 
-struct Plan {
-  Split split;
-  std::int64_t workspace_bytes;
-};
+constexpr const char* kTakesTensorCores =
+    "path mma: takes float16 from sm_75 and bfloat16 from sm_80 on";
+constexpr const char* kTakesPieces =
+    "path mma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned";
 
-bool aligned16(const void* p) { return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0; }
-
-// The tensor-core kernels read x and W in 16-byte pieces, each within a row and a block.
-Status check_mma(const Linear4bitArgs& args, std::int64_t depth) {
-  DeviceLimits limits;
-  const Status status = device_limits(&limits);
-  if (!status.ok()) return status;
-  const int least = args.dtype == DType::kBFloat16 ? 80 : 75;
-  if (args.dtype == DType::kFloat32 || limits.capability < least) {
-    return Status::error("path mma: takes float16 from sm_75 and bfloat16 from sm_80 on");
+// Why args.path cannot compute the matmul, or nullptr where it can.
+const char* refusal(const Linear4bitArgs& args, bool input_gradient, bool aligned, int capability) {
+  switch (args.path) {
+    case CudaPath::kVector:
+      return input_gradient ? "path vector: takes the forward only" : nullptr;
+    case CudaPath::kMma: {
+      const int least = args.dtype == DType::kBFloat16 ? 80 : 75;
+      if (args.dtype == DType::kFloat32 || capability < least) return kTakesTensorCores;
+      // The kernels read x and W in 16-byte pieces, each within a row and a block.
+      const std::int64_t depth = input_gradient ? args.weight.rows : args.weight.cols;
+      const bool whole_pieces =
+          args.weight.cols % 32 == 0 && args.weight.cols <= kLongestRow && depth % 8 == 0;
+      return whole_pieces && aligned ? nullptr : kTakesPieces;
+    }
+    default:
+      return nullptr;
   }
-  if (args.weight.cols % 32 != 0 || args.weight.cols > kLongestRow || depth % 8 != 0 ||
-      args.x_row_stride % 8 != 0 || !aligned16(args.x) || !aligned16(args.weight.packed)) {
-    return Status::error("path mma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned");
-  }
-  return Status::success();
-}
-
-std::int64_t parts_bytes(const Split& split, std::int64_t m, std::int64_t columns) {
-  return split.count == 1 ? 0
-                          : split.count * m * columns * static_cast<std::int64_t>(sizeof(float));
-}
-
-Plan forward_plan(const Linear4bitArgs& args) {
-  if (args.path == CudaPath::kVector) {
-    const Split split = linear_vector_split(args);
-    const std::int64_t rows = args.m < kVectorLaunchRows ? args.m : kVectorLaunchRows;
-    return {split, parts_bytes(split, rows, args.weight.rows)};
-  }
-  if (args.path == CudaPath::kTiled) return {{1, args.weight.cols}, 0};
-  const Split split = linear_mma_split(args);
-  return {split, parts_bytes(split, args.m, args.weight.rows)};
-}
-
-Plan input_gradient_plan(const Linear4bitArgs& args) {
-  if (args.path == CudaPath::kTiled) return {{1, args.weight.rows}, 0};
-  const Split split = linear_dx_mma_split(args);
-  return {split, parts_bytes(split, args.m, args.weight.cols)};
-}
-
-Status check_workspace(const Linear4bitArgs& args, const Plan& plan) {
-  return plan.workspace_bytes > 0 && args.workspace == nullptr
-             ? Status::error("workspace: absent; takes as many bytes as the op's _workspace says")
-             : Status::success();
 }
 
 bool is_empty(const Linear4bitArgs& args) {
   return args.m == 0 || args.weight.rows == 0 || args.weight.cols == 0;
+}
+
+// The split of args.path.
+Split split_of(const Linear4bitArgs& args, bool input_gradient) {
+  if (is_empty(args) || args.path == CudaPath::kTiled) return {1, 0};
+  if (args.path == CudaPath::kVector) return linear_vector_split(args);
+  return input_gradient ? linear_dx_mma_split(args) : linear_mma_split(args);
+}
+
+std::int64_t workspace_bytes(const Linear4bitArgs& args, bool input_gradient, const Split& split) {
+  if (split.count == 1) return 0;
+  const bool few = args.path == CudaPath::kVector && args.m > kVectorLaunchRows;
+  const std::int64_t rows = few ? kVectorLaunchRows : args.m;
+  const std::int64_t columns = input_gradient ? args.weight.cols : args.weight.rows;
+  return split.count * rows * columns * static_cast<std::int64_t>(sizeof(float));
+}
+
+bool aligned16(const void* p) { return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0; }
+
+// A matmul on args.path, checked: whoever chose it may be wrong.
+Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
+  DeviceLimits limits;
+  if (args.path == CudaPath::kMma) {
+    const Status status = device_limits(&limits);
+    if (!status.ok()) return status;
+  }
+  const bool aligned =
+      args.x_row_stride % 8 == 0 && aligned16(args.x) && aligned16(args.weight.packed);
+  const char* const why_not = refusal(args, input_gradient, aligned, limits.capability);
+  if (why_not != nullptr) return Status::error(why_not);
+  const Split split = split_of(args, input_gradient);
+  if (workspace_bytes(args, input_gradient, split) > 0 && args.workspace == nullptr) {
+    return Status::error("workspace: absent; takes as many bytes as linear_4bit_paths says");
+  }
+  if (args.path == CudaPath::kVector) return linear_vector(args, split, stream);
+  if (args.path == CudaPath::kTiled) return linear_tiled(args, input_gradient, stream);
+  return input_gradient ? linear_dx_mma(args, split, stream) : linear_mma(args, split, stream);
 }
 
 }  // namespace
@@ -108,36 +118,31 @@ Status device_limits(DeviceLimits* limits) {
   return Status::success();
 }
 
-Status linear_4bit_workspace(const Linear4bitArgs& args, std::int64_t* bytes) {
-  *bytes = is_empty(args) ? 0 : forward_plan(args).workspace_bytes;
-  return Status::success();
-}
-
-Status linear_4bit_dx_workspace(const Linear4bitArgs& args, std::int64_t* bytes) {
-  *bytes = is_empty(args) ? 0 : input_gradient_plan(args).workspace_bytes;
+Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool aligned,
+                         MatmulPath (&paths)[kCudaPaths], int* count) {
+  *count = 0;
+  DeviceLimits limits;
+  const Status status = device_limits(&limits);
+  if (!status.ok()) return status;
+  Linear4bitArgs on_path = args;
+  for (int path = 0; path < kCudaPaths; ++path) {
+    on_path.path = static_cast<CudaPath>(path);
+    if (refusal(on_path, input_gradient, aligned, limits.capability) != nullptr) continue;
+    const Split split = split_of(on_path, input_gradient);
+    paths[(*count)++] = {on_path.path, split.count,
+                         workspace_bytes(on_path, input_gradient, split)};
+  }
   return Status::success();
 }
 
 Status linear_4bit(const Linear4bitArgs& args, void* stream) {
   if (args.m == 0 || args.weight.rows == 0) return Status::success();
-  const Plan plan = forward_plan(args);
-  Status status = check_workspace(args, plan);
-  if (!status.ok()) return status;
-  if (args.path == CudaPath::kVector) return linear_vector(args, plan.split, stream);
-  if (args.path == CudaPath::kTiled) return linear_tiled(args, false, stream);
-  status = check_mma(args, args.weight.cols);
-  return status.ok() ? linear_mma(args, plan.split, stream) : status;
+  return run(args, false, stream);
 }
 
 Status linear_4bit_dx(const Linear4bitArgs& args, void* stream) {
   if (args.m == 0 || args.weight.cols == 0) return Status::success();
-  const Plan plan = input_gradient_plan(args);
-  Status status = check_workspace(args, plan);
-  if (!status.ok()) return status;
-  if (args.path == CudaPath::kVector) return Status::error("path vector: takes the forward only");
-  if (args.path == CudaPath::kTiled) return linear_tiled(args, true, stream);
-  status = check_mma(args, args.weight.rows);
-  return status.ok() ? linear_dx_mma(args, plan.split, stream) : status;
+  return run(args, true, stream);
 }
 
 }  // namespace qkern::cuda

@@ -93,9 +93,10 @@ def quantize(
 
 def size_in_bytes(model: nn.Module) -> int:
     """Bytes of the frozen weights: 4-bit ones as they are, the others as bfloat16."""
-    # A Linear4bit shows its weight as an attribute, so its tensors are not parameters.
-    quantized = [m.weight for m in model.modules() if isinstance(m, qkern.nn.Linear4bit)]
-    dense = [p for name, p in model.named_parameters() if "lora_" not in name]
+    quantized = [m.quantized for m in model.modules() if isinstance(m, qkern.nn.Linear4bit)]
+    dense = [
+        p for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name
+    ]
     return sum(w.nbytes for w in quantized) + sum(2 * p.numel() for p in dense)
 
 

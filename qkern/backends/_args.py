@@ -16,7 +16,7 @@ from qkern import _errors, formats
 from qkern.reference import ADAMW_FACTORS
 from qkern.weight import Weight
 
-DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_IDS = {getattr(torch, name): index for index, name in enumerate(formats.DTYPES)}
 _FORMAT_IDS = formats.FORMAT_IDS
 _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
 

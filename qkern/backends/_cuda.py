@@ -51,4 +51,5 @@ class CudaBackend(CompiledBackend):
             getattr(self.library(), f"cuda_{op}")(*arguments, stream)
 
     def _multiply(self, product: Product) -> None:
-        _cuda_matmul.start(self.library(), product, self._stream(product.x.device))
+        with self._stream(product.x.device) as stream:
+            _cuda_matmul.start(self.library(), stream, product)

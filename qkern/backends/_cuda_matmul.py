@@ -1,79 +1,99 @@
-"""How a CUDA matmul starts: on the path that `_cuda_paths` chooses, with what memory it needs."""
+"""How a 4-bit matmul is started on a GPU, on the way that `_cuda_paths` chooses.
+
+``library`` is the compiled module everywhere; all is done on ``stream``, the address of the current
+stream of the current device.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkern.backends import _args
+from qkern.backends import _args, _cuda_paths
 from qkern.backends._backend import Product
 from qkern.backends._compiled import numbers, product_numbers
-from qkern.backends._cuda_paths import PATHS, Limits, Matmul, choose, slices_of
+from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
 
 
-def start(library: Any, product: Product, stream: AbstractContextManager[int]) -> None:
-    """Start the product on ``stream``, entered when the arguments are ready."""
-    x, row_stride = product.x, product.row_stride
-    if product.in_features % 32 == 0 and not _in_pieces(x, row_stride):
+def start(library: Any, stream: int, product: Product) -> None:
+    """Start the product into its ``out``."""
+    x = product.x
+    if product.in_features % 32 == 0 and not _in_pieces(x, product.row_stride):
         # x is small beside W, and in pieces every path can read it.
         x = x.clone(memory_format=torch.contiguous_format)
-        row_stride = x.stride(0)
-    with stream as address:
-        aligned = _in_pieces(x, row_stride) and product.weight.packed.data_ptr() % 16 == 0
-        limits = Limits(*library.cuda_device_limits())
-        sizes = product.rows, product.out_features, product.in_features
-        call = Matmul(product.dx, x.dtype, *sizes, product.batch_invariant, aligned)
-        path = choose(call, limits)
-        if path == "gemm":
-            _slices_by_gemm(library, call, limits, x, product, address)
-        else:
-            _fused(library, path, call, x, row_stride, product, address)
+        product = product._replace(x=x, row_stride=x.stride(0))
+    whole_weight = product.weight.packed.data_ptr() % 16 == 0
+    call = Matmul(
+        *(product.dx, x.dtype, product.rows, product.out_features, product.in_features),
+        batch_invariant=product.batch_invariant,
+        aligned=whole_weight and _in_pieces(x, product.row_stride),
+    )
+    limits = device_limits(library)
+    way = choose(library, call, limits)
+    if way.path == "gemm":
+        _slices_by_gemm(library, stream, call, limits, product)
+    else:
+        _fused(library, stream, way, product)
 
 
 def _in_pieces(x: Tensor, row_stride: int) -> bool:
     return x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
 
 
-def _fused(
-    library: Any,
-    path: str,
-    call: Matmul,
-    x: Tensor,
-    row_stride: int,
-    product: Product,
-    stream: int,
-) -> None:
-    """One of qkern's own kernels, with a workspace of the size that it asks for."""
-    dtype_id = _args.dtype_id("x", x.dtype)
-    path_id = PATHS.index(path)
-    sizes = call.out_features, call.in_features
-    workspace_bytes = library.cuda_linear_workspace(
-        call.dx, dtype_id, call.rows, *sizes, call.batch_invariant, path_id
+def device_limits(library: Any) -> Limits:
+    """The limits of the current device."""
+    return Limits(*library.cuda_device_limits())
+
+
+def choose(library: Any, call: Matmul, limits: Limits) -> Way:
+    """The way for a call; ``ValueError`` where ``QKERN_CUDA_PATH`` forces one that cannot."""
+    ways, best = _ranked(library, call, limits)
+    return _cuda_paths.forced(call, ways) or best
+
+
+@functools.lru_cache(maxsize=4096)
+def _ranked(library: Any, call: Matmul, limits: Limits) -> tuple[tuple[Way, ...], Way]:
+    """What can compute a call on the current device, and the best of it.
+
+    Kept, so that a matmul of a shape that came before asks C++ for no more than its kernel.
+    """
+    found = library.cuda_linear_paths(
+        *(call.dx, _args.dtype_id("x", call.dtype), call.rows, call.out_features),
+        *(call.in_features, call.batch_invariant, call.aligned),
     )
+    ways = tuple(Way(PATHS[path], parts, nbytes) for path, parts, nbytes in found)
+    # A vendor's GEMM may sum in another order for another number of rows.
+    if not call.batch_invariant:
+        ways += (Way("gemm"),)
+    return ways, _cuda_paths.best(call, limits, ways)
+
+
+def _fused(library: Any, stream: int, way: Way, product: Product) -> None:
+    """One of qkern's own kernels, with a workspace of the size that it asks for."""
     # The allocator hands it out again only to work that this stream does later.
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device)
-    kernel = library.cuda_linear_4bit_dx if call.dx else library.cuda_linear_4bit
-    product = product._replace(x=x, row_stride=row_stride)
-    kernel(*product_numbers(product, path_id, workspace, stream))
+    workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
+    kernel = library.cuda_linear_4bit_dx if product.dx else library.cuda_linear_4bit
+    kernel(*product_numbers(product, PATHS.index(way.path), workspace, stream))
 
 
 def _slices_by_gemm(
-    library: Any, call: Matmul, limits: Limits, x: Tensor, product: Product, stream: int
+    library: Any, stream: int, call: Matmul, limits: Limits, product: Product
 ) -> None:
     """Decode W a slice at a time into one workspace; torch multiplies into ``out``'s columns.
 
     A slice has every term of its results, so each is rounded once, by the GEMM itself.
     """
-    dtype_id = _args.dtype_id("x", x.dtype)
+    x, bias = product.x.detach(), product.bias
+    out = product.out.detach().view(call.rows, -1)
+    dtype_id = _args.DTYPE_IDS[x.dtype]
     weight = tuple(numbers(product.weight))
-    slices = slices_of(call, limits)
+    slices = _cuda_paths.slices_of(call, limits)
     begin, end = slices[0]
     other = call.out_features if call.dx else call.in_features
     workspace = torch.empty((end - begin) * other, dtype=x.dtype, device=x.device)
-    x, out, bias = x.detach(), product.out.detach().view(call.rows, -1), product.bias
     for begin, end in slices:
         width = end - begin
         region = (0, begin, other, width) if call.dx else (begin, 0, width, other)

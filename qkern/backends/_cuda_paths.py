@@ -1,4 +1,4 @@
-"""Which way a 4-bit matmul takes on a GPU: ``choose``, and the model it follows.
+"""Which way a 4-bit matmul takes on a GPU: ``best``, and the model it follows.
 
 Four ways compute ``y = x W^T + bias`` and ``dx = dy W`` (M rows of x, W of N x K):
 
@@ -23,14 +23,17 @@ from the L2 cache, once a tile of rows; that part is the same for all and left o
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-PATHS = ("vector", "mma", "tiled", "gemm")
-"""The first three are the numbers of ``CudaPath`` in csrc/include/qkern/ops.h."""
+from qkern import formats
+
+PATHS = (*formats.CUDA_PATHS, "gemm")
+"""All but the last by their numbers in C++."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,15 @@ class Matmul:
     batch_invariant: bool = False
     aligned: bool = True
     """Whether x and W start at 16 bytes and x's rows are 16-byte pieces."""
+
+
+class Way(NamedTuple):
+    """What can compute a call: C++ answers for its own paths, with what they take."""
+
+    path: str
+    parts: int = 1
+    """Of the contraction, each summed by itself."""
+    workspace_bytes: int = 0
 
 
 # Multiply-adds a clock and quarter, float16 or bfloat16 with float32 sums: (mma.sync, the best
@@ -86,7 +98,6 @@ _VENDOR_TILE = 64
 # Clocks between a launch and its first instruction, and those that Python takes for two kernels.
 _LAUNCH_CLOCKS = 6000
 
-_LONGEST_ROW = 1 << 29  # for mma: kLongestRow of csrc/cuda/linear.cuh
 _SLICE_MULTIPLE = 128  # rows or columns: whole tiles for the GEMM, 16 aligned bytes for the decoder
 _L2_SHARE = 0.5  # of the cache for a slice; the rest is for x, y and the packed weight
 
@@ -95,27 +106,6 @@ def _architecture(capability: int) -> int:
     """The newest architecture of the tables that is not newer than the device."""
     known = (arch for arch in _TENSOR_RATES if arch <= capability)
     return max(known, default=min(_TENSOR_RATES))
-
-
-def allowed(call: Matmul, limits: Limits) -> tuple[str, ...]:
-    """The ways that can compute the call."""
-    found = [] if call.dx else ["vector"]
-    depth = call.out_features if call.dx else call.in_features
-    least = 80 if call.dtype == torch.bfloat16 else 75
-    if (
-        call.dtype != torch.float32
-        and limits.capability >= least
-        and call.aligned
-        and call.in_features % 32 == 0
-        and call.in_features <= _LONGEST_ROW
-        and depth % 8 == 0
-    ):
-        found.append("mma")
-    found.append("tiled")
-    # A vendor's GEMM may sum in another order for another number of rows.
-    if not call.batch_invariant:
-        found.append("gemm")
-    return tuple(found)
 
 
 def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
@@ -162,21 +152,24 @@ def slices_of(call: Matmul, limits: Limits) -> tuple[tuple[int, int], ...]:
     return tuple((begin, min(begin + step, sliced)) for begin in range(0, sliced, step))
 
 
-@functools.lru_cache(maxsize=4096)
-def _least(call: Matmul, limits: Limits) -> str:
-    ways = allowed(call, limits)
+def best(call: Matmul, limits: Limits, ways: Sequence[Way]) -> Way:
+    """The way that the model finds fastest, of those that can compute the call."""
     if call.batch_invariant:
         # The way must not depend on the number of rows either: `vector`, or for dx the best left.
         return ways[0]
-    return min(ways, key=lambda path: modelled_clocks(path, call, limits))
+    return min(ways, key=lambda way: modelled_clocks(way.path, call, limits))
 
 
-def choose(call: Matmul, limits: Limits) -> str:
-    """The way for a call; ``ValueError`` where ``QKERN_CUDA_PATH`` forces one that cannot."""
-    forced = os.environ.get("QKERN_CUDA_PATH")
-    if not forced:
-        return _least(call, limits)
-    ways = allowed(call, limits)
-    if forced not in PATHS or forced not in ways:
-        raise ValueError(f"QKERN_CUDA_PATH: got {forced!r}; takes {', '.join(ways)} for {call}")
-    return forced
+def forced(call: Matmul, ways: Sequence[Way]) -> Way | None:
+    """The way that ``QKERN_CUDA_PATH`` names, None where it is not set.
+
+    Raises ``ValueError`` where it cannot compute the call.
+    """
+    path = os.environ.get("QKERN_CUDA_PATH")
+    if not path:
+        return None
+    for way in ways:
+        if way.path == path:
+            return way
+    taken = ", ".join(way.path for way in ways)
+    raise ValueError(f"QKERN_CUDA_PATH: got {path!r}; takes {taken} for {call}")

@@ -1,10 +1,7 @@
 """4-bit weights in the layout of bitsandbytes' safetensors checkpoints, bit for bit both ways.
 
-A 4-bit ``X.weight`` lies there as ``X.weight`` (the packed bytes ``[n, 1]``), ``X.weight.absmax``,
-``X.weight.quant_map`` (the code table), with double quantisation ``X.weight.nested_absmax`` and
-``X.weight.nested_quant_map``, and as ``X.weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``),
-which is JSON in uint8. Such files are written by transformers for a model loaded with
-``BitsAndBytesConfig(load_in_4bit=True)``.
+``qkern.nn._layouts`` says how a weight lies there. Such files are written by transformers for a
+model loaded with ``BitsAndBytesConfig(load_in_4bit=True)``.
 """
 
 from __future__ import annotations
@@ -20,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import formats
 from qkern.io._common import Layer, linear_layers, plain, some, unwrapped, write_file
+from qkern.nn._layouts import bnb_names, from_bnb, to_bnb
+from qkern.nn._module import TENSORS
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear, lora_layers
 from qkern.nn.model import replace_module
-from qkern.tensor import QuantizedTensor
 
 _STATE_KEY = re.compile(r"(?P<path>.+)\.weight\.quant_state\.bitsandbytes__(?:nf4|fp4)")
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS_FILE = "model.safetensors"
 
@@ -55,8 +51,8 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
         if isinstance(module, LoRALinear):
             done.update(f"{path}.{name}" for name in ("lora_a", "lora_b"))
         if isinstance(module, Linear4bit):
-            done.update(f"{path}.{name}" for name, _ in module.named_buffers())
-            for suffix, tensor in _to_bnb(path, module.weight).items():
+            done.update(f"{path}.{name}" for name in TENSORS)
+            for suffix, tensor in to_bnb(path, module.quantized).items():
                 tensors[f"{_without_base_layer(path)}.weight{suffix}"] = tensor
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -101,9 +97,9 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if unknown := quantized.keys() - layers.keys():
             raise ValueError(f"{path}: the model has no linear layer {some(unknown)}")
         rest = tensors.keys() - {
-            f"{layer}.weight{suffix}"
+            name
             for layer, state in quantized.items()
-            for suffix in ("", state.removeprefix(f"{layer}.weight"), *(f".{p}" for p in _PARTS))
+            for name in bnb_names(f"{layer}.weight", state)
         }
         slots = _dense_slots(inner, {layer: layers[layer] for layer in quantized})
         _check_names(path, rest, slots)
@@ -111,8 +107,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             if (got := tensors.shape(name)) != (takes := list(slots[name].shape)):
                 raise ValueError(f"{name}: got shape {got}; takes {takes}")
         weights = {
-            layer: _from_bnb(f"{layer}.weight", state, tensors)
-            for layer, state in quantized.items()
+            layer: from_bnb(f"{layer}.weight", state, tensors) for layer, state in quantized.items()
         }
         for layer, qw in weights.items():
             shape = (layers[layer][0].out_features, layers[layer][0].in_features)
@@ -130,93 +125,15 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _to_bnb(path: str, qw: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of one weight by their suffix after ``weight``."""
-    if qw.format == "custom":
-        raise ValueError(f"{path}: bitsandbytes has no file layout for a custom codebook")
-    state: dict[str, Any] = {
-        "quant_type": qw.format,
-        "blocksize": qw.block_size,
-        "dtype": str(qw.dtype).removeprefix("torch."),
-        "shape": list(qw.shape),
-    }
-    # bitsandbytes' FP4 table has +0.0 where qkern's has -0.0; adding 0.0 makes that step.
-    tensors = {
-        "": qw.packed.view(-1, 1),
-        ".absmax": qw.absmax,
-        ".quant_map": formats.code_tensor(qw.format) + 0.0,
-    }
-    if qw.nested_absmax is not None and qw.nested_offset is not None:
-        state["nested_blocksize"] = formats.NESTED_BLOCK_SIZE
-        state["nested_dtype"] = "float32"
-        state["nested_offset"] = qw.nested_offset.item()
-        tensors[".nested_absmax"] = qw.nested_absmax
-        tensors[".nested_quant_map"] = formats.map_tensor("signed")
-    text = json.dumps(state).encode()
-    tensors[f".quant_state.bitsandbytes__{qw.format}"] = torch.tensor(list(text), dtype=torch.uint8)
-    return tensors
-
-
-def _from_bnb(name: str, state_key: str, tensors: _Checkpoint) -> QuantizedTensor:
-    """The weight ``name``; ValueError where qkern's rule would not restore the same values."""
-    state = _json(state_key, tensors[state_key])
-    for key in ("quant_type", "blocksize", "dtype", "shape"):
-        if key not in state:
-            raise ValueError(f"{state_key}: has no {key}")
-    if not state_key.endswith(f"__{state['quant_type']}"):
-        raise ValueError(f"{state_key}: quant_type: got {state['quant_type']!r}")
-    _check_table(f"{name}.quant_map", tensors, formats.code_tensor(state["quant_type"]))
-    nested_absmax = nested_offset = None
-    if "nested_offset" in state:
-        group = state.get("nested_blocksize"), state.get("nested_dtype")
-        if group != (takes := (formats.NESTED_BLOCK_SIZE, "float32")):
-            raise ValueError(
-                f"{state_key}: nested_blocksize, nested_dtype: got {group}; takes {takes}"
-            )
-        _check_table(f"{name}.nested_quant_map", tensors, formats.map_tensor("signed"))
-        nested_absmax = tensors[f"{name}.nested_absmax"]
-        nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-    try:
-        return QuantizedTensor(
-            # Another storage dtype is the same bytes seen differently.
-            packed=tensors[name].view(torch.uint8).view(-1),
-            absmax=tensors[f"{name}.absmax"],
-            nested_absmax=nested_absmax,
-            nested_offset=nested_offset,
-            codebook=None,
-            format=state["quant_type"],
-            block_size=state["blocksize"],
-            shape=tuple(state["shape"]),
-            dtype=getattr(torch, state["dtype"], None),  # type: ignore[arg-type]  # checked there
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _json(name: str, tensor: Tensor) -> dict[str, Any]:
-    try:
-        found = json.loads(bytes(tensor.tolist()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: got {type(found).__name__}; takes a JSON object")
-    return found
-
-
-def _check_table(name: str, tensors: _Checkpoint, expected: Tensor) -> None:
-    if not torch.equal(tensors[name], expected):
-        raise ValueError(f"{name}: differs from the table of that name; qkern reads only that")
-
-
 def _dense_slots(
     model: nn.Module, quantized: Mapping[str, tuple[Layer, list[str]]]
 ) -> dict[str, Tensor]:
     """What the file must fill besides the 4-bit weights, by plain name."""
     replaced = {
         f"{actual}.{name}"
-        for layer, paths in quantized.values()
+        for _, paths in quantized.values()
         for actual in paths
-        for name in ("weight", *(name for name, _ in layer.named_buffers()))
+        for name in TENSORS
     }
     state = model.state_dict(keep_vars=True)
     return {plain(name): tensor for name, tensor in state.items() if name not in replaced}

@@ -1,140 +1,200 @@
-"""What every module with a 4-bit weight shares: its buffers, their dtypes, and the state dict."""
+"""What every module with a 4-bit weight shares: its parameters, their bits, and the state dict."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qkern import _errors
 from qkern.functional import quantize_4bit
+from qkern.nn import _layouts
+from qkern.nn._layouts import PARAMETERS
 from qkern.tensor import QuantizedTensor
+from qkern.weight import Weight
 
-_TENSORS = ("packed", "absmax", "nested_absmax", "nested_offset", "codebook")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TENSORS = (*PARAMETERS, "quant_meta")
+"""All that a 4-bit weight adds to a module's parameters."""
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``module.name``, sooner: torch looks everywhere else before it looks among parameters.
+    """``module.name``, faster: torch looks everywhere else before it looks among parameters.
 
-    Elsewhere it is where the module was parametrised or sharded.
+    Elsewhere it is where the module was parametrised, or replicated by ``nn.DataParallel``.
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 class QuantizedModule(nn.Module):
-    """A module whose frozen weight is a :class:`~qkern.QuantizedTensor`.
+    """A module whose weight is frozen in 4 bits.
 
-    The tensors of the weight are buffers: ``packed`` (uint8), ``absmax`` (float32, or uint8 when
-    double-quantised), ``nested_absmax`` and ``nested_offset`` (float32, double-quantised only),
-    ``codebook`` (float32, custom formats only). They move with the module, and a cast such as
-    ``.half()`` leaves them alone: it only changes ``weight.dtype``, as it casts the bias.
+    The tensors of the weight are parameters that do not require grad, as frameworks expect of
+    weights: they are sharded, offloaded and moved like others, and not broadcast before every
+    forward as buffers are. :attr:`quantized` shows them as a :class:`~qkern.QuantizedTensor`.
 
-    A further buffer, ``quant_meta``, holds format, block size and shape as JSON in uint8. A plain
-    tensor survives whatever carries a state dict (safetensors, sharding, distributed checkpoints);
-    ``get_extra_state`` and keys made up on saving do not, since such tools look names up among
-    parameters and buffers. Loading compares it with the module, so a checkpoint in another format
-    is refused rather than read as the wrong numbers. As with other modules, ``weight.dtype`` is
-    the module's own and not loaded.
+    ``weight``
+        the packed codes, uint8 ``[ceil(n / 2), 1]`` as in bitsandbytes.
+    ``absmax``
+        int32 ``[blocks]``, or uint8 ``[blocks]`` when double-quantised.
+    ``nested_absmax``, ``nested_offset``
+        int32 ``[ceil(blocks / 256)]`` and int32 ``[1]``; None unless double-quantised.
+    ``codebook``
+        int32 ``[16]``; None unless the format is ``"custom"``.
+    ``quant_meta``
+        format, block size and shape as JSON in uint8. A plain tensor survives whatever carries a
+        state dict; ``get_extra_state`` and keys made up on saving do not.
+
+    The int32 ones hold the bits of float32 values, so that no cast reaches them. A cast such as
+    ``.half()`` changes only the dtype that the weight dequantises to, ``quantized.dtype``, as it
+    casts the bias.
+
+    ``load_state_dict`` takes the parameters' own names, bitsandbytes' keys
+    (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4``, ...) and state dicts of version
+    0.1.0. A checkpoint of another format, block size or shape is refused rather than read as the
+    wrong numbers. As with other modules the dtype is the module's own and is not loaded; only with
+    ``assign=True`` it becomes the one in bitsandbytes' state.
     """
 
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    codebook: Tensor | None
-    quant_meta: Tensor
+    weight: Tensor
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter | None
+    nested_offset: nn.Parameter | None
+    codebook: nn.Parameter | None
+    quant_meta: nn.Parameter
 
     def _set_quantized(self, qw: QuantizedTensor) -> None:
         self._format = qw.format
         self._block_size = qw.block_size
         self._weight_shape = tuple(qw.shape)
         self._weight_dtype = qw.dtype
-        self._kept_weight: QuantizedTensor | None = None
-        for name in _TENSORS:
-            self.register_buffer(name, getattr(qw, name))
-        self.register_buffer("quant_meta", self._encode_meta(qw.packed.device))
+        for name, tensor in self._own_layout(qw).items():
+            self.register_parameter(name, None if tensor is None else frozen(tensor))
+
+    def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:
+        """The tensors of ``qw`` by parameter name, in the same memory."""
+        meta = _described(qw.format, qw.block_size, qw.double_quant, qw.shape)
+        return _layouts.to_parameters(qw) | {"quant_meta": _encoded(meta, qw.packed.device)}
 
     @property
-    def weight(self) -> QuantizedTensor:
-        """The frozen weight. Its tensors are the module's buffers, not copies."""
-        if torch.compiler.is_compiling():
-            return self._quantized(self.packed)
-        # Checking and building one takes as long as a small matmul, so the last one is kept. It
-        # stands for the buffers as long as they are the same objects.
-        kept, buffers = self._kept_weight, self._buffers
-        if (
-            kept is None
-            or kept.packed is not buffers["packed"]
-            or kept.absmax is not buffers["absmax"]
-            or kept.nested_absmax is not buffers["nested_absmax"]
-            or kept.nested_offset is not buffers["nested_offset"]
-            or kept.codebook is not buffers["codebook"]
-            or kept.dtype is not self._weight_dtype
-        ):
-            kept = self._kept_weight = self._quantized(self.packed)
-        return kept
+    def quantized(self) -> QuantizedTensor:
+        """The frozen weight: views of the parameters as what they hold, made at every call.
 
-    def _quantized(self, packed: Tensor) -> QuantizedTensor:
-        return QuantizedTensor(
-            packed=packed,
-            absmax=self.absmax,
-            nested_absmax=self.nested_absmax,
-            nested_offset=self.nested_offset,
-            codebook=self.codebook,
-            format=self._format,
-            block_size=self._block_size,
-            shape=self._weight_shape,
-            dtype=self._weight_dtype,
-        )
+        Raises RuntimeError while the parameters are sharded (FSDP2), TypeError or ValueError where
+        they do not fit one another.
+        """
+        weight = self.as_operand()
+        if is_sharded(weight.packed):
+            raise RuntimeError("weight: is sharded; takes a module after its unshard()")
+        weight = weight.canonical()
+        weight = weight._replace(packed=self._without_padding(weight.packed))
+        return QuantizedTensor(*weight, self._weight_shape, self._weight_dtype)
+
+    def as_operand(self) -> Weight:
+        """The weight as the ops take it: the parameters themselves.
+
+        Nothing is kept between calls, for ``param.data = other`` would make it stale, and it would
+        keep memory alive that was offloaded.
+        """
+        held: dict[str, Any] = self._parameters
+        try:
+            return Weight(
+                held["weight"],
+                held["absmax"],
+                held["nested_absmax"],
+                held["nested_offset"],
+                held["codebook"],
+                self._format,
+                self._block_size,
+            )
+        except KeyError:
+            tensors = (parameter(self, name) for name in PARAMETERS)
+            return Weight._make((*tensors, self._format, self._block_size))
+
+    def _without_padding(self, packed: Tensor) -> Tensor:
+        return packed
+
+    def _double_quant(self) -> bool:
+        return parameter(self, "nested_absmax") is not None
 
     def _format_repr(self) -> str:
         return (
             f"format={self._format}, block_size={self._block_size}, "
-            f"double_quant={self.nested_absmax is not None}"
+            f"double_quant={self._double_quant()}"
         )
 
     def _meta(self) -> dict[str, Any]:
-        return {
-            "block_size": self._block_size,
-            "double_quant": self.nested_absmax is not None,
-            "format": self._format,
-            "shape": list(self._weight_shape),
-        }
+        return _described(self._format, self._block_size, self._double_quant(), self._weight_shape)
 
-    def _encode_meta(self, device: torch.device) -> Tensor:
-        text = json.dumps(self._meta(), sort_keys=True).encode()
-        return torch.tensor(list(text), dtype=torch.uint8, device=device)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take packed codes or scales as a plain tensor too, as ``module.weight.to(0)`` is one."""
+        if (
+            name in PARAMETERS
+            and isinstance(value, Tensor)
+            and not isinstance(value, nn.Parameter)
+            and name in self._parameters
+        ):
+            value = frozen(value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in every module; a tensor of the weight in another dtype or shape is refused."""
+        if name in PARAMETERS and name in self._parameters:
+            self._check_new_value(name, self._parameters[name], param)
+        super().register_parameter(name, param)
+
+    def _check_new_value(self, name: str, own: Tensor | None, new: Any) -> None:
+        if getattr(new, "quant_state", None) is not None:
+            raise TypeError(
+                f"{name}: got a {type(new).__name__}, whose scales would be lost; load its state "
+                "dict with load_state_dict"
+            )
+        if own is None or new is None:
+            if own is not new:
+                takes = "None" if own is None else f"{own.dtype} {list(own.shape)}"
+                raise TypeError(f"{name}: got {_errors.type_name(new)}; takes {takes}")
+            return
+        _errors.check_tensor(name, new)
+        if (new.dtype, new.shape) == (own.dtype, own.shape):
+            return
+        message = f"{name}: got {new.dtype} {list(new.shape)}; takes {own.dtype} {list(own.shape)}"
+        if new.is_floating_point() and tuple(new.shape) == self._weight_shape:
+            maker = "from_linear" if isinstance(self, nn.Linear) else "from_embedding"
+            message += f"; of a dense weight {type(self).__name__}.{maker} makes a new layer"
+        raise TypeError(message) if new.dtype != own.dtype else ValueError(message)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Change it for the parameters outside of the weight, which stays frozen: for the bias."""
+        require_grad(self, requires_grad)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        before = {name: self._buffers[name] for name in (*_TENSORS, "quant_meta")}
-        was_meta = self.packed.is_meta
-        # It would keep the tensors of the old device alive.
-        self._kept_weight = None
-        applied = False
+        device = parameter(self, "weight").device
+        for name, dtype in (("weight", torch.uint8), ("absmax", torch.int32)):
+            if fn(torch.empty(0, dtype=dtype, device=device)).dtype != dtype:
+                raise TypeError(f"{name}: holds packed codes or bits and cannot be cast")
+        before = {n: (p, p.data) for n, p in self._parameters.items() if p is not None}
+        was_meta = device.type == "meta"
         try:
-            # A cast applies to every floating buffer, and in 16 bits the scales would lose their
-            # meaning: they pass as integers of the same size.
-            for name, buffer in before.items():
-                if buffer is not None and buffer.dtype == torch.float32:
-                    self._buffers[name] = buffer.view(torch.int32)
             super()._apply(fn, recurse)
-            for name, buffer in before.items():
-                if buffer is not None and buffer.dtype == torch.float32:
-                    self._buffers[name] = self._buffers[name].view(torch.float32)  # type: ignore[union-attr]
-                elif buffer is not None and self._buffers[name].dtype != buffer.dtype:  # type: ignore[union-attr]
-                    raise TypeError(f"{name}: holds packed codes and cannot be cast")
-            applied = True
-        finally:
-            if not applied:
-                self._buffers.update(before)
-        if was_meta and not self.packed.is_meta:
-            self.quant_meta.copy_(self._encode_meta(self.packed.device))
-        dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=before["packed"].device)).dtype  # type: ignore[union-attr]
+        except BaseException:
+            for name, (param, data) in before.items():
+                if torch._has_compatible_shallow_copy_type(param, data):
+                    param.data = data
+                    self._parameters[name] = param
+                else:
+                    self._parameters[name] = nn.Parameter(data, param.requires_grad)
+            raise
+        if was_meta and not self.quant_meta.is_meta:
+            self.quant_meta.data.copy_(_encoded(self._meta(), "cpu"))
+        dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=device)).dtype
         if dtype in _errors.FLOAT_DTYPES:
             self._weight_dtype = dtype
         return self
@@ -149,42 +209,109 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = self._refuse_state(state_dict, prefix)
-        if problem is not None:
-            error_msgs.append(f"{prefix}weight: {problem}")
+        try:
+            dtype = self._translate(state_dict, prefix)
+            self._check_state(state_dict, prefix)
+        except ValueError as error:
+            error_msgs.append(str(error))
             return
-        self._kept_weight = None
-        if prefix + "quant_meta" in state_dict:
-            # Equal in meaning by now, and loaded in the module's own spelling.
-            device = state_dict[prefix + "quant_meta"].device
-            state_dict[prefix + "quant_meta"] = self._encode_meta(device)
+        errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if local_metadata.get("assign_to_params_buffers") and len(error_msgs) == errors:
+            self._weight_dtype = dtype
 
-    def _refuse_state(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Why ``state_dict`` does not hold this module's weight, or None."""
-        if prefix + "weight.absmax" in state_dict:
-            return "the checkpoint is in bitsandbytes' layout; read it with qkern.io.load_bnb"
-        if prefix + "weight" in state_dict and prefix + "packed" not in state_dict:
-            return (
-                "the checkpoint holds a dense weight; load it before quantising, "
+    def _translate(self, state: dict[str, Any], prefix: str) -> torch.dtype:
+        """Bring ``state`` to this module's layout, in place; the dtype of the weight in it."""
+        name = prefix + "weight"
+        theirs = [key for key in state if key.startswith(f"{name}.")]
+        state_keys = [key for key in theirs if key.startswith(f"{name}.quant_state.")]
+        own = [prefix + part for part in ("packed", *TENSORS[1:])]
+        own = [key for key in own if key in state]
+        twice = (theirs[0], own[0]) if theirs and own else (name, prefix + "packed")
+        if all(key in state for key in twice):
+            raise ValueError(f"{name}: the checkpoint holds it as {twice[0]} and as {twice[1]}")
+        if prefix + "packed" in state:
+            _layouts.from_0_1_0(state, prefix)
+        if not theirs:
+            return self._weight_dtype
+        if len(state_keys) != 1:
+            found = " and ".join(state_keys) or f"{theirs[0]} alone"
+            raise ValueError(
+                f"{name}: got {found}; takes one {name}.quant_state.bitsandbytes__nf4 or __fp4"
+            )
+        qw = _layouts.from_bnb(name, state_keys[0], state)
+        for key in _layouts.bnb_names(name, state_keys[0]):
+            state.pop(key, None)
+        for part, tensor in self._own_layout(qw).items():
+            if tensor is not None:
+                state[prefix + part] = tensor
+        return qw.dtype
+
+    def _check_state(self, state: dict[str, Any], prefix: str) -> None:
+        """ValueError where ``state``, in this module's layout, does not hold its weight."""
+        name = prefix + "weight"
+        meta, weight = state.get(prefix + "quant_meta"), state.get(name)
+        if meta is None and isinstance(weight, Tensor) and weight.is_floating_point():
+            raise ValueError(
+                f"{name}: the checkpoint holds a dense weight; load it before quantising, "
                 "or load a state dict saved from a quantised module"
             )
-        meta = state_dict.get(prefix + "quant_meta")
         if meta is not None:
+            whole = meta.full_tensor() if is_sharded(meta) else meta
             try:
-                found = json.loads(bytes(meta.tolist()).decode())
+                found = json.loads(bytes(whole.tolist()).decode())
             except (ValueError, TypeError):
-                return "quant_meta is not the JSON that qkern writes; the checkpoint is damaged"
+                raise ValueError(
+                    f"{name}: quant_meta is not the JSON that qkern writes; the checkpoint is "
+                    "damaged"
+                ) from None
             if found != self._meta():
-                return f"the checkpoint holds {found}; this module takes {self._meta()}"
-        for name in _TENSORS:
-            own, loaded = getattr(self, name), state_dict.get(prefix + name)
-            # Module loading copies across dtypes, which would turn uint8 codes into float scales.
+                raise ValueError(
+                    f"{name}: the checkpoint holds {found}; this module takes {self._meta()}"
+                )
+            if whole is meta:
+                # Equal in meaning by now, and loaded in the module's own spelling.
+                state[prefix + "quant_meta"] = _encoded(found, meta.device)
+        for part in PARAMETERS:
+            own, loaded = parameter(self, part), state.get(prefix + part)
+            # Module loading copies across dtypes, which would turn floats into codes.
             if own is not None and loaded is not None and own.dtype != loaded.dtype:
-                return f"{name}: got {loaded.dtype}; takes {own.dtype}"
-        return None
+                raise ValueError(f"{prefix}{part}: got {loaded.dtype}; takes {own.dtype}")
+
+
+def require_grad(module: nn.Module, requires_grad: bool) -> None:
+    """``module.requires_grad_``, leaving 4-bit weights alone: integers cannot have gradients."""
+    for param in module.parameters():
+        if param.is_floating_point():
+            param.requires_grad_(requires_grad)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that does not require grad, in the memory of ``tensor``."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which can be asked without importing torch.distributed."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _described(
+    format: str, block_size: int, double_quant: bool, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "format": format,
+        "shape": list(shape),
+    }
+
+
+def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
+    text = json.dumps(meta, sort_keys=True).encode()
+    return torch.tensor(list(text), dtype=torch.uint8, device=device)
 
 
 def zeros_quantized(

@@ -12,17 +12,18 @@ from qkern import _errors, formats
 from qkern.functional import quantize_4bit
 from qkern.nn._module import QuantizedModule
 from qkern.tensor import QuantizedTensor
+from qkern.weight import Weight
 
 
 class Embedding4bit(QuantizedModule):
     """Rows of a frozen 4-bit table; a lookup dequantises only the rows asked for.
 
     ``ids`` of any integer dtype and shape ``[...]`` give ``[..., embedding_dim]`` in
-    ``weight.dtype``, equal to indexing the dequantised table. Rows need not begin at a block: the
-    blocks that cover a row are dequantised and the row is cut out, at most two blocks too many.
+    ``quantized.dtype``, equal to indexing the dequantised table. Rows need not begin at a block:
+    the blocks that cover a row are dequantised and the row is cut out, at most two blocks too many.
 
-    The buffer ``packed`` is padded to whole blocks, which a table whose size is a multiple of the
-    block size already has; ``weight`` shows it without the padding.
+    A lookup reads whole blocks, so the parameter ``weight`` is padded to them where the size of
+    the table is no multiple of the block size; ``quantized`` is without the padding.
     """
 
     def __init__(self, qw: QuantizedTensor, padding_idx: int | None = None) -> None:
@@ -32,9 +33,13 @@ class Embedding4bit(QuantizedModule):
         self.num_embeddings, self.embedding_dim = qw.shape
         self.padding_idx = padding_idx
         self._set_quantized(qw)
+
+    def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:
+        parts = super()._own_layout(qw)
         padding = qw.absmax.numel() * qw.block_size // 2 - qw.packed.numel()
         if padding:
-            self.packed = F.pad(qw.packed, (0, padding))
+            parts["weight"] = F.pad(qw.packed, (0, padding)).view(-1, 1)
+        return parts
 
     @classmethod
     def from_embedding(
@@ -64,10 +69,8 @@ class Embedding4bit(QuantizedModule):
         )
         return cls(qw, embedding.padding_idx).train(embedding.training)
 
-    @property
-    def weight(self) -> QuantizedTensor:
-        """The frozen table; ``packed`` is a view of the buffer."""
-        return self._quantized(self.packed[: formats.packed_size(math.prod(self._weight_shape))])
+    def _without_padding(self, packed: Tensor) -> Tensor:
+        return packed[: formats.packed_size(math.prod(self._weight_shape))]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows ``ids``; TypeError unless they are integers, IndexError unless they are in range."""
@@ -75,6 +78,7 @@ class Embedding4bit(QuantizedModule):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"ids: got {ids.dtype}; takes integers")
         rows = self._checked(ids.reshape(-1).long())
+        table = self.as_operand().canonical()
         dim, block_size = self.embedding_dim, self._block_size
         # A row begins at a multiple of gcd(dim, block_size) within its first block.
         covered = formats.num_blocks(dim + block_size - math.gcd(dim, block_size), block_size)
@@ -82,13 +86,13 @@ class Embedding4bit(QuantizedModule):
         first = start // block_size
         blocks = first[:, None] + torch.arange(covered, device=rows.device)
         # The last row may need fewer blocks; what stands in for them is cut off below.
-        blocks = blocks.clamp_(max=self.absmax.numel() - 1).view(-1)
+        blocks = blocks.clamp_(max=table.absmax.numel() - 1).view(-1)
         values = QuantizedTensor(
-            packed=self.packed.view(-1, block_size // 2).index_select(0, blocks).view(-1),
-            absmax=self._scales(blocks),
+            packed=table.packed.view(-1, block_size // 2).index_select(0, blocks).view(-1),
+            absmax=_scales(table, blocks),
             nested_absmax=None,
             nested_offset=None,
-            codebook=self.codebook,
+            codebook=table.codebook,
             format=self._format,
             block_size=block_size,
             shape=(rows.numel(), covered * block_size),
@@ -110,16 +114,17 @@ class Embedding4bit(QuantizedModule):
                 f"ids: got values from {low} to {high}; takes 0 to {self.num_embeddings - 1}"
             ) from error
 
-    def _scales(self, blocks: Tensor) -> Tensor:
-        """Float32 scales of ``blocks``: two roundings, as in dequantising the whole table."""
-        absmax = self.absmax.index_select(0, blocks)
-        if self.nested_absmax is None or self.nested_offset is None:
-            return absmax
-        table = formats.map_tensor("signed", absmax.device)
-        nested = self.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
-        return table[absmax.long()] * nested + self.nested_offset
-
     def extra_repr(self) -> str:
         """The sizes and the format."""
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
         return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._format_repr()}"
+
+
+def _scales(table: Weight, blocks: Tensor) -> Tensor:
+    """Float32 scales of ``blocks``: two roundings, as in dequantising the whole table."""
+    absmax = table.absmax.index_select(0, blocks)
+    if table.nested_absmax is None or table.nested_offset is None:
+        return absmax
+    values = formats.map_tensor("signed", absmax.device)
+    nested = table.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
+    return values[absmax.long()] * nested + table.nested_offset

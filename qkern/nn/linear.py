@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from qkern.functional import linear_4bit, quantize_4bit
-from qkern.nn._module import QuantizedModule, parameter, zeros_quantized
+from qkern.functional import linear_by_weight, quantize_4bit
+from qkern.nn._module import TENSORS, QuantizedModule, parameter, zeros_quantized
 from qkern.tensor import QuantizedTensor
 
 
-class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is no Parameter
+class _NamedHooks(OrderedDict[int, Any]):
+    """No hooks, and not of length zero: false, and longer by one than what it holds.
+
+    In eval mode ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to a fused
+    kernel, unless one of its modules has hooks, by ``len``. To call the layer, ``nn.Module`` asks
+    whether its hooks are true. A hook that does nothing would cost a microsecond a call.
+    """
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+    def __bool__(self) -> bool:
+        return super().__len__() > 0
+
+
+class Linear4bit(QuantizedModule, nn.Linear):
     """``y = x Wᵀ + b`` with W frozen in 4 bits; the matmul works on the codes in both passes.
 
     ``x`` is ``[..., in_features]`` in float32, bfloat16 or float16 and decides the dtype of the
@@ -19,9 +37,10 @@ class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is
     :meth:`from_quantized`; the constructor itself makes a weight of zeros, to be
     filled by a state dict.
 
-    It is an ``nn.Linear`` so that libraries that look for linear layers find it. ``weight`` is a
-    :class:`~qkern.QuantizedTensor`: shape, dtype and device read as usual, and code that would
-    compute with it as a tensor fails rather than being wrong.
+    It is an ``nn.Linear`` so that libraries that look for linear layers find it. ``weight`` is the
+    parameter with the packed codes, uint8 ``[ceil(out * in / 2), 1]``, as in bitsandbytes' layer of
+    the same name; :attr:`quantized` has the shape, and dequantises. Packed codes on another device
+    may be assigned to ``weight``; a dense weight is refused.
     """
 
     def __init__(
@@ -52,6 +71,7 @@ class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is
     def _init_from(self, qw: QuantizedTensor, bias: Tensor | None) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
+        self._forward_pre_hooks = _NamedHooks()
         self.out_features, self.in_features = qw.shape
         self._set_quantized(qw)
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -101,13 +121,22 @@ class Linear4bit(QuantizedModule, nn.Linear):  # type: ignore[misc]  # weight is
         )
         return cls.from_quantized(qw, linear.bias).train(linear.training)
 
+    def with_same_weight(self, bias: Tensor | None) -> Linear4bit:
+        """Another layer on the very same parameters, tied to this one, with a ``bias`` of its own.
+
+        Raises ValueError where the bias does not fit.
+        """
+        layer = type(self).from_quantized(self.quantized, bias).train(self.training)
+        layer._parameters.update((name, self._parameters[name]) for name in TENSORS)
+        return layer
+
     def reset_parameters(self) -> None:
         """Refuse: a 4-bit weight is frozen and has no random initialisation."""
         raise TypeError("Linear4bit has no parameters to reset; make it from an initialised layer")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in x's dtype."""
-        return linear_4bit(x, self.weight, self.bias_for(x))
+        return linear_by_weight(x, self.as_operand(), self._weight_shape, self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype."""

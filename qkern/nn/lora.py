@@ -7,17 +7,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkern.functional import dequantize_4bit, lora_linear, quantize_4bit
-from qkern.nn._module import parameter
+from qkern.autograd import as_matrix
+from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_by_weight, quantize_4bit
+from qkern.nn._module import parameter, require_grad
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _Number = TypeVar("_Number", int, float)
 
@@ -135,7 +139,9 @@ class LoRALinear(nn.Module):
         _check_adapter_dtype(dtype)
         weight = base_layer.weight
         if dtype is None:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            # A 4-bit base has any of three dtypes, none wider than float32.
+            dense_dtype = torch.float32 if isinstance(base_layer, Linear4bit) else weight.dtype
+            dtype = torch.promote_types(dense_dtype, torch.float32)
         self.base_layer = base_layer.requires_grad_(False)
         self.r = r
         self.alpha = alpha
@@ -185,9 +191,16 @@ class LoRALinear(nn.Module):
         return self.base_layer.out_features
 
     @property
-    def weight(self) -> Tensor | QuantizedTensor:
-        """The base's weight, without the adapter."""
+    def weight(self) -> Tensor:
+        """The base's weight, without the adapter: of a 4-bit base the packed codes."""
         return self.base_layer.weight
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The base's 4-bit weight; TypeError on a dense base."""
+        if not isinstance(self.base_layer, Linear4bit):
+            raise TypeError("base_layer: got a dense layer; quantized takes a Linear4bit")
+        return self.base_layer.quantized
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -209,12 +222,26 @@ class LoRALinear(nn.Module):
             return self._merged[0](x)
         dropout = self.dropout if self.training else 0.0
         if isinstance(base, Linear4bit):
+            if _is_intercepted(base):
+                return self._plus_adapter(base(x), x, dropout)
             lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
-            bias = base.bias_for(x)
-            return lora_linear(x, base.weight, lora_a, lora_b, self.scaling, bias, dropout)
+            weight, shape, bias = base.as_operand(), base._weight_shape, base.bias_for(x)
+            adapter = (lora_a, lora_b, self.scaling)
+            return lora_by_weight(x, weight, shape, *adapter, bias, dropout)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
+
+    def _plus_adapter(self, y: Tensor, x: Tensor, dropout: float) -> Tensor:
+        """The base's result and the adapter's, with the bits that `lora_linear` gives."""
+        dtype = y.dtype
+        if y.is_cpu and not torch.is_autocast_enabled("cpu"):
+            dtype = _cpu_matmul_dtype(dtype)
+        hidden = F.linear(F.dropout(x, dropout).to(dtype), self.lora_a.to(dtype))
+        a, b, lora_b = as_matrix(y), as_matrix(hidden), self.lora_b.to(dtype).mT
+        if dtype == y.dtype:
+            return torch.addmm(a, b, lora_b, alpha=self.scaling).view(y.shape)
+        return torch.add(a, b @ lora_b, alpha=self.scaling).to(y.dtype).view(y.shape)
 
     @torch.no_grad()
     def to_merged(self) -> nn.Linear:
@@ -230,7 +257,7 @@ class LoRALinear(nn.Module):
         wide = torch.promote_types(self.lora_a.dtype, torch.float32)
         delta = (self.lora_b.to(wide) @ self.lora_a.to(wide)) * self.scaling
         if isinstance(base, Linear4bit):
-            qw = base.weight
+            qw = base.quantized
             merged = quantize_4bit(
                 dequantize_4bit(qw, dtype=torch.float32) + delta.float(),
                 format=qw.format,
@@ -263,6 +290,11 @@ class LoRALinear(nn.Module):
             raise RuntimeError("the adapter is not merged")
         self._merged = None
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of every module, except that a 4-bit weight stays frozen."""
+        require_grad(self, requires_grad)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
         if self._merged is not None:
@@ -276,6 +308,17 @@ class LoRALinear(nn.Module):
             f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, "
             f"use_rslora={self.use_rslora}, dtype={self.lora_a.dtype}"
         )
+
+
+def _is_intercepted(module: nn.Module) -> bool:
+    """Whether somebody waits for its call: hooks, or accelerate, which replaces ``forward``."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

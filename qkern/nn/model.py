@@ -82,13 +82,22 @@ def quantize_model(
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{layer_paths[0]}: {error}") from error
             else:
-                replacement = Linear4bit.from_quantized(shared.weight, linear.bias)
-                replacement.train(linear.training)
+                replacement = shared.with_same_weight(linear.bias).train(linear.training)
             _move_hooks(linear, replacement)
             replace_module(model, layer_paths, replacement)
+    _use_padded_batches(model)
     if lora is not None:
         add_lora(model, lora, skip=skip)
     return model
+
+
+def _use_padded_batches(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from nested tensors, which only its dense kernel takes."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(module, Linear4bit) for module in encoder.modules()
+        ):
+            encoder.use_nested_tensor = False
 
 
 def add_lora(
@@ -284,11 +293,12 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
-    "_is_full_backward_hook",
 )
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     # The dictionaries themselves, so that handles given out before can still remove their hooks.
     for name in _HOOKS:
-        setattr(target, name, getattr(source, name))
+        if hooks := getattr(source, name):
+            setattr(target, name, hooks)
+    target._is_full_backward_hook = source._is_full_backward_hook

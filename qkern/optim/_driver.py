@@ -108,7 +108,7 @@ def _call(name: str, *arguments: object) -> None:
         raise DriverError(f"{name}: {(text.value or str(status).encode()).decode()}")
 
 
-class _Managed:
+class _ManagedMemory:
     """Owns managed memory; torch keeps it alive as long as there is a tensor of it."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -159,7 +159,7 @@ class CudaDriver:
     def managed(self, nbytes: int, device: torch.device) -> Tensor:
         with torch.cuda.device(device):
             torch.cuda.current_stream().query()  # makes the device's context current
-            return torch.as_tensor(_Managed(nbytes, device), device=device)
+            return torch.as_tensor(_ManagedMemory(nbytes, device), device=device)
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -213,4 +213,5 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-driver: Driver = CudaDriver()
+current: Driver = CudaDriver()
+"""The driver that pagers made from now on ask."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from qkern import formats
 
 BLOCK = formats.STATE_BLOCK_SIZE
-_MAPS = ("signed", "unsigned")
-_ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in _MAPS)
+MAPS = ("signed", "unsigned")
+"""Of the codes of ``exp_avg`` and of ``exp_avg_sq``."""
+_ZERO_CODES = tuple(formats.map_tensor(map).eq(0).nonzero().item() for map in MAPS)
 
 
 class Moments(NamedTuple):
@@ -54,7 +55,7 @@ class Moments(NamedTuple):
                 torch.ops.qkern.quantize_8bit(
                     moment.contiguous(), formats.map_tensor(map, moment.device), BLOCK
                 )
-                for moment, map in zip(pair, _MAPS, strict=True)
+                for moment, map in zip(pair, MAPS, strict=True)
             ]
             (exp_avg, absmax), (exp_avg_sq, sq_absmax) = encoded
             return Moments(exp_avg, exp_avg_sq, absmax, sq_absmax)
@@ -62,12 +63,28 @@ class Moments(NamedTuple):
             torch.ops.qkern.dequantize_8bit(
                 codes, absmax, formats.map_tensor(map, codes.device), BLOCK, torch.float32
             )
-            for codes, absmax, map in zip(pair, self.absmaxes(), _MAPS, strict=True)
+            for codes, absmax, map in zip(pair, self.absmaxes(), MAPS, strict=True)
         ]
         return Moments(*decoded)
 
+    def to_reversible(self) -> Moments:
+        """In 32 bits, from which `to_bits` makes the same codes and scales again.
+
+        That holds for each block whose elements stay together. `to_bits` alone would not do: the
+        signed map has 1 but not -1. Where the largest value of a block is negative, its code
+        decodes to less than the block's scale, which would be lost.
+        """
+        if self.bits == 32:
+            return self
+        decoded = self.to_bits(32)
+        for values, absmax in zip(
+            (decoded.exp_avg, decoded.exp_avg_sq), self.absmaxes(), strict=True
+        ):
+            _restore_largest(values.view(-1), absmax)
+        return decoded
+
     def on(self, device: torch.device) -> Moments:
-        """The same on ``device``; themselves where they are there."""
+        """The same on ``device``; the object itself if it is there already."""
         if self.exp_avg.device == device:
             return self
         return self._replace(**{name: t.to(device) for name, t in to_state(self).items()})
@@ -78,9 +95,13 @@ class Moments(NamedTuple):
             to.copy_(value)
 
     def like(self, param: Tensor, copy: bool = False) -> Moments:
-        """On the parameter's device; where that is sharded (DTensor), as its shards."""
+        """The same on the parameter's device, in 32 bits as DTensors if the parameter is one.
+
+        Codes stay plain tensors of the shard that is here: another number of shards would cut
+        their blocks elsewhere.
+        """
         found = [t.to(param.device, copy=copy) for t in to_state(self).values()]
-        if not hasattr(param, "to_local"):
+        if self.bits == 8 or not is_sharded(param):
             return Moments(*found)
         from torch.distributed.tensor import DTensor
 
@@ -97,7 +118,10 @@ class Moments(NamedTuple):
 
 
 def of_zeros(param: Tensor, bits: int) -> Moments:
-    """Moments before the first step, in the parameter's shape and on its device."""
+    """Moments before the first step, in the parameter's shape and on its device.
+
+    For a sharded parameter: in 32 bits as DTensors, in 8 bits those of the shard that is here.
+    """
     if bits == 32:
         return Moments(
             *(
@@ -105,6 +129,7 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
                 for _ in range(2)
             )
         )
+    param = local(param)
     codes = (
         torch.full(param.shape, code, dtype=torch.uint8, device=param.device)
         for code in _ZERO_CODES
@@ -113,61 +138,30 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
     return Moments(*codes, *(torch.zeros(blocks, device=param.device) for _ in range(2)))
 
 
+def _restore_largest(values: Tensor, absmax: Tensor) -> None:
+    """Set the largest value of each block to its scale, as it was before it became a code."""
+    whole = values.numel() // BLOCK
+    first_of_rest = whole * BLOCK
+    parts = [(values[:first_of_rest].view(-1, BLOCK), absmax[:whole])]
+    parts += [(values[first_of_rest:].view(1, -1), absmax[whole:])]
+    for blocks, scales in parts:
+        if blocks.numel():
+            place = blocks.abs().argmax(1, keepdim=True)
+            largest = torch.copysign(scales[:, None], blocks.gather(1, place))
+            blocks.scatter_(1, place, largest)
+
+
 def to_state(moments: Moments) -> dict[str, Tensor]:
     """As ``state_dict`` has them."""
     return {name: value for name, value in moments._asdict().items() if value is not None}
 
 
-# bitsandbytes' names, and under which key it hides them from FSDP.
-_BITSANDBYTES = {
-    "state1": "exp_avg",
-    "state2": "exp_avg_sq",
-    "absmax1": "exp_avg_absmax",
-    "absmax2": "exp_avg_sq_absmax",
-}
-_BITSANDBYTES_NESTED = "__bnb_optimizer_quant_state__"
-
-
-def from_state(
-    name: str, state: Mapping[str, Any], param: Tensor, device: torch.device
-) -> tuple[int, Moments]:
-    """The step and the moments that a checkpoint has for ``param``, on ``device``.
-
-    Raises ``ValueError``, starting with ``name``, for what is not AdamW's or does not fit.
-    """
-    state = {**state, **state.get(_BITSANDBYTES_NESTED, {})}
-    for number, map in enumerate(_MAPS, 1):
-        found = state.get(f"qmap{number}")
-        if found is not None and not torch.equal(found.cpu().float(), formats.map_tensor(map)):
-            raise ValueError(f"{name}.qmap{number}: got another map; takes the dynamic map")
-    state = {_BITSANDBYTES.get(key, key): value for key, value in state.items()}
-    if state.get("max_exp_avg_sq") is not None:
-        raise ValueError(f"{name}: got max_exp_avg_sq, of AMSGrad; takes AdamW's state")
-    missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-    if missing:
-        raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
-    step = int(state["step"])
-    # torch's have the parameter's strides.
-    moments = [local(state[k]).to(device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
-    for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        if moment.shape != param.shape:
-            raise ValueError(
-                f"{name}.{key}: got shape {list(moment.shape)}; takes {list(param.shape)}"
-            )
-    if moments[0].dtype != torch.uint8:
-        return step, Moments(*(moment.float() for moment in moments))
-    blocks = formats.num_blocks(param.numel(), BLOCK)
-    absmaxes = []
-    for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
-        absmax = state.get(key)
-        if absmax is None or absmax.numel() != blocks:
-            got = "none" if absmax is None else f"{absmax.numel()} scales"
-            raise ValueError(f"{name}.{key}: got {got}; takes {blocks}, one for each {BLOCK} codes")
-        absmaxes.append(absmax.to(device, torch.float32).view(-1))
-    return step, Moments(*moments, *absmaxes)
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which a shard is here."""
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor (DTensor) is here; others as they are."""
+    """The shard of a DTensor that is here; other tensors as they are."""
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -8,27 +8,30 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from qkern.optim._chunkfile import ChunkFile
+from qkern.optim._chunk_file import ChunkFile
+from qkern.optim._chunks import resident_first
 
 _DEPTH = 6  # chunks read ahead, and chunks being written behind
-# Threads. What is read was mostly checked before; what is written takes its checksum first, during
-# which others keep the disk busy.
+# Threads: one reader; four writers, since checksums precede writes.
 _READERS = 1
 _WRITERS = 4
 
 
 @dataclass
 class StreamStats:
-    """What a :class:`ChunkStream` has done since it was made."""
+    """What a `ChunkStream` has done since it was made.
+
+    Attributes:
+        read_bytes: Bytes read from the file.
+        written_bytes: Bytes written to the file.
+        hits: Chunks that were resident and needed no read.
+        evictions: Resident chunks that made room for others.
+    """
 
     read_bytes: int = 0
-    """Bytes read from the file."""
     written_bytes: int = 0
-    """Bytes written to the file."""
     hits: int = 0
-    """Chunks that were resident and needed no read."""
     evictions: int = 0
-    """Resident chunks that made room for others."""
 
 
 @dataclass(eq=False)
@@ -90,12 +93,8 @@ class ChunkStream:
         return tuple(self._resident)
 
     def resident_first(self, indices: Iterable[int]) -> list[int]:
-        """The same chunks, those that are resident before all others.
-
-        Going round the same chunks in the same order, least-recently-used would evict each just
-        before its turn. In this order as many chunks as fit are found resident every time.
-        """
-        return sorted(indices, key=lambda index: index not in self._resident)
+        """The same chunks, those that are resident before all others."""
+        return resident_first(indices, self._resident)
 
     def run(
         self,

@@ -90,6 +90,16 @@ Inputs = dict[str, Any]
 """An op's arguments by their names in the table of `qkern.ops`: a weight is one argument."""
 
 
+def _no_flops(case: Case) -> int:
+    return 0
+
+
+def _of_table(name: str) -> OpSpec:
+    from qkern.testing.specs import OPS
+
+    return OPS[name]
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op: its cases, how to make inputs, how to judge results, what it moves and computes."""
@@ -102,12 +112,16 @@ class OpSpec:
     """``"bitwise"`` or ``"matmul"``."""
     bytes: Callable[[Case], int]
     """The least the op must read and write, in bytes."""
-    flops: Callable[[Case], int] = lambda case: 0
+    flops: Callable[[Case], int] = _no_flops
     """Its multiply-adds counted twice; 0 where bandwidth is the limit."""
     main: str = ""
     """The input that has the case's layout; for a matmul, the activations."""
     input_gradient: bool = False
     """Of a matmul: whether it multiplies by W, not by its transpose."""
+
+    def __reduce__(self) -> Any:
+        """An entry of the table is itself in another process, too."""
+        return _of_table, (self.name,)
 
     @property
     def op(self) -> ops.Op:

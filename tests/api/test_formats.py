@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from qkern import formats
+from qkern import formats, reference
+from qkern.backends import _args, _cuda_paths
 
 # The float32 bit patterns bitsandbytes stores.
 NF4_BITS = """bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
@@ -161,6 +163,36 @@ def test_tensors_are_new_each_time() -> None:
         formats.code_tensor("custom")
     with pytest.raises(ValueError, match="map: got 'both'"):
         formats.map_tensor("both")
+
+
+def test_numbers_of_names_are_positions() -> None:
+    assert [formats.FORMAT_IDS[name] for name in formats.FORMATS] == [0, 1, 2]
+    assert {str(dtype): number for dtype, number in _args.DTYPE_IDS.items()} == {
+        f"torch.{name}": number for number, name in enumerate(formats.DTYPES)
+    }
+    assert _cuda_paths.PATHS[: len(formats.CUDA_PATHS)] == tuple(formats.CUDA_PATHS)
+
+
+def test_factors_lie_in_the_order_of_their_names() -> None:
+    """The header declares them, the reference writes them, Triton's kernel reads them."""
+    lr, beta1, beta2, eps, decay, scale, skip, t = 0.5, 0.75, 0.875, 2.0, 0.25, 3.0, 5.0, 2.0
+    (row,) = reference.adamw_factors(torch.tensor([t]), lr, beta1, beta2, eps, decay, scale, skip)
+    found = dict(zip(formats.ADAMW_FACTORS, row.tolist(), strict=True))
+    assert found.pop("root_bias2_inverse") == pytest.approx((1 - beta2**t) ** -0.5)
+    assert found == {
+        "grad_scale": scale,
+        "decay": 1 - lr * decay,
+        "beta1_complement": 1 - beta1,
+        "beta2": beta2,
+        "beta2_complement": 1 - beta2,
+        "step_size": pytest.approx(lr / (1 - beta1**t)),
+        "eps": eps,
+        "skip": skip,
+        "step": t,
+    }
+    struct_of_factors = formats.header().split("struct AdamWFactors {")[1].split("};")[0]
+    declared = re.findall(r"^  float (\w+);", struct_of_factors, re.MULTILINE)
+    assert declared == list(formats.ADAMW_FACTORS)
 
 
 def test_header_is_current(capsys: pytest.CaptureFixture[str]) -> None:

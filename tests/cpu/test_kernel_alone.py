@@ -363,7 +363,7 @@ def assert_layer_is_current(layer: qkern.nn.Linear4bit, calls: Calls) -> None:
     with torch.no_grad():
         y = layer(X)
     assert calls.skipped_the_op
-    qw = layer.weight
+    qw = layer.quantized
     dense = reference.dequantize_4bit(qw.weight, qw.shape, torch.float32)
     torch.testing.assert_close(y, nn.functional.linear(X, dense, layer.bias), rtol=1e-4, atol=1e-4)
 
@@ -372,25 +372,42 @@ def other_layer() -> qkern.nn.Linear4bit:
     return qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6))
 
 
+def other_codes() -> list[tuple[str, Tensor]]:
+    """The parameters of another layer's 4-bit weight."""
+    named = other_layer().named_parameters()
+    return [(name, parameter.data) for name, parameter in named if name != "bias"]
+
+
 def copy_in_place(layer: qkern.nn.Linear4bit) -> None:
-    for name, buffer in other_layer().named_buffers():
-        layer.get_buffer(name).copy_(buffer)
+    for name, codes in other_codes():
+        layer.get_parameter(name).copy_(codes)
 
 
 def swap_data(layer: qkern.nn.Linear4bit) -> None:
-    for name, buffer in other_layer().named_buffers():
-        layer.get_buffer(name).data = buffer.clone()
+    for name, codes in other_codes():
+        layer.get_parameter(name).data = codes.clone()
     gc.collect()
 
 
 def swap_storage(layer: qkern.nn.Linear4bit) -> None:
-    for name, buffer in other_layer().named_buffers():
-        layer.get_buffer(name).set_(buffer.clone())
+    for name, codes in other_codes():
+        layer.get_parameter(name).set_(codes.clone())
 
 
-def replace_buffers(layer: qkern.nn.Linear4bit) -> None:
-    for name, buffer in other_layer().named_buffers():
-        setattr(layer, name, buffer)
+def refill_storage(layer: qkern.nn.Linear4bit) -> None:
+    """As FSDP2 does: the parameter stays the same object, and its memory comes and goes."""
+    for name, codes in other_codes():
+        parameter = layer.get_parameter(name)
+        storage, size = parameter.untyped_storage(), parameter.untyped_storage().nbytes()
+        storage.resize_(0)
+        gc.collect()
+        storage.resize_(size)
+        parameter.copy_(codes)
+
+
+def replace_parameters(layer: qkern.nn.Linear4bit) -> None:
+    for name, codes in other_codes():
+        setattr(layer, name, nn.Parameter(codes, requires_grad=False))
 
 
 def load(assign: bool) -> Callable[[qkern.nn.Linear4bit], None]:
@@ -411,7 +428,8 @@ def share_memory(layer: qkern.nn.Linear4bit) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(copy_in_place, swap_data, swap_storage, replace_buffers, cast_bias, share_memory),
+        *(copy_in_place, swap_data, swap_storage, refill_storage, replace_parameters),
+        *(cast_bias, share_memory),
         *(load(False), load(True)),
     ],
 )
@@ -428,7 +446,7 @@ def test_a_changed_weight_is_read_anew(
         assert not torch.equal(layer(X), before)
 
 
-def test_each_buffer_that_is_replaced_is_noticed() -> None:
+def test_each_parameter_that_is_replaced_is_noticed() -> None:
     codebook = torch.linspace(-1, 1, 16)
     layer, other = (
         qkern.nn.Linear4bit.from_linear(
@@ -436,12 +454,12 @@ def test_each_buffer_that_is_replaced_is_noticed() -> None:
         )
         for scale in (1, 2)
     )
-    for name in ("packed", "absmax", "nested_absmax", "nested_offset", "codebook"):
-        before = layer.weight
-        assert layer.weight is before
+    for name in ("weight", "absmax", "nested_absmax", "nested_offset", "codebook"):
         setattr(layer, name, getattr(other, name))
-        assert getattr(layer.weight, name) is getattr(other, name)
-    assert layer.bfloat16().weight.dtype == torch.bfloat16
+        seen = getattr(layer.quantized, "packed" if name == "weight" else name)
+        assert seen.data_ptr() == getattr(other, name).data_ptr()
+    assert torch.equal(layer.quantized.dequantize(), other.quantized.dequantize())
+    assert layer.bfloat16().quantized.dtype == torch.bfloat16
 
 
 def test_a_weight_whose_memory_shrank_is_refused(calls: Calls) -> None:
@@ -459,7 +477,7 @@ def test_a_parametrised_bias_and_adapter_are_found() -> None:
 
     layer = qkern.nn.LoRALinear(qkern.nn.Linear4bit.from_linear(nn.Linear(64, 6)), r=4, alpha=8)
     nn.init.normal_(layer.lora_b)
-    plain = layer.base_layer.weight.dequantize() @ X.T
+    plain = layer.base_layer.quantized.dequantize() @ X.T
     with torch.no_grad():
         update = layer(X) - layer.base_layer(X)
     bias = layer.base_layer.bias.detach().clone()

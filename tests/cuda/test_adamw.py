@@ -43,4 +43,4 @@ def test_a_tensor_elsewhere_is_refused(name: str, library: ModuleType) -> None:
     else:
         tensors[name][1] = tensors[name][1].to("meta")
     with pytest.raises(ValueError, match="got a tensor on meta; takes one on cpu"):
-        backend.backend(library).adamw_step(*tensors.values(), rows)
+        backend.backend(library).adamw_step(*tensors.values(), rows, None, [], [])

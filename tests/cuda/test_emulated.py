@@ -101,8 +101,7 @@ def forced_params() -> list[object]:
             batch_invariant=case.batch_invariant,
             aligned=case.layout == "contiguous",
         )
-        limits = _cuda_paths.Limits(schedule.capability, 108, 40 << 20)
-        allowed = _cuda_paths.allowed(call, limits)
+        allowed = backend.expected_paths(call, schedule.capability)
         for j, path in enumerate(_cuda_paths.PATHS):
             if path in allowed:
                 marks = [] if i % 23 == j and case.numel <= 1 << 18 else [pytest.mark.slow]

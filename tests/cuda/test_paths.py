@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from lab.cuda.emulator import backend, build
 from qkern import testing
 from qkern.backends import _cuda_matmul, _cuda_paths
-from qkern.backends._cuda_paths import PATHS, Limits, Matmul
+from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
 from qkern.testing import DTYPES, OPS, Case
 
 needs_compiler = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def forced_cases() -> list[object]:
                 call = Matmul(name.endswith("dx"), dtype, *shape)
                 found += [
                     pytest.param(name, case, path, id=f"{name}-{path}-{case}")
-                    for path in _cuda_paths.allowed(call, AMPERE)
+                    for path in backend.expected_paths(call, AMPERE.capability)
                 ]
     return found
 
@@ -54,17 +55,17 @@ def test_every_path_meets_the_error_bound(
 ) -> None:
     """With so small a cache that `gemm` takes several slices."""
     target = backend.EmulatedTarget(library, backend.SCHEDULES[4])
-    monkeypatch.setattr(target.module, "device_limits", lambda _: replace(AMPERE, l2_bytes=1 << 16))
+    monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: replace(AMPERE, l2_bytes=1 << 16))
     monkeypatch.setenv("QKERN_CUDA_PATH", path)
     taken = []
     for way in ("_fused", "_slices_by_gemm"):
-        original = getattr(target.module, way)
+        original = getattr(_cuda_matmul, way)
 
-        def record(*args: object, original=original, way: str = way) -> None:  # type: ignore[no-untyped-def]
-            taken.append(args[0] if way == "_fused" else "gemm")
+        def record(*args: Any, original=original, way: str = way) -> None:  # type: ignore[no-untyped-def]
+            taken.append(args[2].path if way == "_fused" else "gemm")
             original(*args)
 
-        monkeypatch.setattr(target.module, way, record)
+        monkeypatch.setattr(_cuda_matmul, way, record)
     testing.check(OPS[name], case, target, "cpu")
     assert set(taken) == {path}
 
@@ -78,7 +79,7 @@ def test_gemm_takes_memory_for_one_slice_and_no_more(
     """One workspace, within half of the cache, whatever the weight's size."""
     target = backend.EmulatedTarget(library, backend.SCHEDULES[0])
     limits = replace(AMPERE, l2_bytes=1 << 20)
-    monkeypatch.setattr(target.module, "device_limits", lambda _: limits)
+    monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: limits)
     monkeypatch.setenv("QKERN_CUDA_PATH", "gemm")
     sizes = []
     empty = torch.empty
@@ -116,28 +117,75 @@ def test_slices_cover_w_once_and_fit() -> None:
                 assert fits or end - begin <= 128
 
 
+def choose(call: Matmul, limits: Limits) -> str:
+    """The path of a call, on a device of which only the limits are known."""
+    ways = [Way(path) for path in backend.expected_paths(call, limits.capability)]
+    return (_cuda_paths.forced(call, ways) or _cuda_paths.best(call, limits, ways)).path
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [70, 75, 80, 90])
+def test_the_kernels_answer_which_paths_there_are(library: ModuleType, capability: int) -> None:
+    """And what each takes: a workspace where the contraction is split, of a part for each."""
+    schedule = replace(backend.SCHEDULES[0], capability=capability)
+    sizes = ((64, 96), (4096, 14336), (67, 128), (64, 48), (12, 64), (8, 1 << 29), (8, 3 << 28))
+    flags = (False, True)
+    with backend.EmulatedTarget(library, schedule).activate():
+        limits = _cuda_matmul.device_limits(library)
+        assert limits.capability == capability
+        for dx, dtype, m, (n, k), invariant, aligned in itertools.product(
+            flags, DTYPES, (1, 9, 500), sizes, flags, flags
+        ):
+            call = Matmul(dx, dtype, m, n, k, invariant, aligned)
+            ways, best = _cuda_matmul._ranked(library, call, limits)
+            assert tuple(way.path for way in ways) == backend.expected_paths(call, capability)
+            assert best in ways
+            for way in ways:
+                rows = min(m, 64) if way.path == "vector" else m
+                part = 4 * rows * (k if dx else n)
+                assert way.workspace_bytes == (0 if way.parts == 1 else way.parts * part)
+                assert way.parts == 1 or way.path in ("vector", "mma")
+
+
+@needs_compiler
+def test_a_shape_that_came_before_asks_for_no_paths(
+    library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = OPS["linear_4bit"].make_inputs(
+        Case((3, 64, 96)), torch.device("cpu"), torch.Generator()
+    )
+    asked = []
+    original = library.cuda_linear_paths
+    monkeypatch.setattr(
+        library, "cuda_linear_paths", lambda *args: asked.append(args) or original(*args)
+    )
+    _cuda_matmul._ranked.cache_clear()
+    with backend.EmulatedTarget(library, backend.SCHEDULES[0]).activate():
+        for _ in range(3):
+            OPS["linear_4bit"].run(inputs)
+    assert len(asked) == 1
+
+
 def test_choices_of_the_model() -> None:
     """The order that the ways must come in as rows grow, and what no model may overrule."""
     large = Matmul(False, torch.bfloat16, 1, 4096, 14336)
     for capability in (80, 86, 89, 90, 100, 120):
         limits = replace(AMPERE, capability=capability)
-        order = [
-            _cuda_paths.choose(replace(large, rows=rows), limits) for rows in range(1, 4097, 7)
-        ]
+        order = [choose(replace(large, rows=rows), limits) for rows in range(1, 4097, 7)]
         assert order[0] == "vector"
         assert [PATHS.index(path) for path in order] == sorted(map(PATHS.index, order))
         assert "mma" in order
         assert "tiled" not in order
-    assert _cuda_paths.choose(replace(large, rows=2048), replace(AMPERE, capability=90)) == "gemm"
+    assert choose(replace(large, rows=2048), replace(AMPERE, capability=90)) == "gemm"
     # Without tensor cores for the dtype there is no mma.
     for dtype, capability in ((torch.float32, 90), (torch.bfloat16, 75)):
         limits = replace(AMPERE, capability=capability)
         for rows in (1, 8, 64, 512):
-            assert _cuda_paths.choose(replace(large, dtype=dtype, rows=rows), limits) != "mma"
+            assert choose(replace(large, dtype=dtype, rows=rows), limits) != "mma"
     # Batch invariance: one way, whatever the number of rows.
     for dx in (False, True):
         call = replace(large, dx=dx, batch_invariant=True)
-        assert len({_cuda_paths.choose(replace(call, rows=m), AMPERE) for m in (1, 9, 4096)}) == 1
+        assert len({choose(replace(call, rows=m), AMPERE) for m in (1, 9, 4096)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +203,7 @@ def test_a_forced_path_that_cannot_is_an_error(
 ) -> None:
     monkeypatch.setenv("QKERN_CUDA_PATH", path)
     with pytest.raises(ValueError, match=f"QKERN_CUDA_PATH: got '{path}'; takes .*tiled"):
-        _cuda_paths.choose(call, AMPERE)
+        choose(call, AMPERE)
 
 
 @needs_compiler
@@ -199,6 +247,6 @@ def test_kernels_refuse_what_the_tensor_cores_cannot_take(
     target = backend.EmulatedTarget(library, backend.SCHEDULES[0])
     case = Case(shape, dtype)
     inputs = OPS["linear_4bit"].make_inputs(case, torch.device("cpu"), torch.Generator())
-    monkeypatch.setattr(_cuda_matmul, "choose", lambda *_: "mma")
+    monkeypatch.setattr(_cuda_matmul, "choose", lambda *_: Way("mma"))
     with target.activate(), pytest.raises(RuntimeError, match=f"path mma: takes {taken}"):
         OPS["linear_4bit"].run(inputs)

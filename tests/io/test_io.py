@@ -40,7 +40,7 @@ def dequantised_llama() -> LlamaForCausalLM:
     with torch.no_grad():
         for name, module in qnn.quantize_model(tiny_llama()).named_modules():
             if isinstance(module, qnn.Linear4bit):
-                dense.get_submodule(name).weight.copy_(module.weight.dequantize())
+                dense.get_submodule(name).weight.copy_(module.quantized.dequantize())
     return dense
 
 
@@ -389,7 +389,7 @@ class TestBitsandbytes:
         save_file(source.state_dict(), tmp_path / "theirs.safetensors")
         model = model_of(nn.Linear(IN, OUT, dtype=dtype))
         assert io.load_bnb(model, tmp_path / "theirs.safetensors") is model
-        qw = model[0].weight
+        qw = model[0].quantized
         assert (qw.format, qw.block_size, qw.double_quant, qw.dtype) == (
             kind,
             block_size,
@@ -413,7 +413,7 @@ class TestBitsandbytes:
             {k.removeprefix("0."): v for k, v in tensors.items() if k.startswith("0.weight.")},
             device="cpu",
         )
-        assert torch.equal(bnb_dequantize(weight), model[0].weight.dequantize())
+        assert torch.equal(bnb_dequantize(weight), model[0].quantized.dequantize())
         again = io.load_bnb(quantised_model(dtype=dtype), tmp_path)
         assert_same_tensors(again.state_dict(), model.state_dict())
 

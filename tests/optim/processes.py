@@ -1,161 +1,58 @@
-"""One of two processes that train the same small model: ``test_frameworks.py`` runs them.
+"""Several processes that run one scenario of a program together, over gloo.
 
-``tests.optim.processes SCENARIO RANK FOLDER``: writes what it found to ``FOLDER/RANK.pt``.
+A program is a module of scenarios that ends in ``main(SCENARIOS)``; `run_processes` starts it.
 """
 
 from __future__ import annotations
 
-import copy
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from qkern.optim import PagedAdamW
+from lab.processes import environment
 
-WORLD = 2
-STEPS = 6
-OPTIONS: dict[str, Any] = {"lr": 1e-2, "max_grad_norm": 0.05, "weight_decay": 0.1}
+Scenario = Callable[[int, Path, str], dict[str, Any]]
+"""From the rank, the folder and the pager to what was found."""
 
 
-def model() -> nn.Sequential:
-    """Sizes that two processes do not share evenly, and some of several chunks of a file."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(33, 301), nn.Tanh(), nn.Linear(301, 65), nn.Linear(65, 3))
-
-
-def batches(first: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        yield torch.randn(8, 33, generator=generator), torch.randn(8, 3, generator=generator)
-
-
-def train(
-    net: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int, part: slice
-) -> None:
-    for x, y in batches(first, steps):
-        optimizer.zero_grad()
-        (net(x[part]) - y[part]).square().mean().backward()
-        optimizer.step()
-
-
-def part(rank: int) -> slice:
-    """Of a batch: every process takes as many, so that the mean of means is the mean."""
-    return slice(4 * rank, 4 * rank + 4)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def found(net: nn.Module, optimizer: PagedAdamW) -> dict[str, Any]:
-    state = optimizer.state_dict()["state"]
-    return {
-        "params": [whole(p.detach()).clone() for p in net.parameters()],
-        "state": [{k: whole(v).clone() for k, v in state[i].items()} for i in sorted(state)],
-        "grad_norm": optimizer.grad_norm,
-    }
-
-
-def ddp(rank: int, folder: Path, pager: str) -> dict[str, Any]:
-    net = nn.parallel.DistributedDataParallel(model())
-    optimizer = PagedAdamW(net.parameters(), **options(rank, folder, pager), bits=8)
-    train(net, optimizer, 0, STEPS, part(rank))
-    return found(net, optimizer)
-
-
-def sharded() -> nn.Sequential:
-    net = model()
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for layer in net:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    return net
-
-
-def options(rank: int, folder: Path, pager: str, name: str = "state") -> dict[str, Any]:
-    if pager == "none":
-        return OPTIONS
-    return OPTIONS | {"path": folder / f"{name}{rank}", "budget_bytes": 64 << 10}
-
-
-def fsdp(rank: int, folder: Path, pager: str) -> dict[str, Any]:
-    net = sharded()
-    optimizer = PagedAdamW(net.parameters(), **options(rank, folder, pager))
-    train(net, optimizer, 0, STEPS, part(rank))
-    result = found(net, optimizer)
+def run_processes(
+    program: ModuleType, scenario: str, pager: str, folder: Path, world: int = 2
+) -> list[dict[str, Any]]:
+    """What each rank's scenario returns; fails with the errors of the first rank that does."""
+    command = [sys.executable, "-m", program.__name__, scenario, pager]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)],
+            env=environment(OMP_WAIT_POLICY="passive"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
     try:
-        refused = PagedAdamW(net.parameters(), bits=8, min_8bit_size=64)
-        train(net, refused, 0, 1, part(rank))
-    except ValueError as error:
-        result["refused"] = str(error)
-    return result
+        for process in running:
+            _, errors = process.communicate(timeout=1200)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"{scenario}-{rank}.pt") for rank in range(world)]
 
 
-def fsdp_checkpoint(rank: int, folder: Path, pager: str) -> dict[str, Any]:
-    """Half the steps; then through files of both kinds, and through one whole state, to the end."""
-    results = {}
-    for kind in ("sharded", "full"):
-        net = sharded()
-        optimizer = PagedAdamW(net.parameters(), **options(rank, folder, pager, f"{kind}-a-"))
-        train(net, optimizer, 0, STEPS // 2, part(rank))
-        how = StateDictOptions(full_state_dict=kind == "full", cpu_offload=kind == "full")
-        state = get_optimizer_state_dict(net, optimizer, options=how)
-        net.zero_grad()  # torch gives an optimizer a state only where no gradient is
-        other = "none" if pager == "mmap" else "mmap"  # and across pagers
-        again = PagedAdamW(net.parameters(), **options(rank, folder, other, f"{kind}-b-"))
-        if kind == "sharded":
-            save(state, storage_writer=FileSystemWriter(folder / "checkpoint"))
-            state = get_optimizer_state_dict(net, again, options=how)
-            load(state, storage_reader=FileSystemReader(folder / "checkpoint"))
-        else:
-            how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            state = copy.deepcopy(state) if rank == 0 else {}
-        set_optimizer_state_dict(net, again, state, options=how)
-        train(net, again, STEPS // 2, STEPS - STEPS // 2, part(rank))
-        results[kind] = found(net, again)
-    return results
-
-
-def fsdp_resume(rank: int, folder: Path, pager: str) -> dict[str, Any]:
-    """Closed half way, and opened again with the parameters as they are."""
-    assert pager == "mmap"
-    net = sharded()
-    for first, resume in ((0, False), (STEPS // 2, True)):
-        optimizer = PagedAdamW(net.parameters(), **options(rank, folder, pager), resume=resume)
-        train(net, optimizer, first, STEPS // 2, part(rank))
-        if not resume:
-            optimizer.close()
-    return found(net, optimizer)
-
-
-SCENARIOS = {f.__name__: f for f in (ddp, fsdp, fsdp_checkpoint, fsdp_resume)}
-
-
-def main() -> None:
-    scenario, pager, rank, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+def main(scenarios: Mapping[str, Scenario]) -> None:
+    """Be one of the processes: ``python -m PROGRAM SCENARIO PAGER RANK WORLD FOLDER``."""
+    scenario, pager, folder = sys.argv[1], sys.argv[2], Path(sys.argv[5])
+    rank, world = int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    result = SCENARIOS[scenario](rank, folder, pager)
-    torch.save(result, folder / f"{rank}.pt")
+    store = dist.FileStore(str(folder / f"{scenario}-{world}-store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.save(scenarios[scenario](rank, folder, pager), folder / f"{scenario}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lab.processes import environment
 from qkern import testing
 from qkern.optim import PagedAdamW
 from tests.models import tiny_llama
-from tests.optim import processes
-from tests.optim.processes import OPTIONS, STEPS, WORLD
+from tests.optim import training
+from tests.optim.processes import run_processes
+from tests.optim.training import OPTIONS, STEPS
 
 pagers = pytest.mark.parametrize("pager", ["none", "mmap"])
 
 
-def two_processes(scenario: str, pager: str, folder: Path) -> list[dict[str, Any]]:
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", processes.__name__, scenario, pager, str(rank), str(folder)],
-            env=environment(OMP_WAIT_POLICY="passive"),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=1200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-
-
 def one_process(steps: int = STEPS, **options: Any) -> tuple[nn.Module, PagedAdamW]:
-    net = processes.model()
+    net = training.model()
     optimizer = PagedAdamW(net.parameters(), **OPTIONS, **options)
-    processes.train(net, optimizer, 0, steps, slice(None))
+    training.train(net, optimizer, 0, steps, slice(None))
     return net, optimizer
 
 
@@ -57,7 +34,7 @@ def assert_trained_alike(result: dict[str, Any], bits: int = 32) -> None:
     hundreds, and the loss of none.
     """
     net, optimizer = one_process(bits=bits)
-    expected = processes.found(net, optimizer)
+    expected = training.found(net, optimizer)
     torch.testing.assert_close(result["grad_norm"], expected["grad_norm"], rtol=1e-4, atol=0)
     for actual, right in zip(result["params"], expected["params"], strict=True):
         assert actual.shape == right.shape
@@ -85,7 +62,7 @@ def assert_same_results(a: dict[str, Any], b: dict[str, Any]) -> None:
 @pagers
 @pytest.mark.slow
 def test_ddp(tmp_path: Path, pager: str) -> None:
-    first, second = two_processes("ddp", pager, tmp_path)
+    first, second = run_processes(training, "ddp", pager, tmp_path)
     assert_same_results(first, second)
     assert_trained_alike(first, bits=8)
 
@@ -93,27 +70,38 @@ def test_ddp(tmp_path: Path, pager: str) -> None:
 @pagers
 @pytest.mark.slow
 def test_fsdp2(tmp_path: Path, pager: str) -> None:
-    first, second = two_processes("fsdp", pager, tmp_path)
+    first, second = run_processes(training, "fsdp", pager, tmp_path)
     assert_same_results(first, second)
     assert_trained_alike(first)
-    assert first["refused"] == "bits: got 8 with a sharded parameter (DTensor); takes 32"
+
+
+@pagers
+@pytest.mark.slow
+def test_fsdp2_in_8_bits(tmp_path: Path, pager: str) -> None:
+    """Near one process, whose blocks are others; ``test_sharded.py`` compares bits."""
+    first, second = run_processes(training, "fsdp_8bit", pager, tmp_path)
+    assert_same_results(first, second)
+    net, optimizer = one_process(bits=8, min_8bit_size=64)
+    torch.testing.assert_close(first["grad_norm"], optimizer.grad_norm, rtol=0.01, atol=0)
+    for actual, right in zip(first["params"], net.parameters(), strict=True):
+        assert (actual - right).abs().mean() <= 0.05 * OPTIONS["lr"]
 
 
 @pagers
 @pytest.mark.slow
 def test_fsdp2_distributed_checkpoints(tmp_path: Path, pager: str) -> None:
-    (straight, _) = two_processes("fsdp", pager, tmp_path)
+    (straight, _) = run_processes(training, "fsdp", pager, tmp_path)
     (tmp_path / "again").mkdir()
-    for result in two_processes("fsdp_checkpoint", pager, tmp_path / "again"):
+    for result in run_processes(training, "fsdp_checkpoint", pager, tmp_path / "again"):
         for kind in ("sharded", "full"):
             assert_same_results(result[kind], straight)
 
 
 @pytest.mark.slow
 def test_fsdp2_resumes_files(tmp_path: Path) -> None:
-    (straight, _) = two_processes("fsdp", "none", tmp_path)
+    (straight, _) = run_processes(training, "fsdp", "none", tmp_path)
     (tmp_path / "again").mkdir()
-    for result in two_processes("fsdp_resume", "mmap", tmp_path / "again"):
+    for result in run_processes(training, "fsdp_resume", "mmap", tmp_path / "again"):
         assert_same_results(result, straight)
 
 
@@ -125,11 +113,11 @@ def test_accelerate(tmp_path: Path, pager: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     results = []
     for prepared in (False, True):
-        net = processes.model()
+        net = training.model()
         path = {"path": tmp_path / f"state{prepared}"} if pager == "mmap" else {}
         optimizer: Any = PagedAdamW(net.parameters(), lr=1e-2, **path)
         scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
-        x, y = (torch.cat(t) for t in zip(*processes.batches(0, 4), strict=True))
+        x, y = (torch.cat(t) for t in zip(*training.batches(0, 4), strict=True))
         data: Any = DataLoader(TensorDataset(x, y), batch_size=8)
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         if prepared:

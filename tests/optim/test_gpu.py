@@ -44,7 +44,7 @@ def trained(device: str, **options: Any) -> list[Tensor]:
 
 @pytest.fixture(params=["managed", "pinned"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    reason = _driver.driver.why_not_managed(torch.device("cuda", 0))
+    reason = _driver.current.why_not_managed(torch.device("cuda", 0))
     if request.param == "managed" and reason:
         pytest.skip(reason)
     if request.param == "pinned":

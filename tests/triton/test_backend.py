@@ -179,7 +179,7 @@ def test_the_optimizer_takes_the_same_steps() -> None:
         return [param.detach() for param in params]
 
     found = train()
-    with backends.use(reference):
+    with backends.use("reference"):
         expected = train()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

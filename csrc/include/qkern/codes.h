@@ -9,6 +9,41 @@ namespace qkern {
 inline constexpr int kFormatNf4 = 0;
 inline constexpr int kFormatFp4 = 1;
 inline constexpr int kFormatCustom = 2;
+inline constexpr int kFormats = 3;
+inline constexpr const char* kFormatNumbers = "0 (nf4), 1 (fp4) or 2 (custom)";
+
+enum class DType : int {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+};
+inline constexpr int kDTypes = 3;
+inline constexpr const char* kDTypeNumbers = "0 (float32), 1 (bfloat16) or 2 (float16)";
+
+// How a CUDA matmul is computed; qkern/backends/_cuda_paths.py chooses.
+enum class CudaPath : int {
+  kVector = 0,  // float32 dot products; forward only
+  kMma = 1,  // tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0
+  kTiled = 2,  // float32 tiles; takes anything
+};
+inline constexpr int kCudaPaths = 3;
+inline constexpr const char* kCudaPathNumbers = "0 (vector), 1 (mma) or 2 (tiled)";
+
+// AdamW's factors for a parameter at its step t; qkern/reference.py derives them.
+struct AdamWFactors {
+  float grad_scale;  // of gradients: clipping, inverse loss scale, the sign to maximise
+  float decay;  // 1 - lr * weight_decay
+  float beta1_complement;  // 1 - beta1
+  float beta2;
+  float beta2_complement;  // 1 - beta2
+  float step_size;  // lr / (1 - beta1^t)
+  float root_bias2_inverse;  // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float skip;  // unless 0, the parameter and its moments stay as they are
+  float step;  // t
+};
+inline constexpr int kAdamWFactors = 10;
+static_assert(sizeof(AdamWFactors) == kAdamWFactors * sizeof(float), "no padding");
 
 inline constexpr int kMinBlockSize = 32;
 inline constexpr int kMaxBlockSize = 4096;

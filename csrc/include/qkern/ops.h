@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
+#include "qkern/codes.h"
 #include "qkern/dtype.h"
-#include "qkern/optim_math.h"
 #include "qkern/status.h"
 
 // What the host hands to a kernel: pointers, sizes and strides, already validated by the caller.
@@ -80,13 +80,6 @@ struct QuantizeAbsmaxArgs {
   float* nested_offset = nullptr;
 };
 
-// How a CUDA matmul is computed; qkern/backends/_cuda_paths.py chooses.
-enum class CudaPath {
-  kVector = 0,  // float32 dot products; forward only
-  kMma = 1,     // tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0
-  kTiled = 2,   // float32 tiles; takes anything
-};
-
 // y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
 struct Linear4bitArgs {
   const void* x = nullptr;  // [m, cols] forward, [m, rows] input gradient; unit inner stride
@@ -98,7 +91,7 @@ struct Linear4bitArgs {
   void* y = nullptr;           // contiguous
   bool batch_invariant = false;
   CudaPath path = CudaPath::kTiled;
-  float* workspace = nullptr;  // CUDA: as many bytes as the op's _workspace says
+  float* workspace = nullptr;  // CUDA: as many bytes as linear_4bit_paths says
 };
 
 // One parameter, its gradient and its moments, all flat and contiguous. With `exp_avg_absmax` the
@@ -161,9 +154,18 @@ struct DeviceLimits {
 };
 Status device_limits(DeviceLimits* limits);
 
-// The scratch that the op wants for these args on the current device; 0 for none.
-Status linear_4bit_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
-Status linear_4bit_dx_workspace(const Linear4bitArgs& args, std::int64_t* bytes);
+// A path that can compute a matmul on the current device, and what it takes there.
+struct MatmulPath {
+  CudaPath path = CudaPath::kTiled;
+  int parts = 1;  // of a contraction that is split
+  std::int64_t workspace_bytes = 0;
+};
+
+// The paths of linear_4bit, or of linear_4bit_dx, in the order of their numbers. Of `args` this
+// reads dtype, m, the weight's sizes and batch_invariant. `aligned`: whether x and the packed codes
+// start at 16 bytes and a row of x is a multiple of 16 bytes from the next.
+Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool aligned,
+                         MatmulPath (&paths)[kCudaPaths], int* count);
 
 }  // namespace cuda
 }  // namespace qkern

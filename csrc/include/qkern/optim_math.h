@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "qkern/codes.h"
+
 #if defined(__CUDACC__)
 #define QKERN_MATH __host__ __device__ __forceinline__
 #else
@@ -12,20 +14,6 @@
 // One element of an optimizer's step, for every backend. The same operations in the same order,
 // each rounded once and none contracted, so that all backends give the same bits.
 namespace qkern {
-
-// AdamW's factors for a parameter at its step t; adamw_factors in qkern/reference.py derives them.
-struct AdamWFactors {
-  float grad_scale;        // of gradients: clipping, inverse loss scale, the sign to maximise
-  float decay;             // 1 - lr * weight_decay
-  float beta1_complement;  // 1 - beta1
-  float beta2;
-  float beta2_complement;    // 1 - beta2
-  float step_size;           // lr / (1 - beta1^t)
-  float root_bias2_inverse;  // 1 / sqrt(1 - beta2^t)
-  float eps;
-  float skip;  // unless 0, the parameter and its moments stay as they are
-  float step;  // t
-};
 
 namespace {
 

@@ -3,132 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkern.optim import _driver
-from qkern.optim._driver import Driver, DriverError
+from qkern.optim import _chunks, _driver
+from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
+from qkern.optim._driver import Driver
+from qkern.optim._gpu_places import Chunk, ManagedPlaces, PinnedPlaces, Places
 from qkern.optim._moments import Moments
-from qkern.optim.paging import (
-    DEFAULT_BUDGET_BYTES,
-    Piece,
-    broke_off,
-    check_budget,
-    chunk_size,
-    copy_in,
-    copy_out,
-    plan,
-)
+from qkern.optim._updates import device_of_steps
 
 _MOST_CHUNK_BYTES = 64 << 20
 _CHUNKS_OF_BUDGET = 8
 _DEPTH = 2  # chunks that are there, or on their way, before their update starts
-
-
-@dataclass(eq=False)
-class _Chunk:
-    pieces: Sequence[Piece]
-    memory: Tensor | None = None
-    """On the host's side: managed or pinned, from the first use on."""
-    slot: Tensor | None = None
-    """Where the device updates it while it is resident; at least as long as the chunk."""
-    blank: bool = True
-    """Whether its zeros are still to be written."""
-    ready: Any = None
-    """The event after which its bytes are in the slot."""
-    used: Any = None
-    """The event after its last update."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.pieces[-1].end
-
-
-class _Managed:
-    """Memory whose pages the driver moves; what it is told ahead of time are hints."""
-
-    budget: int | None = None
-    """By default the driver itself decides what leaves, when others need the memory."""
-
-    def __init__(self, driver: Driver, device: torch.device) -> None:
-        self._driver, self._device = driver, device
-        self._refused: set[str] = set()
-
-    def allocate(self, nbytes: int) -> Tensor:
-        memory = self._driver.managed(nbytes, self._device)
-        self._hint("advise", self._driver.advise, memory)
-        return memory
-
-    def bring(self, chunk: _Chunk, stream: Any, slot_bytes: int) -> None:
-        chunk.slot = chunk.memory
-        self.bring_again(chunk, stream)
-
-    def bring_again(self, chunk: _Chunk, stream: Any) -> None:
-        # Others may have needed its place meanwhile.
-        self._hint("prefetch", self._driver.prefetch, chunk.memory, False, stream)
-
-    def evict(self, chunk: _Chunk, stream: Any) -> None:
-        self._hint("prefetch", self._driver.prefetch, chunk.memory, True, stream)
-        chunk.slot = None
-
-    def _hint(self, name: str, call: Callable[..., None], *arguments: object) -> None:
-        if name in self._refused:
-            return
-        try:
-            call(*arguments)
-        except DriverError as error:
-            # Pages move all the same, later.
-            self._refused.add(name)
-            text = f"{self._device}: goes on without {name} of managed memory: {error}"
-            warnings.warn(text, stacklevel=2)
-
-
-class _Pinned:
-    """Host memory that is copied to the device and back."""
-
-    budget: int | None = DEFAULT_BUDGET_BYTES
-
-    def __init__(self, driver: Driver, device: torch.device, streams: tuple[Any, Any]) -> None:
-        self._driver, self._device, self._streams = driver, device, streams
-        self._free: list[Tensor] = []
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return self._driver.pinned(nbytes)
-
-    def bring(self, chunk: _Chunk, stream: Any, slot_bytes: int) -> None:
-        assert chunk.memory is not None
-        if not self._free:
-            slot = self._driver.on_device(slot_bytes, self._device, self._streams)
-            # Who had this memory before may still use it in the current stream.
-            current = self._driver.current_stream(self._device)
-            self._driver.wait(stream, self._driver.record(current))
-            self._free.append(slot)
-        slot = self._free[-1]
-        if not chunk.blank:
-            self._driver.copy(slot[: chunk.nbytes], chunk.memory, stream)
-        chunk.slot = self._free.pop()
-
-    def bring_again(self, chunk: _Chunk, stream: Any) -> None:
-        pass
-
-    def evict(self, chunk: _Chunk, stream: Any) -> None:
-        assert chunk.memory is not None
-        assert chunk.slot is not None
-        if not chunk.blank:
-            self._driver.copy(chunk.memory, chunk.slot[: chunk.nbytes], stream)
-        self._free.append(chunk.slot)
-        chunk.slot = None
-
-    def drop_short(self, slot_bytes: int) -> None:
-        """Free the slots that a longer chunk would not fit."""
-        self._free = [slot for slot in self._free if slot.numel() >= slot_bytes]
 
 
 class _Pool:
@@ -138,27 +29,29 @@ class _Pool:
         self.driver, self.device = driver, device
         self.why_not_managed = driver.why_not_managed(device)
         self._incoming, self._outgoing = driver.new_stream(device), driver.new_stream(device)
-        self._places: _Managed | _Pinned
+        self._places: Places
         if self.why_not_managed is None:
-            self._places = _Managed(driver, device)
+            self._places = ManagedPlaces(driver, device)
         else:
-            self._places = _Pinned(driver, device, (self._incoming, self._outgoing))
+            self._places = PinnedPlaces(driver, device, (self._incoming, self._outgoing))
         self._budget = self._places.budget if budget_bytes is None else budget_bytes
         self.chunk_bytes = _MOST_CHUNK_BYTES
         if self._budget is not None:
-            self.chunk_bytes = chunk_size(self._budget, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES)
+            self.chunk_bytes = _chunks.chunk_size(
+                self._budget, _CHUNKS_OF_BUDGET, _MOST_CHUNK_BYTES
+            )
         self._slot_bytes = 0
         self._most: int | None = None  # resident chunks
-        self.chunks: list[_Chunk] = []
-        self._resident: OrderedDict[_Chunk, None] = OrderedDict()
+        self.chunks: list[Chunk] = []
+        self._resident: OrderedDict[Chunk, None] = OrderedDict()
         self.launches = 0
         """Of work, since it was made."""
         self._broke_off = False
 
     def add(self, chunks: Sequence[Sequence[Piece]]) -> None:
-        self.chunks += map(_Chunk, chunks)
+        self.chunks += map(Chunk, chunks)
         slot_bytes = max((chunk.nbytes for chunk in self.chunks), default=1)
-        if slot_bytes > self._slot_bytes and isinstance(self._places, _Pinned):
+        if slot_bytes > self._slot_bytes and self._places.has_slots:
             self._evict_all()
             self._places.drop_short(slot_bytes)
         self._slot_bytes = slot_bytes
@@ -168,7 +61,7 @@ class _Pool:
     def resident_bytes(self) -> int:
         return sum(chunk.nbytes for chunk in self._resident)
 
-    def run(self, wanted: Collection[int], work: Callable[[_Chunk, Tensor], object]) -> None:
+    def run(self, wanted: Collection[int], work: Callable[[Chunk, Tensor], object]) -> None:
         """Call ``work`` with each chunk of ``wanted`` parameters and its bytes on the device."""
         if self.driver.is_capturing(self.device):
             raise RuntimeError(
@@ -192,21 +85,17 @@ class _Pool:
             chunk.ready = chunk.used = events[0]
 
     def _run(
-        self, wanted: Collection[int], work: Callable[[_Chunk, Tensor], object], current: Any
+        self, wanted: Collection[int], work: Callable[[Chunk, Tensor], object], current: Any
     ) -> None:
-        chunks = [c for c in self.chunks if any(piece.param in wanted for piece in c.pieces)]
-        # Those that are there come first: by the order of the parameters, each would have left
-        # just before its turn.
-        coming = deque(sorted(chunks, key=lambda chunk: chunk not in self._resident))
-        ahead: deque[_Chunk] = deque()
+        chunks = [chunk for chunk in self.chunks if _chunks.has_any(chunk.pieces, wanted)]
+        coming = deque(_chunks.resident_first(chunks, self._resident))
+        ahead: deque[Chunk] = deque()
         while coming or ahead:
             while coming and len(ahead) < _DEPTH and self._bring(coming[0], ahead):
                 ahead.append(coming.popleft())
             self._launch(ahead.popleft(), work, current)
 
-    def _launch(
-        self, chunk: _Chunk, work: Callable[[_Chunk, Tensor], object], current: Any
-    ) -> None:
+    def _launch(self, chunk: Chunk, work: Callable[[Chunk, Tensor], object], current: Any) -> None:
         assert chunk.slot is not None
         memory = chunk.slot[: chunk.nbytes]
         self.driver.wait(current, chunk.ready)
@@ -221,7 +110,7 @@ class _Pool:
         finally:
             chunk.used = self.driver.record(current)
 
-    def _bring(self, chunk: _Chunk, ahead: Collection[_Chunk]) -> bool:
+    def _bring(self, chunk: Chunk, ahead: Collection[Chunk]) -> bool:
         """Start to bring a chunk; False where those ahead leave no room for it."""
         if chunk in self._resident:
             self._resident.move_to_end(chunk)
@@ -253,7 +142,7 @@ class _Pool:
                 f' {error}; bits=8 takes a quarter, and pager="mmap" keeps them in a file'
             ) from error
 
-    def _evict_oldest(self, ahead: Collection[_Chunk]) -> bool:
+    def _evict_oldest(self, ahead: Collection[Chunk]) -> bool:
         oldest = next(iter(self._resident))
         if oldest in ahead:
             return False
@@ -278,11 +167,11 @@ class _Pool:
 
 
 class UnifiedPager:
-    """The moments of parameters on GPUs, which at most a budget of is on its GPU at a time.
+    """A `Pager` of parameters on GPUs. At most ``budget_bytes`` are on each GPU at once.
 
-    They are in CUDA's managed memory where CPU and GPU can use it at the same time; elsewhere, as
-    under WSL, in page-locked memory that is copied. Chunks come in one stream ahead of their update
-    and leave in another behind it; nothing waits for a device.
+    Moments are in CUDA's managed memory where CPU and GPU can use it at the same time; elsewhere,
+    as under WSL, in page-locked memory that is copied. Chunks come in one stream ahead of their
+    update and leave in another behind it; nothing waits for a device.
 
     Args:
         budget_bytes: Most memory for moments on each GPU. By default the driver itself makes room
@@ -292,41 +181,37 @@ class UnifiedPager:
         ValueError: ``budget_bytes`` is too little.
     """
 
+    takes_new_groups = True
+    waits_for_found_inf = False
+    steps: Sequence[int] = ()
+
     def __init__(self, budget_bytes: int | None) -> None:
         if budget_bytes is not None:
-            check_budget(budget_bytes)
+            _chunks.check_budget(budget_bytes)
         self._budget = budget_bytes
         self._pools: dict[torch.device, _Pool] = {}
         self._numels: list[int] = []
-        self._bits: list[int] = []
 
-    def add(
-        self,
-        devices: Sequence[torch.device],
-        shapes: Sequence[tuple[int, ...]],
-        bits: Sequence[int],
-    ) -> None:
+    def add(self, params: Sequence[MomentSpec]) -> None:
         """Take in more parameters; they follow those that are there.
 
         Raises ``ValueError`` for a device that is no GPU.
         """
-        driver = _driver.driver
-        for device in devices:
-            if not driver.takes(device):
+        for device, *_ in params:
+            if not _driver.current.takes(device):
                 raise ValueError(
                     f'pager: got "unified" with a parameter on {device}; takes those on a GPU'
                 )
         first = len(self._numels)
-        numels = [math.prod(shape) for shape in shapes]
-        for device in dict.fromkeys(devices):
+        for device in dict.fromkeys(param.device for param in params):
             if device not in self._pools:
-                self._pools[device] = _Pool(driver, device, self._budget)
+                self._pools[device] = _Pool(_driver.current, device, self._budget)
             pool = self._pools[device]
-            # In the place of the others, parameters of nothing.
-            mine = [n if d == device else 0 for n, d in zip(numels, devices, strict=True)]
-            pool.add(plan([0] * first + mine, [32] * first + list(bits), pool.chunk_bytes))
-        self._numels += numels
-        self._bits += bits
+            # Those of other pools count as empty, so that numbers stay.
+            mine = [param.numel if param.device == device else 0 for param in params]
+            bits = [32] * first + [param.bits for param in params]
+            pool.add(_chunks.plan([0] * first + mine, bits, pool.chunk_bytes))
+        self._numels += [param.numel for param in params]
 
     @property
     def held_bytes(self) -> int:
@@ -343,16 +228,18 @@ class UnifiedPager:
             for device, pool in self._pools.items()
         }
 
-    def step(
-        self, params: Collection[int], update: Callable[[Sequence[tuple[Piece, Moments]]], object]
-    ) -> None:
+    def device_of_steps(self, device: torch.device) -> torch.device:
+        """As in memory, so that no step waits for the host."""
+        return device_of_steps(device)
+
+    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
         """Call ``update`` for every chunk with a piece of ``params``.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
         stays one, with the same text.
         """
 
-        def of_chunk(chunk: _Chunk, memory: Tensor) -> None:
+        def of_chunk(chunk: Chunk, memory: Tensor) -> None:
             update([(piece, piece.moments(memory)) for piece in chunk.pieces])
 
         before = self._launches()
@@ -362,34 +249,35 @@ class UnifiedPager:
             done = self._launches() - before
             if not done:
                 raise
-            raise broke_off(
+            raise _chunks.broke_off(
                 f"a step broke off: {done} chunks of parameters and moments have taken it, and the"
                 " others have not; load a checkpoint",
                 error,
             ) from error
 
-    def read(self, params: Collection[int]) -> dict[int, Moments]:
-        """Copies of the flat moments of ``params``, on the CPU."""
+    def read(self, bits: Mapping[int, int]) -> dict[int, Moments]:
+        """Copies on the CPU of flat moments, in the bits given."""
         found = {
-            index: Piece(index, 0, self._numels[index], self._bits[index], 0).empty_moments()
-            for index in params
+            index: Piece(index, 0, self._numels[index], width, 0).empty_moments()
+            for index, width in bits.items()
         }
-        self._run(params, lambda chunk, memory: copy_out(chunk.pieces, memory, found))
+        self._run(bits, lambda chunk, memory: _chunks.copy_out(chunk.pieces, memory, found))
         for pool in self._pools.values():
             pool.synchronize()
         return found
 
-    def load(self, moments: Mapping[int, Moments]) -> None:
+    def load(self, moments: Mapping[int, tuple[int, Moments]]) -> None:
         """Replace everything by the moments given; parameters left out have zeros."""
+        given = {index: of_it for index, (_, of_it) in moments.items()}
         chunks = [chunk for pool in self._pools.values() for chunk in pool.chunks]
         used = [chunk for chunk in chunks if chunk.memory is not None]
-        wanted = {piece.param for chunk in used for piece in chunk.pieces} | set(moments)
-        self._run(wanted, lambda chunk, memory: copy_in(chunk.pieces, memory, moments))
+        wanted = {piece.param for chunk in used for piece in chunk.pieces} | set(given)
+        self._run(wanted, lambda chunk, memory: _chunks.copy_in(chunk.pieces, memory, given))
 
     def _launches(self) -> int:
         return sum(pool.launches for pool in self._pools.values())
 
-    def _run(self, params: Collection[int], work: Callable[[_Chunk, Tensor], object]) -> None:
+    def _run(self, params: Collection[int], work: Callable[[Chunk, Tensor], object]) -> None:
         for pool in self._pools.values():
             pool.run(params, work)
 

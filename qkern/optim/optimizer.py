@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +11,14 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from qkern import _errors, ops, reference
-from qkern.optim import _driver
-from qkern.optim._moments import Moments, from_state, local, of_zeros, to_state
-from qkern.optim._unified import UnifiedPager
-from qkern.optim.paging import DEFAULT_BUDGET_BYTES, FilePager, Piece
-
-PAGERS = ("auto", "none", "unified", "mmap")
+from qkern.optim import _checkpointing, _driver, _updates
+from qkern.optim._chunks import MomentSpec, Piece
+from qkern.optim._file_pager import FilePager
+from qkern.optim._gpu_pager import UnifiedPager
+from qkern.optim._moments import Moments, local, of_zeros, to_state
+from qkern.optim._options import check_arguments, check_group, check_paging
+from qkern.optim._pager import Pager
+from qkern.optim._updates import Calls, Update, by_device, counted
 
 
 class PagedAdamW(Optimizer):
@@ -42,7 +40,9 @@ class PagedAdamW(Optimizer):
         amsgrad: False; there is no AMSGrad here.
         bits: 32, or 8: moments as codes of the 8-bit dynamic map, a scale for each 256 (Dettmers
             et al., arXiv 2110.02861), the nearest code exactly. A parameter of fewer than
-            ``min_8bit_size`` elements has 32 all the same. May differ between groups.
+            ``min_8bit_size`` elements has 32 all the same. May differ between groups. Where a
+            parameter is sharded (a DTensor, as of FSDP2), each shard has blocks of its own, of 256
+            elements in the order of the local tensor.
         pager: Where the moments are. ``"none"``: in memory, on the parameter's device.
             ``"unified"``, for parameters on GPUs: in host memory, from where they come to the GPU
             and leave again chunk by chunk during a step; as CUDA's managed memory, or where CPU and
@@ -61,7 +61,7 @@ class PagedAdamW(Optimizer):
         max_grad_norm: Clip gradients to this global norm, as ``torch.nn.utils.clip_grad_norm_``
             does, but within the step: the gradients themselves stay. ``grad_norm`` is the last one.
         maximize: Ascend instead. May differ between groups.
-        min_8bit_size: See ``bits``.
+        min_8bit_size: See ``bits``; of a sharded parameter all elements count.
         stochastic_rounding: Round bfloat16 parameters up or down at random, by how near each is,
             so that updates below half a step are not lost. The numbers follow from ``seed``.
         seed: From 0 to 2^32 - 1.
@@ -96,13 +96,7 @@ class PagedAdamW(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_amsgrad(amsgrad)
-        if pager not in PAGERS:
-            raise ValueError(f"pager: got {pager!r}; takes one of {', '.join(PAGERS)}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: got {max_grad_norm}; takes a norm above 0, or None")
-        if not (isinstance(seed, int) and 0 <= seed < 1 << 32):
-            raise ValueError(f"seed: got {seed}; takes 0 to 2^32 - 1")
+        check_arguments(amsgrad, pager, max_grad_norm, seed)
         if path is not None and pager == "auto":
             pager = "mmap"
         if pager == "mmap" and path is None:
@@ -112,7 +106,7 @@ class PagedAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._min_8bit_size = min_8bit_size
         self._seed = seed if stochastic_rounding else None
-        self._pager: FilePager | UnifiedPager | None = None
+        self._pager: Pager | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -122,30 +116,29 @@ class PagedAdamW(Optimizer):
             "bits": bits,
         }
         super().__init__(params, defaults)
-        params = self._params()
-        if pager == "auto":
-            on_gpus = all(_driver.driver.takes(param.device) for param in params)
-            self.pager = "unified" if on_gpus else "none"
-        _check_paging(self.pager, path, resume, durable, budget_bytes)
-        if self.pager == "none":
-            return
-        layout = self._layout(self.param_groups)
-        if path is not None:
-            budget = DEFAULT_BUDGET_BYTES if budget_bytes is None else budget_bytes
-            self._pager = FilePager(path, *layout, budget, resume=resume, durable=durable)
-            for param, step in zip(params, self._pager.steps, strict=True):
-                if step:
-                    self.state[param]["step"] = torch.tensor(float(step))
-        else:
-            self._pager = UnifiedPager(budget_bytes)
-            self._pager.add([param.device for param in params], *layout)
         # A hook, so that those of others see the moments too.
         self.register_state_dict_post_hook(_add_moments)
+        params = self._params()
+        if pager == "auto":
+            on_gpus = all(_driver.current.takes(param.device) for param in params)
+            self.pager = "unified" if on_gpus else "none"
+        check_paging(self.pager, path, resume, durable, budget_bytes)
+        if self.pager == "none":
+            return
+        specs = self._specs(self.param_groups)
+        if path is not None:
+            self._pager = FilePager(path, specs, budget_bytes, resume=resume, durable=durable)
+        else:
+            self._pager = UnifiedPager(budget_bytes)
+            self._pager.add(specs)
+        for param, step in zip(params, self._pager.steps, strict=False):
+            if step:
+                self.state[param]["step"] = torch.tensor(float(step))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
         pager = getattr(self, "_pager", None)
-        if isinstance(pager, FilePager):
+        if pager is not None and not pager.takes_new_groups:
             raise RuntimeError(
                 'param_group: got one after the file was made; with pager "mmap" all are given at'
                 " construction"
@@ -153,10 +146,10 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            _check_group(group)
-            layout = self._layout([group])
+            check_group(group)
+            specs = self._specs([group])
             if pager is not None:
-                pager.add([param.device for param in group["params"]], *layout)
+                pager.add(specs)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -179,30 +172,19 @@ class PagedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = self._collect()
+        updates = _updates.collect(self.param_groups)
         scale = self._grad_scale([grad for *_, grad in updates])
         found_inf = getattr(self, "found_inf", None)
-        if isinstance(self._pager, FilePager) and found_inf is not None:
+        pager = self._pager
+        if found_inf is not None and pager is not None and pager.waits_for_found_inf:
             if bool(found_inf):
                 return loss
             found_inf = None
-        if self._pager is None:
+        if pager is None:
             self._step_in_memory(updates, scale, found_inf)
         elif updates:
-            self._step_paged(self._pager, updates, scale, found_inf)
+            self._step_paged(pager, updates, scale, found_inf)
         return loss
-
-    def _collect(self) -> list[_Update]:
-        """Each parameter with a gradient: its number, group, and both."""
-        updates = []
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    _check_grad(param, param.grad)
-                    updates.append((index, group, param, param.grad))
-                index += 1
-        return updates
 
     def _grad_scale(self, grads: Sequence[Tensor]) -> float | Tensor:
         """What gradients are to be multiplied by; no number of a GPU is waited for."""
@@ -224,53 +206,24 @@ class PagedAdamW(Optimizer):
             scale = scale * clip.clamp(max=1.0)
         return scale
 
-    def _factors(
-        self,
-        steps: Mapping[int, Tensor],
-        scale: float | Tensor,
-        skip: float | Tensor,
-        device: torch.device,
-    ) -> Tensor:
-        """Factors for calls of the op on ``device``: a row for each parameter, by its number."""
-        none = torch.zeros((), device=_device_of_steps(device))
-        tables = []
-        first = 0
-        for group in self.param_groups:
-            numbers = range(first, first + len(group["params"]))
-            first = numbers.stop
-            if numbers:
-                tables.append(
-                    reference.adamw_factors(
-                        torch.stack([steps.get(number, none) for number in numbers]),
-                        group["lr"],
-                        group["betas"][0],
-                        group["betas"][1],
-                        group["eps"],
-                        group["weight_decay"],
-                        -scale if group["maximize"] else scale,
-                        skip,
-                    )
-                )
-        return torch.cat(tables).to(device)
-
     def _step_in_memory(
-        self, updates: Sequence[_Update], scale: float | Tensor, found_inf: Tensor | None
+        self, updates: Sequence[Update], scale: float | Tensor, found_inf: Tensor | None
     ) -> None:
         copies = []
-        for device, mine in _by_device(updates).items():
+        for device, mine in by_device(updates).items():
             moments = [self._moments(param, group) for _, group, param, _ in mine]
             steps = {index: self.state[param]["step"] for index, _, param, _ in mine}
-            skip = _on(found_inf, device)
+            skip = _updates.skipped(found_inf, device)
             if device.type == "cuda":
                 # In place, where a CUDA graph finds them again.
                 torch._foreach_add_(list(steps.values()), 1 - skip)
             else:
-                # All at once: one by one they would take as long as a small model's update.
-                after = torch.stack(list(steps.values())).add_(1 - skip).unbind()
+                after = counted(list(steps.values()), skip)
                 steps = dict(zip(steps, after, strict=True))
                 for (_, _, param, _), step in zip(mine, after, strict=True):
                     self.state[param]["step"] = step
-            calls = _Calls({device: self._factors(steps, scale, skip, device)}, self._seed)
+            factors = _updates.factors(self.param_groups, steps, scale, skip, device)
+            calls = Calls({device: factors}, self._seed)
             for (index, _, param, grad), of_param in zip(mine, moments, strict=True):
                 data = local(param)
                 if not data.is_contiguous():
@@ -283,8 +236,8 @@ class PagedAdamW(Optimizer):
 
     def _step_paged(
         self,
-        pager: FilePager | UnifiedPager,
-        updates: Sequence[_Update],
+        pager: Pager,
+        updates: Sequence[Update],
         scale: float | Tensor,
         found_inf: Tensor | None,
     ) -> None:
@@ -292,24 +245,19 @@ class PagedAdamW(Optimizer):
         for index, _, param, grad in updates:
             data = local(param)
             found[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
-        numbers = list(pager.steps) if isinstance(pager, FilePager) else []
         steps: dict[int, Tensor] = {}
         factors = {}
-        for device, mine in _by_device(updates).items():
-            skip = _on(found_inf, device)
-            if isinstance(pager, FilePager):
-                for index, *_ in mine:
-                    numbers[index] += 1
-                    steps[index] = torch.tensor(float(numbers[index]))
-            else:
-                none = torch.zeros((), device=_device_of_steps(device))
-                before = [self.state.get(param, {}).get("step", none) for _, _, param, _ in mine]
-                after = torch._foreach_add(before, 1 - skip)
-                steps |= {index: step for (index, *_), step in zip(mine, after, strict=True)}
-            factors[device] = self._factors(steps, scale, skip, device)
+        for device, mine in by_device(updates).items():
+            skip = _updates.skipped(found_inf, device)
+            none = torch.zeros((), device=pager.device_of_steps(device))
+            before = [self.state.get(param, {}).get("step", none) for _, _, param, _ in mine]
+            after = zip((index for index, *_ in mine), counted(before, skip), strict=True)
+            of_device = dict(after)
+            factors[device] = _updates.factors(self.param_groups, of_device, scale, skip, device)
+            steps |= of_device
 
         def update(pieces: Sequence[tuple[Piece, Moments]]) -> None:
-            calls = _Calls(factors, self._seed)
+            calls = Calls(factors, self._seed)
             brought = []
             for piece, moments in pieces:
                 if piece.param in found:
@@ -324,10 +272,7 @@ class PagedAdamW(Optimizer):
             for moments, there in brought:
                 moments.copy_(there)
 
-        if isinstance(pager, FilePager):
-            pager.step(found, update, numbers)
-        else:
-            pager.step(found, update)
+        pager.step(found, update)
         for index, _, param, _ in updates:
             data = local(param)
             if not data.is_contiguous():
@@ -338,7 +283,7 @@ class PagedAdamW(Optimizer):
         """The parameter's moments in memory, made of zeros at its first step."""
         state = self.state[param]
         if "exp_avg" not in state:
-            state.setdefault("step", torch.zeros((), device=_device_of_steps(param.device)))
+            state.setdefault("step", torch.zeros((), device=self._device_of_steps(param.device)))
             state |= to_state(of_zeros(param, self._bits(param, group)))
         return Moments(
             local(state["exp_avg"]),
@@ -350,18 +295,23 @@ class PagedAdamW(Optimizer):
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         if group["bits"] == 32 or param.numel() < max(self._min_8bit_size, 1):
             return 32
-        if local(param) is not param:
-            raise ValueError("bits: got 8 with a sharded parameter (DTensor); takes 32")
         return 8
 
-    def _layout(self, groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The shape that each parameter has here, and the bits of its moments."""
-        pairs = [(param, group) for group in groups for param in group["params"]]
-        shapes = [tuple(local(param).shape) for param, _ in pairs]
-        return shapes, [self._bits(param, group) for param, group in pairs]
+    def _specs(self, groups: Sequence[dict[str, Any]]) -> list[MomentSpec]:
+        """What a pager must know of the groups' parameters, of whose shape a part may be here."""
+        return [
+            MomentSpec(param.device, tuple(local(param).shape), self._bits(param, group))
+            for group in groups
+            for param in group["params"]
+        ]
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+    def _device_of_steps(self, device: torch.device) -> torch.device:
+        """Device holding the step counter of a parameter on ``device``."""
+        pager = self._pager
+        return (_updates if pager is None else pager).device_of_steps(device)
 
     # Checkpoints.
 
@@ -369,6 +319,13 @@ class PagedAdamW(Optimizer):
         """As of ``torch.optim.Optimizer``; with a pager the moments are copies on the CPU.
 
         With a file they are mapped from an unnamed one beside it, so that a state of any size fits.
+
+        Moments of a sharded parameter are sharded likewise and float32, with 8 bits too, where they
+        are copies on the CPU: so ``torch.distributed.checkpoint`` saves them from one number of
+        processes and loads them into another, of either width. Where the shards are the same,
+        codes and scales come back bit for bit. Where they are cut elsewhere, blocks that stay whole
+        do, and the others are quantised once more, with the error of 8 bits. A distributed
+        checkpoint of parameters that are not sharded has codes; it loads into a state like it.
         """
         return super().state_dict()
 
@@ -382,35 +339,7 @@ class PagedAdamW(Optimizer):
         Raises:
             ValueError: The groups or the shapes do not fit, or the state is of another optimizer.
         """
-        # All of it is done here: torch's own loading casts moments to the parameter's dtype.
-        state_dict = state_dict.copy()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        groups = _fitting_groups(state_dict["param_groups"], self.param_groups)
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        pairs = [(param, group) for group in groups for param in group["params"]]
-        wanted: dict[int, tuple[int, Moments]] = {}
-        for index, (name, (param, group)) in enumerate(zip(names, pairs, strict=True)):
-            if state := state_dict["state"].get(name):
-                # Paged, they need not all fit the parameter's device at a time.
-                place = param.device if self._pager is None else torch.device("cpu")
-                step, moments = from_state(f"state[{name}]", state, local(param), place)
-                wanted[index] = (step, moments.to_bits(self._bits(param, group)))
-        if isinstance(self._pager, FilePager):
-            self._pager.load(wanted)
-        elif self._pager is not None:
-            self._pager.load({index: moments for index, (_, moments) in wanted.items()})
-        found: defaultdict[Tensor, Any] = defaultdict(dict)
-        for index, (step, moments) in wanted.items():
-            param = pairs[index][0]
-            where = _device_of_steps(param.device)
-            found[param] = {"step": torch.tensor(float(step), device=where)}
-            if self._pager is None:
-                found[param] |= to_state(moments.like(param, copy=True))
-        self.__setstate__({"state": found, "param_groups": groups})
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        _checkpointing.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._pager is not None:
@@ -421,6 +350,11 @@ class PagedAdamW(Optimizer):
         mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager")
         return super().__getstate__() | {name: getattr(self, name) for name in mine}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self._optimizer_state_dict_post_hooks:  # of a copy, which gets no hooks
+            self.register_state_dict_post_hook(_add_moments)
+
     @property
     def held_bytes(self) -> int:
         """Bytes of paged moments that are in fast memory now: on the GPUs, or of the file."""
@@ -429,7 +363,7 @@ class PagedAdamW(Optimizer):
     @property
     def paging(self) -> dict[str, str]:
         """For each GPU with the pager ``"unified"``, what its moments are in and why."""
-        return self._pager.report if isinstance(self._pager, UnifiedPager) else {}
+        return {} if self._pager is None else self._pager.report
 
     def close(self) -> None:
         """Free the memory of a pager; a file keeps the last step."""
@@ -444,135 +378,6 @@ class PagedAdamW8bit(PagedAdamW):
         super().__init__(params, *args, **{"bits": 8} | options)
 
 
-class _Calls:
-    """Updates gathered into one call of the op for each device and width of moments."""
-
-    def __init__(self, factors: Mapping[torch.device, Tensor], seed: int | None) -> None:
-        self._factors, self._seed = factors, seed
-        self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
-
-    def add(self, index: int, first: int, param: Tensor, grad: Tensor, moments: Moments) -> None:
-        """One parameter or piece of one, contiguous, with its number and first element."""
-        if param.numel():
-            piece = (param, grad.contiguous(), moments, index, first)
-            self._found[param.device, moments.bits].append(piece)
-
-    def run(self) -> None:
-        for (device, bits), pieces in self._found.items():
-            params, grads, moments, indices, offsets = zip(*pieces, strict=True)
-            scales = [m.absmaxes() for m in moments if bits == 8]
-            ops.adamw_step(
-                params,
-                grads,
-                [m.exp_avg for m in moments],
-                [m.exp_avg_sq for m in moments],
-                [of_exp_avg for of_exp_avg, _ in scales],
-                [of_exp_avg_sq for _, of_exp_avg_sq in scales],
-                self._factors[device],
-                self._seed,
-                indices,
-                offsets,
-            )
-
-
-_Update = tuple[int, dict[str, Any], Tensor, Tensor]
-"""A parameter's number, its group, itself and its gradient."""
-
-
-def _by_device(updates: Sequence[_Update]) -> dict[torch.device, list[_Update]]:
-    found = defaultdict(list)
-    for update in updates:
-        found[update[2].device].append(update)
-    return found
-
-
-def _device_of_steps(device: torch.device) -> torch.device:
-    """Where the number of steps is of a parameter on ``device``.
-
-    With it on a GPU, so that no step waits for the host and may be in a CUDA graph.
-    """
-    return device if device.type == "cuda" else torch.device("cpu")
-
-
-def _on(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
-    if found_inf is None:
-        return 0.0
-    return found_inf.to(_device_of_steps(device), torch.float32).reshape(())
-
-
-def _check_paging(
-    pager: str, path: object, resume: bool, durable: bool, budget_bytes: int | None
-) -> None:
-    given = {"path": path, "resume": resume or None, "durable": durable or None}
-    for name, value in given.items():
-        if pager != "mmap" and value is not None:
-            raise ValueError(f'{name}: got {value!r} with pager "{pager}"; goes with "mmap"')
-    if pager == "none" and budget_bytes is not None:
-        raise ValueError(
-            f'budget_bytes: got {budget_bytes} with pager "none"; goes with "unified" and "mmap"'
-        )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"lr: got shape {list(group['lr'].shape)}; takes one number")
-    for name in ("lr", "eps", "weight_decay"):
-        value = float(group[name])
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: got {value}; takes a number of 0 and above")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas: got {group['betas']}; takes two numbers from 0 to below 1")
-    if group["bits"] not in (32, 8):
-        raise ValueError(f"bits: got {group['bits']!r}; takes 32 or 8")
-    _check_amsgrad(group.get("amsgrad"))
-    for param in group["params"]:
-        _errors.check_float_tensor("params", param)
-
-
-def _check_amsgrad(amsgrad: object) -> None:
-    if amsgrad:
-        raise ValueError("amsgrad: got True; takes False: use torch.optim.AdamW for AMSGrad")
-
-
-def _fitting_groups(
-    saved: Sequence[dict[str, Any]], mine: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The options of a checkpoint's groups, for the parameters of these.
-
-    Other classes' groups lack some options; the width of moments stays.
-    """
-    if len(saved) != len(mine):
-        raise ValueError(f"param_groups: got {len(saved)} groups; takes {len(mine)}")
-    found = []
-    for number, (group, own) in enumerate(zip(saved, mine, strict=True)):
-        if len(group["params"]) != len(own["params"]):
-            raise ValueError(
-                f"param_groups[{number}].params: got {len(group['params'])} parameters;"
-                f" takes {len(own['params'])}"
-            )
-        _check_amsgrad(group.get("amsgrad"))
-        options = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
-        found.append(own | options | {"bits": own["bits"]})
-    return found
-
-
 def _add_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """To a ``state_dict``, from the optimizer's pager."""
     assert isinstance(optimizer, PagedAdamW)
-    assert optimizer._pager is not None
-    params = optimizer._params()
-    wanted = [i for i, param in enumerate(params) if "step" in optimizer.state.get(param, {})]
-    for index, moments in optimizer._pager.read(wanted).items():
-        param = params[index]
-        shaped = moments.view(local(param).shape)
-        if local(param) is not param:
-            shaped = shaped.like(param)
-        # Another dict: the one there is the optimizer's own.
-        state_dict["state"][index] = state_dict["state"][index] | to_state(shaped)
-
-
-def _check_grad(param: Tensor, grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise TypeError("grad: got a sparse tensor; takes a dense one")
-    if grad.dtype != param.dtype:
-        raise TypeError(f"grad: got {grad.dtype}; takes {param.dtype}, as the parameter has")
+    _checkpointing.add_moments(optimizer, state_dict)

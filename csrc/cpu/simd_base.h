@@ -1,0 +1,27 @@
+// What the instruction sets' Simd have in common.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "convert.h"
+#include "kernel_table.h"
+
+#define QKERN_HAS_SIMD 1
+
+namespace qkern::cpu {
+namespace {
+
+// Where a look-up serves one register of codes; see simd_neon.h for the other way. Besides these,
+// a Simd has kTileRows, the rows of the matmul's register tile, which is two registers wide;
+// kVectorAccumulators, of the matrix-vector kernel; and kVectorFactors, the factors (rows of W
+// times rows of dy) that its input gradient may hold.
+struct SimdBase {
+  static constexpr int kFactorRows = 8;  // of W at most
+  static constexpr bool kByteTables = false;
+  static constexpr int kExposed = 1;
+  static constexpr int kTileSteps = 1;
+};
+
+}  // namespace
+}  // namespace qkern::cpu

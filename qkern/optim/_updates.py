@@ -1,0 +1,137 @@
+"""What one step of AdamW does: which parameters, by which factors, in which calls of the op."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern import ops, reference
+from qkern.optim._moments import Moments
+
+Update = tuple[int, dict[str, Any], Tensor, Tensor]
+"""A parameter's number, its group, itself and its gradient."""
+
+
+def collect(groups: Sequence[dict[str, Any]]) -> list[Update]:
+    """The parameters with a gradient, in order."""
+    updates = []
+    index = 0
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                _check_grad(param, param.grad)
+                updates.append((index, group, param, param.grad))
+            index += 1
+    return updates
+
+
+def _check_grad(param: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise TypeError("grad: got a sparse tensor; takes a dense one")
+    if grad.dtype != param.dtype:
+        raise TypeError(f"grad: got {grad.dtype}; takes {param.dtype}, as the parameter has")
+
+
+def by_device(updates: Sequence[Update]) -> dict[torch.device, list[Update]]:
+    """The same updates, those of each device together."""
+    found = defaultdict(list)
+    for update in updates:
+        found[update[2].device].append(update)
+    return found
+
+
+def counted(steps: Sequence[Tensor], skip: float | Tensor) -> Sequence[Tensor]:
+    """Step counters of one device after a step, which does not count where ``skip`` is 1."""
+    if steps[0].device.type == "cuda":
+        return torch._foreach_add(list(steps), 1 - skip)
+    # All at once: one by one they would take as long as a small model's update.
+    return torch.stack(list(steps)).add_(1 - skip).unbind()
+
+
+def device_of_steps(device: torch.device) -> torch.device:
+    """Device holding the step counter of a parameter on ``device``.
+
+    With it on a GPU, so that no step waits for the host and may be in a CUDA graph.
+    """
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def skipped(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
+    """1 where ``GradScaler`` found a gradient that is not finite, else 0."""
+    if found_inf is None:
+        return 0.0
+    return found_inf.to(device_of_steps(device), torch.float32).reshape(())
+
+
+def factors(
+    groups: Sequence[dict[str, Any]],
+    steps: Mapping[int, Tensor],
+    scale: float | Tensor,
+    skip: float | Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Factors for calls of the op on ``device``: a row for each parameter, by its number.
+
+    Args:
+        groups: Of all parameters.
+        steps: Step counters after the step, of the parameters that take part.
+        scale: What gradients are to be multiplied by.
+        skip: 1 where nothing is to change, else 0.
+        device: Where the parameters are.
+    """
+    none = torch.zeros((), device=next(iter(steps.values())).device)
+    tables = []
+    first = 0
+    for group in groups:
+        numbers = range(first, first + len(group["params"]))
+        first = numbers.stop
+        if numbers:
+            tables.append(
+                reference.adamw_factors(
+                    torch.stack([steps.get(number, none) for number in numbers]),
+                    group["lr"],
+                    group["betas"][0],
+                    group["betas"][1],
+                    group["eps"],
+                    group["weight_decay"],
+                    -scale if group["maximize"] else scale,
+                    skip,
+                )
+            )
+    return torch.cat(tables).to(device)
+
+
+class Calls:
+    """Updates gathered into one call of the op for each device and width of moments."""
+
+    def __init__(self, factors: Mapping[torch.device, Tensor], seed: int | None) -> None:
+        self._factors, self._seed = factors, seed
+        self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
+
+    def add(self, index: int, first: int, param: Tensor, grad: Tensor, moments: Moments) -> None:
+        """One parameter or piece of one, contiguous, with its number and first element."""
+        if param.numel():
+            piece = (param, grad.contiguous(), moments, index, first)
+            self._found[param.device, moments.bits].append(piece)
+
+    def run(self) -> None:
+        """Make the calls."""
+        for (device, bits), pieces in self._found.items():
+            params, grads, moments, indices, offsets = zip(*pieces, strict=True)
+            scales = [m.absmaxes() for m in moments if bits == 8]
+            ops.adamw_step(
+                params,
+                grads,
+                [m.exp_avg for m in moments],
+                [m.exp_avg_sq for m in moments],
+                [of_exp_avg for of_exp_avg, _ in scales],
+                [of_exp_avg_sq for _, of_exp_avg_sq in scales],
+                self._factors[device],
+                self._seed,
+                indices,
+                offsets,
+            )
