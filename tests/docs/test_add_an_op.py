@@ -33,8 +33,6 @@ needs_triton = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs g++ or CXX")
 
 ON_TRITON = f"""
-import pickle
-
 import torch
 from lab.triton import semantics
 from qkern import backends, testing
@@ -42,7 +40,6 @@ from qkern import backends, testing
 spec = testing.OPS["{OP}"]
 target = semantics.SemanticsTarget(semantics.DEVICES[0])
 assert target.module.has(spec.name), "the backend has no such op"
-pickle.dumps(spec)  # as for a process of its own
 inputs = {{"codes": torch.arange(256, dtype=torch.uint8)}}
 with backends.use("reference"):
     (swapped,) = spec.run(inputs)
