@@ -16,7 +16,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,6 +167,21 @@ def of_class(name: str, cls: type) -> str:
     return "\n".join(parts)
 
 
+def of_bases(classes: Mapping[str, type]) -> str:
+    """What classes have in common, by bases of theirs that are qkern's and not public."""
+    heirs: dict[type, list[str]] = {}
+    for name, cls in classes.items():
+        for base in cls.__mro__[1:]:
+            if base.__module__.startswith("qkern.") and base not in classes.values():
+                heirs.setdefault(base, []).append(name)
+    parts = []
+    for base, names in heirs.items():
+        title = f"What {', '.join(f'`{name}`' for name in names)} have in common"
+        body = of_class(base.__name__, base).partition("```\n\n")[2]
+        parts.append(f"### {title}\n\n{body.replace(f'#### {base.__name__}.', '#### ')}")
+    return "\n".join(parts)
+
+
 def _constant(module: ModuleType, name: str) -> str:
     """What the string after an assignment says, in the module or in the one it comes from."""
     tree = ast.parse(inspect.getsource(module))
@@ -193,7 +208,8 @@ def of_module(module: ModuleType, names: Sequence[str]) -> str:
             )
         else:
             parts.append(_constant(module, name))
-    return "\n".join(parts)
+    classes = {n: c for n in names if inspect.isclass(c := getattr(module, n))}
+    return "\n".join([*parts, *filter(None, [of_bases(classes)])])
 
 
 def of_ops() -> str:
