@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import importlib
 import inspect
 import itertools
@@ -21,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from qkern.formats import keep_current
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -242,17 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write docs/api.md.")
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
     args = parser.parse_args(argv)
-    wanted = page()
-    if not args.check:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if found == wanted:
-        return 0
-    print(f"{PAGE} is stale; run `python -m tools.api_page`", file=sys.stderr)
-    lines = difflib.unified_diff(found.splitlines(), wanted.splitlines(), "on disk", "generated")
-    print("\n".join(list(lines)[:40]), file=sys.stderr)
-    return 1
+    return keep_current(PAGE, page(), "python -m tools.api_page", args.check)
 
 
 if __name__ == "__main__":
