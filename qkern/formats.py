@@ -340,6 +340,22 @@ def header() -> str:
     return "\n".join(parts)
 
 
+def keep_current(path: Path, wanted: str, command: str, check: bool) -> int:
+    """Write a generated file, or with ``check`` say how it differs; returns the exit status."""
+    if not check:
+        path.write_text(wanted, encoding="utf-8")
+        return 0
+    found = path.read_text(encoding="utf-8") if path.exists() else ""
+    if found == wanted:
+        return 0
+    print(f"{path} is stale; run `{command}`", file=sys.stderr)
+    difference = difflib.unified_diff(
+        found.splitlines(), wanted.splitlines(), "on disk", "generated", n=0, lineterm=""
+    )
+    print("\n".join(list(difference)[:40]), file=sys.stderr)
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the header, or with ``--check`` compare it; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write csrc/include/qkern/codes.h.")
@@ -348,19 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not HEADER_PATH.parent.is_dir():
         print(f"{HEADER_PATH.parent} is missing: run this in a source tree", file=sys.stderr)
         return 2
-    wanted = header()
-    if not args.check:
-        HEADER_PATH.write_text(wanted, encoding="utf-8")
-        return 0
-    found = HEADER_PATH.read_text(encoding="utf-8") if HEADER_PATH.exists() else ""
-    if found == wanted:
-        return 0
-    print(f"{HEADER_PATH} is stale; run `python qkern/formats.py`", file=sys.stderr)
-    difference = difflib.unified_diff(
-        found.splitlines(), wanted.splitlines(), "on disk", "generated", n=0, lineterm=""
-    )
-    print("\n".join(list(difference)[:40]), file=sys.stderr)
-    return 1
+    return keep_current(HEADER_PATH, header(), "python qkern/formats.py", args.check)
 
 
 if __name__ == "__main__":

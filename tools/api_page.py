@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import importlib
 import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from qkern.formats import keep_current
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -166,6 +167,21 @@ def of_class(name: str, cls: type) -> str:
     return "\n".join(parts)
 
 
+def of_bases(classes: Mapping[str, type]) -> str:
+    """What classes have in common, by bases of theirs that are qkern's and not public."""
+    heirs: dict[type, list[str]] = {}
+    for name, cls in classes.items():
+        for base in cls.__mro__[1:]:
+            if base.__module__.startswith("qkern.") and base not in classes.values():
+                heirs.setdefault(base, []).append(name)
+    parts = []
+    for base, names in heirs.items():
+        title = f"What {', '.join(f'`{name}`' for name in names)} have in common"
+        body = of_class(base.__name__, base).partition("```\n\n")[2]
+        parts.append(f"### {title}\n\n{body.replace(f'#### {base.__name__}.', '#### ')}")
+    return "\n".join(parts)
+
+
 def _constant(module: ModuleType, name: str) -> str:
     """What the string after an assignment says, in the module or in the one it comes from."""
     tree = ast.parse(inspect.getsource(module))
@@ -192,7 +208,8 @@ def of_module(module: ModuleType, names: Sequence[str]) -> str:
             )
         else:
             parts.append(_constant(module, name))
-    return "\n".join(parts)
+    classes = {n: c for n in names if inspect.isclass(c := getattr(module, n))}
+    return "\n".join([*parts, *filter(None, [of_bases(classes)])])
 
 
 def of_ops() -> str:
@@ -226,17 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write docs/api.md.")
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
     args = parser.parse_args(argv)
-    wanted = page()
-    if not args.check:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if found == wanted:
-        return 0
-    print(f"{PAGE} is stale; run `python -m tools.api_page`", file=sys.stderr)
-    lines = difflib.unified_diff(found.splitlines(), wanted.splitlines(), "on disk", "generated")
-    print("\n".join(list(lines)[:40]), file=sys.stderr)
-    return 1
+    return keep_current(PAGE, page(), "python -m tools.api_page", args.check)
 
 
 if __name__ == "__main__":

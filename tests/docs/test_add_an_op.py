@@ -50,6 +50,8 @@ for case in spec.cases:
 """
 """The quick check: every Python part of the recipe, and Triton's kernel under ttsem."""
 
+TABLE_TESTS = ("tests/ops/test_conformance.py", "tests/triton/test_on_cpu.py")
+
 ON_CPU = f"""
 from qkern import backends, testing
 
@@ -151,6 +153,16 @@ def test_the_kernel_for_the_cpu(tmp_path: Path) -> None:
         block.apply(tree)
     assert_done(build_for_the_cpu(tree))
     assert_done(run_python(tree, ON_CPU))
+    # Everything that the table's own tests do with an op.
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow", "-k", OP)
+    done = run(tree, sys.executable, "-m", "pytest", *options, *TABLE_TESTS, OMP_NUM_THREADS="2")
+    assert_done(done)
+    assert (
+        f"test_op[{OP}-cpu.scalar"
+        in run(
+            tree, sys.executable, "-m", "pytest", "--collect-only", *options, TABLE_TESTS[0]
+        ).stdout
+    )
 
 
 @needs_compiler

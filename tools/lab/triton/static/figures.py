@@ -22,7 +22,7 @@ from .compile import Compiled
 _SOURCES = (
     *(ROOT / "triton_kernels").glob("*.py"),
     *Path(__file__).parent.glob("*.py"),
-    ROOT / "qkern" / "backends" / "triton.py",
+    ROOT / "qkern" / "backends" / "_triton.py",
 )
 
 
