@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from qkern import io, testing
 from qkern import nn as qnn
+from tests.models import tiny_llama
 
 CASES = pytest.mark.parametrize(
     ("kind", "block_size", "double_quant", "dtype"),
@@ -24,18 +25,6 @@ CASES = pytest.mark.parametrize(
         ("fp4", 32, False, torch.float16),
     ],
 )
-
-
-def config() -> LlamaConfig:
-    """Rows of whole blocks: of others bitsandbytes' CPU kernel misreads its own weights too."""
-    return LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
 
 
 def assert_same_values(weight: bnb.nn.Params4bit, own: qnn.Linear4bit) -> None:
@@ -75,7 +64,8 @@ def test_transformers_reads_it(
     kind: str, block_size: int, double_quant: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config()).to(dtype).eval()
+    # Rows of whole blocks: of others bitsandbytes' CPU kernel misreads its own weights too.
+    model = tiny_llama(hidden_size=128, intermediate_size=256).to(dtype).eval()
     qnn.quantize_model(model, kind, block_size, double_quant, lora=qnn.LoRAConfig(r=2))
     io.save_bnb(model, tmp_path / "model.safetensors")
     settings = model.config.to_dict()

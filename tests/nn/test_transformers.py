@@ -9,24 +9,17 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.core_model_loading import set_param_for_module
 
 from qkern import nn as qnn
 from qkern import testing
+from tests.models import tiny_llama
 
 
 def llama(lora: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    return qnn.quantize_model(LlamaForCausalLM(config), lora=qnn.LoRAConfig(r=4) if lora else None)
+    return qnn.quantize_model(tiny_llama(), lora=qnn.LoRAConfig(r=4) if lora else None)
 
 
 def codes(model: nn.Module) -> list[torch.Tensor]:
@@ -67,7 +60,7 @@ def test_trainer_trains_the_adapters(adapter: str, tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    model, dense = llama(), LlamaForCausalLM(llama().config)
+    model, dense = llama(), tiny_llama()
     held = sum(parameter.nbytes for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert model.get_memory_footprint() == held + buffers
