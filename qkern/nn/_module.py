@@ -197,7 +197,7 @@ class QuantizedModule(nn.Module):
                     self._parameters[name] = nn.Parameter(data, param.requires_grad)
             raise
         if was_meta and not self.quant_meta.is_meta:
-            self.quant_meta.data.copy_(_encoded(self._meta(), "cpu"))
+            _write_meta(self.quant_meta, self._meta())
         dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=device)).dtype
         if dtype in _errors.FLOAT_DTYPES:
             self._weight_dtype = dtype
@@ -300,6 +300,17 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, which can be asked without importing torch.distributed."""
     return hasattr(tensor, "full_tensor")
+
+
+def _write_meta(parameter: Tensor, meta: dict[str, Any]) -> None:
+    encoded = _encoded(meta, parameter.device)
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        # Every rank has the whole, so that none needs to send it.
+        encoded = distribute_tensor(encoded, mesh, placements, src_data_rank=None)
+    parameter.data.copy_(encoded)
 
 
 def _described(

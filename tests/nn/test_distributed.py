@@ -141,10 +141,19 @@ def test_a_distributed_checkpoint_of_another_format_is_refused(
         net.load_state_dict(state, strict=False)
 
 
-@pytest.mark.parametrize("way", ["shards", "full"])
+@pytest.mark.parametrize("way", ["shards", "full", "empty"])
 def test_sharded_models_reload(reloaded: Results, way: str) -> None:
     for result in reloaded:
         assert_same(result[way], result["expected"])
+
+
+def test_a_sharded_meta_model_knows_its_format(reloaded: Results) -> None:
+    net = training.model("float32")
+    for result in reloaded:
+        for found, layer in zip(
+            result["meta"], (net.table, net.blocks[1].down.base_layer), strict=True
+        ):
+            testing.assert_bitwise(found, layer.quant_meta)
 
 
 def test_shards_of_another_format_are_refused(reloaded: Results) -> None:

@@ -146,8 +146,9 @@ MODES = ("float32", "bfloat16", "float32-checkpointed", "bfloat16-checkpointed",
 """The dtype of the policy; whether activations are recomputed, or every base is a unit itself."""
 
 
-def sharded(mode: str, **options: Any) -> Model:
-    net = model(mode, **options)
+def sharded(mode: str, device: str = "cpu", **options: Any) -> Model:
+    with torch.device(device):
+        net = model(mode, **options)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if "bfloat16" in mode else None, reduce_dtype=torch.float32
     )
@@ -232,6 +233,15 @@ def fsdp_reload(rank: int, folder: Path, _: str) -> dict[str, Any]:
     load(shards, storage_reader=FileSystemReader(folder / "checkpoint"))
     set_model_state_dict(again, shards)
     found["shards"] = state(again)
+    again = sharded("float32", device="meta").to_empty(device="cpu")
+    assert all(p.is_meta is False for p in again.parameters())
+    found["meta"] = [
+        whole(layer.quant_meta) for layer in (again.table, again.blocks[1].down.base_layer)
+    ]
+    shards = get_model_state_dict(again)
+    load(shards, storage_reader=FileSystemReader(folder / "checkpoint"))
+    set_model_state_dict(again, shards)
+    found["empty"] = state(again)
     how = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = get_model_state_dict(net, options=how)
     again = sharded("float32")
