@@ -113,44 +113,39 @@ class Arguments {
   std::size_t next_ = 0;
 };
 
-// The arguments of each op, up to what says where it runs.
+// The arguments of each op in their order, up to what says where it runs.
 
-inline Quantize4bitArgs read_quantize_4bit(Arguments& from) {
-  Quantize4bitArgs args;
-  from.read(args.x, args.x_dtype, args.numel, args.codes, BlockSize{args.block_size}, args.packed,
-            args.absmax);
-  return args;
+inline void read_fields(Arguments& from, Quantize4bitArgs& to) {
+  from.read(to.x, to.x_dtype, to.numel, to.codes, BlockSize{to.block_size}, to.packed, to.absmax);
 }
 
-inline Dequantize4bitArgs read_dequantize_4bit(Arguments& from) {
-  Dequantize4bitArgs args;
-  from.read(args.weight, args.out, args.out_dtype, args.weight.cols);
-  args.weight.rows = 1;
-  return args;
+inline void read_fields(Arguments& from, Dequantize4bitArgs& to) {
+  from.read(to.weight, to.out, to.out_dtype, to.weight.cols);
+  to.weight.rows = 1;
 }
 
-inline Quantize8bitArgs read_quantize_8bit(Arguments& from) {
-  Quantize8bitArgs args;
-  from.read(args.x, args.x_dtype, args.numel, args.map, BlockSize{args.block_size}, args.codes,
-            args.absmax);
-  return args;
-}
-
-inline Dequantize8bitArgs read_dequantize_8bit(Arguments& from) {
-  Dequantize8bitArgs args;
-  from.read(args.codes, args.absmax, args.map, BlockSize{args.block_size}, args.out, args.out_dtype,
-            args.numel);
-  return args;
-}
-
-inline QuantizeAbsmaxArgs read_quantize_absmax(Arguments& from) {
-  QuantizeAbsmaxArgs args;
+inline void read_fields(Arguments& from, QuantizeAbsmaxArgs& to) {
   DType dtype = DType::kFloat32;
-  from.read(args.absmax, dtype, args.numel, args.codes, args.nested_absmax, args.nested_offset);
+  from.read(to.absmax, dtype, to.numel, to.codes, to.nested_absmax, to.nested_offset);
   require(dtype == DType::kFloat32, "absmax: takes float32");
+}
+
+inline void read_fields(Arguments& from, Quantize8bitArgs& to) {
+  from.read(to.x, to.x_dtype, to.numel, to.map, BlockSize{to.block_size}, to.codes, to.absmax);
+}
+
+inline void read_fields(Arguments& from, Dequantize8bitArgs& to) {
+  from.read(to.codes, to.absmax, to.map, BlockSize{to.block_size}, to.out, to.out_dtype, to.numel);
+}
+
+template <typename Args>
+Args read_args(Arguments& from) {
+  Args args;
+  read_fields(from, args);
   return args;
 }
 
+// Of linear_4bit, and without a bias of linear_4bit_dx.
 template <bool kHasBias>
 Linear4bitArgs read_matmul(Arguments& from) {
   Linear4bitArgs args;
@@ -160,9 +155,6 @@ Linear4bitArgs read_matmul(Arguments& from) {
   from.read(args.y, args.batch_invariant);
   return args;
 }
-
-inline Linear4bitArgs read_linear_4bit(Arguments& from) { return read_matmul<true>(from); }
-inline Linear4bitArgs read_linear_4bit_dx(Arguments& from) { return read_matmul<false>(from); }
 
 // AdamWArgs and the tensors they point to.
 struct AdamWStep : AdamWArgs {

@@ -14,13 +14,13 @@ Status run_on_cpu(Arguments& from) {
 }
 
 inline constexpr Op kCpuOps[] = {
-    {"quantize_4bit", run_on_cpu<read_quantize_4bit, cpu::quantize_4bit>},
-    {"dequantize_4bit", run_on_cpu<read_dequantize_4bit, cpu::dequantize_4bit>},
-    {"quantize_8bit", run_on_cpu<read_quantize_8bit, cpu::quantize_8bit>},
-    {"dequantize_8bit", run_on_cpu<read_dequantize_8bit, cpu::dequantize_8bit>},
-    {"quantize_absmax", run_on_cpu<read_quantize_absmax, cpu::quantize_absmax>},
-    {"linear_4bit", run_on_cpu<read_linear_4bit, cpu::linear_4bit>},
-    {"linear_4bit_dx", run_on_cpu<read_linear_4bit_dx, cpu::linear_4bit_dx>},
+    {"quantize_4bit", run_on_cpu<read_args<Quantize4bitArgs>, cpu::quantize_4bit>},
+    {"dequantize_4bit", run_on_cpu<read_args<Dequantize4bitArgs>, cpu::dequantize_4bit>},
+    {"quantize_8bit", run_on_cpu<read_args<Quantize8bitArgs>, cpu::quantize_8bit>},
+    {"dequantize_8bit", run_on_cpu<read_args<Dequantize8bitArgs>, cpu::dequantize_8bit>},
+    {"quantize_absmax", run_on_cpu<read_args<QuantizeAbsmaxArgs>, cpu::quantize_absmax>},
+    {"linear_4bit", run_on_cpu<read_matmul<true>, cpu::linear_4bit>},
+    {"linear_4bit_dx", run_on_cpu<read_matmul<false>, cpu::linear_4bit_dx>},
     {"adamw_step", run_on_cpu<read_adamw_step, cpu::adamw_step>},
 };
 

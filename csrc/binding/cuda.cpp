@@ -49,14 +49,14 @@ Status dequantize_region(const RegionArgs& args, void* stream) {
 }
 
 constexpr Op kCudaOps[] = {
-    {"quantize_4bit", run_on_stream<read_quantize_4bit, cuda::quantize_4bit>},
-    {"dequantize_4bit", run_on_stream<read_dequantize_4bit, cuda::dequantize_4bit>},
+    {"quantize_4bit", run_on_stream<read_args<Quantize4bitArgs>, cuda::quantize_4bit>},
+    {"dequantize_4bit", run_on_stream<read_args<Dequantize4bitArgs>, cuda::dequantize_4bit>},
     {"dequantize_4bit_region", run_on_stream<read_region, dequantize_region>},
-    {"quantize_8bit", run_on_stream<read_quantize_8bit, cuda::quantize_8bit>},
-    {"dequantize_8bit", run_on_stream<read_dequantize_8bit, cuda::dequantize_8bit>},
-    {"quantize_absmax", run_on_stream<read_quantize_absmax, cuda::quantize_absmax>},
-    {"linear_4bit", run_on_stream<read_on_path<read_linear_4bit>, cuda::linear_4bit>},
-    {"linear_4bit_dx", run_on_stream<read_on_path<read_linear_4bit_dx>, cuda::linear_4bit_dx>},
+    {"quantize_8bit", run_on_stream<read_args<Quantize8bitArgs>, cuda::quantize_8bit>},
+    {"dequantize_8bit", run_on_stream<read_args<Dequantize8bitArgs>, cuda::dequantize_8bit>},
+    {"quantize_absmax", run_on_stream<read_args<QuantizeAbsmaxArgs>, cuda::quantize_absmax>},
+    {"linear_4bit", run_on_stream<read_on_path<read_matmul<true>>, cuda::linear_4bit>},
+    {"linear_4bit_dx", run_on_stream<read_on_path<read_matmul<false>>, cuda::linear_4bit_dx>},
     {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
 };
 

@@ -93,22 +93,13 @@ struct KernelTable {
   AdamWFn adamw_step[3];
 };
 
+// Those that the build has: see QKERN_HAVE_* in dispatch.cpp.
 const KernelTable& kernels_scalar();
-#if defined(QKERN_HAVE_AVX2)
 const KernelTable& kernels_avx2();
-#endif
-#if defined(QKERN_HAVE_AVX512)
 const KernelTable& kernels_avx512();
-#endif
-#if defined(QKERN_HAVE_AVX512VNNI)
 const KernelTable& kernels_avx512vnni();
-#endif
-#if defined(QKERN_HAVE_AMX)
 const KernelTable& kernels_amx();
-#endif
-#if defined(QKERN_HAVE_NEON)
 const KernelTable& kernels_neon();
-#endif
 
 // The table in force: the best that the processor runs, or what QKERN_CPU_ISA or set_isa names.
 // nullptr where that name is unknown or the processor lacks it.

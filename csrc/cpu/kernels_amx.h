@@ -124,7 +124,7 @@ struct AmxEngine {
     constexpr int kStrideC = kTileCols * sizeof(float);
     const std::int64_t stride = a_stride * static_cast<std::int64_t>(sizeof(Element));
     float* lower = c + kTile * kTileCols;
-    // Nor does it know that the loads below read what was stored to the scratch.
+    // GCC also misses that these loads read the scratch.
     __asm__ volatile("" : : : "memory");
     if (accumulate) {
       _tile_loadd(0, c, kStrideC);

@@ -131,11 +131,13 @@ struct DotKernel {
   }
 };
 
-// Whether integers stand for every row of x well enough. Their rounding adds a variance of at most
-// 2^-30 2/3 sum(x^2) to a result, in units of the weights'; weights rounded to T, as the contract
-// allows, would add 2^-18.6 (bfloat16) or 2^-24.6 (float16) for each x^2. A large x may meet
-// weights of zero, so what the rest would add must be enough: a quarter of it is, where half of
-// what is not zero is at least this part of the root mean square.
+// Whether integers stand for every row of x well enough. In units of the weights' variance,
+// rounding x to integers adds at most 2^-30 2/3 sum(x^2) to that of a result. Rounding weights to
+// T, as the contract allows, would add r sum(x^2) over the x that meet weights other than zero,
+// with r = 2^-18.6 for bfloat16 and 2^-24.6 for float16. So it is enough that
+//   2^-30 2/3 sum(x^2) <= r n / 4 (kTypicalX rms(x))^2,
+// which kTypicalX makes an equality. Half of the nonzero x must be that large, because half of
+// those may meet weights of zero.
 template <typename T>
 constexpr float kTypicalX = 0x1p-5f;
 template <>

@@ -62,9 +62,7 @@ struct Simd : SimdBase {
   }
   template <typename T>
   static F load_partial(const T* p, int n) {
-    T lanes[kLanes] = {};
-    std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
-    return load(lanes);
+    return load_padded<Simd>(p, n);
   }
 
   static void store(float* p, F v) { storeu(p, v); }

@@ -1,6 +1,7 @@
 // What the instruction sets' Simd have in common.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -22,6 +23,14 @@ struct SimdBase {
   static constexpr int kExposed = 1;
   static constexpr int kTileSteps = 1;
 };
+
+// n elements as S loads them, and zeros behind.
+template <typename S, typename T>
+typename S::F load_padded(const T* p, int n) {
+  T lanes[S::kLanes] = {};
+  std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
+  return S::load(lanes);
+}
 
 }  // namespace
 }  // namespace qkern::cpu

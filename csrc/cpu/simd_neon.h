@@ -69,9 +69,7 @@ struct Simd {
   static F load(const Float16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
   template <typename T>
   static F load_partial(const T* p, int n) {
-    T lanes[kLanes] = {};
-    std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(T));
-    return load(lanes);
+    return load_padded<Simd>(p, n);
   }
 
   static void store(float* p, F v) { vst1q_f32(p, v); }

@@ -208,7 +208,7 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
   [[maybe_unused]] float m_scale, v_scale;
   if constexpr (kCodes) {
     // Moments that do not exist are zeros and stay so, and do not show in their block's scale.
-    // Where a factor is no number they become NaNs, but so do all of the block.
+    // A NaN factor makes the whole block NaN anyway.
     load<kRun>(exp_avg, count, lane, unsigned{MomentTables::Signed::kZero}, m_codes);
     load<kRun>(exp_avg_sq, count, lane, unsigned{MomentTables::Unsigned::kZero}, v_codes);
     m_scale = *exp_avg_absmax;
@@ -221,7 +221,7 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
   load<kRun>(grads, count, lane, 0.0f, grad);
   // Every lane has read the scales before one replaces them.
   if constexpr (kCodes) __syncwarp();
-  // Asked for only here, so that one wait is for the factors and for all that they are to change.
+  // Test `skip` after issuing all loads, so one wait covers them.
   if (factors.skip == 0.0f) {
     if constexpr (kCodes) {
 #pragma unroll

@@ -11,7 +11,7 @@
 namespace qkern::cuda {
 namespace {
 
-// ---- Conversions. Storage types are bits; float32 is what is computed in.
+// Conversions. Storage types are bits; float32 is what is computed in.
 
 template <typename T>
 QKERN_DEVICE float to_float(T value);
@@ -122,7 +122,7 @@ QKERN_DEVICE bool are_aligned16(Pointers... pointers) {
   return ((reinterpret_cast<std::uintptr_t>(pointers) | ...) & 15u) == 0;
 }
 
-// ---- The 16 values of a format.
+// The 16 values of a format.
 
 // Where the values come from: nf4's and fp4's travel with the launch; a custom codebook lies in
 // device memory, which the host must not read.
@@ -213,7 +213,7 @@ QKERN_DEVICE unsigned packed_code(const std::uint8_t* packed, std::int64_t eleme
   return (packed[element >> 1] >> ((element & 1) != 0 ? 0 : 4)) & 15u;
 }
 
-// ---- Scales, float32 or double-quantised.
+// Scales, float32 or double-quantised.
 
 struct DynamicMap {
   float values[256];
@@ -352,7 +352,7 @@ QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
   }
 }
 
-// ---- Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,
+// Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,
 // as two planes of bytes in eight registers. A permute takes nibbles as selectors, so four packed
 // codes are looked up at once and no memory is touched.
 template <typename T>
@@ -408,7 +408,7 @@ struct ScaledTable {
   }
 };
 
-// ---- Host: run time to compile time.
+// Host: run time to compile time.
 
 // Calls fn(T{}) with the storage type of `dtype`.
 template <typename Fn>

@@ -72,6 +72,41 @@ struct Epilogue {
   }
 };
 
+// What every matmul kernel is launched with.
+template <typename T>
+struct Operands {
+  const T* x;  // dy in the input gradient
+  std::int64_t m, x_row_stride;
+  const std::uint8_t* packed;
+  Scales scales;
+  CodeSource source;
+  std::int64_t rows, cols;  // of W
+};
+
+template <typename T>
+Operands<T> operands_of(const Linear4bitArgs& args) {
+  const Weight4bit& weight = args.weight;
+  return {static_cast<const T*>(args.x),
+          args.m,
+          args.x_row_stride,
+          weight.packed,
+          scales_of(weight),
+          code_source(weight.codes),
+          weight.rows,
+          weight.cols};
+}
+
+// Launches a kernel whose blocks in z are the parts of a contraction, and sums those.
+template <typename KernelArgs>
+Status launch_parts(const char* what, void (*kernel)(KernelArgs), LaunchConfig config,
+                    const KernelArgs& kernel_args, const Linear4bitArgs& args, const Split& split,
+                    std::int64_t columns) {
+  config.grid.z = static_cast<unsigned>(split.count);
+  const Status status = launch(what, kernel, config, kernel_args);
+  if (!status.ok() || split.count == 1) return status;
+  return sum_splits(args, split.count, columns, config.stream);
+}
+
 // Where a tensor-core kernel leaves its results. W is the mma's first operand, 16 rows of its
 // result, and x the second, so that x's fragments are registers as a 128-bit load leaves them. A
 // warp's two fragments are 32 columns of y: lane (g, t), g = lane / 4 and t = lane % 4, holds
@@ -83,6 +118,35 @@ struct MmaOutput {
   float* parts;  // [parts, m, columns] instead of y where the contraction is split
   std::int64_t m, columns;
 };
+
+template <typename T>
+struct MmaArgs : Operands<T> {
+  std::int64_t split_length;
+  MmaOutput<T> output;
+};
+
+template <typename T>
+MmaArgs<T> mma_args(const Linear4bitArgs& args, const Split& split, std::int64_t columns) {
+  return {operands_of<T>(args),
+          split.length,
+          {{static_cast<const T*>(args.bias)},
+           static_cast<T*>(args.y),
+           split.count > 1 ? args.workspace : nullptr,
+           args.m,
+           columns}};
+}
+
+template <int kRowFragments, int kFragments>
+QKERN_DEVICE void clear(float (&sum)[kRowFragments][kFragments][4]) {
+#pragma unroll
+  for (int i = 0; i < kRowFragments; ++i) {
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
+    }
+  }
+}
 
 // Stores eight rows from `row0`, 32 columns from `column0`; all lanes of the warp call it.
 template <typename T>

@@ -40,21 +40,9 @@ QKERN_DEVICE int code_position(int row, int warp) {
   return row * kWarps + (warp ^ ((row >> 3) & 3));
 }
 
-template <typename T>
-struct DxArgs {
-  const T* dy;
-  std::int64_t m, dy_row_stride;
-  const std::uint8_t* packed;
-  Scales scales;
-  CodeSource source;
-  std::int64_t rows, cols;  // of W
-  std::int64_t split_length;
-  MmaOutput<T> output;
-};
-
 template <typename T, int kTileM, int kStages>
 QKERN_KERNEL(kThreads, 2)
-linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
+linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
   using Shared = DxShared<kTileM, kStages>;
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -79,7 +67,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
   constexpr int kCopyDepth = kThreads / kWarps;
   const int dy_row = thread / kRowChunks;
   const int dy_chunk = thread % kRowChunks;
-  const T* dy_from = args.dy + (m0 + dy_row) * args.dy_row_stride + begin + dy_chunk * kChunk;
+  const T* dy_from = args.x + (m0 + dy_row) * args.x_row_stride + begin + dy_chunk * kChunk;
   const int dy_to = dy_position(dy_row, dy_chunk % 4, dy_chunk / 4);
   static_assert(kCopyRows % 2 == 0, "dy_position of copied rows differs by whole rows");
   const int code_row = thread / kWarps;
@@ -103,7 +91,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
         cp_async16(&shared.dy[stage][dy_to + i * kCopyRows * kRowChunks], dy, true);
-        dy += kCopyRows * args.dy_row_stride;
+        dy += kCopyRows * args.x_row_stride;
       }
 #pragma unroll
       for (int i = 0; i < kTileDepth / kCopyDepth; ++i) {
@@ -115,9 +103,9 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
         const bool exists = m0 + dy_row + i * kCopyRows < args.m && n0 + dy_chunk * kChunk < end;
-        cp_async16(&shared.dy[stage][dy_to + i * kCopyRows * kRowChunks], exists ? dy : args.dy,
+        cp_async16(&shared.dy[stage][dy_to + i * kCopyRows * kRowChunks], exists ? dy : args.x,
                    exists);
-        dy += kCopyRows * args.dy_row_stride;
+        dy += kCopyRows * args.x_row_stride;
       }
 #pragma unroll
       for (int i = 0; i < kTileDepth / kCopyDepth; ++i) {
@@ -166,14 +154,7 @@ linear_4bit_dx_mma_kernel(const DxArgs<T> args) {
 
   constexpr int kFragmentsM = kTileM / 8;
   float sum[kFragmentsM][kFragments][4];
-#pragma unroll
-  for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
-    }
-  }
+  clear(sum);
 
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) start_loads(tile);
@@ -255,29 +236,12 @@ constexpr int kStages = 3;
 
 template <typename T>
 Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
-  const Weight4bit& weight = args.weight;
-  const DxArgs<T> launch_args{static_cast<const T*>(args.x),
-                              args.m,
-                              args.x_row_stride,
-                              weight.packed,
-                              scales_of(weight),
-                              code_source(weight.codes),
-                              weight.rows,
-                              weight.cols,
-                              split.length,
-                              {{nullptr},
-                               static_cast<T*>(args.y),
-                               split.count > 1 ? args.workspace : nullptr,
-                               args.m,
-                               weight.cols}};
+  const std::int64_t columns = args.weight.cols;
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                 static_cast<unsigned>(ceil_div(weight.cols, kTileColumns)),
-                                 static_cast<unsigned>(split.count)),
+                                 static_cast<unsigned>(ceil_div(columns, kTileColumns))),
                             kThreads, sizeof(DxShared<kTileM, kStages>), stream};
-  const Status status = launch("linear_4bit_dx_mma_kernel",
-                               linear_4bit_dx_mma_kernel<T, kTileM, kStages>, config, launch_args);
-  if (!status.ok() || split.count == 1) return status;
-  return sum_splits(args, split.count, weight.cols, stream);
+  return launch_parts("linear_4bit_dx_mma_kernel", linear_4bit_dx_mma_kernel<T, kTileM, kStages>,
+                      config, mma_args<T>(args, split, columns), args, split, columns);
 }
 
 }  // namespace

@@ -38,18 +38,6 @@ QKERN_DEVICE int x_position(int row, int t, int s) {
   return (row * kRowChunks + ((t >> 1) << 3 | low)) ^ (s << 1);
 }
 
-template <typename T>
-struct MmaArgs {
-  const T* x;
-  std::int64_t m, x_row_stride;
-  const std::uint8_t* packed;
-  Scales scales;
-  CodeSource source;
-  std::int64_t rows, cols;  // of W
-  std::int64_t split_length;
-  MmaOutput<T> output;
-};
-
 template <typename T, int kTileM, int kStages>
 QKERN_KERNEL(kThreads, kTileM <= 16 ? 3 : 2)
 linear_4bit_mma_kernel(const MmaArgs<T> args) {
@@ -166,14 +154,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
 
   constexpr int kFragmentsM = kTileM / 8;
   float sum[kFragmentsM][kFragments][4];
-#pragma unroll
-  for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][f][e] = 0.0f;
-    }
-  }
+  clear(sum);
 
   float scales[kLaneRows];
 #pragma unroll
@@ -236,29 +217,12 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
 
 template <typename T, int kTileM, int kStages>
 Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
-  const Weight4bit& weight = args.weight;
-  const MmaArgs<T> launch_args{static_cast<const T*>(args.x),
-                               args.m,
-                               args.x_row_stride,
-                               weight.packed,
-                               scales_of(weight),
-                               code_source(weight.codes),
-                               weight.rows,
-                               weight.cols,
-                               split.length,
-                               {{static_cast<const T*>(args.bias)},
-                                static_cast<T*>(args.y),
-                                split.count > 1 ? args.workspace : nullptr,
-                                args.m,
-                                weight.rows}};
+  const std::int64_t columns = args.weight.rows;
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                 static_cast<unsigned>(ceil_div(weight.rows, kTileN)),
-                                 static_cast<unsigned>(split.count)),
+                                 static_cast<unsigned>(ceil_div(columns, kTileN))),
                             kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
-  const Status status = launch("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>,
-                               config, launch_args);
-  if (!status.ok() || split.count == 1) return status;
-  return sum_splits(args, split.count, weight.rows, stream);
+  return launch_parts("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>, config,
+                      mma_args<T>(args, split, columns), args, split, columns);
 }
 
 template <typename T>

@@ -25,13 +25,7 @@ struct TiledShared {
 };
 
 template <typename T>
-struct TiledArgs {
-  const T* x;
-  std::int64_t m, x_row_stride;
-  const std::uint8_t* packed;
-  Scales scales;
-  CodeSource source;
-  std::int64_t rows, cols;  // of W
+struct TiledArgs : Operands<T> {
   Epilogue<T> epilogue;
   T* y;
 };
@@ -120,20 +114,11 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
 }  // namespace
 
 Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream) {
-  const Weight4bit& weight = args.weight;
-  const std::int64_t columns = input_gradient ? weight.cols : weight.rows;
+  const std::int64_t columns = input_gradient ? args.weight.cols : args.weight.rows;
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const TiledArgs<T> launch_args{static_cast<const T*>(args.x),
-                                   args.m,
-                                   args.x_row_stride,
-                                   weight.packed,
-                                   scales_of(weight),
-                                   code_source(weight.codes),
-                                   weight.rows,
-                                   weight.cols,
-                                   {static_cast<const T*>(args.bias)},
-                                   static_cast<T*>(args.y)};
+    const TiledArgs<T> launch_args{
+        operands_of<T>(args), {static_cast<const T*>(args.bias)}, static_cast<T*>(args.y)};
     const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
                                    static_cast<unsigned>(ceil_div(columns, kTileN))),
                               kThreads, 0, stream};

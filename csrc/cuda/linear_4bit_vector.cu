@@ -36,13 +36,7 @@ struct VectorShared {
 };
 
 template <typename T>
-struct VectorArgs {
-  const T* x;
-  std::int64_t m, x_row_stride;
-  const std::uint8_t* packed;
-  Scales scales;
-  CodeSource source;
-  std::int64_t rows, cols;  // of W
+struct VectorArgs : Operands<T> {
   std::int64_t split_length;
   Epilogue<T> epilogue;
   T* y;
@@ -308,28 +302,18 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
 
 template <typename T, int kRows, int kWarpRows, bool kWhole>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
-  const Weight4bit& weight = args.weight;
-  const VectorArgs<T> launch_args{static_cast<const T*>(args.x),
-                                  args.m,
-                                  args.x_row_stride,
-                                  weight.packed,
-                                  scales_of(weight),
-                                  code_source(weight.codes),
-                                  weight.rows,
-                                  weight.cols,
+  const std::int64_t columns = args.weight.rows;
+  const VectorArgs<T> launch_args{operands_of<T>(args),
                                   split.length,
                                   {static_cast<const T*>(args.bias)},
                                   static_cast<T*>(args.y),
                                   split.count > 1 ? args.workspace : nullptr};
-  const LaunchConfig config{
-      dim3(static_cast<unsigned>(ceil_div(weight.rows, kWarps * kWarpRows)),
-           static_cast<unsigned>(ceil_div(args.m, kRows)), static_cast<unsigned>(split.count)),
-      kThreads, sizeof(VectorShared<T, kRows>), stream};
-  const Status status =
-      launch("linear_4bit_vector_kernel", linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>,
-             config, launch_args);
-  if (!status.ok() || split.count == 1) return status;
-  return sum_splits(args, split.count, weight.rows, stream);
+  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(columns, kWarps * kWarpRows)),
+                                 static_cast<unsigned>(ceil_div(args.m, kRows))),
+                            kThreads, sizeof(VectorShared<T, kRows>), stream};
+  return launch_parts("linear_4bit_vector_kernel",
+                      linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>, config, launch_args,
+                      args, split, columns);
 }
 
 }  // namespace

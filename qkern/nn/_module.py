@@ -105,14 +105,18 @@ class QuantizedModule(nn.Module):
         """
         held: dict[str, Any] = self._parameters
         try:
-            return Weight(
-                held["weight"],
-                held["absmax"],
-                held["nested_absmax"],
-                held["nested_offset"],
-                held["codebook"],
-                self._format,
-                self._block_size,
+            # Weight(...) would go through a Python function, which takes as long as all the rest.
+            return tuple.__new__(
+                Weight,
+                (
+                    held["weight"],
+                    held["absmax"],
+                    held["nested_absmax"],
+                    held["nested_offset"],
+                    held["codebook"],
+                    self._format,
+                    self._block_size,
+                ),
             )
         except KeyError:
             tensors = (parameter(self, name) for name in PARAMETERS)

@@ -25,7 +25,9 @@ class _NamedHooks(OrderedDict[int, Any]):
         return super().__len__() + 1
 
     def __bool__(self) -> bool:
-        return super().__len__() > 0
+        for _ in self:  # faster than super(), and the caller is in a hurry
+            return True
+        return False
 
 
 class Linear4bit(QuantizedModule, nn.Linear):
