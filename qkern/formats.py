@@ -17,7 +17,7 @@ import argparse
 import difflib
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -340,27 +340,37 @@ def header() -> str:
     return "\n".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the header, or with ``--check`` compare it; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write csrc/include/qkern/codes.h.")
+def write_or_check(
+    path: Path, content: Callable[[], str], command: str, argv: Sequence[str] | None
+) -> int:
+    """Write a generated file, or with ``--check`` compare it; returns the exit status of a program.
+
+    ``command`` is what writes it, for the message; ``argv`` the program's arguments.
+    """
+    parser = argparse.ArgumentParser(description=f"Write {path.name}.")
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
     args = parser.parse_args(argv)
-    if not HEADER_PATH.parent.is_dir():
-        print(f"{HEADER_PATH.parent} is missing: run this in a source tree", file=sys.stderr)
+    if not path.parent.is_dir():
+        print(f"{path.parent} is missing: run this in a source tree", file=sys.stderr)
         return 2
-    wanted = header()
+    wanted = content()
     if not args.check:
-        HEADER_PATH.write_text(wanted, encoding="utf-8")
+        path.write_text(wanted, encoding="utf-8")
         return 0
-    found = HEADER_PATH.read_text(encoding="utf-8") if HEADER_PATH.exists() else ""
+    found = path.read_text(encoding="utf-8") if path.exists() else ""
     if found == wanted:
         return 0
-    print(f"{HEADER_PATH} is stale; run `python qkern/formats.py`", file=sys.stderr)
+    print(f"{path} is stale; run `{command}`", file=sys.stderr)
     difference = difflib.unified_diff(
         found.splitlines(), wanted.splitlines(), "on disk", "generated", n=0, lineterm=""
     )
     print("\n".join(list(difference)[:40]), file=sys.stderr)
     return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the header, or with ``--check`` compare it; returns the exit status."""
+    return write_or_check(HEADER_PATH, header, "python qkern/formats.py", argv)
 
 
 if __name__ == "__main__":

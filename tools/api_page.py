@@ -4,14 +4,12 @@
     python -m tools.api_page --check    # exit 1, showing the difference, when the page is stale
 
 `make lint` checks it. The names are those of ``__all__``; of a class also its public methods and
-properties that qkern itself defines. No kernel and no backend is needed.
+properties that qkern itself defines. No kernel is needed.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
-import difflib
 import importlib
 import inspect
 import itertools
@@ -21,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from qkern import formats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -239,20 +239,7 @@ def page() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write docs/api.md.")
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
-    args = parser.parse_args(argv)
-    wanted = page()
-    if not args.check:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if found == wanted:
-        return 0
-    print(f"{PAGE} is stale; run `python -m tools.api_page`", file=sys.stderr)
-    lines = difflib.unified_diff(found.splitlines(), wanted.splitlines(), "on disk", "generated")
-    print("\n".join(list(lines)[:40]), file=sys.stderr)
-    return 1
+    return formats.write_or_check(PAGE, page, "python -m tools.api_page", argv)
 
 
 if __name__ == "__main__":
