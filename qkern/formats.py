@@ -17,7 +17,7 @@ import argparse
 import difflib
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -340,21 +340,9 @@ def header() -> str:
     return "\n".join(parts)
 
 
-def write_or_check(
-    path: Path, content: Callable[[], str], command: str, argv: Sequence[str] | None
-) -> int:
-    """Write a generated file, or with ``--check`` compare it; returns the exit status of a program.
-
-    ``command`` is what writes it, for the message; ``argv`` the program's arguments.
-    """
-    parser = argparse.ArgumentParser(description=f"Write {path.name}.")
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
-    args = parser.parse_args(argv)
-    if not path.parent.is_dir():
-        print(f"{path.parent} is missing: run this in a source tree", file=sys.stderr)
-        return 2
-    wanted = content()
-    if not args.check:
+def keep_current(path: Path, wanted: str, command: str, check: bool) -> int:
+    """Write a generated file, or with ``check`` say how it differs; returns the exit status."""
+    if not check:
         path.write_text(wanted, encoding="utf-8")
         return 0
     found = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -370,7 +358,13 @@ def write_or_check(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the header, or with ``--check`` compare it; returns the exit status."""
-    return write_or_check(HEADER_PATH, header, "python qkern/formats.py", argv)
+    parser = argparse.ArgumentParser(description="Write csrc/include/qkern/codes.h.")
+    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
+    args = parser.parse_args(argv)
+    if not HEADER_PATH.parent.is_dir():
+        print(f"{HEADER_PATH.parent} is missing: run this in a source tree", file=sys.stderr)
+        return 2
+    return keep_current(HEADER_PATH, header(), "python qkern/formats.py", args.check)
 
 
 if __name__ == "__main__":

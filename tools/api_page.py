@@ -4,11 +4,12 @@
     python -m tools.api_page --check    # exit 1, showing the difference, when the page is stale
 
 `make lint` checks it. The names are those of ``__all__``; of a class also its public methods and
-properties that qkern itself defines. No kernel is needed.
+properties that qkern itself defines. No kernel and no backend is needed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qkern import formats
+from qkern.formats import keep_current
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
@@ -239,7 +240,10 @@ def page() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit status."""
-    return formats.write_or_check(PAGE, page, "python -m tools.api_page", argv)
+    parser = argparse.ArgumentParser(description="Write docs/api.md.")
+    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when stale")
+    args = parser.parse_args(argv)
+    return keep_current(PAGE, page(), "python -m tools.api_page", args.check)
 
 
 if __name__ == "__main__":

@@ -343,17 +343,7 @@ IN, OUT = 250, 101
 def bnb_layer(kind: str, block_size: int, nested: bool, dtype: torch.dtype) -> bnb.nn.Linear4bit:
     """A layer quantised by bitsandbytes itself."""
     torch.manual_seed(0)
-    dense = nn.Linear(IN, OUT, dtype=dtype)
-    layer = bnb.nn.Linear4bit(IN, OUT, compress_statistics=nested, quant_type=kind)
-    layer.weight = bnb.nn.Params4bit(
-        dense.weight.data,
-        requires_grad=False,
-        blocksize=block_size,
-        compress_statistics=nested,
-        quant_type=kind,
-    )
-    layer.bias = dense.bias
-    return layer.to("cpu")
+    return models.bnb_layer(nn.Linear(IN, OUT, dtype=dtype), kind, block_size, nested)
 
 
 def bnb_dequantize(weight: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,10 @@ from accelerate import (
 from accelerate.utils import compute_module_sizes, set_module_tensor_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qkern import nn as qnn
 from qkern import testing
+from tests.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 QUANTISED = ("weight", "absmax", "nested_absmax", "nested_offset", "quant_meta")
@@ -121,16 +121,7 @@ def test_nothing_keeps_what_was_loaded_for_a_call(
 
 
 def test_generation_from_the_disk(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama().eval()
     qnn.quantize_model(model, lora=qnn.LoRAConfig(r=4))
     for parameter in qnn.lora_parameters(model):
         nn.init.normal_(parameter, std=0.2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import qkern
 from qkern import nn as qnn
 from qkern import testing
+from tests import models
 
 State = dict[str, Tensor]
 
@@ -40,17 +41,7 @@ def bnb_layer(
     """A layer quantised by bitsandbytes itself."""
     torch.manual_seed(0)
     dense = nn.Linear(IN, OUT, dtype=dtype)
-    layer = bnb.nn.Linear4bit(IN, OUT)
-    layer.weight = bnb.nn.Params4bit(
-        dense.weight.data,
-        requires_grad=False,
-        blocksize=block_size,
-        compress_statistics=double_quant,
-        quant_type=kind,
-        quant_storage=storage,
-    )
-    layer.bias = dense.bias
-    return layer.to("cpu")
+    return models.bnb_layer(dense, kind, block_size, double_quant, storage)
 
 
 def dense_of(layer: bnb.nn.Linear4bit) -> Tensor:
