@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from lab import ROOT
+from qkern.weight import Weight
 
 CONTRIBUTING = "CONTRIBUTING.md"
 DOCUMENTS = (CONTRIBUTING, "README.md", "docs/*.md", "*/README.md", "tools/lab/**/README.md")
@@ -106,3 +107,15 @@ def test_what_is_not_there_is_noticed() -> None:
     assert missing(text) == ["tests/nowhere/test_x.py", "csrc/cpu/*.rs", "a.cuh"]
     assert missing("`launch.py`", "triton_kernels/") == []
     assert missing("`launch.py`", "csrc/cuda/") == ["csrc/cuda/launch.py"]
+
+
+FIELDS = re.compile(r"\b[^;]{0,100}?\b".join(Weight._fields[:4] + Weight._fields[-1:]))
+MOST_LISTS = 8
+
+
+def test_a_weights_fields_are_written_out_in_few_places() -> None:
+    """A `Weight` goes through everything as one; a list more is a place more to change."""
+    code = [f for f in files() if PurePosixPath(f).suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
+    found = {f: len(FIELDS.findall((ROOT / f).read_text())) for f in code}
+    assert found["qkern/weight.py"] == 2, "the pattern finds no list"
+    assert sum(found.values()) <= MOST_LISTS, {f: count for f, count in found.items() if count}

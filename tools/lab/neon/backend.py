@@ -105,27 +105,14 @@ class Server:
         self._process.stdout.close()
 
 
-def _weight(
-    packed: int,
-    absmax: int,
-    nested_absmax: int,
-    nested_offset: int,
-    codebook: int,
-    format_id: int,
-    block_size: int,
-    numel: int,
-) -> tuple[_Buffer | int, ...]:
-    blocks = formats.num_blocks(numel, block_size)
+def _weight(fields: Sequence[int | None], numel: int) -> tuple[_Buffer | int | None, ...]:
+    """The fields of a `qkern.weight.Weight` of ``numel`` elements, its tensors with their sizes."""
+    *addresses, format_id, block_size = fields
+    blocks = formats.num_blocks(numel, block_size or 1)
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
-    return (
-        _in(packed, formats.packed_size(numel)),
-        _in(absmax, blocks if nested_absmax else 4 * blocks),
-        _in(nested_absmax, 4 * groups),
-        _in(nested_offset, 4),
-        _in(codebook, 4 * 16),
-        format_id,
-        block_size,
-    )
+    scale = 1 if addresses[2] else 4
+    nbytes = formats.packed_size(numel), scale * blocks, 4 * groups, 4, 4 * 16
+    return (*map(_in, addresses, nbytes), format_id, block_size)
 
 
 class Library:
@@ -162,7 +149,7 @@ class Library:
         *weight, out, dtype, n, threads = arguments
         self._call(
             "dequantize_4bit",
-            *(*_weight(*weight, n), _out(out, n * _ITEM_SIZE[dtype]), dtype, n, threads),
+            *(*_weight(weight, n), _out(out, n * _ITEM_SIZE[dtype]), dtype, n, threads),
         )
 
     def quantize_8bit(
@@ -249,7 +236,7 @@ class Library:
         self._call(
             "linear_4bit",
             *(_in(x, ((m - 1) * stride + cols) * item), dtype, m, stride),
-            *(*_weight(*weight, rows * cols), rows, cols),
+            *(*_weight(weight, rows * cols), rows, cols),
             *(_in(bias, rows * item), _out(y, m * rows * item), invariant, threads),
         )
 
@@ -259,7 +246,7 @@ class Library:
         self._call(
             "linear_4bit_dx",
             *(_in(dy, ((m - 1) * stride + rows) * item), dtype, m, stride),
-            *(*_weight(*weight, rows * cols), rows, cols),
+            *(*_weight(weight, rows * cols), rows, cols),
             *(_out(dx, m * cols * item), invariant, threads),
         )
 
