@@ -225,6 +225,8 @@ for _op in OPS.values():
     _library.define(_op.torch_schema)
     _library.impl(_op.name, _op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkern::{_op.name}", _op.run_fake, lib=_library)
+    # Found here once: a tracer of `call` cannot enter the lock of a cached_property.
+    _found = (_op.overload, _op.weight_at)
 
 _CPU = torch.device("cpu")
 
