@@ -1,7 +1,8 @@
-"""A small language model, made offline, and a layer of bitsandbytes'."""
+"""A small language model, made offline, a layer of bitsandbytes', and what it keeps, changed."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -44,3 +45,24 @@ def bnb_layer(
     )
     layer.bias = dense.bias
     return layer.to("cpu")
+
+
+BNB_STATE_KEY = "0.weight.quant_state.bitsandbytes__nf4"
+
+
+def change_bnb_state(state: dict[str, Any], change: dict[str, object]) -> None:
+    """Change what bitsandbytes keeps of the weight ``0.weight``, in place; None removes.
+
+    A name with a dot is a tensor's, any other a field of the JSON.
+    """
+    fields = json.loads(bytes(state[BNB_STATE_KEY].tolist()))
+    text_is_given = BNB_STATE_KEY in change
+    for name, value in change.items():
+        target = state if "." in name else fields
+        if value is None:
+            del target[name]
+        else:
+            target[name] = value
+    if not text_is_given:
+        text = json.dumps(fields).encode()
+        state[BNB_STATE_KEY] = torch.tensor(list(text), dtype=torch.uint8)

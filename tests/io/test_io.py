@@ -523,15 +523,7 @@ class TestBitsandbytes:
     def test_files_that_do_not_fit(self, change, message, tmp_path):
         io.save_bnb(quantised_model(), tmp_path / "model.safetensors")
         tensors = load_file(tmp_path / "model.safetensors")
-        key = "0.weight.quant_state.bitsandbytes__nf4"
-        state = json.loads(bytes(tensors[key].tolist()))
-        for name, value in change.items():
-            target = tensors if "." in name else state
-            if value is None:
-                del target[name]
-            else:
-                target[name] = value
-        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        models.change_bnb_state(tensors, change)
         save_file(tensors, tmp_path / "model.safetensors")
         model = model_of(nn.Linear(IN, OUT))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
