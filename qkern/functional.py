@@ -21,7 +21,7 @@ from qkern.autograd import (
     recorded_linear_4bit,
 )
 from qkern.backends import has_cpu_matmul, num_threads
-from qkern.ops import assume, fast, forward_derivatives
+from qkern.ops import assume, call, fast, forward_derivatives
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -80,10 +80,10 @@ def quantize_4bit(
     if codebook is not None:
         codebook = _checked_codebook(codebook).to(w.device)
     w = w.detach()
-    packed, absmax = torch.ops.qkern.quantize_4bit(w, format, block_size, codebook)
+    packed, absmax = call("quantize_4bit", w, format, block_size, codebook)
     scales, nested_absmax, nested_offset = absmax, None, None
     if double_quant:
-        scales, nested_absmax, nested_offset = torch.ops.qkern.quantize_absmax(absmax)
+        scales, nested_absmax, nested_offset = call("quantize_absmax", absmax)
     if check_finite and not w.is_meta:
         # The offset is the mean of absmax: NaN where any is.
         suspects = absmax if nested_offset is None else nested_offset
@@ -160,7 +160,7 @@ def quantize_8bit(
     """
     _errors.check_float_tensor("x", x)
     _errors.check_block_size(block_size)
-    codes, absmax = torch.ops.qkern.quantize_8bit(x.detach(), _map(map, x.device), block_size)
+    codes, absmax = call("quantize_8bit", x.detach(), _map(map, x.device), block_size)
     return codes, absmax
 
 

@@ -81,12 +81,8 @@ class Op:
         """The registered op."""
         return getattr(torch.ops.qkern, self.name).default
 
-    def gather(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments of torch's schema with the weight as one, and defaults left out filled in.
-
-        torch leaves out trailing arguments that have their default value.
-        """
-        args = (*args, *self.defaults[len(args) :])
+    def gather(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of torch's schema with the weight as one."""
         at = self.weight_at
         if at is None:
             return args
@@ -100,30 +96,14 @@ class Op:
     def canonical(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments with the weight as backends take it."""
         at = self.weight_at
-        return args if at is None else (*args[:at], args[at].canonical(), *args[at + 1 :])
+        if at is None or args[at].is_canonical():
+            return args
+        return (*args[:at], args[at].canonical(), *args[at + 1 :])
 
     def count_changes(self, args: Sequence[Any]) -> None:
         """Tell autograd of what the op wrote: a kernel's writes go by pointers, unseen."""
         for name in self.writes:
             torch.autograd.graph.increment_version(args[self.parameters.index(name)])
-
-    def run(self, *args: Any) -> Any:
-        """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
-        args = self.gather(args)
-        first = args[0]
-        if isinstance(first, list):
-            if not first:
-                return None
-            first = first[0]
-        backend = select(first.device)
-        kernel = backend.fast.get(self.name)
-        result = None if kernel is None else kernel(*args, num_threads())
-        if result is None:
-            result = backend.table[self.name](*self.canonical(args))
-        if self.writes:
-            self.count_changes(args)
-            return None
-        return result
 
     def run_fake(self, *args: Any) -> Any:
         """The fake kernel as torch calls it."""
@@ -220,13 +200,44 @@ OPS: Mapping[str, Op] = MappingProxyType(
 )
 """Every op by name: where a new one is declared."""
 
+
+def _implementation(op: Op) -> Callable[..., Any]:
+    """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
+    name, writes, at, defaults = op.name, op.writes, op.weight_at, op.defaults
+    count, chosen = len(defaults), backends.selected
+
+    def run(*args: Any) -> Any:
+        if len(args) < count:
+            # torch leaves out trailing arguments that have their default value.
+            args += defaults[len(args) :]
+        first = args[0]
+        if type(first) is list:
+            if not first:
+                return None
+            first = first[0]
+        backend = chosen.get(first.device) or select(first.device)
+        if at is not None:
+            # The named tuple's own constructor takes four times as long.
+            end = at + _FIELDS
+            args = (*args[:at], tuple.__new__(Weight, args[at:end]), *args[end:])
+        kernel = backend.fast.get(name)
+        result = None if kernel is None else kernel(*args, num_threads())
+        if result is None:
+            result = backend.table[name](*op.canonical(args))
+        if writes:
+            op.count_changes(args)
+            return None
+        return result
+
+    return run
+
+
 _library = torch.library.Library("qkern", "DEF")
 for _op in OPS.values():
     _library.define(_op.torch_schema)
-    _library.impl(_op.name, _op.run, "CompositeExplicitAutograd")
+    # After this the op's properties are known: a tracer cannot enter a cached_property's lock.
+    _library.impl(_op.name, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkern::{_op.name}", _op.run_fake, lib=_library)
-    # Found here once: a tracer of `call` cannot enter the lock of a cached_property.
-    _found = (_op.overload, _op.weight_at)
 
 _CPU = torch.device("cpu")
 
@@ -249,17 +260,12 @@ def forward_derivatives() -> bool:
     return forward_ad._current_level >= 0
 
 
-def fast(name: str) -> Callable[..., Any] | None:
-    """The selected backend's function for the op on CPU tensors themselves, or None.
+def _is_observed() -> bool:
+    """Whether somebody would miss an op that is not dispatched.
 
-    It takes the op's arguments, all of them, then how many threads. It answers None with nothing
-    done where it declines: a tensor is not plain, no argument is in its place, there is no element.
-    Gradients and autocast are the caller's to look after.
-
-    None where somebody would miss the op: tracers, modes, functorch's transforms, profilers and
-    forward-mode derivatives.
+    Tracers, modes, functorch's transforms, profilers and forward-mode derivatives.
     """
-    if (
+    return bool(
         _is_dynamo_compiling()
         or _dispatch_modes()
         or _function_modes()
@@ -267,19 +273,56 @@ def fast(name: str) -> Callable[..., Any] | None:
         or _is_tracing()
         or _is_profiled()
         or forward_derivatives()
-    ):
+    )
+
+
+def fast(name: str) -> Callable[..., Any] | None:
+    """The selected backend's function for the op on CPU tensors themselves, or None.
+
+    It takes the op's arguments, all of them, then how many threads. It answers None with nothing
+    done where it declines: a tensor is not plain, no argument is in its place, there is no element.
+    Gradients and autocast are the caller's to look after. None also where the op is observed.
+    """
+    if _is_observed():
         return None
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
     backend = backends.selected.get(_CPU)
     return None if backend is None else backend.fast.get(name)
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Whether all tensors among the arguments are dense CPU tensors without gradients."""
+    for argument in arguments:
+        if type(argument) is Weight:
+            if not _are_plain(argument.tensors):
+                return False
+        elif isinstance(argument, Tensor) and (
+            type(argument) not in _PLAIN
+            or not argument.is_cpu
+            or argument.requires_grad
+            or argument.layout is not torch.strided
+            or argument.is_neg()
+        ):
+            return False
+    return True
+
+
 def call(name: str, *args: Any) -> Any:
-    """The op, or its kernel alone where that makes no difference; the weight is one argument."""
-    kernel = fast(name)
-    if kernel is not None and (result := kernel(*args, num_threads())) is not None:
-        return result
+    """The op with all its arguments, the weight as one; undispatched where nobody would know."""
     op = OPS[name]
+    if not _is_observed() and (backend := backends.selected.get(_CPU)) is not None:
+        kernel = backend.fast.get(name)
+        if kernel is not None:
+            if (result := kernel(*args, num_threads())) is not None:
+                return result
+        elif _are_plain(args):
+            result = backend.table[name](*op.canonical(args))
+            if op.writes:
+                op.count_changes(args)
+            return result
     return op.overload(*op.spread(args))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import qkern.ops  # noqa: F401  registers torch.ops.qkern
 from qkern import _errors, formats
+from qkern.ops import call
 from qkern.weight import Weight
 
 
@@ -162,7 +162,7 @@ class QuantizedTensor:
                 dtype = self.dtype
             else:
                 _errors.check_float_dtype("dtype", dtype)
-            return torch.ops.qkern.dequantize_4bit(*self.weight, self.shape, dtype)
+            return call("dequantize_4bit", self.weight, self.shape, dtype)
         _errors.check_float_tensor("out", out)
         if dtype is not None:
             _errors.check_float_dtype("dtype", dtype)
@@ -170,7 +170,7 @@ class QuantizedTensor:
         _errors.check_device("out", out, self.device, "the weight")
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out: got a tensor that requires grad; takes one that does not")
-        torch.ops.qkern.dequantize_4bit_out(*self.weight, out)
+        call("dequantize_4bit_out", self.weight, out)
         return out
 
     @classmethod

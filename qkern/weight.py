@@ -35,6 +35,18 @@ class Weight(NamedTuple):
         """The device of the codes, which is that of all tensors."""
         return self.packed.device
 
+    def is_canonical(self) -> bool:
+        """Whether `canonical` changes nothing."""
+        integer = torch.int32
+        if self.nested_absmax is None or self.nested_offset is None:
+            as_floats = self.absmax.dtype is not integer
+        else:
+            scales = self.nested_absmax.dtype, self.nested_offset.dtype
+            as_floats = integer not in scales and self.nested_offset.dim() == 0
+        if self.codebook is not None and self.codebook.dtype is integer:
+            return False
+        return as_floats and self.packed.dim() == 1
+
     def canonical(self) -> Weight:
         """The same memory as flat codes, float32 scales and codebook, an offset of shape ``[]``."""
         packed, absmax, nested_absmax, nested_offset, codebook, *layout = self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class CompiledBackend(KernelBackend):
         self._start(op, device, *numbers(arguments))
 
 
-def product_numbers(product: Product, *more: Any) -> Iterator[Any]:
+def product_numbers(product: Product, *more: Any) -> list[Any]:
     """What the library's matmuls take for ``product``, but for where it runs."""
     bias = () if product.dx else (product.bias,)
     x = product.x.data_ptr(), _args.DTYPE_IDS[product.x.dtype], product.rows, product.row_stride
@@ -48,19 +48,22 @@ def product_numbers(product: Product, *more: Any) -> Iterator[Any]:
     return numbers((*x, *arguments, *more))
 
 
-def numbers(arguments: Iterable[Any]) -> Iterator[Any]:
+def numbers(arguments: Iterable[Any]) -> list[Any]:
     """Addresses, sizes and ids in place of tensors and names; None is an absent tensor."""
+    found: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument.data_ptr()
-        elif isinstance(argument, Elements):
+        kind = type(argument)
+        if kind is int or argument is None:
+            found.append(argument)
+        elif isinstance(argument, Tensor):
+            found.append(argument.data_ptr())
+        elif kind is Elements:
             tensor = argument.tensor
-            yield tensor.data_ptr()
-            yield _args.DTYPE_IDS[tensor.dtype]
-            yield tensor.numel()
-        elif isinstance(argument, Weight):
-            yield from numbers(argument)
-        elif isinstance(argument, str):
-            yield formats.FORMAT_IDS[argument]
+            found += (tensor.data_ptr(), _args.DTYPE_IDS[tensor.dtype], tensor.numel())
+        elif kind is Weight:
+            found += numbers(argument)
+        elif kind is str:
+            found.append(formats.FORMAT_IDS[argument])
         else:
-            yield argument
+            found.append(argument)
+    return found

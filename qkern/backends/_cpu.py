@@ -19,6 +19,7 @@ class CpuBackend(CompiledBackend):
     def __init__(self, name: str = "cpu", library: Any = None) -> None:
         super().__init__(name, library)
         self.fast: dict[str, Callable[..., Any]] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
         if library is None and self.missing_reason() is None:
             self.fast = _on_tensors(self.library())
 
@@ -51,7 +52,10 @@ class CpuBackend(CompiledBackend):
         return _args.CPU
 
     def _start(self, op: str, device: torch.device, *arguments: Any) -> None:
-        getattr(self.library(), op)(*arguments, _args.num_threads())
+        function = self._functions.get(op)
+        if function is None:
+            function = self._functions[op] = getattr(self.library(), op)
+        function(*arguments, _args.num_threads())
 
     def _multiply(self, product: Product) -> None:
         op = "linear_4bit_dx" if product.dx else "linear_4bit"

@@ -75,7 +75,7 @@ class Interpreted(testing.Target):
     __slots__ = ("module",)
 
     def __init__(self, module: Any) -> None:
-        super().__init__(module.__name__, "interpreter")
+        super().__init__(module.name, "interpreter")
         object.__setattr__(self, "module", module)
 
     def activate(self) -> Any:

@@ -221,8 +221,8 @@ MUTANTS = (
     Mutant(
         "every_step_draws_the_same_numbers",
         "adamw_step.py",
-        "_STEP = tl.constexpr(9)",
-        "_STEP = tl.constexpr(8)",
+        '_STEP = tl.constexpr(_factor("step"))',
+        '_STEP = tl.constexpr(_factor("skip"))',
         "adamw_step",
         "numbers",
     ),
