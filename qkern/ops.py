@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qkern import backends, formats, weight
+from qkern import _errors, backends, formats, weight
 from qkern.backends import num_threads, select
 from qkern.weight import Weight
 
@@ -106,8 +106,18 @@ class Op:
             torch.autograd.graph.increment_version(args[self.parameters.index(name)])
 
     def run_fake(self, *args: Any) -> Any:
-        """The fake kernel as torch calls it."""
-        return self.fake(*self.gather(args))
+        """The fake kernel as torch calls it.
+
+        Raises ``ValueError`` for a weight in parts: torch takes an op with any tensor on meta for
+        one on meta, and would hand out memory that nobody fills.
+        """
+        args = self.gather(args)
+        if self.weight_at is not None:
+            device = (args[0].packed if self.weight_at == 0 else args[0]).device
+            for name, tensor in zip(Weight._fields, args[self.weight_at].tensors, strict=False):
+                if tensor is not None:
+                    _errors.check_device(name, tensor, device, "the others")
+        return self.fake(*args)
 
 
 def _packed_fake(
@@ -204,7 +214,7 @@ OPS: Mapping[str, Op] = MappingProxyType(
 def _implementation(op: Op) -> Callable[..., Any]:
     """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
     name, writes, at, defaults = op.name, op.writes, op.weight_at, op.defaults
-    count, chosen = len(defaults), backends.selected
+    count = len(defaults)
 
     def run(*args: Any) -> Any:
         if len(args) < count:
@@ -215,7 +225,7 @@ def _implementation(op: Op) -> Callable[..., Any]:
             if not first:
                 return None
             first = first[0]
-        backend = chosen.get(first.device) or select(first.device)
+        backend = backends.selected.get(first.device) or select(first.device)
         if at is not None:
             # The named tuple's own constructor takes four times as long.
             end = at + _FIELDS
@@ -290,7 +300,21 @@ def fast(name: str) -> Callable[..., Any] | None:
     return None if backend is None else backend.fast.get(name)
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of dense CPU tensors that are nothing else besides.
+
+    Other keys are those of subclasses, of lazy conjugates, negatives and zeros, of sparse, nested
+    and meta tensors. Empty where torch does not tell keys.
+    """
+    if not hasattr(torch._C, "_dispatch_keys"):
+        return frozenset()
+    usual = torch.empty(1, device="cpu")
+    with torch.inference_mode():
+        in_inference = torch.empty(1, device="cpu")
+    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (usual, in_inference))
+
+
+_PLAIN_KEYS = _plain_keys()
 
 
 def _are_plain(arguments: Sequence[Any]) -> bool:
@@ -300,14 +324,11 @@ def _are_plain(arguments: Sequence[Any]) -> bool:
             if not _are_plain(argument.tensors):
                 return False
         elif isinstance(argument, Tensor) and (
-            type(argument) not in _PLAIN
-            or not argument.is_cpu
-            or argument.requires_grad
-            or argument.layout is not torch.strided
-            or argument.is_neg()
+            argument.requires_grad
+            or torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN_KEYS
         ):
             return False
-    return True
+    return bool(_PLAIN_KEYS)
 
 
 def call(name: str, *args: Any) -> Any:

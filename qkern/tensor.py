@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from qkern import _errors, formats
 from qkern.ops import call
 from qkern.weight import Weight
+
+_fields_of = attrgetter(*Weight._fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +40,6 @@ class QuantizedTensor:
         the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
     ``dtype``
         the dtype before quantisation, and the default for ``dequantize``.
-    ``weight``
-        all before ``shape`` as the ops take it: ``torch.ops.qkern.linear_4bit(x, *qw.weight, N)``.
 
     Raises ``TypeError`` or ``ValueError`` when the parts do not fit one another.
     """
@@ -52,12 +53,10 @@ class QuantizedTensor:
     block_size: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    weight: Weight = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        fields = (getattr(self, name) for name in Weight._fields)
-        object.__setattr__(self, "weight", Weight(*fields))
+        object.__setattr__(self, "_weight", Weight._make(_fields_of(self)))
         _errors.check_format(self.format, self.codebook)
         _errors.check_block_size(self.block_size)
         _errors.check_float_dtype("dtype", self.dtype)
@@ -88,7 +87,13 @@ class QuantizedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields that a new one is made of."""
-        return {key: value for key, value in self.__dict__.items() if key != "weight"}
+        return {key: value for key, value in self.__dict__.items() if key != "_weight"}
+
+    @property
+    def weight(self) -> Weight:
+        """All before ``shape`` as ops take it: ``torch.ops.qkern.linear_4bit(x, *qw.weight, N)``."""
+        found: Weight = self.__dict__["_weight"]
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ class Weight(NamedTuple):
 
     ``torch.ops.qkern`` takes the fields one by one, in this order: ``op(x, *weight, ...)``. There,
     tensors of float32 may also be int32 with the same bits, which no framework casts,
-    ``packed`` may have any shape and ``nested_offset`` one element in any; `canonical` undoes that,
-    so that backends see the layout of `qkern.QuantizedTensor` alone.
+    ``packed`` may be contiguous in any shape and ``nested_offset`` one element in any; `canonical`
+    undoes that, so that backends see the layout of `qkern.QuantizedTensor` alone.
     """
 
     packed: Tensor
@@ -37,28 +37,33 @@ class Weight(NamedTuple):
 
     def is_canonical(self) -> bool:
         """Whether `canonical` changes nothing."""
+        packed, absmax, nested_absmax, nested_offset, codebook, *_ = self
         integer = torch.int32
-        if self.nested_absmax is None or self.nested_offset is None:
-            as_floats = self.absmax.dtype is not integer
-        else:
-            scales = self.nested_absmax.dtype, self.nested_offset.dtype
-            as_floats = integer not in scales and self.nested_offset.dim() == 0
-        if self.codebook is not None and self.codebook.dtype is integer:
+        if codebook is not None and codebook.dtype is integer:
             return False
-        return as_floats and self.packed.dim() == 1
+        if nested_absmax is None:
+            return absmax.dtype is not integer and packed.dim() == 1
+        if nested_absmax.dtype is integer or nested_offset is None:
+            return False
+        return nested_offset.dtype is not integer and nested_offset.dim() == 0 and packed.dim() == 1
 
     def canonical(self) -> Weight:
         """The same memory as flat codes, float32 scales and codebook, an offset of shape ``[]``."""
         packed, absmax, nested_absmax, nested_offset, codebook, *layout = self
-        if packed.dim() != 1:
-            packed = packed.reshape(-1)
-        if nested_offset is not None and nested_offset.dim() == 1 and nested_offset.numel() == 1:
-            nested_offset = nested_offset.view(())
-        floats = map(as_float32, (absmax, nested_absmax, nested_offset, codebook))
-        return Weight(packed, *floats, *layout)  # type: ignore[arg-type]
+        if packed.dim() != 1 and packed.is_contiguous():
+            packed = packed.view(-1)
+        if nested_absmax is None:
+            absmax = as_float32(absmax)
+        if nested_offset is not None and nested_offset.dim() and nested_offset.numel() == 1:
+            nested_offset = nested_offset.reshape(())
+        nested = as_float32(nested_absmax), as_float32(nested_offset), as_float32(codebook)
+        return Weight(packed, absmax, *nested, *layout)  # type: ignore[arg-type]
 
 
-def as_float32(tensor: Tensor | None) -> Tensor | None:
+_Tensor = TypeVar("_Tensor", Tensor, "Tensor | None")
+
+
+def as_float32(tensor: _Tensor) -> _Tensor:
     """An int32 tensor seen as the float32 whose bits it holds; anything else as it is."""
     if tensor is None or tensor.dtype is not torch.int32:
         return tensor

@@ -1,7 +1,7 @@
 // How integers become the arguments of an op, whoever passes them: Python, for the CPU and for
 // CUDA, or another process (the emulator of AArch64). Knows nothing of Python.
 //
-// Pointers arrive as addresses (0 = absent) that qkern/backends/_args.py took from checked tensors;
+// Pointers arrive as addresses (0 or None = absent) of tensors that qkern/backends has checked;
 // sizes and strides are in elements. A list is its length and then its items, a tuple its items,
 // None is kNone. (tensors.cpp reads tensors themselves.)
 #pragma once

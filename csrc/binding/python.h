@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -50,6 +51,8 @@ PyObject* with_python_errors(const char* op, const Body& body) {
     PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const std::length_error& error) {
     PyErr_Format(PyExc_TypeError, "%s: %s", op, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

@@ -135,7 +135,9 @@ def use(name: str | Backend, isa: str | None = None) -> Iterator[None]:
             raise RuntimeError(f"name: the backend {name!r} is missing: {reason}")
     elif not isinstance(name, Backend):
         raise TypeError(f"name: got {type(name).__name__}; takes a name or a Backend")
-    if isa is not None and name != "cpu":
+    elif reason := name.missing_reason():
+        raise RuntimeError(f"name: the backend {name.name!r} is missing: {reason}")
+    if isa is not None and name not in ("cpu", cpu):
         raise ValueError(f'isa: got {isa!r} with the backend {name!r}; only "cpu" takes one')
     previous, previous_isa = _forced, None
     if isa is not None:

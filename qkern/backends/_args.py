@@ -1,4 +1,4 @@
-"""The only place in Python where tensors become pointers.
+"""Checks of the tensors whose addresses kernels are given.
 
 The kernels see addresses, sizes and strides and trust them, so everything a wrong tensor could do
 to memory is checked here: dtype, device, layout and number of elements of each.
@@ -105,10 +105,11 @@ def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None
 
 def float_input(name: str, x: Tensor, device: torch.device = CPU) -> Tensor:
     """``x`` contiguous, of a floating dtype that kernels read."""
-    dtype_id(name, x.dtype)
-    x = x.contiguous()
-    check(name, x, x.dtype, x.numel(), device)
-    return x
+    if x.dtype not in DTYPE_IDS:
+        dtype_id(name, x.dtype)
+    if not _is_on(x, device):
+        check(name, x, x.dtype, x.numel(), device)
+    return x.contiguous()
 
 
 def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[Tensor, int, int]:
@@ -124,6 +125,11 @@ def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[
     if x.stride(1) != 1 and width > 1:
         x = x.contiguous()
     return x, x.shape[0], x.stride(0)
+
+
+def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of ``adamw_step`` after the first, with those left out at the end."""
+    return (*args, *(None, (), ())[len(args) - 6 :])
 
 
 def adamw_pieces(

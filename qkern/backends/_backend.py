@@ -59,10 +59,13 @@ class Reference(Backend):
         return hasattr(reference, op)
 
 
-class Elements(NamedTuple):
+class Elements:
     """A contiguous tensor as a kernel takes it where it asks for dtype and size, too."""
 
-    tensor: Tensor
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class Product(NamedTuple):
@@ -186,15 +189,23 @@ class KernelBackend(Backend):
     def adamw_step(self, params: Sequence[Tensor], *args: Any) -> None:
         """See ``qkern.reference.adamw_step``; all tensors are where the first parameter is."""
         device = self._device_of(params[0])
+        args = _args.with_adamw_defaults(args)
         pieces = _args.adamw_pieces(device, params, *args)
         seed: int | None = args[6]
         self._launch("adamw_step", device, pieces, seed)
 
-    def linear_4bit(self, x: Tensor, weight: Weight, *args: Any) -> Tensor:
+    def linear_4bit(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        bias: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
         """See ``qkern.reference.linear_4bit``."""
-        product = self._product("x", x, weight, *args)
+        product = self._product("x", x, weight, out_features, bias, batch_invariant)
         if product is None:
-            return reference.linear_4bit(x, weight, *args)
+            return reference.linear_4bit(x, weight, out_features, bias, batch_invariant)
         self._multiply(product)
         return product.out
 

@@ -19,9 +19,11 @@ class CpuBackend(CompiledBackend):
     def __init__(self, name: str = "cpu", library: Any = None) -> None:
         super().__init__(name, library)
         self.fast: dict[str, Callable[..., Any]] = {}
-        self._functions: dict[str, Callable[..., Any]] = {}
         if library is None and self.missing_reason() is None:
-            self.fast = _on_tensors(self.library())
+            found = _on_tensors(self.library())
+            # A subclass with a method of its own wants that one called.
+            mine = {op for op in found if getattr(type(self), op) is getattr(CpuBackend, op)}
+            self.fast = {op: function for op, function in found.items() if op in mine}
 
     def isa(self) -> str:
         """The instruction set in use."""
@@ -51,15 +53,12 @@ class CpuBackend(CompiledBackend):
         # Also where a caller has set another default device, such as meta.
         return _args.CPU
 
-    def _start(self, op: str, device: torch.device, *arguments: Any) -> None:
-        function = self._functions.get(op)
-        if function is None:
-            function = self._functions[op] = getattr(self.library(), op)
-        function(*arguments, _args.num_threads())
+    def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
+        self._function(op)(*arguments, _args.num_threads())
 
     def _multiply(self, product: Product) -> None:
         op = "linear_4bit_dx" if product.dx else "linear_4bit"
-        self._start(op, product.x.device, *product_numbers(product))
+        self._start(op, product.x.device, product_numbers(product))
 
 
 def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:

@@ -46,9 +46,9 @@ class CudaBackend(CompiledBackend):
             return "qkern._C was built without CUDA kernels"
         return reason
 
-    def _start(self, op: str, device: torch.device, *arguments: Any) -> None:
+    def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
         with self._stream(device) as stream:
-            getattr(self.library(), f"cuda_{op}")(*arguments, stream)
+            self._function(f"cuda_{op}")(*arguments, stream)
 
     def _multiply(self, product: Product) -> None:
         with self._stream(product.x.device) as stream:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkern.backends import _args, _cuda_paths
 from qkern.backends._backend import Product
-from qkern.backends._compiled import numbers, product_numbers
+from qkern.backends._compiled import product_numbers, weight_numbers
 from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
 
 
@@ -76,7 +76,7 @@ def _fused(library: Any, stream: int, way: Way, product: Product) -> None:
     # The allocator hands it out again only to work that this stream does later.
     workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
     kernel = library.cuda_linear_4bit_dx if product.dx else library.cuda_linear_4bit
-    kernel(*product_numbers(product, PATHS.index(way.path), workspace, stream))
+    kernel(*product_numbers(product), PATHS.index(way.path), workspace.data_ptr(), stream)
 
 
 def _slices_by_gemm(
@@ -89,7 +89,7 @@ def _slices_by_gemm(
     x, bias = product.x.detach(), product.bias
     out = product.out.detach().view(call.rows, -1)
     dtype_id = _args.DTYPE_IDS[x.dtype]
-    weight = tuple(numbers(product.weight))
+    weight = weight_numbers(product.weight)
     slices = _cuda_paths.slices_of(call, limits)
     begin, end = slices[0]
     other = call.out_features if call.dx else call.in_features

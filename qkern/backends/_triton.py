@@ -82,6 +82,7 @@ class TritonBackend(KernelBackend):
     def adamw_step(self, params: Sequence[Tensor], *args: Any) -> None:
         """See ``qkern.reference.adamw_step``; parameters without elements are left out."""
         device = params[0].device
+        args = _args.with_adamw_defaults(args)
         pieces = _args.adamw_pieces(device, params, *args)
         pieces = [piece for piece, param in zip(pieces, params, strict=True) if param.numel()]
         if pieces:

@@ -682,3 +682,14 @@ def test_matmuls_with_more_than_2_31_activations() -> None:
     assert y[-2] == 0
     assert y[-3] == 1
     assert y[: 1 << 20].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("field", ["absmax", "nested_absmax", "nested_offset", "codebook"])
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx", "dequantize_4bit"])
+def test_a_weight_that_is_partly_on_meta_is_refused(op: str, field: str) -> None:
+    """torch would take the op for one on meta, and return memory that nobody filled."""
+    inputs = op_inputs(op)
+    tensor = getattr(inputs["weight"], field).to("meta")
+    inputs["weight"] = inputs["weight"]._replace(**{field: tensor})
+    with pytest.raises(ValueError, match=f"{field}: got a tensor on meta"):
+        OPS[op].run(inputs)

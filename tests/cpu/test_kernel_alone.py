@@ -742,3 +742,27 @@ for _ in range(2):
     assert qkern.ops.fast("linear_4bit") is None
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tensors_that_only_look_plain_are_dispatched() -> None:
+    """Lazy zeros have no memory; their type, layout and device are those of any tensor."""
+    qkern.quantize_8bit(torch.ones(3))  # so that the backend is chosen
+    zeros = torch._efficientzerotensor((4096,))
+    codes, absmax = qkern.quantize_8bit(zeros)
+    assert not absmax.any()
+    testing.assert_bitwise(codes, qkern.quantize_8bit(torch.zeros(4096))[0])
+    testing.assert_bitwise(
+        qkern.quantize_4bit(torch._neg_view(X)).dequantize(), qkern.quantize_4bit(-X).dequantize()
+    )
+
+
+def test_a_subclass_of_a_backend_has_its_own_methods_called() -> None:
+    class Mine(backends.CpuBackend):
+        def linear_4bit(self, x: Tensor, *args: Any) -> Tensor:
+            return super().linear_4bit(x, *args) + 1
+
+    qw = weight()
+    expected = qkern.linear_4bit(X, qw) + 1
+    with backends.use(Mine("mine")):
+        assert torch.equal(qkern.linear_4bit(X, qw), expected)
+        assert torch.equal(torch.ops.qkern.linear_4bit(X, *qw.weight, 6), expected)

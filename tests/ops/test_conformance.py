@@ -313,3 +313,35 @@ def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyP
         for result in spec.run(inputs_of(spec, Case(shape), torch.device("cpu"))):
             poison = result.isnan() if result.is_floating_point() else result == 255
             assert poison.all(), spec.name
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double_quant"])
+def test_floats_may_be_integers_with_their_bits(
+    target: Target, double_quant: bool, device: torch.device
+) -> None:
+    """As modules hold scales: int32, with codes of two dimensions and an offset of one or two."""
+    spec = OPS["linear_4bit"]
+    case = Case((3, 37, 130), format="custom", codebook="unsorted", double_quant=double_quant)
+    inputs = inputs_of(spec, case, device)
+    expected = run(spec, inputs, target)[0]
+    weight = inputs["weight"]
+    bits = {
+        name: value.view(torch.int32)
+        for name, value in weight._asdict().items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    for offset_shape in ((), (1,), (1, 1)):
+        held = weight._replace(packed=weight.packed.view(-1, 1), **bits)
+        if double_quant:
+            held = held._replace(nested_offset=held.nested_offset.view(offset_shape))
+        testing.assert_bitwise(run(spec, inputs | {"weight": held}, target)[0], expected)
+
+
+def test_codes_of_scales_are_not_taken_for_bits(target: Target, device: torch.device) -> None:
+    """Double-quantised scales in a wider integer are wrong, whatever their values."""
+    if target.backend == "reference":
+        pytest.skip("the reference looks codes of any integer dtype up")
+    inputs = inputs_of(OPS["linear_4bit"], Case((3, 37, 130), double_quant=True), device)
+    wide = inputs["weight"]._replace(absmax=inputs["weight"].absmax.int())
+    with pytest.raises(TypeError, match=r"absmax: got torch.int32; takes torch.uint8"):
+        run(OPS["linear_4bit"], inputs | {"weight": wide}, target)
