@@ -91,7 +91,7 @@ class QuantizedTensor:
 
     @property
     def weight(self) -> Weight:
-        """All before ``shape`` as ops take it: ``torch.ops.qkern.linear_4bit(x, *qw.weight, N)``."""
+        """What stands before ``shape``, for ``torch.ops.qkern.linear_4bit(x, *qw.weight, N)``."""
         found: Weight = self.__dict__["_weight"]
         return found
 
