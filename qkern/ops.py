@@ -77,6 +77,10 @@ class Op:
         return tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write)
 
     @cached_property
+    def _written(self) -> tuple[int, ...]:
+        return tuple(map(self.parameters.index, self.writes))
+
+    @cached_property
     def overload(self) -> Any:
         """The registered op."""
         return getattr(torch.ops.qkern, self.name).default
@@ -102,8 +106,8 @@ class Op:
 
     def count_changes(self, args: Sequence[Any]) -> None:
         """Tell autograd of what the op wrote: a kernel's writes go by pointers, unseen."""
-        for name in self.writes:
-            torch.autograd.graph.increment_version(args[self.parameters.index(name)])
+        for position in self._written:
+            torch.autograd.graph.increment_version(args[position])
 
     def run_fake(self, *args: Any) -> Any:
         """The fake kernel as torch calls it.
