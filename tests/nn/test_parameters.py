@@ -139,8 +139,9 @@ def test_a_whole_model_cannot_require_grad() -> None:
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, foreach=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda p: qkern.optim.PagedAdamW(p, lr=0.1, weight_decay=0.5),
     ],
-    ids=["adamw", "foreach", "sgd"],
+    ids=["adamw", "foreach", "sgd", "paged"],
 )
 def test_an_optimizer_of_all_parameters_trains_those_with_gradients(
     make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
@@ -166,8 +167,26 @@ def test_paged_adamw_takes_what_is_trained() -> None:
     model(X).square().sum().backward()
     optimizer.step()
     assert_same_codes(model, before)
-    with pytest.raises(TypeError, match=r"params: got torch.uint8; takes float32, bfloat16"):
-        qkern.optim.PagedAdamW(model.parameters())
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.Muon])
+def test_optimizers_that_need_what_is_trained(make: Callable[..., torch.optim.Optimizer]) -> None:
+    """Of all parameters, one makes a float vector and the other wants matrices only."""
+    model = lora_model()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = model(X).square().sum()
+        value.backward()
+        return value
+
+    with pytest.raises((RuntimeError, ValueError), match=r"Float can't be cast|only supports 2D"):
+        optimizer = make(model.parameters())
+        optimizer.step(loss)
+    before = float(model(X).square().sum())
+    optimizer = make(qnn.lora_parameters(model))
+    optimizer.step(loss)
+    assert float(model(X).square().sum()) < before
 
 
 def test_a_vector_of_what_is_trained() -> None:
