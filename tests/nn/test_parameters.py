@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qkern
 from qkern import nn as qnn
@@ -180,13 +181,33 @@ def test_optimizers_that_need_what_is_trained(make: Callable[..., torch.optim.Op
         value.backward()
         return value
 
-    with pytest.raises((RuntimeError, ValueError), match=r"Float can't be cast|only supports 2D"):
-        optimizer = make(model.parameters())
+    def step(params: Iterator[nn.Parameter]) -> None:
+        nonlocal optimizer
+        optimizer = make(params)
         optimizer.step(loss)
-    before = float(model(X).square().sum())
-    optimizer = make(qnn.lora_parameters(model))
-    optimizer.step(loss)
-    assert float(model(X).square().sum()) < before
+
+    optimizer = torch.optim.SGD(qnn.lora_parameters(model))
+    with pytest.raises((RuntimeError, ValueError), match=r"Float can't be cast|only supports 2D"):
+        step(model.parameters())
+    before = loss().item()
+    step(qnn.lora_parameters(model))
+    assert loss().item() < before
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_of_all_parameters_destroys_codes(decay: float) -> None:
+    """Even of parameters that never change; of the trained ones alone it is right."""
+    model = lora_model()
+    average = get_ema_multi_avg_fn(decay)
+    whole = AveragedModel(model, multi_avg_fn=average)
+    trained = AveragedModel(nn.ParameterList(qnn.lora_parameters(model)), multi_avg_fn=average)
+    for _ in range(100):
+        whole.update_parameters(model)
+        trained.update_parameters(nn.ParameterList(qnn.lora_parameters(model)))
+    weight = model[0].base_layer.weight
+    assert (whole.module[0].base_layer.weight != weight).float().mean() > 0.1
+    for mine, right in zip(trained.module, qnn.lora_parameters(model), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 def test_a_vector_of_what_is_trained() -> None:
