@@ -311,3 +311,10 @@ def _move_hooks(source: nn.Module, target: nn.Module) -> None:
         if hooks := getattr(source, name):
             setattr(target, name, hooks)
     target._is_full_backward_hook = source._is_full_backward_hook
+    if source._forward_pre_hooks and isinstance(target, Linear4bit):
+        # The dictionary took the place of the layer's own, which tells of hooks when it is empty.
+        target.register_forward_pre_hook(_no_change)
+
+
+def _no_change(module: nn.Module, args: object) -> None:
+    """A hook that stays when the others are removed: see ``_NamedHooks``."""
