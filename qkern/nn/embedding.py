@@ -64,7 +64,8 @@ class Embedding4bit(QuantizedModule):
             format=format,
             block_size=block_size,
             double_quant=double_quant,
-            codebook=codebook,
+            # A copy, since tensors that share memory cannot be saved as safetensors.
+            codebook=None if codebook is None else codebook.clone(),
             check_finite=check_finite,
         )
         return cls(qw, embedding.padding_idx).train(embedding.training)
@@ -79,6 +80,7 @@ class Embedding4bit(QuantizedModule):
             raise TypeError(f"ids: got {ids.dtype}; takes integers")
         rows = self._checked(ids.reshape(-1).long())
         table = self.as_operand().canonical()
+        self._check_table(table)
         dim, block_size = self.embedding_dim, self._block_size
         # A row begins at a multiple of gcd(dim, block_size) within its first block.
         covered = formats.num_blocks(dim + block_size - math.gcd(dim, block_size), block_size)
@@ -102,6 +104,26 @@ class Embedding4bit(QuantizedModule):
             columns = (start - first * block_size)[:, None] + torch.arange(dim, device=rows.device)
             values = values.gather(1, columns)
         return values.view(*ids.shape, dim)
+
+    def _check_table(self, table: Weight) -> None:
+        """Dtypes and sizes, since the rows that are cut out look right whatever they hold."""
+        blocks = formats.num_blocks(self.num_embeddings * self.embedding_dim, self._block_size)
+        groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+        nested = table.nested_absmax is not None
+        expected = (
+            ("weight", table.packed, torch.uint8, blocks * self._block_size // 2),
+            ("absmax", table.absmax, torch.uint8 if nested else torch.float32, blocks),
+            ("nested_absmax", table.nested_absmax, torch.float32, groups),
+            ("nested_offset", table.nested_offset, torch.float32, 1),
+            ("codebook", table.codebook, torch.float32, 16),
+        )
+        for name, tensor, dtype, numel in expected:
+            if tensor is None:
+                continue
+            if tensor.dtype is not dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype} or its bits")
+            if tensor.numel() != numel:
+                raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
 
     def _checked(self, rows: Tensor) -> Tensor:
         # index_select checks its bounds on every device, on a GPU without waiting for it.
