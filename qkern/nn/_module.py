@@ -59,8 +59,9 @@ class QuantizedModule(nn.Module):
     ``load_state_dict`` takes the parameters' own names, bitsandbytes' keys
     (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4``, ...) and state dicts of version
     0.1.0. A checkpoint of another format, block size or shape is refused rather than read as the
-    wrong numbers. As with other modules the dtype is the module's own and is not loaded; only with
-    ``assign=True`` it becomes the one in bitsandbytes' state.
+    wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes' ``quant_state``. As
+    with other modules the dtype is the module's own and is not loaded; only with ``assign=True``
+    it becomes the one in bitsandbytes' state.
     """
 
     weight: Tensor

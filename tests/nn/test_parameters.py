@@ -448,6 +448,51 @@ def test_peft_refuses_what_would_change_the_weight(init: str) -> None:
     assert_same_codes(model, before)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="orthogonal"),
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], use_dora=True),
+        lambda: peft.LoraConfig(r=4, target_modules=["1"], modules_to_save=["0"]),
+        lambda: peft.LoHaConfig(r=4, target_modules=["0"]),
+        lambda: peft.LoKrConfig(r=4, target_modules=["0"]),
+        lambda: peft.HRAConfig(r=4, target_modules=["0"]),
+    ],
+    ids=["orthogonal", "dora", "modules_to_save", "loha", "lokr", "hra"],
+)
+def test_peft_methods_that_raise(make: Callable[[], peft.PeftConfig]) -> None:
+    model = nn.Sequential(linear(), nn.Linear(70, 8))
+    with pytest.raises(RuntimeError):
+        peft.get_peft_model(model, make())(X)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], use_rslora=True),
+        lambda: peft.AdaLoraConfig(target_modules=["0"], total_step=10),
+        lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        lambda: peft.OFTConfig(target_modules=["0"], oft_block_size=10),
+        lambda: peft.BOFTConfig(target_modules=["0"], boft_block_size=10),
+        lambda: peft.VeraConfig(r=4, target_modules=["0"]),
+        lambda: peft.FourierFTConfig(n_frequency=10, target_modules=["0"]),
+    ],
+    ids=["rslora", "adalora", "ia3", "oft", "boft", "vera", "fourierft"],
+)
+def test_peft_methods_that_train(make: Callable[[], peft.PeftConfig]) -> None:
+    model = nn.Sequential(linear())
+    before = codes(model)
+    wrapped = peft.get_peft_model(model, make())
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    wrapped(X).square().sum().backward()
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    assert any(bool(p.grad.any()) for p in trained)
+    found = [p for p in wrapped.parameters() if p.dtype in (torch.uint8, torch.int32)]
+    for param, right in zip(found, before.values(), strict=True):
+        testing.assert_bitwise(param, right)
+
+
 def test_peft_does_not_merge_into_the_codes() -> None:
     model = nn.Sequential(linear())
     before = codes(model)

@@ -101,6 +101,22 @@ def test_named_targets_win_over_what_transformers_keeps() -> None:
         model(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4).long())
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_tie_weights_with_a_4_bit_table(tie: bool) -> None:
+    """The head gets the packed codes and raises, unless the config no longer asks for it."""
+    model = qnn.quantize_model(tiny_llama(tie_word_embeddings=True))
+    model.set_input_embeddings(qnn.Embedding4bit.from_embedding(model.get_input_embeddings()))
+    model.config.tie_word_embeddings = tie
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids).logits
+    model.tie_weights()
+    if tie:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(ids)
+    else:
+        testing.assert_bitwise(model(ids).logits, expected)
+
+
 def test_sizes() -> None:
     model, dense = llama(), tiny_llama()
     held = sum(parameter.nbytes for parameter in model.parameters())
