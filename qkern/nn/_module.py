@@ -337,6 +337,26 @@ def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
     return torch.tensor(list(text), dtype=torch.uint8, device=device)
 
 
+def quantized_weight(
+    dense: nn.Linear | nn.Embedding,
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Tensor | None,
+    check_finite: bool,
+) -> QuantizedTensor:
+    """The weight of ``dense`` in 4 bits; the options are those of `quantize_4bit`."""
+    return quantize_4bit(
+        dense.weight.detach(),
+        format,
+        block_size,
+        double_quant,
+        # A copy, since tensors that share memory cannot be saved as safetensors.
+        codebook=None if codebook is None else codebook.clone(),
+        check_finite=check_finite,
+    )
+
+
 def zeros_quantized(
     shape: tuple[int, ...],
     *,

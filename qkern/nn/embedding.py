@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
-from qkern.functional import quantize_4bit
-from qkern.nn._module import QuantizedModule
+from qkern.nn._module import QuantizedModule, quantized_weight
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -59,15 +58,8 @@ class Embedding4bit(QuantizedModule):
         """
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
-        qw = quantize_4bit(
-            embedding.weight.detach(),
-            format=format,
-            block_size=block_size,
-            double_quant=double_quant,
-            # A copy, since tensors that share memory cannot be saved as safetensors.
-            codebook=None if codebook is None else codebook.clone(),
-            check_finite=check_finite,
-        )
+        options = format, block_size, double_quant, codebook, check_finite
+        qw = quantized_weight(embedding, *options)
         return cls(qw, embedding.padding_idx).train(embedding.training)
 
     def _without_padding(self, packed: Tensor) -> Tensor:
