@@ -64,7 +64,7 @@ def test_budget_too_small(tmp_path: Path, budget: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bool, torch.float8_e5m2])
 def test_parameter_dtypes(dtype: torch.dtype) -> None:
     param = torch.zeros(3, dtype=dtype)
     with pytest.raises(TypeError, match=f"params: got {dtype}; takes float32, bfloat16 or float16"):
