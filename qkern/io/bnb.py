@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,20 +45,23 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
     model = unwrapped(model)
     tensors: dict[str, Tensor] = {}
     done: set[str] = set()
+    bases: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Embedding4bit):
             raise ValueError(f"{path}: bitsandbytes has no file layout for 4-bit embeddings")
+        prefix = f"{path}." if path else ""
         if isinstance(module, LoRALinear):
-            done.update(f"{path}.{name}" for name in ("lora_a", "lora_b"))
+            bases.append(f"{prefix}base_layer.")
+            done.update(prefix + name for name in ("lora_a", "lora_b"))
         if isinstance(module, Linear4bit):
-            done.update(f"{path}.{name}" for name in TENSORS)
+            done.update(prefix + name for name in TENSORS)
             for suffix, tensor in to_bnb(path, module.quantized).items():
-                tensors[f"{_without_base_layer(path)}.weight{suffix}"] = tensor
+                tensors[_without_adapter(f"{prefix}weight{suffix}", bases)] = tensor
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in done and id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[_without_base_layer(name)] = tensor.detach()
+            tensors[_without_adapter(name, bases)] = tensor.detach()
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, lambda target: save_file(_unshared(tensors), target, {"format": "pt"}))
@@ -164,8 +167,13 @@ def _fill(model: nn.Module, slot: Tensor, value: Tensor) -> None:
                     held[name] = value  # type: ignore[assignment]
 
 
-def _without_base_layer(name: str) -> str:
-    return plain(name).replace(".base_layer", "")
+def _without_adapter(name: str, bases: Iterable[str]) -> str:
+    """The plain name without the component that adapters, whose base is at ``bases``, put in."""
+    for base in bases:
+        if name.startswith(base):
+            name = base.removesuffix("base_layer.") + name.removeprefix(base)
+            break
+    return plain(name)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

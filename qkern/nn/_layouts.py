@@ -111,6 +111,7 @@ def from_bnb(name: str, state_key: str, tensors: Mapping[str, Tensor]) -> Quanti
     for key in ("quant_type", "blocksize", "dtype", "shape"):
         if key not in state:
             raise ValueError(f"{state_key}: has no {key}")
+    _check_values(state_key, state)
     if not state_key.endswith(f"__{state['quant_type']}"):
         raise ValueError(f"{state_key}: quant_type: got {state['quant_type']!r}")
     _check_table(f"{name}.quant_map", tensors, formats.code_tensor(state["quant_type"], "cpu"))
@@ -160,6 +161,24 @@ def _json(name: str, tensor: Tensor) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name}: got {type(found).__name__}; takes a JSON object")
     return found
+
+
+def _check_values(name: str, state: Mapping[str, Any]) -> None:
+    """ValueError where a value is not of the JSON type that bitsandbytes writes."""
+    shape = state["shape"]
+    number = state.get("nested_offset", 0.0)
+    for key, takes, fits in (
+        ("blocksize", "an integer", type(state["blocksize"]) is int),
+        ("dtype", "the name of a torch.dtype", isinstance(state["dtype"], str)),
+        ("nested_offset", "a number", type(number) in (int, float)),
+        (
+            "shape",
+            "a list of integers",
+            isinstance(shape, list) and all(type(size) is int for size in shape),
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: {key}: got {state[key]!r}; takes {takes}")
 
 
 def _check_table(name: str, tensors: Mapping[str, Tensor], expected: Tensor) -> None:

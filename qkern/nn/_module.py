@@ -59,8 +59,9 @@ class QuantizedModule(nn.Module):
     ``load_state_dict`` takes the parameters' own names, bitsandbytes' keys
     (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4``, ...) and state dicts of version
     0.1.0. A checkpoint of another format, block size or shape is refused rather than read as the
-    wrong numbers. As with other modules the dtype is the module's own and is not loaded; only with
-    ``assign=True`` it becomes the one in bitsandbytes' state.
+    wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes' ``quant_state``. As
+    with other modules the dtype is the module's own and is not loaded; only with ``assign=True``
+    it becomes the one in bitsandbytes' state.
     """
 
     weight: Tensor
@@ -196,8 +197,9 @@ class QuantizedModule(nn.Module):
                 else:
                     self._parameters[name] = nn.Parameter(data, param.requires_grad)
             raise
-        if was_meta and not self.quant_meta.is_meta:
-            _write_meta(self.quant_meta, self._meta())
+        now = self.quant_meta
+        if not now.is_meta and (was_meta or not _same_memory(before["quant_meta"][1], now)):
+            _write_meta(now, self._meta())  # it may be in empty memory
         dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=device)).dtype
         if dtype in _errors.FLOAT_DTYPES:
             self._weight_dtype = dtype
@@ -262,7 +264,7 @@ class QuantizedModule(nn.Module):
                 f"{name}: the checkpoint holds a dense weight; load it before quantising, "
                 "or load a state dict saved from a quantised module"
             )
-        if meta is not None:
+        if meta is not None and not meta.is_meta:
             whole = meta.full_tensor() if is_sharded(meta) else meta
             try:
                 found = json.loads(bytes(whole.tolist()).decode())
@@ -277,7 +279,7 @@ class QuantizedModule(nn.Module):
                 )
             if whole is meta:
                 # Equal in meaning by now, and loaded in the module's own spelling.
-                state[prefix + "quant_meta"] = _encoded(found, meta.device)
+                state[prefix + "quant_meta"] = _encoded(self._meta(), meta.device)
         for part in PARAMETERS:
             own, loaded = parameter(self, part), state.get(prefix + part)
             # Module loading copies across dtypes, which would turn floats into codes.
@@ -300,6 +302,12 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, which can be asked without importing torch.distributed."""
     return hasattr(tensor, "full_tensor")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if is_sharded(a):
+        return is_sharded(b)
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _write_meta(parameter: Tensor, meta: dict[str, Any]) -> None:
@@ -327,6 +335,26 @@ def _described(
 def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
     text = json.dumps(meta, sort_keys=True).encode()
     return torch.tensor(list(text), dtype=torch.uint8, device=device)
+
+
+def quantized_weight(
+    dense: nn.Linear | nn.Embedding,
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Tensor | None,
+    check_finite: bool,
+) -> QuantizedTensor:
+    """The weight of ``dense`` in 4 bits; the options are those of `quantize_4bit`."""
+    return quantize_4bit(
+        dense.weight.detach(),
+        format,
+        block_size,
+        double_quant,
+        # A copy, since tensors that share memory cannot be saved as safetensors.
+        codebook=None if codebook is None else codebook.clone(),
+        check_finite=check_finite,
+    )
 
 
 def zeros_quantized(

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
-from qkern.functional import quantize_4bit
-from qkern.nn._module import QuantizedModule
+from qkern.nn._module import QuantizedModule, quantized_weight
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -59,14 +58,8 @@ class Embedding4bit(QuantizedModule):
         """
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
-        qw = quantize_4bit(
-            embedding.weight.detach(),
-            format=format,
-            block_size=block_size,
-            double_quant=double_quant,
-            codebook=codebook,
-            check_finite=check_finite,
-        )
+        options = format, block_size, double_quant, codebook, check_finite
+        qw = quantized_weight(embedding, *options)
         return cls(qw, embedding.padding_idx).train(embedding.training)
 
     def _without_padding(self, packed: Tensor) -> Tensor:
@@ -79,6 +72,7 @@ class Embedding4bit(QuantizedModule):
             raise TypeError(f"ids: got {ids.dtype}; takes integers")
         rows = self._checked(ids.reshape(-1).long())
         table = self.as_operand().canonical()
+        self._check_table(table)
         dim, block_size = self.embedding_dim, self._block_size
         # A row begins at a multiple of gcd(dim, block_size) within its first block.
         covered = formats.num_blocks(dim + block_size - math.gcd(dim, block_size), block_size)
@@ -102,6 +96,26 @@ class Embedding4bit(QuantizedModule):
             columns = (start - first * block_size)[:, None] + torch.arange(dim, device=rows.device)
             values = values.gather(1, columns)
         return values.view(*ids.shape, dim)
+
+    def _check_table(self, table: Weight) -> None:
+        """Dtypes and sizes, since the rows that are cut out look right whatever they hold."""
+        blocks = formats.num_blocks(self.num_embeddings * self.embedding_dim, self._block_size)
+        groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+        nested = table.nested_absmax is not None
+        expected = (
+            ("weight", table.packed, torch.uint8, blocks * self._block_size // 2),
+            ("absmax", table.absmax, torch.uint8 if nested else torch.float32, blocks),
+            ("nested_absmax", table.nested_absmax, torch.float32, groups),
+            ("nested_offset", table.nested_offset, torch.float32, 1),
+            ("codebook", table.codebook, torch.float32, 16),
+        )
+        for name, tensor, dtype, numel in expected:
+            if tensor is None:
+                continue
+            if tensor.dtype is not dtype:
+                raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype} or its bits")
+            if tensor.numel() != numel:
+                raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
 
     def _checked(self, rows: Tensor) -> Tensor:
         # index_select checks its bounds on every device, on a GPU without waiting for it.

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.functional import linear_by_weight, quantize_4bit
-from qkern.nn._module import TENSORS, QuantizedModule, parameter, zeros_quantized
+from qkern.functional import linear_by_weight
+from qkern.nn._module import (
+    TENSORS,
+    QuantizedModule,
+    parameter,
+    quantized_weight,
+    zeros_quantized,
+)
 from qkern.tensor import QuantizedTensor
 
 
@@ -112,15 +118,8 @@ class Linear4bit(QuantizedModule, nn.Linear):
         sizes, for ``load_state_dict(..., assign=True)``. Errors are those of
         :func:`qkern.quantize_4bit`.
         """
-        qw = quantize_4bit(
-            linear.weight.detach(),
-            format=format,
-            block_size=block_size,
-            double_quant=double_quant,
-            # A copy, since tensors that share memory cannot be saved as safetensors.
-            codebook=None if codebook is None else codebook.clone(),
-            check_finite=check_finite,
-        )
+        options = format, block_size, double_quant, codebook, check_finite
+        qw = quantized_weight(linear, *options)
         return cls.from_quantized(qw, linear.bias).train(linear.training)
 
     def with_same_weight(self, bias: Tensor | None) -> Linear4bit:

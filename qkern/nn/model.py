@@ -41,7 +41,9 @@ def quantize_model(
         block_size: elements that share a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are quantised to 8 bits.
         codebook: the 16 values of the format ``"custom"``.
-        targets: ``"all-linear"``; or names, each matching the layers whose path is it or ends in
+        targets: ``"all-linear"``, which leaves out what a transformers model names in
+            ``_keep_in_fp32_modules``, as for bitsandbytes (T5: ``wo``, of whose weight the model
+            asks the dtype); or names, each matching the layers whose path is it or ends in
             ``"." + it``; or one regular expression for the whole path.
         skip: names of layers, or of modules around them, to leave alone; they win over targets.
         lora: adapters to add afterwards, by :func:`add_lora` with the same ``skip``.
@@ -59,7 +61,8 @@ def quantize_model(
     skip = _names("skip", skip)
     if isinstance(model, nn.Linear):
         raise TypeError("model: got a single layer; use Linear4bit.from_linear")
-    paths = _select(model, targets, skip, (nn.Linear,), "targets")
+    dense = _kept_by_transformers(model) if targets == "all-linear" else ()
+    paths = _select(model, targets, (*skip, *dense), (nn.Linear,), "targets")
     groups = _by_weight(model, paths, explicit=targets != "all-linear")
     if not groups:
         raise ValueError("targets: every linear layer found is tied to a weight that stays dense")
@@ -89,6 +92,12 @@ def quantize_model(
     if lora is not None:
         add_lora(model, lora, skip=skip)
     return model
+
+
+def _kept_by_transformers(model: nn.Module) -> tuple[str, ...]:
+    """Names of modules that models of transformers want in float32, those of inner models too."""
+    names = (getattr(module, "_keep_in_fp32_modules", None) for module in model.modules())
+    return tuple(sorted({name for some in names for name in some or ()}))
 
 
 def _use_padded_batches(model: nn.Module) -> None:
@@ -302,3 +311,10 @@ def _move_hooks(source: nn.Module, target: nn.Module) -> None:
         if hooks := getattr(source, name):
             setattr(target, name, hooks)
     target._is_full_backward_hook = source._is_full_backward_hook
+    if source._forward_pre_hooks and isinstance(target, Linear4bit):
+        # The dictionary took the place of the layer's own, which tells of hooks when it is empty.
+        target.register_forward_pre_hook(_no_change)
+
+
+def _no_change(module: nn.Module, args: object) -> None:
+    """A hook that stays when the others are removed: see ``_NamedHooks``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qkern import formats
 from qkern.optim._moments import BLOCK, MAPS, Moments, is_sharded, local, to_state
-from qkern.optim._options import check_amsgrad
+from qkern.optim._options import check_amsgrad, is_integer
 
 if TYPE_CHECKING:
     from qkern.optim.optimizer import PagedAdamW
@@ -64,6 +64,8 @@ def load(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
     wanted: dict[int, tuple[int, Moments]] = {}
     for index, (name, (param, group)) in enumerate(zip(names, pairs, strict=True)):
         if state := state_dict["state"].get(name):
+            if is_integer(param):
+                raise ValueError(f"state[{name}]: got moments of a {param.dtype} parameter")
             # Paged, they need not all fit the parameter's device at a time.
             place = param.device if pager is None else torch.device("cpu")
             step, moments = _from_state(f"state[{name}]", state, local(param), place)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qkern import _errors
 
 PAGERS = ("auto", "none", "unified", "mmap")
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def check_arguments(amsgrad: object, pager: str, max_grad_norm: float | None, seed: object) -> None:
@@ -51,7 +53,13 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"bits: got {group['bits']!r}; takes 32 or 8")
     check_amsgrad(group.get("amsgrad"))
     for param in group["params"]:
-        _errors.check_float_tensor("params", param)
+        if not is_integer(param):
+            _errors.check_float_tensor("params", param)
+
+
+def is_integer(param: Tensor) -> bool:
+    """Whether a parameter holds integers, as of a 4-bit weight: never updated, without moments."""
+    return param.dtype in _INTEGERS
 
 
 def check_amsgrad(amsgrad: object) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qkern import ops, reference
 from qkern.optim._moments import Moments
+from qkern.optim._options import is_integer
 
 Update = tuple[int, dict[str, Any], Tensor, Tensor]
 """A parameter's number, its group, itself and its gradient."""
@@ -30,6 +31,8 @@ def collect(groups: Sequence[dict[str, Any]]) -> list[Update]:
 
 
 def _check_grad(param: Tensor, grad: Tensor) -> None:
+    if is_integer(param):
+        raise TypeError(f"grad: got one of a {param.dtype} parameter; takes none of integers")
     if grad.layout is not torch.strided:
         raise TypeError("grad: got a sparse tensor; takes a dense one")
     if grad.dtype != param.dtype:

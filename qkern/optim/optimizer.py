@@ -16,7 +16,7 @@ from qkern.optim._chunks import MomentSpec, Piece
 from qkern.optim._file_pager import FilePager
 from qkern.optim._gpu_pager import UnifiedPager
 from qkern.optim._moments import Moments, local, of_zeros, to_state
-from qkern.optim._options import check_arguments, check_group, check_paging
+from qkern.optim._options import check_arguments, check_group, check_paging, is_integer
 from qkern.optim._pager import Pager
 from qkern.optim._updates import Calls, Update, by_device, counted
 
@@ -32,7 +32,8 @@ class PagedAdamW(Optimizer):
     Args:
         params: Parameters or groups, as ``torch.optim.Optimizer`` takes them: float32, bfloat16 or
             float16, each with gradients of its own dtype. The arithmetic is float32 and rounded
-            once.
+            once. Integers, of which 4-bit weights are made, are let through: they have no
+            gradients, are never updated and get no moments.
         lr: Learning rate, at least 0.
         betas: Decay of the two moments, each from 0 to below 1.
         eps: Added to the root of the second moment, at least 0.
@@ -67,7 +68,7 @@ class PagedAdamW(Optimizer):
         seed: From 0 to 2^32 - 1.
 
     Raises:
-        TypeError: A parameter's dtype is none of the three.
+        TypeError: A parameter's dtype is none of these.
         ValueError: An argument is out of its range, or arguments contradict each other.
         FileExistsError, FileNotFoundError, qkern.optim.ChunkFileError: See ``path``.
     """
@@ -164,7 +165,8 @@ class PagedAdamW(Optimizer):
         error (no memory) with the pager ``"unified"``.
 
         Raises:
-            TypeError: A gradient is sparse, or of another dtype than its parameter.
+            TypeError: A gradient is sparse, of another dtype than its parameter, or of an integer
+                parameter.
             RuntimeError: A step broke off; or moments on a GPU are paged and a CUDA graph is being
                 captured.
         """
@@ -293,14 +295,22 @@ class PagedAdamW(Optimizer):
         )
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
-        if group["bits"] == 32 or param.numel() < max(self._min_8bit_size, 1):
+        narrow = group["bits"] == 8 and not is_integer(param)
+        if not narrow or param.numel() < max(self._min_8bit_size, 1):
             return 32
         return 8
 
     def _specs(self, groups: Sequence[dict[str, Any]]) -> list[MomentSpec]:
-        """What a pager must know of the groups' parameters, of whose shape a part may be here."""
+        """What a pager must know of the groups' parameters, of whose shape a part may be here.
+
+        For integers no elements, but a place: others keep their numbers.
+        """
         return [
-            MomentSpec(param.device, tuple(local(param).shape), self._bits(param, group))
+            MomentSpec(
+                param.device,
+                (0,) if is_integer(param) else tuple(local(param).shape),
+                self._bits(param, group),
+            )
             for group in groups
             for param in group["params"]
         ]

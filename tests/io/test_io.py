@@ -481,6 +481,35 @@ class TestBitsandbytes:
         with pytest.raises(ValueError, match="has LoRA already, at 0"):
             io.load_bnb(model, tmp_path / "base.safetensors")
 
+    def test_only_an_adapters_own_component_is_left_out_of_names(self, tmp_path):
+        def make() -> nn.ModuleDict:
+            torch.manual_seed(0)
+            inner = {
+                "base_layers": nn.ModuleList([nn.Linear(64, 64)]),
+                "base_layer": nn.Linear(64, 64),
+            }
+            inner["base_layer_norm"] = nn.LayerNorm(64)
+            return nn.ModuleDict({"a": nn.ModuleDict(inner)})
+
+        model = qnn.quantize_model(make())
+        names = {name.partition(".weight.")[0] for name in model.state_dict()}
+        for lora in (False, True):
+            if lora:
+                qnn.add_lora(model, qnn.LoRAConfig(r=2))
+            io.save_bnb(model, tmp_path / "model.safetensors")
+            again = io.load_bnb(make(), tmp_path)
+            assert {name.partition(".weight.")[0] for name in again.state_dict()} == names
+        assert_same_tensors(again.state_dict(), qnn.quantize_model(make()).state_dict())
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_a_layer_that_is_the_root(self, lora, tmp_path):
+        layer = qnn.Linear4bit.from_linear(nn.Linear(64, 64))
+        io.save_bnb(qnn.LoRALinear(layer, 4, 8) if lora else layer, tmp_path / "layer.safetensors")
+        tensors = load_file(tmp_path / "layer.safetensors")
+        again = qnn.Linear4bit(64, 64)
+        again.load_state_dict(tensors)
+        assert_same_tensors(again.state_dict(), layer.state_dict())
+
     def test_shared_weights_are_written_once_for_each_layer(self, tmp_path):
         model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         model[1].weight = model[0].weight

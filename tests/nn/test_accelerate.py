@@ -23,8 +23,8 @@ from accelerate.utils import compute_module_sizes, set_module_tensor_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qkern import io, testing
 from qkern import nn as qnn
-from qkern import testing
 from tests.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
@@ -228,3 +228,15 @@ def test_a_class_name_does_not_make_it_bitsandbytes() -> None:
     layer.weight = layer.weight.to("cpu", copy=True)
     assert type(layer.weight) is nn.Parameter
     testing.assert_bitwise(layer(torch.ones(1, 64)), quantised().up(torch.ones(1, 64)))
+
+
+def test_an_offloaded_model_does_not_merge_or_save(tmp_path: Path) -> None:
+    model = cpu_offload(qnn.add_lora(quantised(), qnn.LoRAConfig(r=4, targets=["up"])), "cpu")
+    expected = model(IDS)
+    qnn.merge_lora(model)
+    with pytest.raises(ValueError, match=r"x: got a tensor on cpu; takes meta"):
+        model(IDS)
+    qnn.unmerge_lora(model)
+    testing.assert_bitwise(model(IDS), expected)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        io.save_bnb(model.up, tmp_path / "up.safetensors")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import weakref
 
@@ -147,6 +148,42 @@ class TestLinear4bit:
     def test_materialised_meta_layer_saves_valid_metadata(self):
         layer = qnn.Linear4bit(100, 70, device="meta").to_empty(device="cpu")
         assert torch.equal(layer.quant_meta, quantized_linear().quant_meta)
+
+    @pytest.mark.parametrize(
+        "make",
+        [quantized_linear, lambda: qnn.Embedding4bit.from_embedding(nn.Embedding(37, 33))],
+        ids=["linear", "table"],
+    )
+    def test_empty_memory_on_the_same_device_gets_valid_metadata(self, make):
+        layer, right = make(), make()
+        model = nn.Sequential(layer).to_empty(device="cpu")
+        assert torch.equal(model[0].quant_meta, right.quant_meta)
+        model.load_state_dict({f"0.{name}": t for name, t in right.state_dict().items()})
+        assert_same_codes(model[0], codes(right))
+
+    def test_moving_leaves_metadata_where_it_is(self):
+        layer = quantized_linear()
+        layer.quant_meta.data = layer.quant_meta.data.clone()
+        pointer, version = layer.quant_meta.data_ptr(), layer.quant_meta._version
+        layer.to("cpu").half()
+        assert (layer.quant_meta.data_ptr(), layer.quant_meta._version) == (pointer, version)
+
+    def test_metadata_spelled_otherwise_is_saved_as_the_modules_own(self):
+        layer, other = quantized_linear(), quantized_linear()
+        text = json.dumps(json.loads(bytes(layer.quant_meta.tolist())))
+        text = text.replace("64", "64.0").replace("[70, 100]", "[70.0, 100.0]")
+        state = layer.state_dict()
+        state["quant_meta"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        for assign in (False, True):
+            other.load_state_dict(state, assign=assign)
+            assert torch.equal(other.quant_meta, layer.quant_meta)
+
+    def test_a_state_dict_on_meta_loads_there(self):
+        layer = qnn.Linear4bit(100, 70, device="meta")
+        layer.load_state_dict(layer.state_dict(), assign=True)
+        assert all(p.is_meta for p in layer.parameters())
+        layer.load_state_dict(quantized_linear().state_dict(), assign=True)
+        assert_same_codes(layer, codes(quantized_linear()))
 
     @pytest.mark.parametrize(
         ("layer", "message"),
@@ -628,6 +665,37 @@ class TestEmbedding4bit:
         other.load_state_dict(layer.state_dict())
         assert_same_codes(other, codes(layer))
 
+    def test_a_given_codebook_is_copied(self, tmp_path):
+        codebook = torch.linspace(-1, 1, 16)
+        model = nn.Sequential(
+            *(
+                qnn.Embedding4bit.from_embedding(nn.Embedding(8, 64), "custom", codebook=codebook)
+                for _ in range(2)
+            )
+        )
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        codebook.zero_()
+        assert torch.count_nonzero(model[0](torch.tensor([1]))) > 0
+
+    @pytest.mark.parametrize("name", ["weight", "absmax", "nested_absmax", "nested_offset"])
+    def test_parameters_that_do_not_fit_are_refused_by_the_lookup(self, name):
+        ids = torch.tensor([1, 36])
+        for change, error, message in (
+            (lambda t: torch.cat([t, t]), ValueError, "elements; takes"),
+            (lambda t: t.view(torch.int8), TypeError, r"got torch.int8; takes torch\.\w+ or its"),
+        ):
+            layer = qnn.Embedding4bit.from_embedding(nn.Embedding(37, 33))
+            before = getattr(layer, name)
+            before.data = change(before.data)
+            with pytest.raises(error, match=f"{name}: .*{message}"):
+                layer(ids)
+        layer = qnn.Embedding4bit.from_embedding(
+            nn.Embedding(37, 33), "custom", codebook=torch.linspace(-1, 1, 16)
+        )
+        layer.codebook.data = layer.codebook.data[:15]
+        with pytest.raises(ValueError, match="codebook: got 15 elements; takes 16"):
+            layer(ids)
+
     def test_max_norm_is_refused(self):
         with pytest.raises(ValueError, match="max_norm"):
             qnn.Embedding4bit.from_embedding(nn.Embedding(10, 64, max_norm=1.0))
@@ -954,6 +1022,22 @@ class TestTraining:
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         ids = torch.randint(37, (2, 5))
         assert torch.equal(compiled(ids), layer(ids))
+
+
+@pytest.mark.parametrize("kinds", [["forward_pre"], ["forward"], ["forward_pre", "forward"]])
+def test_an_encoder_layer_keeps_off_its_fast_path_when_hooks_are_gone(kinds: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, 2, 128, 0.0, batch_first=True)).eval()
+    layers = (model[0].linear1, model[0].linear2)
+    names = [f"register_{kind}_hook" for kind in kinds]
+    handles = [getattr(layer, name)(lambda *_: None) for layer in layers for name in names]
+    qnn.quantize_model(model, skip=["self_attn"])
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(copy.deepcopy(model)(x), expected)
 
 
 def test_a_transformer_encoder_layer_keeps_off_its_dense_fast_path() -> None:

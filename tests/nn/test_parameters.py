@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qkern
 from qkern import nn as qnn
@@ -139,8 +140,9 @@ def test_a_whole_model_cannot_require_grad() -> None:
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, foreach=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5),
+        lambda p: qkern.optim.PagedAdamW(p, lr=0.1, weight_decay=0.5),
     ],
-    ids=["adamw", "foreach", "sgd"],
+    ids=["adamw", "foreach", "sgd", "paged"],
 )
 def test_an_optimizer_of_all_parameters_trains_those_with_gradients(
     make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
@@ -166,8 +168,46 @@ def test_paged_adamw_takes_what_is_trained() -> None:
     model(X).square().sum().backward()
     optimizer.step()
     assert_same_codes(model, before)
-    with pytest.raises(TypeError, match=r"params: got torch.uint8; takes float32, bfloat16"):
-        qkern.optim.PagedAdamW(model.parameters())
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.Muon])
+def test_optimizers_that_need_what_is_trained(make: Callable[..., torch.optim.Optimizer]) -> None:
+    """Of all parameters, one makes a float vector and the other wants matrices only."""
+    model = lora_model()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = model(X).square().sum()
+        value.backward()
+        return value
+
+    def step(params: Iterator[nn.Parameter]) -> None:
+        nonlocal optimizer
+        optimizer = make(params)
+        optimizer.step(loss)
+
+    optimizer = torch.optim.SGD(qnn.lora_parameters(model))
+    with pytest.raises((RuntimeError, ValueError), match=r"Float can't be cast|only supports 2D"):
+        step(model.parameters())
+    before = loss().item()
+    step(qnn.lora_parameters(model))
+    assert loss().item() < before
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_of_all_parameters_destroys_codes(decay: float) -> None:
+    """Even of parameters that never change; of the trained ones alone it is right."""
+    model = lora_model()
+    average = get_ema_multi_avg_fn(decay)
+    whole = AveragedModel(model, multi_avg_fn=average)
+    trained = AveragedModel(nn.ParameterList(qnn.lora_parameters(model)), multi_avg_fn=average)
+    for _ in range(100):
+        whole.update_parameters(model)
+        trained.update_parameters(nn.ParameterList(qnn.lora_parameters(model)))
+    weight = model[0].base_layer.weight
+    assert (whole.module[0].base_layer.weight != weight).float().mean() > 0.1
+    for mine, right in zip(trained.module, qnn.lora_parameters(model), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 def test_a_vector_of_what_is_trained() -> None:
@@ -406,6 +446,51 @@ def test_peft_refuses_what_would_change_the_weight(init: str) -> None:
     with pytest.raises(TypeError, match=r"float32, float16, or bfloat16|Unsupported data type"):
         peft.get_peft_model(model, config)
     assert_same_codes(model, before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights="orthogonal"),
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], use_dora=True),
+        lambda: peft.LoraConfig(r=4, target_modules=["1"], modules_to_save=["0"]),
+        lambda: peft.LoHaConfig(r=4, target_modules=["0"]),
+        lambda: peft.LoKrConfig(r=4, target_modules=["0"]),
+        lambda: peft.HRAConfig(r=4, target_modules=["0"]),
+    ],
+    ids=["orthogonal", "dora", "modules_to_save", "loha", "lokr", "hra"],
+)
+def test_peft_methods_that_raise(make: Callable[[], peft.PeftConfig]) -> None:
+    model = nn.Sequential(linear(), nn.Linear(70, 8))
+    with pytest.raises(RuntimeError):
+        peft.get_peft_model(model, make())(X)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(r=4, target_modules=["0"], use_rslora=True),
+        lambda: peft.AdaLoraConfig(target_modules=["0"], total_step=10),
+        lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        lambda: peft.OFTConfig(target_modules=["0"], oft_block_size=10),
+        lambda: peft.BOFTConfig(target_modules=["0"], boft_block_size=10),
+        lambda: peft.VeraConfig(r=4, target_modules=["0"]),
+        lambda: peft.FourierFTConfig(n_frequency=10, target_modules=["0"]),
+    ],
+    ids=["rslora", "adalora", "ia3", "oft", "boft", "vera", "fourierft"],
+)
+def test_peft_methods_that_train(make: Callable[[], peft.PeftConfig]) -> None:
+    model = nn.Sequential(linear())
+    before = codes(model)
+    wrapped = peft.get_peft_model(model, make())
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    wrapped(X).square().sum().backward()
+    assert trained
+    assert all(p.grad is not None for p in trained)
+    assert any(bool(p.grad.any()) for p in trained)
+    found = [p for p in wrapped.parameters() if p.dtype in (torch.uint8, torch.int32)]
+    for param, right in zip(found, before.values(), strict=True):
+        testing.assert_bitwise(param, right)
 
 
 def test_peft_does_not_merge_into_the_codes() -> None:

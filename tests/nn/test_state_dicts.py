@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,6 +252,31 @@ def test_bitsandbytes_keys_that_do_not_fit(change: dict[str, object], message: s
     # Names that torch itself misses, or has too many, are found after the rest was loaded.
     if "key" not in message:
         assert_same_state(model[0].state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "takes"),
+    [
+        ("nested_offset", "x", "a number"),
+        ("nested_offset", None, "a number"),
+        ("nested_offset", True, "a number"),
+        ("shape", None, "a list of integers"),
+        ("shape", [101.0, 250], "a list of integers"),
+        ("shape", "101", "a list of integers"),
+        ("dtype", 3, "the name of a torch.dtype"),
+        ("dtype", None, "the name of a torch.dtype"),
+        ("blocksize", 64.0, "an integer"),
+        ("blocksize", None, "an integer"),
+    ],
+)
+def test_bitsandbytes_values_of_another_type(field: str, value: object, takes: str) -> None:
+    state = nn.Sequential(bnb_layer()).state_dict()
+    fields = json.loads(bytes(state[STATE_KEY].tolist())) | {field: value}
+    text = json.dumps(fields).encode()
+    models.change_bnb_state(state, {STATE_KEY: torch.tensor(list(text), dtype=torch.uint8)})
+    message = re.escape(f"{STATE_KEY}: {field}: got {value!r}; takes {takes}")
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(linear()).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from lab.processes import environment
 from qkern import testing
@@ -340,3 +345,26 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     whole = make_params()
     train(PagedAdamW(whole), whole, 2)
     assert_same(params, whole)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_flattened_state_does_not_load(tmp_path: Path, flat: bool) -> None:
+    """torch unflattens by the names of the state that is there, and a pager's has none."""
+    net = nn.Sequential(nn.Linear(8, 4))
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    optimizers = [PagedAdamW(net.parameters(), path=tmp_path / name) for name in "ab"]
+    optimizers.append(PagedAdamW(net.parameters()))
+    net(torch.ones(2, 8)).sum().backward()
+    optimizers[0].step()
+    net.zero_grad()
+    state = get_optimizer_state_dict(net, optimizers[0], options=options)
+    set_optimizer_state_dict(net, optimizers[2], dict(state), options=options)
+    if flat:
+        with pytest.raises(ValueError, match=r"state\[0.weight\]: got no exp_avg"):
+            set_optimizer_state_dict(net, optimizers[1], state, options=options)
+        optimizers.pop(1)
+    else:
+        set_optimizer_state_dict(net, optimizers[1], state, options=options)
+    first, *others = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for other in others:
+        assert torch.equal(other[0]["exp_avg"], first[0]["exp_avg"])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import qkern
 from qkern.optim import PagedAdamW
 from tests.optim.compare import assert_same
 from tests.optim.pagers import LEAST_BUDGET, Made
@@ -62,11 +64,67 @@ def test_budget_too_small(tmp_path: Path, budget: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bool, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.bool, torch.float8_e5m2])
 def test_parameter_dtypes(dtype: torch.dtype) -> None:
     param = torch.zeros(3, dtype=dtype)
     with pytest.raises(TypeError, match=f"params: got {dtype}; takes float32, bfloat16 or float16"):
         PagedAdamW([param])
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_integers_are_let_through(make: Made, bits: int) -> None:
+    """They take a number, so that a state fits torch's AdamW, and nothing else."""
+    integers = [torch.arange(5000).to(dtype) for dtype in INTEGERS]
+    first, second, *_ = params = make_params(SHAPES[:2])
+    mixed = [*integers[:2], first, integers[2], second, *integers[3:]]
+    mixed = [p if p.is_floating_point() else nn.Parameter(p, requires_grad=False) for p in mixed]
+    alone = make_params(SHAPES[:2])
+    pairs = ((make(mixed, bits=bits, min_8bit_size=1), params),)
+    pairs += ((make(alone, bits=bits, min_8bit_size=1), alone),)
+    for step in range(3):
+        for optimizer, floats in pairs:
+            set_grads(floats, step)
+            optimizer.step()
+        if step == 1:
+            state = pairs[0][0].state_dict()
+            assert list(state["state"]) == [2, 4]
+            pairs[0][0].load_state_dict(state)
+    assert_same(params, alone)
+    kept = [p.data for p in mixed if not p.is_floating_point()]
+    assert all(torch.equal(p, was) for p, was in zip(kept, integers, strict=True))
+
+
+def test_integers_with_a_gradient_or_moments_are_refused(make: Made) -> None:
+    params = [*make_params(SHAPES[:1]), nn.Parameter(torch.zeros(3, dtype=torch.int32), False)]
+    optimizer = make(params)
+    set_grads(params[:1], 0)
+    before = params[0].detach().clone()
+    params[1].grad = torch.ones(3, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"grad: got one of a torch.int32 parameter; takes none"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    params[1].grad = None
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][1] = state["state"][0]
+    with pytest.raises(ValueError, match=r"state\[1\]: got moments of a torch.int32 parameter"):
+        optimizer.load_state_dict(state)
+
+
+def test_all_parameters_of_a_4_bit_model(tmp_path: Path) -> None:
+    model = qkern.nn.quantize_model(nn.Sequential(nn.Linear(64, 64)), lora=qkern.nn.LoRAConfig(4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    path = tmp_path / "state"
+    optimizer = PagedAdamW(model.parameters(), lr=0.1, path=path, budget_bytes=LEAST_BUDGET)
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    optimizer.close()
+    PagedAdamW(model.parameters(), path=path, resume=True, budget_bytes=LEAST_BUDGET).close()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == ["0.lora_a", "0.lora_b"]
 
 
 def test_gradients_that_are_refused(make: Made) -> None:
