@@ -21,7 +21,7 @@ from qkern.autograd import (
     recorded_linear_4bit,
 )
 from qkern.backends import has_cpu_matmul, num_threads
-from qkern.ops import assume, call, fast, forward_derivatives
+from qkern.ops import assume, call, forward_derivatives, undispatched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -232,8 +232,11 @@ def _by_kernel_alone(
 
     None if a tracer must see the op or an argument is unusual.
     """
-    kernel = fast("linear_4bit")
-    if kernel is None or _any_autocast() or len(shape) != 2:
+    backend = undispatched()
+    if backend is None or _any_autocast() or len(shape) != 2:
+        return None
+    kernel = backend.fast.get("linear_4bit")
+    if kernel is None:
         return None
     return kernel(x, weight, shape[0], bias, _batch_invariant, num_threads(), shape[1])
 
@@ -310,7 +313,7 @@ def nf4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Te
     _check_quantized("qw", qw)
     if qw.format != "nf4":
         raise ValueError(f'qw: got format {qw.format!r}; takes "nf4"')
-    return linear_4bit(x, qw, bias)
+    return linear_by_weight(x, qw.weight, qw.shape, bias)
 
 
 def fp4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -318,7 +321,7 @@ def fp4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Te
     _check_quantized("qw", qw)
     if qw.format != "fp4":
         raise ValueError(f'qw: got format {qw.format!r}; takes "fp4"')
-    return linear_4bit(x, qw, bias)
+    return linear_by_weight(x, qw.weight, qw.shape, bias)
 
 
 def lora_linear(

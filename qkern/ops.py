@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkern import _errors, backends, formats, weight
-from qkern.backends import num_threads, select
+from qkern.backends import Backend, num_threads, select
 from qkern.weight import Weight
 
 _FIELDS = len(Weight._fields)
@@ -97,7 +97,7 @@ class Op:
         at = self.weight_at
         return tuple(args) if at is None else (*args[:at], *args[at], *args[at + 1 :])
 
-    def canonical(self, args: Sequence[Any]) -> Sequence[Any]:
+    def canonical(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments with the weight as backends take it."""
         at = self.weight_at
         if at is None or args[at].is_canonical():
@@ -218,26 +218,27 @@ OPS: Mapping[str, Op] = MappingProxyType(
 def _implementation(op: Op) -> Callable[..., Any]:
     """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
     name, writes, at, defaults = op.name, op.writes, op.weight_at, op.defaults
-    count = len(defaults)
+    left_out = [defaults[given:] for given in range(len(defaults) + 1)]
+    end = 0 if at is None else at + _FIELDS
 
     def run(*args: Any) -> Any:
-        if len(args) < count:
-            # torch leaves out trailing arguments that have their default value.
-            args += defaults[len(args) :]
+        # torch leaves out trailing arguments that have their default value.
+        args += left_out[len(args)]
         first = args[0]
         if type(first) is list:
             if not first:
                 return None
             first = first[0]
         backend = backends.selected.get(first.device) or select(first.device)
-        if at is not None:
-            # The named tuple's own constructor takes four times as long.
-            end = at + _FIELDS
-            args = (*args[:at], tuple.__new__(Weight, args[at:end]), *args[end:])
         kernel = backend.fast.get(name)
+        if at is not None:
+            # Read as any tuple; the named tuple's own constructor takes longer.
+            args = (*args[:at], args[at:end], *args[end:])
         result = None if kernel is None else kernel(*args, num_threads())
         if result is None:
-            result = backend.table[name](*op.canonical(args))
+            if at is not None:
+                args = op.canonical((*args[:at], Weight._make(args[at]), *args[at + 1 :]))
+            result = backend.table[name](*args)
         if writes:
             op.count_changes(args)
             return None
@@ -274,34 +275,25 @@ def forward_derivatives() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _is_observed() -> bool:
-    """Whether somebody would miss an op that is not dispatched.
+def undispatched() -> Backend | None:
+    """The backend of CPU tensors where its functions may be called without the dispatcher, or None.
 
-    Tracers, modes, functorch's transforms, profilers and forward-mode derivatives.
+    None where somebody would miss the op: tracers, modes, functorch's transforms, profilers and
+    forward-mode derivatives. What depends on the tensors is the caller's to look after: gradients,
+    autocast, and that they are plain, which `Backend.fast` looks after itself.
     """
-    return bool(
+    if (
         _is_dynamo_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transforms()
         or _is_tracing()
         or _is_profiled()
-        or forward_derivatives()
-    )
-
-
-def fast(name: str) -> Callable[..., Any] | None:
-    """The selected backend's function for the op on CPU tensors themselves, or None.
-
-    It takes the op's arguments, all of them, then how many threads. It answers None with nothing
-    done where it declines: a tensor is not plain, no argument is in its place, there is no element.
-    Gradients and autocast are the caller's to look after. None also where the op is observed.
-    """
-    if _is_observed():
+        or forward_ad._current_level >= 0
+    ):
         return None
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
-    backend = backends.selected.get(_CPU)
-    return None if backend is None else backend.fast.get(name)
+    return backends.selected.get(_CPU)
 
 
 def _plain_keys() -> frozenset[int]:
@@ -338,7 +330,7 @@ def _are_plain(arguments: Sequence[Any]) -> bool:
 def call(name: str, *args: Any) -> Any:
     """The op with all its arguments, the weight as one; undispatched where nobody would know."""
     op = OPS[name]
-    if not _is_observed() and (backend := backends.selected.get(_CPU)) is not None:
+    if (backend := undispatched()) is not None:
         kernel = backend.fast.get(name)
         if kernel is not None:
             if (result := kernel(*args, num_threads())) is not None:
