@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 from qkern import _errors, formats
 from qkern.ops import call
 from qkern.weight import Weight
-
-_fields_of = attrgetter(*Weight._fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +53,8 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        object.__setattr__(self, "_weight", Weight._make(_fields_of(self)))
+        fields = [getattr(self, name) for name in Weight._fields]
+        object.__setattr__(self, "_weight", Weight(*fields))
         _errors.check_format(self.format, self.codebook)
         _errors.check_block_size(self.block_size)
         _errors.check_float_dtype("dtype", self.dtype)
