@@ -170,3 +170,22 @@ def test_a_forced_backend_does_not_take_other_devices() -> None:
 def test_other_devices_take_the_reference() -> None:
     assert backends.select(torch.device("xpu")) is reference
     assert backends.available("xpu") == {"reference": None}
+
+
+def test_a_backend_object_is_forced_as_its_name_is() -> None:
+    class Missing(backends.Backend):
+        def missing_reason(self) -> str:
+            return "not built"
+
+    with (
+        pytest.raises(RuntimeError, match="name: the backend 'mine' is missing: not built"),
+        backends.use(Missing("mine")),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match="name: got int; takes a name or a Backend"),
+        backends.use(3),
+    ):
+        pass
+    with backends.use(backends.reference):
+        assert backends.selected_name() == "reference"

@@ -364,3 +364,15 @@ def test_torch_functions_are_refused_by_name() -> None:
         torch.nn.functional.linear(torch.randn(2, 64), weight)
     with pytest.raises(TypeError, match="add: got a QuantizedTensor"):
         torch.add(weight, 1)
+
+
+def test_its_fields_make_another_one() -> None:
+    """`dataclasses.asdict` and `astuple` have the arguments of the constructor, and no more."""
+    qw = qkern.quantize_4bit(torch.randn(5, 70))
+    for other in (
+        QuantizedTensor(**dataclasses.asdict(qw)),
+        QuantizedTensor(*dataclasses.astuple(qw)),
+    ):
+        assert torch.equal(other.dequantize(), qw.dequantize())
+        assert other.weight.packed is other.packed
+    assert pickle.loads(pickle.dumps(qw)).weight[5:] == qw.weight[5:]
