@@ -314,33 +314,37 @@ _PLAIN_KEYS = _plain_keys()
 
 
 def _are_plain(arguments: Sequence[Any]) -> bool:
-    """Whether all tensors among the arguments are dense CPU tensors without gradients."""
+    """Whether all tensors, in lists and weights too, are dense CPU tensors without gradients."""
     for argument in arguments:
-        if type(argument) is Weight:
-            if not _are_plain(argument.tensors):
+        if isinstance(argument, list | tuple):
+            if not _are_plain(argument):
                 return False
         elif isinstance(argument, Tensor) and (
-            argument.requires_grad
+            not _PLAIN_KEYS
+            or argument.requires_grad
             or torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN_KEYS
         ):
             return False
-    return bool(_PLAIN_KEYS)
+    return True
 
 
 def call(name: str, *args: Any) -> Any:
     """The op with all its arguments, the weight as one; undispatched where nobody would know."""
     op = OPS[name]
+    result, done = None, False
     if (backend := undispatched()) is not None:
         kernel = backend.fast.get(name)
         if kernel is not None:
-            if (result := kernel(*args, num_threads())) is not None:
-                return result
+            result = kernel(*args, num_threads())
+            done = result is not None
         elif _are_plain(args):
-            result = backend.table[name](*op.canonical(args))
-            if op.writes:
-                op.count_changes(args)
-            return result
-    return op.overload(*op.spread(args))
+            result, done = backend.table[name](*op.canonical(args)), True
+    if not done:
+        return op.overload(*op.spread(args))
+    if op.writes:
+        op.count_changes(args)
+        return None
+    return result
 
 
 def adamw_step(*args: Any) -> None:
@@ -348,5 +352,4 @@ def adamw_step(*args: Any) -> None:
 
     Gradients must be off, for nothing looks whether parameters are leaves that require them.
     """
-    if call("adamw_step", *args) is True:
-        OPS["adamw_step"].count_changes(args)
+    call("adamw_step", *args)

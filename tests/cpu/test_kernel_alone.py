@@ -766,3 +766,17 @@ def test_a_subclass_of_a_backend_has_its_own_methods_called() -> None:
     with backends.use(Mine("mine")):
         assert torch.equal(qkern.linear_4bit(X, qw), expected)
         assert torch.equal(torch.ops.qkern.linear_4bit(X, *qw.weight, 6), expected)
+
+
+def test_a_torch_that_tells_no_dispatch_keys_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = qkern.quantize_4bit(X).dequantize()
+    monkeypatch.setattr(qkern.ops, "_PLAIN_KEYS", frozenset())
+    monkeypatch.delattr(torch._C, "_dispatch_keys")
+    testing.assert_bitwise(qkern.quantize_4bit(X).dequantize(), expected)
+
+
+def test_tensors_in_lists_are_looked_at() -> None:
+    plain, other = torch.ones(3), torch.ones(3, requires_grad=True)
+    assert qkern.ops._are_plain(([plain], weight().weight, 64, None))
+    assert not qkern.ops._are_plain(([plain, other], 64))
+    assert not qkern.ops._are_plain((weight().weight._replace(absmax=other),))
