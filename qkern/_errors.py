@@ -60,6 +60,28 @@ def check_device(name: str, value: Tensor, device: torch.device, owner: str) -> 
         )
 
 
+def check_memory(name: str, value: Tensor) -> None:
+    """``ValueError`` unless the storage of a dense tensor has all its elements.
+
+    Frameworks free or shrink the storage of a tensor that lives on, as FSDP does between layers.
+    Of a traced tensor nothing is asked.
+    """
+    storage = value.untyped_storage()
+    got, numel = storage.nbytes(), value.numel()
+    if numel == 0 or value.is_meta:
+        return
+    last = numel - 1
+    if not value.is_contiguous():
+        steps = zip(value.shape, value.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+    takes = (value.storage_offset() + last + 1) * value.itemsize
+    if got < takes:
+        raise ValueError(
+            f"{name}: got a tensor whose storage has {got} bytes, as after resize_(); takes one of "
+            f"{takes} bytes or more"
+        )
+
+
 def check_block_size(value: Any) -> None:
     """Check a block size."""
     if not isinstance(value, int) or isinstance(value, bool):
