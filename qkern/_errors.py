@@ -66,16 +66,14 @@ def check_memory(name: str, value: Tensor) -> None:
     Frameworks free or shrink the storage of a tensor that lives on, as FSDP does between layers.
     Of a traced tensor nothing is asked.
     """
-    storage = value.untyped_storage()
-    got, numel = storage.nbytes(), value.numel()
-    if numel == 0 or value.is_meta:
-        return
-    last = numel - 1
-    if not value.is_contiguous():
+    # Of what need not be contiguous, elements may overlap or lie apart.
+    first, numel = value.storage_offset(), value.numel()
+    if numel and not value.is_contiguous():
         steps = zip(value.shape, value.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in steps)
-    takes = (value.storage_offset() + last + 1) * value.itemsize
-    if got < takes:
+        numel = sum((size - 1) * stride for size, stride in steps) + 1
+    takes = (first + numel) * value.itemsize
+    got = value.untyped_storage().nbytes()
+    if got < takes and numel:
         raise ValueError(
             f"{name}: got a tensor whose storage has {got} bytes, as after resize_(); takes one of "
             f"{takes} bytes or more"

@@ -35,11 +35,18 @@ class CpuBackend(CompiledBackend):
         return list(self.library().available_isas())
 
     def set_isa(self, name: str) -> None:
-        """Take an instruction set; ``""`` is ``QKERN_CPU_ISA`` or the best.
+        """Take an instruction set in the process; ``""`` is ``QKERN_CPU_ISA`` or the best.
+
+        The `qkern.backends.use` of a block goes before.
 
         Raises ``ValueError`` when it is not available.
         """
         self.library().set_isa(name)
+
+    def check_isa(self, name: str) -> None:
+        """Raise ``ValueError`` unless the instruction set is available."""
+        if name not in (available := self.available_isas()):
+            raise ValueError(f"isa: got {name!r}; takes one of {', '.join(available)}")
 
     def has_matmul(self, dtype: torch.dtype) -> bool:
         """Whether torch's CPU matmuls in ``dtype`` run on instructions for it.

@@ -79,7 +79,9 @@ def test_a_weight_with_one_of_the_nested_scales_is_refused() -> None:
         ({9: -1}, "sizes: take 0 and above"),
     ],
 )
-def test_wrong_parameters_of_a_step_are_refused(changes: dict[int, int | None], message: str) -> None:
+def test_wrong_parameters_of_a_step_are_refused(
+    changes: dict[int, int | None], message: str
+) -> None:
     piece: list[int | None] = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
     for position, bad in changes.items():
         piece[position] = bad
