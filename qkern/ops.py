@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkern import _errors, backends, formats, weight
-from qkern._settings import batch_invariance, forced_backend
+from qkern._settings import batch_invariance, forced_backend, none_set
 from qkern.backends import Backend, num_threads, select
 from qkern.weight import Weight
 
@@ -270,7 +270,6 @@ def assume() -> bool:
     return True
 
 
-_forced = forced_backend.get
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", assume)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", assume)
@@ -307,8 +306,10 @@ def undispatched() -> Backend | None:
     if is_watched():
         return None
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
-    forced = _forced()
-    return (backends.selected if forced is None else forced.selected).get(_CPU)
+    if none_set() or (forced := forced_backend.get()) is None:
+        return backends.selected.get(_CPU)
+    known: Backend | None = forced.selected.get(_CPU)
+    return known
 
 
 def _plain_keys() -> frozenset[int]:
