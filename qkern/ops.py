@@ -113,15 +113,17 @@ class Op:
     def run_fake(self, *args: Any) -> Any:
         """The fake kernel as torch calls it.
 
-        Raises ``ValueError`` for a weight in parts: torch takes an op with any tensor on meta for
-        one on meta, and would hand out memory that nobody fills.
+        Raises ``ValueError`` for tensors on several devices: torch takes an op with any tensor on
+        meta for one on meta, and would hand out memory that nobody fills.
         """
         args = self.gather(args)
-        if self.weight_at is not None:
-            device = (args[0].packed if self.weight_at == 0 else args[0]).device
-            for name, tensor in zip(Weight._fields, args[self.weight_at].tensors, strict=False):
-                if tensor is not None:
-                    _errors.check_device(name, tensor, device, "the others")
+        named = [
+            found
+            for pair in zip(self.parameters, args, strict=False)
+            for found in weight.tensors_of(*pair)
+        ]
+        for name, tensor in named[1:]:
+            _errors.check_device(name, tensor, named[0][1].device, named[0][0])
         return self.fake(*args)
 
 

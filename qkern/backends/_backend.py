@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qkern import formats, reference
 from qkern.backends import _args
-from qkern.weight import Weight
+from qkern.weight import Weight, tensors_of
 
 
 class _Functions(dict[str, Callable[..., Any]]):
@@ -27,13 +27,16 @@ class _Functions(dict[str, Callable[..., Any]]):
 
 
 def _referred(op: str) -> Callable[..., Any]:
-    """The reference's function for an op, which reads memory as torch does: unasked."""
+    """The reference's function for an op, after checks of what torch reads unasked."""
     function = getattr(reference, op)
     names = tuple(inspect.signature(function).parameters)
 
     def run(*args: Any) -> Any:
         for name, value in zip(names, args, strict=False):
-            _args.check_all_memory(name, value)
+            if isinstance(value, Weight):
+                _args.check_nested(value)
+            for place, tensor in tensors_of(name, value):
+                _args.check_memory(place, tensor)
         return function(*args)
 
     return run
