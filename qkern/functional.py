@@ -100,7 +100,10 @@ def quantize_4bit(
     _errors.check_format(format, codebook)
     _errors.check_block_size(block_size)
     if codebook is not None:
-        codebook = _checked_codebook(codebook).to(w.device)
+        codebook = _checked_codebook(codebook)
+        if codebook.is_meta:  # it cannot be brought from there
+            _errors.check_device("codebook", codebook, w.device, "w")
+        codebook = codebook.to(w.device)
     w = w.detach()
     packed, absmax = call("quantize_4bit", w, format, block_size, codebook)
     scales, nested_absmax, nested_offset = absmax, None, None

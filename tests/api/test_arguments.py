@@ -7,6 +7,7 @@ through the dispatcher to each backend, around it, and by the public functions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import qkern
-from qkern import backends, ops, testing
+from qkern import QuantizedTensor, backends, ops, reference, testing
 from qkern.backends import CudaBackend, TritonBackend, _args, cpu
 from qkern.testing import Case
 from qkern.weight import Weight
@@ -398,3 +399,127 @@ def test_what_is_written_has_its_version_counted_and_nothing_else(
             assert (tensor._version > version) is written, name
             if not written:
                 testing.assert_bitwise(tensor, old, name)
+
+
+def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:
+    """The public functions that take tensors, with arguments by name."""
+    custom = {"format": "custom", "double_quant": True}
+    qw = qkern.quantize_4bit(torch.randn(13, 100), codebook=torch.linspace(-1, 1, 16), **custom)
+    codes, absmax = qkern.quantize_8bit(torch.randn(13, 100))
+    x, bias = torch.randn(3, 100), torch.randn(13)
+    lora = {"lora_a": torch.randn(4, 100), "lora_b": torch.randn(13, 4), "scaling": 0.5}
+    ramp = torch.linspace(-1, 1, 256)
+    of_format = {
+        f"{name}_linear": (
+            getattr(qkern, f"{name}_linear"),
+            {"x": x, "qw": qkern.quantize_4bit(torch.randn(13, 100), format=name), "bias": bias},
+        )
+        for name in ("nf4", "fp4")
+    }
+    return of_format | {
+        "quantize_4bit": (
+            qkern.quantize_4bit,
+            {"w": torch.randn(13, 100), "codebook": torch.linspace(-1, 1, 16), **custom},
+        ),
+        "dequantize_4bit": (qkern.dequantize_4bit, {"qw": qw, "out": torch.zeros(13, 100)}),
+        "quantize_8bit": (qkern.quantize_8bit, {"x": torch.randn(13, 100), "map": ramp}),
+        "dequantize_8bit": (
+            qkern.dequantize_8bit,
+            {"codes": codes, "absmax": absmax, "map": ramp},
+        ),
+        "linear_4bit": (qkern.linear_4bit, {"x": x, "qw": qw, "bias": bias}),
+        "lora_linear": (qkern.lora_linear, {"x": x, "qw": qw, **lora, "bias": bias}),
+    }
+
+
+all_functions = pytest.mark.parametrize("name", functions())
+
+
+def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Inputs]]:
+    """The inputs with one tensor changed, for each; and its name."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            yield name, inputs | {name: change(value)}
+        elif isinstance(value, QuantizedTensor):
+            for field, tensor in value.tensors().items():
+                # Past the checks of a new one, which could not lack memory either.
+                weight = copy.copy(value)
+                object.__setattr__(weight, field, change(tensor))
+                weight.__dict__["_weight"] = value.weight._replace(**{field: change(tensor)})
+                yield field, inputs | {name: weight}
+
+
+def test_every_public_function_is_in_the_table() -> None:
+    names = {n for n in qkern.__all__ if callable(getattr(qkern, n))}
+    assert names - {"QuantizedTensor", "batch_invariant"} == functions().keys()
+
+
+@pytest.mark.parametrize("mode", ["plain", "autocast", "grad"])
+@all_functions
+def test_a_public_function_refuses_a_tensor_without_its_memory(name: str, mode: str) -> None:
+    function, inputs = functions()[name]
+    if mode == "grad" and "out" not in inputs:
+        inputs = {n: _trained(value) for n, value in inputs.items()}
+    wrong = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        for change in (freed, a_byte_short):
+            for place, bad in changed(inputs, change):
+                error = error_of(lambda bad: function(**bad), bad)
+                if not re.match(rf"{place}: got a tensor whose storage has \d+ bytes", error):
+                    wrong.append(f"{place}, {change.__name__}: {error}")
+    assert not wrong
+
+
+def _trained(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() != 1:
+        return value.clone().requires_grad_()
+    return value
+
+
+@all_functions
+def test_a_public_function_refuses_tensors_partly_on_meta(name: str) -> None:
+    function, inputs = functions()[name]
+    wrong = []
+    for place, bad in changed(inputs, on_meta):
+        if place == "w":  # the codebook is brought to it
+            assert {t.device.type for t in function(**bad).tensors().values()} == {"meta"}
+            continue
+        error = error_of(lambda bad: function(**bad), bad)
+        if not re.match(r"\S+: got a tensor on (meta|cpu); takes", error):
+            wrong.append(f"{place}: {error}")
+    assert not wrong
+
+
+DENSE: dict[str, Callable[[Inputs], Tensor]] = {
+    "quantize_4bit": lambda a: a["w"],
+    "dequantize_4bit": lambda a: reference.dequantize_4bit(
+        a["qw"].weight, a["qw"].shape, torch.float32
+    ),
+    "quantize_8bit": lambda a: a["x"],
+    "dequantize_8bit": lambda a: reference.dequantize_8bit(
+        a["codes"], a["absmax"], a["map"], 256, torch.float32
+    ),
+    "nf4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
+    "fp4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
+    "linear_4bit": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
+    "lora_linear": lambda a: (
+        a["x"] @ (a["qw"].dequantize() + 0.5 * a["lora_b"] @ a["lora_a"]).t() + a["bias"]
+    ),
+}
+"""What each function's result stands for, by dense arithmetic."""
+
+
+@all_functions
+def test_a_public_function_gives_what_dense_arithmetic_gives(name: str) -> None:
+    """Called successfully, each one, and its result looked at: an error alone tests no result."""
+    function, inputs = functions()[name]
+    result = function(**inputs)
+    tolerance = 1e-4
+    if name == "quantize_4bit":
+        result, tolerance = result.dequantize(), 0.5
+    elif name == "quantize_8bit":
+        result, tolerance = qkern.dequantize_8bit(*result, map=inputs["map"]), 0.05
+    expected = DENSE[name](inputs)
+    assert result.shape == expected.shape
+    assert (result - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (result - expected).norm() <= tolerance / 2 * expected.norm()
