@@ -132,7 +132,8 @@ class QuantizedTensor:
         """This weight on ``device``; itself when nothing changes.
 
         ``dtype`` (float32, bfloat16 or float16, also as the only positional argument) changes what
-        ``dequantize`` returns by default, never the stored codes and scales.
+        ``dequantize`` returns by default, never the stored codes and scales. What is beyond the
+        dtype's range then dequantises to infinities, as a cast of a dense tensor gives them.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:
