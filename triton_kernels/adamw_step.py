@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -333,7 +334,7 @@ def _on_device(words: Sequence[int], device: torch.device) -> Tensor:
 
 
 def adamw_step(
-    pieces: Sequence[tuple[int, ...]],
+    pieces: Sequence[tuple[Any, ...]],
     in_codes: bool,
     seed: int | None,
     device: torch.device,
@@ -347,6 +348,8 @@ def adamw_step(
     tables: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
     programs: Counter[tuple[int, bool]] = Counter()
     for *addresses, dtype, n, index, offset in pieces:
+        # An absent scale is one that no kernel looks at.
+        addresses = [address or 0 for address in addresses]
         kind = dtype, all(address % _WIDEST.value == 0 for address in addresses[:4])
         first_block = offset // _BLOCK.value
         tables[kind] += [*addresses, n, index, first_block, seed or 0, programs[kind]]

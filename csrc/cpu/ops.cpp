@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "dispatch.h"
 #include "encode_tables.h"
 #include "exact_sum.h"
 #include "kernel_table.h"
@@ -15,9 +16,6 @@
 namespace qkern::cpu {
 namespace {
 
-constexpr const char* kUnknownIsa =
-    "QKERN_CPU_ISA: names no instruction set that this build and processor have";
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The kernels for `index` = a dtype, or an error where QKERN_CPU_ISA names nothing usable.
@@ -25,7 +23,7 @@ template <typename Fn>
 Status with_kernels(const Fn& fn) {
   [[maybe_unused]] const KeepSubnormals keep;
   const KernelTable* table = active_kernels();
-  return table == nullptr ? Status::error(kUnknownIsa) : fn(*table);
+  return table == nullptr ? Status::error(unknown_isa()) : fn(*table);
 }
 
 // Splits blocks among threads in runs of about kRunElements, so that a short tensor stays on the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,21 @@ class _Functions(dict[str, Callable[..., Any]]):
         self._backend = backend
 
     def __missing__(self, op: str) -> Callable[..., Any]:
-        self[op] = found = getattr(self._backend, op, None) or getattr(reference, op)
+        self[op] = found = getattr(self._backend, op, None) or _referred(op)
         return found
+
+
+def _referred(op: str) -> Callable[..., Any]:
+    """The reference's function for an op, which reads memory as torch does: unasked."""
+    function = getattr(reference, op)
+    names = tuple(inspect.signature(function).parameters)
+
+    def run(*args: Any) -> Any:
+        for name, value in zip(names, args, strict=False):
+            _args.check_all_memory(name, value)
+        return function(*args)
+
+    return run
 
 
 class Backend:
@@ -159,6 +173,7 @@ class KernelBackend(Backend):
         n = codes.numel()
         device = self._device_of(codes)
         blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+        _args.check_memory("codes", codes)
         codes = codes.contiguous()
         _args.check("codes", codes, torch.uint8, n, device)
         _args.check("absmax", absmax, torch.float32, blocks, device)
@@ -176,6 +191,7 @@ class KernelBackend(Backend):
         if n == 0:
             return reference.quantize_absmax(absmax)
         device = self._device_of(absmax)
+        _args.check_memory("absmax", absmax)
         absmax = absmax.contiguous()
         _args.check("absmax", absmax, torch.float32, n, device)
         groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
@@ -192,7 +208,8 @@ class KernelBackend(Backend):
         args = _args.with_adamw_defaults(args)
         pieces = _args.adamw_pieces(device, params, *args)
         seed: int | None = args[6]
-        self._launch("adamw_step", device, pieces, seed)
+        if pieces:
+            self._launch("adamw_step", device, pieces, seed)
 
     def linear_4bit(
         self,

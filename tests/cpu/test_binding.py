@@ -20,7 +20,7 @@ def quantize_arguments() -> tuple[list[torch.Tensor], list[Any]]:
     """Tensors to keep alive, and the arguments of ``quantize_4bit`` for them."""
     x, packed, absmax = torch.randn(128), torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
     addresses = packed.data_ptr(), absmax.data_ptr()
-    return [x, packed, absmax], [x.data_ptr(), 0, 128, 0, 0, 64, *addresses, 1]
+    return [x, packed, absmax], [x.data_ptr(), 0, 128, None, 0, 64, *addresses, 1]
 
 
 def test_every_op_has_a_function() -> None:
@@ -68,19 +68,21 @@ def test_a_wrong_number_of_arguments_is_refused() -> None:
 
 def test_a_weight_with_one_of_the_nested_scales_is_refused() -> None:
     with pytest.raises(ValueError, match="nested_absmax and nested_offset: take both or neither"):
-        _C.dequantize_4bit(64, 64, 64, 0, 0, 0, 64, 0, 64, 0, 1)
+        _C.dequantize_4bit(64, 64, 64, None, None, 0, 64, 64, 0, 64, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({5: 0}, "absmax: takes those of both moments or neither"),
+        ({5: None}, "absmax: takes those of both moments or neither"),
         ({10: 128}, "first: takes a multiple of the block size"),
         ({9: -1}, "sizes: take 0 and above"),
     ],
 )
-def test_wrong_parameters_of_a_step_are_refused(changes: dict[int, int], message: str) -> None:
-    piece = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
+def test_wrong_parameters_of_a_step_are_refused(
+    changes: dict[int, int | None], message: str
+) -> None:
+    piece: list[int | None] = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
     for position, bad in changes.items():
         piece[position] = bad
     with pytest.raises(ValueError, match=message):
