@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -142,7 +143,7 @@ def _is_surely_finite(qw: QuantizedTensor) -> bool:
         largest = qw.nested_absmax.max() + qw.nested_offset
     if qw.codebook is not None:
         largest = largest * qw.codebook.abs().max()
-    return bool(largest.to(qw.dtype).isfinite())
+    return math.isfinite(largest.to(qw.dtype).item())
 
 
 def _raise_not_finite(absmax: Tensor, block_size: int, n: int) -> None:
