@@ -80,6 +80,21 @@ def check_memory(name: str, value: Tensor) -> None:
         )
 
 
+def check_apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
+    """``ValueError`` where a tensor shares memory with one of others, in part too.
+
+    All are contiguous: others are refused elsewhere.
+    """
+    begin = value.data_ptr()
+    end = begin + value.nbytes
+    for other_name, other in others.items():
+        first = other.data_ptr()
+        if first < end and begin < first + other.nbytes:
+            raise ValueError(
+                f"{name}: got a tensor that shares memory with {other_name}; takes one of its own"
+            )
+
+
 def check_block_size(value: Any) -> None:
     """Check a block size."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from qkern import _errors, formats
+from qkern import _errors, formats, reference
 from qkern._settings import batch_invariance, none_set
 from qkern.autograd import (
     LoRALinear4bit,
@@ -89,11 +90,16 @@ def quantize_4bit(
         16 finite float32 values in any order; a scaled weight lies in [-1, 1]. The tensor itself is
         kept when it is on ``w``'s device.
     ``check_finite``
-        raise on a NaN or an infinity; unchecked, its block dequantises to NaN (with
-        ``double_quant`` every block does).
+        raise on a NaN or an infinity, in ``w`` or in what it dequantises to: near the end of
+        ``w``'s dtype, a scale rounded up to 8 bits or a codebook beyond [-1, 1] can overflow it.
+        Unchecked, a block that holds one dequantises to NaN (with ``double_quant`` every block
+        does), and values that overflow to infinities.
 
     Raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong value, naming the
     first bad block of a ``w`` that is not finite.
+
+    One scale far above the others costs these their precision with ``double_quant``: 256 share a
+    range. None becomes negative, but small ones may become 0.
     """
     _errors.check_float_tensor("w", w)
     _check_memory("w", w)
@@ -109,12 +115,7 @@ def quantize_4bit(
     scales, nested_absmax, nested_offset = absmax, None, None
     if double_quant:
         scales, nested_absmax, nested_offset = call("quantize_absmax", absmax)
-    if check_finite and not w.is_meta:
-        # The offset is the mean of absmax: NaN where any is.
-        suspects = absmax if nested_offset is None else nested_offset
-        if suspects.isnan().any():
-            _raise_not_finite(absmax, block_size, w.numel())
-    return QuantizedTensor(
+    quantized = QuantizedTensor(
         packed,
         scales,
         nested_absmax,
@@ -125,15 +126,64 @@ def quantize_4bit(
         tuple(w.shape),
         w.dtype,
     )
+    if check_finite and not w.is_meta and not _is_surely_finite(quantized):
+        if absmax.isnan().any():
+            _raise_not_finite(absmax, block_size, w.numel())
+        _check_overflow(quantized, absmax)
+    return quantized
+
+
+def _is_surely_finite(qw: QuantizedTensor) -> bool:
+    """Whether no value can dequantise to a NaN or an infinity, by the largest scales alone."""
+    if qw.numel() == 0:
+        return True
+    if qw.nested_absmax is None or qw.nested_offset is None:
+        largest = qw.absmax.max()
+    else:
+        # The last entry of the map is 1, and rounding keeps an order. NaN where any scale is.
+        largest = qw.nested_absmax.max() + qw.nested_offset
+    if qw.codebook is not None:
+        largest = largest * qw.codebook.abs().max()
+    return math.isfinite(largest.to(qw.dtype).item())
 
 
 def _raise_not_finite(absmax: Tensor, block_size: int, n: int) -> None:
     block = int(absmax.isnan().nonzero()[0])
-    first, last = block * block_size, min((block + 1) * block_size, n) - 1
     raise ValueError(
-        f"w: got a NaN or an infinity in block {block} (elements {first} to {last} of the "
-        "flattened tensor); takes finite values, or check_finite=False"
+        f"w: got a NaN or an infinity in {_block_name(block, block_size, n)}; takes finite values, "
+        "or check_finite=False"
     )
+
+
+def _block_name(block: int, block_size: int, n: int) -> str:
+    first, last = block * block_size, min((block + 1) * block_size, n) - 1
+    return f"block {block} (elements {first} to {last} of the flattened tensor)"
+
+
+def _check_overflow(qw: QuantizedTensor, absmax: Tensor) -> None:
+    """``ValueError`` for the first value that dequantises to an infinity in the weight's dtype.
+
+    ``absmax`` has the scales before they were quantised.
+    """
+    for start, values in reference.decoded_pieces(qw.weight, qw.numel()):
+        infinite = values.to(qw.dtype).isinf()
+        if not infinite.any():
+            continue
+        block = (start + int(infinite.nonzero()[0])) // qw.block_size
+        scale = absmax[block]
+        factor = 1.0 if qw.codebook is None else qw.codebook.abs().max()
+        remedies = ["smaller values", "a w of a wider dtype", "check_finite=False"]
+        if qw.double_quant and (scale * factor).to(qw.dtype).isfinite():
+            restored = reference.restored_absmax(qw.weight, block, block + 1)[0]
+            reason = f"its scale {scale:.8g} becomes {restored:.8g} in 8 bits"
+            remedies.insert(0, "double_quant=False")
+        else:
+            reason = f"the codebook multiplies its scale {scale:.8g} by up to {factor:.8g}"
+        name = _block_name(block, qw.block_size, qw.numel())
+        raise ValueError(
+            f"w: got {name}, which dequantises to an infinity in {qw.dtype}: {reason}; takes "
+            f"{', '.join(remedies[:-1])} or {remedies[-1]}"
+        )
 
 
 def _checked_codebook(codebook: Any) -> Tensor:

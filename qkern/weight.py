@@ -31,6 +31,11 @@ class Weight(NamedTuple):
         """The fields that are tensors, in order; absent ones are None."""
         return self[:5]
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors that exist, by field."""
+        named = zip(self._fields, self.tensors, strict=False)
+        return {name: tensor for name, tensor in named if tensor is not None}
+
     @property
     def device(self) -> torch.device:
         """The device of the codes, which is that of all tensors."""

@@ -88,7 +88,8 @@ def check_format(format: str, codebook: Tensor | None, device: torch.device = CP
 
 def block_size_arg(block_size: int) -> int:
     """The block size, checked."""
-    if block_size not in _BLOCK_SIZES:
+    # Of another type, 64.0 is found in the set too.
+    if type(block_size) is not int or block_size not in _BLOCK_SIZES:
         _errors.check_block_size(block_size)
     return block_size
 
