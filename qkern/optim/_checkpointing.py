@@ -13,6 +13,7 @@ from torch import Tensor
 from qkern import formats
 from qkern.optim._moments import BLOCK, MAPS, Moments, is_sharded, local, to_state
 from qkern.optim._options import check_amsgrad, is_integer
+from qkern.optim._updates import number as number_tensor
 
 if TYPE_CHECKING:
     from qkern.optim.optimizer import PagedAdamW
@@ -70,16 +71,29 @@ def load(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
             place = param.device if pager is None else torch.device("cpu")
             step, moments = _from_state(f"state[{name}]", state, local(param), place)
             wanted[index] = (step, moments.to_bits(optimizer._bits(param, group)))
-    if pager is not None:
-        pager.load(wanted)
     found: defaultdict[Tensor, Any] = defaultdict(dict)
     for index, (step, moments) in wanted.items():
         param = pairs[index][0]
         where = optimizer._device_of_steps(param.device)
-        found[param] = {"step": torch.tensor(float(step), device=where)}
+        found[param] = {"step": number_tensor(step, where)}
         if pager is None:
             found[param] |= to_state(moments.like(param, copy=True))
-    optimizer.__setstate__({"state": found, "param_groups": groups})
+
+    def take() -> None:
+        optimizer.__setstate__({"state": found, "param_groups": groups})
+        if pager is not None:
+            optimizer._steps_seen = pager.steps
+
+    version = 0 if pager is None else pager.version
+    try:
+        if pager is not None:
+            pager.load(wanted)
+        take()
+    except BaseException:
+        # With what the pager has committed goes the rest, though an interrupt came in between.
+        if pager is not None and pager.version != version:
+            take()
+        raise
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
 

@@ -43,7 +43,7 @@ except ImportError:
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 1
-_MAGIC = b"QKCHUNKS"
+MAGIC = b"QKCHUNKS"
 _RECORD_MAGIC = b"QKCOMMIT"
 _CRC32 = 1
 _HEADER = struct.Struct("<8sIIQQQ")
@@ -80,7 +80,7 @@ class FileLayout:
     def __init__(self, sizes: tuple[int, ...], layout: bytes, meta_capacity: int) -> None:
         count = len(sizes)
         self.sizes, self.layout, self.meta_capacity = sizes, layout, meta_capacity
-        fixed = _HEADER.pack(_MAGIC, FORMAT_VERSION, _CRC32, count, len(layout), meta_capacity)
+        fixed = _HEADER.pack(MAGIC, FORMAT_VERSION, _CRC32, count, len(layout), meta_capacity)
         self.header = _with_digest(fixed, struct.pack(f"<{count}Q", *sizes) + layout)
         record_bytes = _aligned(_RECORD.size + _DIGEST_BYTES + 5 * count + meta_capacity)
         first = _aligned(len(self.header))
@@ -128,10 +128,10 @@ def read_header(path: Path, file_bytes: int, read: Read) -> FileLayout:
     """The layout of a file of ``file_bytes``, from its header; raises `ChunkFileError`."""
     fixed_bytes = _HEADER.size + _DIGEST_BYTES
     start = read(0, min(file_bytes, fixed_bytes))
-    if start[: len(_MAGIC)] != _MAGIC[: len(start)] or not start:
+    if start[: len(MAGIC)] != MAGIC[: len(start)] or not start:
         raise ChunkFileError(
             f"{path}: got a file that begins with {start[:8]!r}; "
-            f"takes a chunk file, which begins with {_MAGIC!r}"
+            f"takes a chunk file, which begins with {MAGIC!r}"
         )
     if file_bytes < fixed_bytes:
         raise ChunkFileError(
@@ -225,15 +225,16 @@ def difference(got: Any, wanted: Any, name: str) -> str:
             if found := difference(a, b, f"{name}[{i}]"):
                 return found
     elif type(got) is not type(wanted) or got != wanted:
-        texts = _short(got), _short(wanted)
+        texts = short(got), short(wanted)
         if texts[0] == texts[1]:  # long lists that begin alike
             texts = f"a list of {len(got)}", f"one of {len(wanted)}"
         return f"{name}: got {texts[0]}; takes {texts[1]}"
     return ""
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def short(value: Any) -> str:
+    """A JSON value as messages show it."""
+    text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

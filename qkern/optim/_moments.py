@@ -135,7 +135,8 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
         for code in _ZERO_CODES
     )
     blocks = formats.num_blocks(param.numel(), BLOCK)
-    return Moments(*codes, *(torch.zeros(blocks, device=param.device) for _ in range(2)))
+    scales = (torch.zeros(blocks, dtype=torch.float32, device=param.device) for _ in range(2))
+    return Moments(*codes, *scales)
 
 
 def _restore_largest(values: Tensor, absmax: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class PagedAdamW(Optimizer):
         self._min_8bit_size = min_8bit_size
         self._seed = seed if stochastic_rounding else None
         self._pager: Pager | None = None
+        self._steps_seen: Sequence[int] = ()
+        """The pager's steps that the counters in ``state`` are."""
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -131,10 +133,8 @@ class PagedAdamW(Optimizer):
             self._pager = FilePager(path, specs, budget_bytes, resume=resume, durable=durable)
         else:
             self._pager = UnifiedPager(budget_bytes)
-            self._pager.add(specs)
-        for param, step in zip(params, self._pager.steps, strict=False):
-            if step:
-                self.state[param]["step"] = torch.tensor(float(step))
+            self._pager.add(0, specs)
+        self._take_over_steps()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
@@ -144,15 +144,15 @@ class PagedAdamW(Optimizer):
                 'param_group: got one after the file was made; with pager "mmap" all are given at'
                 " construction"
             )
-        super().add_param_group(param_group)
+        count = len(self.param_groups)
         try:
-            group = self.param_groups[-1]
-            check_group(group)
-            specs = self._specs([group])
+            super().add_param_group(param_group)
+            check_group(self.param_groups[-1])
             if pager is not None:
-                pager.add(specs)
+                first = sum(len(group["params"]) for group in self.param_groups[:count])
+                pager.add(first, self._specs(self.param_groups[count:]))
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[count:]
             raise
 
     @torch.no_grad()
@@ -211,30 +211,52 @@ class PagedAdamW(Optimizer):
     def _step_in_memory(
         self, updates: Sequence[Update], scale: float | Tensor, found_inf: Tensor | None
     ) -> None:
-        copies = []
         for device, mine in by_device(updates).items():
             moments = [self._moments(param, group) for _, group, param, _ in mine]
-            steps = {index: self.state[param]["step"] for index, _, param, _ in mine}
+            before = [self.state[param]["step"] for _, _, param, _ in mine]
             skip = _updates.skipped(found_inf, device)
-            if device.type == "cuda":
-                # In place, where a CUDA graph finds them again.
-                torch._foreach_add_(list(steps.values()), 1 - skip)
-            else:
-                after = counted(list(steps.values()), skip)
-                steps = dict(zip(steps, after, strict=True))
-                for (_, _, param, _), step in zip(mine, after, strict=True):
-                    self.state[param]["step"] = step
-            factors = _updates.factors(self.param_groups, steps, scale, skip, device)
-            calls = Calls({device: factors}, self._seed)
-            for (index, _, param, grad), of_param in zip(mine, moments, strict=True):
-                data = local(param)
-                if not data.is_contiguous():
-                    copies.append((data, data.contiguous()))
-                    data = copies[-1][1]
-                calls.add(index, 0, data, local(grad), of_param)
-            calls.run()
-        for data, changed in copies:
-            data.copy_(changed)
+            after = dict(zip((index for index, *_ in mine), counted(before, skip), strict=True))
+            factors = _updates.factors(self.param_groups, after, scale, skip, device)
+            self._step_device(mine, moments, after, factors)
+
+    def _step_device(
+        self,
+        updates: Sequence[Update],
+        moments: Sequence[Moments],
+        after: Mapping[int, Tensor],
+        factors: Tensor,
+    ) -> None:
+        """The updates of one device, with the step counters that they have afterwards."""
+        params = {index: param for index, _, param, _ in updates}
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        left = set(params)
+
+        def done(numbers: set[int]) -> None:
+            # A step counts once its parameters have it, so that one that fails does not.
+            for index in numbers & copies.keys():
+                copies[index][0].copy_(copies[index][1])
+            self._count([(params[index], after[index]) for index in numbers])
+            left.difference_update(numbers)
+
+        calls = Calls({factors.device: factors}, self._seed, done)
+        for (index, _, param, grad), of_param in zip(updates, moments, strict=True):
+            data = local(param)
+            if not data.is_contiguous():
+                copies[index] = data, data.contiguous()
+                data = copies[index][1]
+            calls.add(index, 0, data, local(grad), of_param)
+        calls.run()
+        done(left.copy())  # of what no elements are here
+
+    def _count(self, steps: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Set the step counters of parameters of one device."""
+        if steps and steps[0][1].device.type == "cuda":
+            # In place, where a CUDA graph finds them again.
+            params, after = zip(*steps, strict=True)
+            torch._foreach_copy_([self.state[param]["step"] for param in params], after)
+        else:
+            for param, step in steps:
+                self.state[param]["step"] = step
 
     def _step_paged(
         self,
@@ -244,14 +266,18 @@ class PagedAdamW(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         found = {}
+        copies = []
         for index, _, param, grad in updates:
             data = local(param)
             found[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
+            if not data.is_contiguous():
+                copies.append((data, found[index][0].view(data.shape)))
+        self._take_over_steps()
         steps: dict[int, Tensor] = {}
         factors = {}
         for device, mine in by_device(updates).items():
             skip = _updates.skipped(found_inf, device)
-            none = torch.zeros((), device=pager.device_of_steps(device))
+            none = _updates.number(0, pager.device_of_steps(device))
             before = [self.state.get(param, {}).get("step", none) for _, _, param, _ in mine]
             after = zip((index for index, *_ in mine), counted(before, skip), strict=True)
             of_device = dict(after)
@@ -274,19 +300,37 @@ class PagedAdamW(Optimizer):
             for moments, there in brought:
                 moments.copy_(there)
 
-        pager.step(found, update)
+        def finish() -> None:
+            for data, changed in copies:
+                data.copy_(changed)
+
+        pager.step(found, update, finish)
         for index, _, param, _ in updates:
-            data = local(param)
-            if not data.is_contiguous():
-                data.copy_(found[index][0].view(data.shape))
             self.state[param]["step"] = steps[index]
+        self._steps_seen = pager.steps
+
+    def _take_over_steps(self) -> None:
+        """Set the counters by the pager's, where it has any that changed.
+
+        An interrupt may come right after a commit, and before the counters here are set.
+        """
+        if self._pager is None or self._pager.steps is self._steps_seen:
+            return
+        steps = self._pager.steps
+        for param, step in zip(self._params(), steps, strict=True):
+            if step:
+                self.state[param]["step"] = _updates.number(step, torch.device("cpu"))
+            else:
+                self.state.pop(param, None)
+        self._steps_seen = steps
 
     def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
         """The parameter's moments in memory, made of zeros at its first step."""
-        state = self.state[param]
+        state = self.state.get(param, {})
         if "exp_avg" not in state:
-            state.setdefault("step", torch.zeros((), device=self._device_of_steps(param.device)))
-            state |= to_state(of_zeros(param, self._bits(param, group)))
+            none = _updates.number(0, self._device_of_steps(param.device))
+            state = {"step": none} | state | to_state(of_zeros(param, self._bits(param, group)))
+            self.state[param] = state
         return Moments(
             local(state["exp_avg"]),
             local(state["exp_avg_sq"]),
@@ -337,6 +381,7 @@ class PagedAdamW(Optimizer):
         do, and the others are quantised once more, with the error of 8 bits. A distributed
         checkpoint of parameters that are not sharded has codes; it loads into a state like it.
         """
+        self._take_over_steps()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -357,7 +402,8 @@ class PagedAdamW(Optimizer):
                 f'pager: got "{self.pager}", whose memory cannot be copied or pickled with its'
                 " optimizer; take state_dict() instead"
             )
-        mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager")
+        mine = ["pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager"]
+        mine += ["_steps_seen"]
         return super().__getstate__() | {name: getattr(self, name) for name in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -335,7 +335,7 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     if pid == 0:
         status = 1
         try:
-            optimizer._pager.step((), lambda pieces: None)
+            optimizer._pager.step((), lambda pieces: None, lambda: None)
         except ValueError:
             status = 42
         finally:
