@@ -208,12 +208,12 @@ class ChunkFile:
     @property
     def layout(self) -> dict[str, Any]:
         """The layout given at creation, as JSON gives it back."""
-        return dict(json.loads(self._layout.layout))
+        return _file_layout.parse_json(self.path, "layout", self._layout.layout)
 
     @property
     def meta(self) -> dict[str, Any]:
         """The meta of the last commit, as JSON gives it back."""
-        return dict(json.loads(self._draft.committed.meta))
+        return _file_layout.parse_json(self.path, "meta", self._draft.committed.meta)
 
     @property
     def sequence(self) -> int:

@@ -50,12 +50,17 @@ _HEADER = struct.Struct("<8sIIQQQ")
 _RECORD = struct.Struct("<8sQQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _ZEROS = bytes(1 << 20)
+# What a header may claim for itself, far above what any optimizer has: a file with holes costs
+# nothing on the disk, and everything in memory.
+_MOST_HEADER_BYTES = 1 << 28
+_MOST_JSON_BYTES = 1 << 26
+_MOST_SEQUENCE = 1 << 62
 
 Read = Callable[[int, int], bytes]
 """Reads from an offset so many bytes."""
 
 
-class ChunkFileError(RuntimeError):
+class ChunkFileError(ValueError, RuntimeError):
     """A file that is not what it should be: foreign, truncated, damaged, of another layout."""
 
 
@@ -79,6 +84,9 @@ class FileLayout:
 
     def __init__(self, sizes: tuple[int, ...], layout: bytes, meta_capacity: int) -> None:
         count = len(sizes)
+        for name, size in (("layout", len(layout)), ("meta_capacity", meta_capacity)):
+            if not 0 <= size <= _MOST_JSON_BYTES:
+                raise ValueError(f"{name}: got {size} bytes; takes up to {_MOST_JSON_BYTES}")
         self.sizes, self.layout, self.meta_capacity = sizes, layout, meta_capacity
         fixed = _HEADER.pack(MAGIC, FORMAT_VERSION, _CRC32, count, len(layout), meta_capacity)
         self.header = _with_digest(fixed, struct.pack(f"<{count}Q", *sizes) + layout)
@@ -147,12 +155,24 @@ def read_header(path: Path, file_bytes: int, read: Read) -> FileLayout:
             f"{path}: truncated or damaged: got {file_bytes} bytes; "
             f"the header claims {header_bytes} for itself"
         )
+    if layout_bytes > _MOST_JSON_BYTES or header_bytes > _MOST_HEADER_BYTES:
+        raise ChunkFileError(
+            f"{path}: damaged: got a header of {header_bytes} bytes, {layout_bytes} of layout;"
+            f" takes up to {_MOST_HEADER_BYTES} and {_MOST_JSON_BYTES}"
+        )
     variable = read(fixed_bytes, header_bytes - fixed_bytes)
     if _with_digest(start[: _HEADER.size], variable)[:fixed_bytes] != start:
         raise ChunkFileError(f"{path}: damaged: the header has another checksum")
     if kind != _CRC32:
         raise ChunkFileError(f"{path}: got chunks with checksum {kind}; takes {_CRC32}, CRC-32")
     sizes = struct.unpack_from(f"<{count}Q", variable)
+    if meta_capacity > _MOST_JSON_BYTES:
+        raise ChunkFileError(
+            f"{path}: got room for {meta_capacity} bytes of meta; takes up to {_MOST_JSON_BYTES}"
+        )
+    if 0 in sizes:
+        raise ChunkFileError(f"{path}: got a chunk of 0 bytes; takes at least 1 byte a chunk")
+    parse_json(path, "layout", variable[8 * count :])
     layout = FileLayout(sizes, variable[8 * count :], meta_capacity)
     if file_bytes != layout.file_bytes:
         state = "truncated" if file_bytes < layout.file_bytes else "damaged"
@@ -167,7 +187,9 @@ def read_last_record(path: Path, layout: FileLayout, read: Read) -> Record:
     records = [record for place in (0, 1) if (record := _read_record(place, layout, read))]
     if not records:
         raise ChunkFileError(f"{path}: damaged: neither commit record is valid")
-    return max(records)
+    last = max(records)
+    parse_json(path, "meta", last.meta)
+    return last
 
 
 def _read_record(place: int, layout: FileLayout, read: Read) -> Record | None:
@@ -179,11 +201,15 @@ def _read_record(place: int, layout: FileLayout, read: Read) -> Record | None:
     magic, sequence, meta_bytes = _RECORD.unpack_from(start)
     if magic != _RECORD_MAGIC or sequence % 2 != place or meta_bytes > layout.meta_capacity:
         return None
+    if not 1 <= sequence <= _MOST_SEQUENCE:
+        return None
     variable = read(offset + fixed_bytes, 5 * count + meta_bytes)
     if _with_digest(start[: _RECORD.size], variable)[:fixed_bytes] != start:
         return None
     checksums = list(struct.unpack_from(f"<{count}I", variable))
     slots = bytearray(variable[4 * count : 5 * count])
+    if slots.translate(None, b"\0\1"):
+        return None
     return Record(sequence, slots, checksums, variable[5 * count :])
 
 
@@ -209,6 +235,27 @@ def checksums_of_zeros(sizes: Sequence[int]) -> list[int]:
 def to_json(value: dict[str, Any]) -> bytes:
     """As the file holds a layout or a meta."""
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+
+
+def parse_json(path: Path, name: str, text: bytes) -> dict[str, Any]:
+    """What `to_json` was given; raises `ChunkFileError` for what that never writes."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key given twice")
+        return found
+
+    def no_number(text: str) -> None:
+        raise ValueError(f"{text}, which is no number of JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} in place of an object")
+    except (ValueError, RecursionError) as error:
+        raise ChunkFileError(f"{path}: {name}: got {error}; takes an object as JSON") from None
+    return value
 
 
 def difference(got: Any, wanted: Any, name: str) -> str:
