@@ -71,12 +71,14 @@ class Piece:
 
     def empty_moments(self) -> Moments:
         """Flat tensors of their own on the CPU."""
-        return Moments(*(torch.empty(numel, dtype=dtype) for _, numel, dtype in self.parts()))
+        return Moments(
+            *(torch.empty(numel, dtype=dtype, device="cpu") for _, numel, dtype in self.parts())
+        )
 
 
 def _part(chunk: memoryview | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
     if numel == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     if isinstance(chunk, Tensor):
         return chunk[offset : offset + numel * dtype.itemsize].view(dtype)
     return torch.frombuffer(chunk, dtype=dtype, count=numel, offset=offset)

@@ -15,10 +15,10 @@ from qkern.optim._chunk_file import ChunkFile
 from qkern.optim._chunks import ChunkUpdate, MomentSpec, Piece
 from qkern.optim._file_layout import ChunkFileError
 from qkern.optim._moments import Moments
+from qkern.optim._pager import MOST_STEPS
 from qkern.optim._stream import ChunkStream, StreamStats
 
 _MOST_CHUNK_BYTES = 4 << 20
-_MOST_STEPS = 1 << 53  # counters are floats in a checkpoint
 _CHUNKS_OF_BUDGET = 64  # small, so that reads and writes go on evenly beside the update
 
 
@@ -109,11 +109,11 @@ class FilePager:
             meta.keys() != {"steps"}
             or not isinstance(steps, list)
             or len(steps) != count
-            or not all(type(step) is int and 0 <= step <= _MOST_STEPS for step in steps)
+            or not all(type(step) is int and 0 <= step <= MOST_STEPS for step in steps)
         ):
             raise ChunkFileError(
                 f"{self._file.path}: meta: got {_file_layout.short(meta)};"
-                f" takes the steps of {count} parameters, from 0 to {_MOST_STEPS}"
+                f" takes the steps of {count} parameters, from 0 to {MOST_STEPS}"
             )
         return steps
 

@@ -10,6 +10,9 @@ import torch
 from qkern.optim._chunks import ChunkUpdate, MomentSpec
 from qkern.optim._moments import Moments
 
+MOST_STEPS = 1 << 53
+"""That a parameter may have had: counters are floats in a checkpoint."""
+
 
 class Pager(Protocol):
     """Keeps the moments of parameters, which it knows by their numbers from 0.

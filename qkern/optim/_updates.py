@@ -98,14 +98,16 @@ def factors(
         numbers = range(first, first + len(group["params"]))
         first = numbers.stop
         if numbers:
+            lr = group["lr"]
             tables.append(
                 reference.adamw_factors(
                     torch.stack([steps.get(number, none) for number in numbers]),
-                    group["lr"],
-                    group["betas"][0],
-                    group["betas"][1],
-                    group["eps"],
-                    group["weight_decay"],
+                    # torch takes Python's numbers, and not NumPy's.
+                    lr if isinstance(lr, Tensor) else float(lr),
+                    float(group["betas"][0]),
+                    float(group["betas"][1]),
+                    float(group["eps"]),
+                    float(group["weight_decay"]),
                     -scale if group["maximize"] else scale,
                     skip,
                 )

@@ -68,7 +68,7 @@ class PagedAdamW(Optimizer):
         seed: From 0 to 2^32 - 1.
 
     Raises:
-        TypeError: A parameter's dtype is none of these.
+        TypeError: A parameter's dtype is none of these, or an argument is of another type.
         ValueError: An argument is out of its range, or arguments contradict each other.
         FileExistsError, FileNotFoundError, qkern.optim.ChunkFileError: See ``path``.
     """
@@ -97,16 +97,21 @@ class PagedAdamW(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        check_arguments(amsgrad, pager, max_grad_norm, seed)
+        flags = {
+            "resume": resume,
+            "durable": durable,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        check_arguments(amsgrad, pager, max_grad_norm, seed, min_8bit_size, budget_bytes, flags)
         if path is not None and pager == "auto":
             pager = "mmap"
         if pager == "mmap" and path is None:
             raise ValueError('path: got None with pager "mmap"; takes the name of a file')
         self.pager = pager
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.grad_norm: Tensor | None = None
-        self._min_8bit_size = min_8bit_size
-        self._seed = seed if stochastic_rounding else None
+        self._min_8bit_size = int(min_8bit_size)
+        self._seed = int(seed) if stochastic_rounding else None
         self._pager: Pager | None = None
         self._steps_seen: Sequence[int] = ()
         """The pager's steps that the counters in ``state`` are."""
