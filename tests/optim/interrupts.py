@@ -38,6 +38,8 @@ class Interrupter:
         """Places that came by."""
         self.raised_in = ""
         """The function and the line where it raised."""
+        self.text = ""
+        """Of the exception that came out in the end."""
         self._place, self._event, self._error = place, "opcode" if opcodes else "line", error
 
     def __enter__(self) -> Interrupter:

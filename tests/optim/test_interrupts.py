@@ -8,16 +8,19 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from torch import Tensor
 
-from qkern.optim import ChunkFileError, PagedAdamW
+from lab.fake_gpu import FakeGpu
+from qkern.optim import ChunkFileError, PagedAdamW, _driver
 from qkern.optim._chunk_file import ChunkFile
 from qkern.optim._crew import Crew
 from qkern.optim._locked_file import LockedFile
@@ -79,9 +82,10 @@ def interrupted(call: Callable[[], object], interrupter: Interrupter) -> bool:
     try:
         with interrupter:
             call()
-    except BaseException:
+    except BaseException as error:
         if not interrupter.raised_in:
             raise
+        interrupter.text = str(error)
         return True
     return False
 
@@ -377,3 +381,116 @@ def test_a_write_under_way_is_waited_for(
     assert order == ["written", call]
     file.close()
     assert reopened(tmp_path / "state") == (1, version(1))
+
+
+# Without a file.
+
+
+@pytest.mark.parametrize("managed", [True, False], ids=["managed", "pinned"])
+@in_a_thread
+def test_an_interrupt_at_any_line_with_moments_in_host_memory(managed: bool) -> None:
+    """The step may be half done; a state loaded afterwards makes all right, in every chunk."""
+    gpu = FakeGpu(managed, eagerness=0.3, seed=1)
+    with mock.patch.object(_driver, "current", gpu):
+        whole, params = Whole(), make_params(PARAMS)
+        optimizer = PagedAdamW(params, pager="unified", budget_bytes=2 * LEAST_BUDGET, **OPTIONS)
+    told = 0
+    for place in itertools.count(0, 4):
+        interrupter = Interrupter(place)
+        set_params(params, whole.after(0)[0])
+        optimizer.load_state_dict(whole.after(0)[1])
+        for step in range(4):
+            set_grads(params, step)
+            if step != 2:
+                optimizer.step()
+                continue
+            kept = [param.detach().clone() for param in params]
+            if not interrupted(optimizer.step, interrupter):
+                continue
+            gpu.finish()
+            changed = not all(map(torch.equal, params, kept))
+            told += "a step broke off" in interrupter.text
+            if not changed:  # then nothing has, and nothing need be loaded
+                assert_same_state(optimizer.state_dict(), whole.after(2)[1])
+                assert optimizer.state_dict()["state"][0]["step"] == 2
+            set_params(params, whole.after(2)[0])
+            optimizer.load_state_dict(whole.after(2)[1])
+            optimizer.step()
+        gpu.finish()
+        assert_same(params, whole.after(4)[0])
+        assert_same_state(optimizer.state_dict(), whole.after(4)[1])
+        assert optimizer.held_bytes <= 2 * LEAST_BUDGET
+        if not interrupter.raised_in:
+            break
+    assert place > 100
+    assert told
+
+
+def set_params(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for param, value in zip(params, values, strict=True):
+        param.data.copy_(value)
+
+
+@pytest.mark.parametrize("managed", [True, False], ids=["managed", "pinned"])
+@in_a_thread
+def test_an_interrupt_at_any_line_of_adding_a_group(managed: bool) -> None:
+    """The group is there or it is not; either way each parameter takes one step at a time."""
+    for place in itertools.count(0, 3):
+        gpu = FakeGpu(managed, eagerness=0.3, seed=place)
+        whole = Whole()
+        params = make_params(PARAMS)
+        with mock.patch.object(_driver, "current", gpu):
+            optimizer = PagedAdamW(
+                params[:1], pager="unified", budget_bytes=2 * LEAST_BUDGET, **OPTIONS
+            )
+            optimizer.max_grad_norm = None
+            interrupter = Interrupter(place)
+            add = partial(optimizer.add_param_group, {"params": params[1:]})
+            if interrupted(add, interrupter):
+                assert len(optimizer.param_groups) == 1
+                set_grads(params[:1], 9)
+                optimizer.zero_grad()
+                optimizer.step()
+                add()
+        whole = [param.detach().clone().requires_grad_() for param in params]
+        other = PagedAdamW(whole)
+        for step in range(2):
+            for optimizer_, of_it in ((optimizer, params), (other, whole)):
+                set_grads(of_it, step)
+                optimizer_.step()
+        gpu.finish()
+        assert_same(params, whole)
+        if not interrupter.raised_in:
+            break
+    assert place > 20
+
+
+@in_a_thread
+def test_an_interrupt_at_any_line_in_memory() -> None:
+    """Each parameter has as many steps as its counter says, but where the update itself breaks."""
+    whole = Whole()
+    params = make_params(PARAMS)
+    optimizer = PagedAdamW(params, **OPTIONS)
+    for place in itertools.count():
+        set_params(params, whole.after(0)[0])
+        optimizer.load_state_dict(whole.after(0)[1])
+        set_grads(params, 0)
+        interrupter = Interrupter(place)
+        ended = not interrupted(optimizer.step, interrupter)
+        state = optimizer.state_dict()["state"]
+        for index, param in enumerate(params):
+            counted = int(state[index]["step"]) if index in state else 0
+            if counted:
+                assert_same([param], whole.after(1)[0][index : index + 1])
+            for key in ("exp_avg", "exp_avg_sq") if counted else ():
+                assert torch.equal(state[index][key], whole.after(1)[1]["state"][index][key])
+        # It can be loaded over, and goes on.
+        set_params(params, whole.after(1)[0])
+        optimizer.load_state_dict(whole.after(1)[1])
+        set_grads(params, 1)
+        optimizer.step()
+        assert_same(params, whole.after(2)[0])
+        assert_same_state(optimizer.state_dict(), whole.after(2)[1])
+        if ended:
+            break
+    assert place > 50
