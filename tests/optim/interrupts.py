@@ -12,10 +12,6 @@ from typing import Any
 _MODULES = ("qkern.optim", "contextlib", "threading", "queue", "concurrent")
 
 
-class Interrupt(BaseException):
-    """Stands for what a signal handler raises."""
-
-
 class Interrupter:
     """Raises in this thread at one place of what runs within it, as Ctrl-C would.
 
@@ -26,6 +22,7 @@ class Interrupter:
         place: Which of the places that come by, from 0; -1 for none of them.
         opcodes: Whether bytecodes are places instead of lines.
         error: What is raised.
+        within: What the names of modules begin with whose code has places.
     """
 
     def __init__(
@@ -33,6 +30,7 @@ class Interrupter:
         place: int,
         opcodes: bool = False,
         error: type[BaseException] = KeyboardInterrupt,
+        within: tuple[str, ...] = _MODULES,
     ) -> None:
         self.seen = 0
         """Places that came by."""
@@ -41,6 +39,7 @@ class Interrupter:
         self.text = ""
         """Of the exception that came out in the end."""
         self._place, self._event, self._error = place, "opcode" if opcodes else "line", error
+        self._within = within
 
     def __enter__(self) -> Interrupter:
         self._before = sys.gettrace()
@@ -52,7 +51,7 @@ class Interrupter:
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(_MODULES) or _is_finalizer(frame):
+        if not name.startswith(self._within) or _is_finalizer(frame):
             return None
         frame.f_trace_opcodes = self._event == "opcode"
         if event == self._event:
