@@ -169,12 +169,14 @@ def _from_state(
         raise ValueError(f"{name}: got max_exp_avg_sq, of AMSGrad; takes AdamW's state")
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
     if missing:
-        flat = (
-            ", unless it was flattened (flatten_optimizer_state_dict), which fits no pager"
-            if "step" in state
-            else ""
+        flattened = (
+            ": a flattened state (flatten_optimizer_state_dict) does not fit an optimizer with a"
+            " pager, for torch leaves out its moments; take one that is not flattened"
         )
-        raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW{flat}")
+        raise ValueError(
+            f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW"
+            + (flattened if "step" in state else "")
+        )
     step = _step(f"{name}.step", state["step"])
     moments = [
         _moment(f"{name}.{key}", state[key], param, device) for key in ("exp_avg", "exp_avg_sq")

@@ -165,9 +165,11 @@ class PagedAdamW(Optimizer):
         """Update every parameter that has a gradient; returns what ``closure`` does, or None.
 
         With ``GradScaler``, gradients that are not all finite leave everything as it was. With a
-        file, an error (a full disk) leaves the file at the step before; parameters may then be
-        updated already and must come from a checkpoint, as the message says. The same goes for an
-        error (no memory) with the pager ``"unified"``.
+        file, an error (a full disk) or an interrupt (Ctrl-C, an exception of a signal handler)
+        leaves the file at the step before, or, where it comes after the commit, the step whole;
+        ``state_dict`` tells. At the step before, parameters may be updated already and must come
+        from a checkpoint, as the message says: they are not kept twice. The same goes for the pager
+        ``"unified"``, whose moments are then half updated too. A step that fails is not counted.
 
         Raises:
             TypeError: A gradient is sparse, of another dtype than its parameter, or of an integer
@@ -395,9 +397,13 @@ class PagedAdamW(Optimizer):
         Others are torch's AdamW and Adam, and bitsandbytes' AdamW (paged or not, 32 or 8 bits).
         Moments come to this optimizer's width: 8-bit codes are decoded for 32 bits exactly, and
         32-bit moments quantised for 8 with the error of 8 bits. Where they are stays as it is.
+        After an exception all is as before; but for the pager ``"unified"``, which an interrupt or
+        an error (no memory) may leave with a part of the state: load it again.
 
         Raises:
-            ValueError: The groups or the shapes do not fit, or the state is of another optimizer.
+            ValueError: The groups or the shapes do not fit, or the state is of another optimizer,
+                flattened for an optimizer with a pager, or of values that no step leaves.
+            TypeError: An option of a group is of another type.
         """
         _checkpointing.load(self, state_dict)
 
