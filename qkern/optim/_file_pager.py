@@ -245,7 +245,6 @@ class FilePager:
 
     def close(self) -> None:
         """Close the file and free the memory."""
-        if not self._file.is_closed:  # else its threads are not here, but in a parent process
-            self._stream.stop()
+        self._stream.stop()
         self._stream.drop()
         self._file.close()

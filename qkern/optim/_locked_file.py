@@ -219,7 +219,8 @@ def _close_inherited() -> None:
     file locked, and a child that wrote to it would damage what the parent commits.
     """
     for file in list(_open_files):
-        file._release()  # the parent's threads, which may be using it, are not here
+        file._users.clear()  # the parent's threads, which may be using it, are not here
+        file._release()
 
 
 os.register_at_fork(after_in_child=_close_inherited)

@@ -141,8 +141,9 @@ class ChunkStream:
 
     def stop(self) -> None:
         """Return when no thread of a broken-off run works any more."""
-        for crew in self._crews:
-            crew.stop()
+        if not self.file.is_closed:  # else they are not here, but in the process this forked from
+            for crew in self._crews:
+                crew.stop()
 
     def recover(self) -> None:
         """Take back what a run has left that an exception broke off, and free all buffers.
