@@ -347,7 +347,7 @@ class FrozenLinearDx(Function):
     def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
         """Multiply slice by slice; save the weight."""
         ctx.save_for_backward(weight)
-        dx = torch.zeros(dy.shape[0], weight.shape[1], device=dy.device)
+        dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
         for rows, part in _widened_slices(weight):
             dx.addmm_(dy[:, rows].float(), part)
         return dx.to(dy.dtype)
@@ -363,7 +363,8 @@ def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows and those rows in float32, in one buffer that the next slice overwrites."""
     out_features, in_features = weight.shape
     step = max(_SLICE_BYTES // (4 * in_features), 1)
-    buffer = torch.empty(min(step, out_features), in_features, device=weight.device)
+    shape = (min(step, out_features), in_features)
+    buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
     for begin in range(0, out_features, step):
         rows = slice(begin, min(begin + step, out_features))
         yield rows, buffer[: rows.stop - begin].copy_(weight[rows])

@@ -262,7 +262,7 @@ def adamw_factors(
         "skip": skip,
         "step": steps,
     }
-    factors = torch.empty(len(steps), ADAMW_FACTORS, device=steps.device)
+    factors = torch.empty(len(steps), ADAMW_FACTORS, dtype=torch.float32, device=steps.device)
     for index, name in enumerate(formats.ADAMW_FACTORS):
         factors[:, index] = columns[name]
     return factors
