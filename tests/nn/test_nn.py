@@ -780,8 +780,10 @@ class TestQuantizeModel:
         ("skip", "count"), [((), 15), (["down_proj"], 13), (["layers.0"], 8), (["mlp"], 9)]
     )
     def test_skip(self, skip, count):
+        """``count`` linear layers are not named; the head among them stays dense all the same."""
         model = qnn.quantize_model(tiny_llama(), skip=skip)
-        assert sum(isinstance(m, qnn.Linear4bit) for m in model.modules()) == count
+        assert type(model.lm_head) is nn.Linear
+        assert sum(isinstance(m, qnn.Linear4bit) for m in model.modules()) == count - 1
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -789,7 +791,11 @@ class TestQuantizeModel:
             ({"targets": ["q_proj", "oops"]}, ValueError, "'oops' matches no .* has .*down_proj"),
             ({"targets": ["proj"]}, ValueError, "'proj' matches no linear layer"),
             ({"targets": "q_proj"}, ValueError, "matches no linear layer"),
-            ({"targets": ["lm_head"]}, ValueError, "lm_head, which is in skip"),
+            (
+                {"targets": ["lm_head"], "skip": ["lm_head"]},
+                ValueError,
+                "lm_head, which is in skip",
+            ),
             ({"targets": ["self_attn"]}, TypeError, "self_attn is a LlamaAttention"),
             ({"skip": "lm_head"}, TypeError, "skip: got the string"),
             ({"skip": ["model", "lm_head"]}, ValueError, "no nn.Linear outside skip"),
