@@ -69,17 +69,17 @@ class Linear4bit(QuantizedModule, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self._init_from(
-            zeros_quantized(
+        with torch.inference_mode(False):  # its tensors could not be trained with
+            zeros = zeros_quantized(
                 (out_features, in_features),
                 format=format,
                 block_size=block_size,
                 double_quant=double_quant,
                 dtype=dtype,
                 device=device,
-            ),
-            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None,
-        )
+            )
+            own = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+            self._init_from(zeros, None if own is None else nn.Parameter(own))
 
     def _init_from(self, qw: QuantizedTensor, bias: Tensor | None) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
