@@ -335,11 +335,18 @@ def prepare_for_training(
     in float32 inside anyway, their frozen weights gain nothing, and a float32 norm weight would
     make every activation after it float32. Returns ``model``.
 
-    Raises ValueError when no parameter is trainable, or one is on the meta device or was made
-    under ``torch.inference_mode``; TypeError when the model cannot checkpoint.
+    Raises ValueError when no parameter is trainable, an adapter is merged, or a parameter is on the
+    meta device or was made under ``torch.inference_mode``; TypeError when the model cannot
+    checkpoint.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: no parameter is trainable; add LoRA first")
+    for path, layer in lora_layers(model):
+        if layer.merged:
+            raise ValueError(
+                f"model: the adapter at {path} is merged and would get no gradients; call "
+                "unmerge_lora first"
+            )
     _sources.check_tensors(model)
     _sources.check_trainable(model)
     if gradient_checkpointing:
