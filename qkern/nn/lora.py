@@ -402,7 +402,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every A and B in ``model``, for an optimizer."""
+    """Every A and B in ``model``, for an optimizer.
+
+    The head of a task, which :func:`quantize_model` leaves trainable, is not among them:
+    ``[p for p in model.parameters() if p.requires_grad]`` has both.
+    """
     for _, layer in lora_layers(model):
         yield layer.lora_a
         yield layer.lora_b
