@@ -71,11 +71,11 @@ def quantize_model(
         block_size: elements that share a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are quantised to 8 bits.
         codebook: the 16 values of the format ``"custom"``.
-        targets: ``"all-linear"``, which leaves out heads, and what a transformers model names in
-            ``_keep_in_fp32_modules``, as for bitsandbytes (T5: ``wo``, of whose weight the model
-            asks the dtype); or names, each matching the layers whose path is it or ends in
-            ``"." + it``; or one regular expression for the whole path. Paths are without what
-            ``torch.compile`` and wrappers for checkpointing put into them.
+        targets: ``"all-linear"``, which leaves out heads, and layers of transformers' models whose
+            weight is asked for its dtype (``_keep_in_fp32_modules``, as for bitsandbytes: ``wo`` of
+            T5) or read by their module (Mamba); or names, each matching the layers whose path is it
+            or ends in ``"." + it``; or one regular expression for the whole path. Paths are without
+            what ``torch.compile`` and wrappers for checkpointing put into them.
         skip: names of layers, or of modules around them, to leave alone beside the heads; they win
             over targets.
         lora: adapters to add afterwards, by :func:`add_lora` with the same ``skip``.
@@ -256,11 +256,37 @@ _DTYPE_ASKED = {
     "NllbMoeDenseActDense": "fc2",
     "SeamlessM4TFeedForwardNetwork": "fc2",
     "SeamlessM4Tv2FeedForwardNetwork": "fc2",
-    "MambaMixer": "dt_proj",
-    "FalconMambaMixer": "dt_proj",
-    "JambaMambaMixer": "dt_proj",
 }
-"""Layers of transformers whose weight their module computes with, or asks the dtype, by class."""
+"""Layers of transformers to whose weight's dtype their module casts the input, by its class."""
+
+_READ = {
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+"""Layers of transformers with whose weight their module computes itself, some with a GPU's kernels
+only: 4-bit codes would fail there, and an adapter would be passed by."""
+
+
+def _read_by_parent(model: nn.Module) -> dict[int, str]:
+    """Ids and paths of layers that are not always called."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name in _READ.get(type(module).__name__, ()):
+            if isinstance(child := getattr(module, name, None), nn.Module):
+                found[id(child)] = f"{path}.{name}" if path else name
+    return found
 
 
 def _stays_dense(model: nn.Module) -> tuple[str, ...]:
@@ -416,8 +442,9 @@ def _select(
         if not any(_inside(path, skip) for path in paths)
     }
     heads = find_heads(model).spared
+    read = _read_by_parent(model)
     if targets == "all-linear":
-        chosen = [paths for key, paths in kept.items() if key not in heads]
+        chosen = [paths for key, paths in kept.items() if key not in heads and key not in read]
         already = [paths[0] for key, paths in done.items() if key not in heads]
         _check_passed_over(others, skip, heads, argument, bool(chosen or already))
         if not chosen and not already:
@@ -440,6 +467,12 @@ def _select(
             # A head that happens to be called like layers of the body is not meant.
             body = {k: v for k, v in matched.items() if k not in heads}
             matched = matched if not body and not matched_done.keys() - heads else body
+        if wrong_keys := matched.keys() & read.keys():
+            path = read[next(iter(wrong_keys))]
+            raise ValueError(
+                f"{argument}: {path} is read by its module, which computes with the weight itself; "
+                "skip it"
+            )
         found.update(matched)
         found_done.update(matched_done)
     return list(found.values()), list(found_done.values())

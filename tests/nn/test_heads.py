@@ -301,14 +301,23 @@ def test_a_head_tied_to_the_table_stays_so() -> None:
 
 
 def test_layers_that_their_module_reads_stay_dense() -> None:
-    """Mamba computes with ``dt_proj.weight`` itself."""
+    """Mamba computes with three weights itself: an adapter would be passed by."""
     model = small(
         "MambaForCausalLM", "MambaConfig", vocab_size=64, hidden_size=32, num_hidden_layers=1
     ).eval()
     twin = copy.deepcopy(model)
     ids = torch.arange(6).view(1, 6)
     qnn.quantize_model(model, lora=CONFIG)
-    assert dense_layers(model) == {"lm_head"}
-    mixer = model.backbone.layers[0].mixer
-    assert type(mixer.dt_proj.base_layer) is nn.Linear
+    mixer = "backbone.layers.0.mixer."
+    read = {f"{mixer}{name}" for name in ("dt_proj", "x_proj", "out_proj")}
+    assert dense_layers(model) == {"lm_head"} | read
     assert model(ids).logits.shape == twin(ids).logits.shape
+    model(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in qnn.lora_parameters(model))
+    for change in (
+        lambda: qnn.quantize_model(twin, targets=["in_proj", "dt_proj"]),
+        lambda: qnn.add_lora(twin, qnn.LoRAConfig(targets=["in_proj", "dt_proj"])),
+    ):
+        with pytest.raises(ValueError, match=rf"{mixer}dt_proj is read by its module"):
+            change()
+    assert type(twin.backbone.layers[0].mixer.in_proj) is nn.Linear
