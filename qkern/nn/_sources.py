@@ -6,7 +6,7 @@ and anything that would be lost with the layer, is refused or left alone, never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,13 @@ LEFT_DENSE = frozenset(
 """Subclasses of ``nn.Linear`` that ``"all-linear"`` passes over; of others it raises."""
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_backward_hooks",),
+    ("_backward_pre_hooks",),
 )
+"""Hooks on a module's call: of each kind the dictionary, and those that say how to call them."""
+
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -155,9 +154,9 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
 
     The hooks' dictionaries are shared, so that handles given out before still remove their hooks.
     """
-    for name in _HOOKS:
-        if hooks := getattr(source, name):
-            setattr(target, name, hooks)
+    for kind in _HOOKS:
+        if getattr(source, kind[0]):
+            vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
     for name, value in vars(source).items():
         if name not in _OF_EVERY_LAYER | _OF_ACCELERATE and name not in vars(target):
@@ -171,8 +170,8 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let ``target`` have the hooks of ``source``, those to come too."""
-    for name in _HOOKS:
-        vars(target)[name] = vars(source)[name]
+    for kind in _HOOKS:
+        vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
 
 
@@ -184,6 +183,26 @@ def execution_device(layer: nn.Module) -> torch.device | str | int | None:
         if device is not None:
             return device
     return None
+
+
+def check_held_elsewhere(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """ValueError where a module keeps one of ``layers`` in a list or the like of its own.
+
+    It would go on calling the old layer there, and an adapter would be passed by.
+    """
+    ids = {id(layer) for layer in layers}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name == "_modules" or not isinstance(value, dict | list | tuple | set):
+                continue
+            for held in value.values() if isinstance(value, dict) else value:
+                if id(held) in ids:
+                    where = f"{path}.{name}" if path else name
+                    raise ValueError(
+                        f"model: {where} is a {type(value).__name__} that holds a layer to be "
+                        "replaced, and would keep it; use nn.ModuleList or nn.ModuleDict, or skip "
+                        "the layer"
+                    )
 
 
 _COUNTED = ("DistributedDataParallel", "FullyShardedDataParallel")

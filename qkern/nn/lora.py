@@ -426,10 +426,17 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """:meth:`LoRALinear.merge` on every adapter that is not merged."""
-    for _, layer in lora_layers(model):
-        if not layer.merged:
-            layer.merge()
+    """:meth:`LoRALinear.merge` on every adapter that is not merged; where one raises, on none."""
+    done: list[LoRALinear] = []
+    try:
+        for _, layer in lora_layers(model):
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def unmerge_lora(model: nn.Module) -> None:

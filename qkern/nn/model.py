@@ -159,6 +159,8 @@ def _check_done(model: nn.Module, done: list[str], options: _Options) -> None:
 
 def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
     """All that can be wrong with a layer, before the first is changed."""
+    chosen = (model.get_submodule(paths[0]) for group in groups for paths in group)
+    _sources.check_held_elsewhere(model, chosen)
     fine: set[tuple[torch.Size, torch.dtype]] = set()
     for group in groups:
         for paths in group:
@@ -343,6 +345,7 @@ def _lora_targets(model: nn.Module, config: LoRAConfig, skip: tuple[str, ...]) -
         reason = None if isinstance(layer, Linear4bit) else _sources.strange_parameters(layer)
         if reason is not None:
             raise ValueError(f"lora.targets: {layer_paths[0]} ({type(layer).__name__}) {reason}")
+    _sources.check_held_elsewhere(model, (model.get_submodule(found[0]) for found in paths))
     return paths
 
 
@@ -384,6 +387,11 @@ def prepare_for_training(
             raise TypeError(
                 f"model: got {type(model).__name__}, which has no gradient_checkpointing_enable; "
                 "takes a transformers model, or gradient_checkpointing=False"
+            )
+        if use_reentrant and not hasattr(model, "enable_input_require_grads"):
+            raise TypeError(
+                f"use_reentrant: got True for {type(model).__name__}, which has no "
+                "enable_input_require_grads"
             )
         enable({"use_reentrant": use_reentrant})
         if use_reentrant:

@@ -308,6 +308,25 @@ def test_offloaded_parameters_cannot_be_trained() -> None:
         qnn.prepare_for_training(model, gradient_checkpointing=False)
 
 
+# Merging
+
+
+def test_merge_lora_merges_all_or_none() -> None:
+    model = qnn.quantize_model(net(), lora=LORA)
+    x = torch.randn(2, 64)
+    for parameter in qnn.lora_parameters(model):
+        nn.init.normal_(parameter)
+    model[1].merge()
+    before = model(x)
+    nn.init.constant_(model[3].lora_b, float("nan"))
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        qnn.merge_lora(model)
+    assert [layer.merged for layer in model] == [False, True, False, False]
+    nn.init.zeros_(model[3].lora_b)
+    qnn.merge_lora(model)
+    assert not torch.equal(model(x), before)
+
+
 # Models that were wrapped or are not complete
 
 

@@ -476,3 +476,22 @@ def test_a_model_with_adapters_is_not_quantised() -> None:
     with pytest.raises(ValueError, match="model: has LoRA already, at 0; quantise first"):
         qnn.quantize_model(model)
     assert all(p.requires_grad for p in qnn.lora_parameters(model))
+
+
+@pytest.mark.parametrize("hold", [lambda m: [m], lambda m: (m, 1), lambda m: {"a": m}])
+def test_a_layer_that_a_module_keeps_in_a_list_is_refused(hold: Callable[[nn.Module], Any]) -> None:
+    """It would go on calling the dense layer, and an adapter would never be trained."""
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = dense()
+            self.held = hold(self.layer)
+
+    for change in (qnn.quantize_model, lambda m: qnn.add_lora(m, CONFIG)):
+        model = nn.ModuleDict({"plain": dense(), "looped": Looped()})
+        with pytest.raises(ValueError, match=r"looped.held is a \w+ that holds a layer"):
+            change(model)
+        assert untouched(model)
+    qnn.quantize_model(model, skip=["looped"], lora=CONFIG)
+    assert isinstance(model["plain"], qnn.LoRALinear)
