@@ -46,7 +46,8 @@ def find_heads(model: nn.Module) -> Heads:
             inside |= _ids(module)
             around = _outside_of_base(module)
             heads.spared |= around
-            if _ask(module, "get_output_embeddings") is None:
+            pretrained = type(module).__name__.endswith("ForPreTraining")
+            if not pretrained and _ask(module, "get_output_embeddings") is None:
                 heads.added |= around
     if inside:
         # Somebody put it around a model of transformers; where it is the larger part, it is a
@@ -94,11 +95,15 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 def _outside_of_base(model: nn.Module) -> set[int]:
     """What ``model`` has beside its base model; nothing where it is one."""
-    prefix: str = getattr(type(model), "base_model_prefix", "")
+    kind = type(model)
+    its_own = kind.__module__.startswith("transformers.")
+    if its_own and kind.__name__.endswith("Model") and "Head" not in kind.__name__:
+        return set()  # a base model, whatever it calls its parts
+    prefix: str = getattr(kind, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     if isinstance(base, nn.Module) and base is not model:
         bases = [base]
-    elif _TASKS_WITHOUT_BASE.search(type(model).__name__):
+    elif _TASKS_WITHOUT_BASE.search(kind.__name__):
         bases = [m for m in model.modules() if m is not model and _is_pretrained(m)]
     else:
         return set()

@@ -259,6 +259,39 @@ def test_a_head_in_a_model_in_a_model() -> None:
     assert trained(compiled) == {"_orig_mod.score.weight"}
 
 
+def test_a_model_of_ones_own_on_a_base_of_transformers() -> None:
+    """As reward models are written."""
+
+    class Reward(hf.LlamaPreTrainedModel):
+        def __init__(self, config: hf.LlamaConfig) -> None:
+            super().__init__(config)
+            self.model = hf.LlamaModel(config)
+            self.value = nn.Linear(config.hidden_size, 1)
+
+    model = qnn.quantize_model(Reward(hf.LlamaConfig(**LLAMA)), lora=CONFIG)
+    assert dense_layers(model) == {"value"}
+    assert trained(model) == {"value.weight", "value.bias"}
+
+
+def test_what_was_trained_before_is_no_new_head() -> None:
+    """The heads of pretraining stay dense and frozen; parts of a base model are no heads."""
+    model = small("BertForPreTraining", "BertConfig", **SIZES, tie_word_embeddings=False)
+    qnn.quantize_model(model, lora=CONFIG)
+    assert "cls.seq_relationship" in dense_layers(model)
+    assert not trained(model)
+    fields = {k: v for k, v in SIZES.items() if k != "vocab_size"}
+    model = small("ViTMAEForPreTraining", "ViTMAEConfig", **fields, image_size=8, patch_size=4)
+    assert not trained(qnn.quantize_model(model))
+
+    kind = type(
+        "CombinedModel", (hf.LlamaPreTrainedModel,), {"__module__": "transformers.models.x"}
+    )
+    model = kind(hf.LlamaConfig(**LLAMA))
+    model.model, model.text = hf.LlamaModel(model.config), nn.Linear(32, 32)
+    qnn.quantize_model(model)
+    assert isinstance(model.text, qnn.Linear4bit)
+
+
 def test_names_of_heads_in_models_without_structure() -> None:
     for name in ("score", "classifier", "qa_outputs", "lm_head", "embed_out"):
         model = nn.ModuleDict({"body": nn.Linear(32, 32), name: nn.Linear(32, 4)})
