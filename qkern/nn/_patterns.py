@@ -15,7 +15,7 @@ from typing import Any
 
 try:  # Python 3.11 moved it
     from re import _constants as ops  # type: ignore[attr-defined]
-    from re import _parser as parser
+    from re import _parser as parser  # type: ignore[attr-defined]
 except ImportError:
     import sre_constants as ops
     import sre_parse as parser
@@ -89,7 +89,7 @@ def _check_supported(tree: Any, depth: int) -> None:
 def _parts(op: Any, argument: Any) -> Iterable[Any]:
     """The expressions in an expression."""
     if op is ops.BRANCH:
-        return argument[1]  # type: ignore[no-any-return]
+        return tuple(argument[1])
     if op in (ops.SUBPATTERN, ops.MAX_REPEAT, ops.MIN_REPEAT, ops.ASSERT, ops.ASSERT_NOT):
         return (argument[-1],)
     return ()

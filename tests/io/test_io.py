@@ -244,9 +244,9 @@ class TestLoadAdapter:
         ("config", "message"),
         [
             ({"use_dora": True}, "use_dora=True is not supported"),
-            ({"bias": "all"}, "bias: got 'all'"),
+            ({"bias": "some"}, "bias: got 'some'; takes"),
             ({"lora_bias": True}, "lora_bias=True is not supported"),
-            ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+            ({"modules_to_save": ["lm_head"]}, r"has no lm_head.weight, of modules_to_save"),
             ({"peft_type": "LOHA"}, "peft_type: got 'LOHA'"),
             ({"init_lora_weights": "pissa"}, "'pissa' changes the base weight"),
             ({"some_new_field": {"x": 1}}, "some_new_field=.* is not supported"),
