@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.nn._module import is_sharded
-from qkern.nn._names import plain_name, plain_paths
+from qkern.nn._names import plain_name, plain_paths, wrapped_names
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
@@ -27,7 +27,8 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[Layer, list[str]]]:
         if isinstance(module, LoRALinear | Linear4bit) or type(module) in (nn.Linear, FrozenLinear):
             assert isinstance(module, LoRALinear | Linear4bit | nn.Linear)
             # A base layer has its adapter's path, and the adapter comes first.
-            if (own := plain[path]) not in layers:
+            own = plain[path]
+            if own not in layers or layers[own][0] is module:
                 paths.setdefault(id(module), []).append(path)
                 layers[own] = (module, paths[id(module)])
     return layers
@@ -38,11 +39,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Raises ValueError where two of them have one plain name, or where a value is no tensor.
     """
-    paths = plain_paths(model)
+    # What a wrapper counts for itself.
+    counters = {id(b) for m in model.modules() if wrapped_names(m) for b in m._buffers.values()}
     actual: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = plain_name(name, paths)
+        plain = plain_name(model, name)
+        if id(tensor) in counters or tensors.get(plain) is tensor:
+            continue
         if plain in tensors:
             raise ValueError(f"model: {actual[plain]} and {name} would both be called {plain}")
         if not isinstance(tensor, Tensor):

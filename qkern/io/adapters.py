@@ -332,13 +332,21 @@ def load_adapter(
         values = _values(adapter, inner)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
-        inner.requires_grad_(False)
-    for path, (a, b) in adapter.lora.items():
-        layer, paths = layers[path]
+    adapters: dict[str, LoRALinear] = {}
+    for path in adapter.lora:
+        layer, _ = layers[path]
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear.from_config(layer, config, path)
-            replace_module(inner, paths, layer)
+        adapters[path] = layer
+        _check_has_values(f"{file}: {path}", adapters[path].lora_a)
+    if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
+        inner.requires_grad_(False)
+        for layer in adapters.values():
+            layer.requires_grad_(True).base_layer.requires_grad_(False)
+    for path, (a, b) in adapter.lora.items():
+        layer = adapters[path]
+        if layers[path][0] is not layer:
+            replace_module(inner, layers[path][1], layer)
         with torch.no_grad():
             layer.lora_a.copy_(a)
             layer.lora_b.copy_(b)
@@ -479,8 +487,6 @@ def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfi
         check_floating(f"{path}.{name}", tensor)
         if (dtype := _adapter_dtype(layer, config)) != tensor.dtype:
             check_finite(f"{path}.{name}", tensor.to(dtype))
-    for tensor in (layer.weight, getattr(layer, "lora_a", layer.weight)):
-        _check_has_values(path, tensor)
     if not isinstance(layer, LoRALinear):
         return
     if layer.merged:
