@@ -162,7 +162,8 @@ def save_adapter(
         inside = ".base_layer" if path in layers else ""
         named[f"{path}{inside}.bias"] = contents.tensors[f"{path}.bias"]
     tensors = {_peft.PREFIX + name: whole(name, tensor) for name, tensor in named.items()}
-    if reason := _peft.computed_otherwise(inner, config, tensors):
+    reason = contents.shared_adapter() or _peft.computed_otherwise(inner, config, tensors)
+    if reason:
         warnings.warn(
             f"the adapter computes something else in PEFT: {reason}; "
             "qkern.io.load_adapter reads it as it is",
@@ -216,6 +217,14 @@ class _Contents(NamedTuple):
         for name, tensor in self.tensors.items():
             if tensor.requires_grad and id(tensor) not in of_lora:
                 yield name.rpartition(".")[0], name
+
+    def shared_adapter(self) -> str | None:
+        """A layer with an adapter that PEFT would find at one of its places only, in words."""
+        places = {id(layer): path for path, layer in self.lora.items()}
+        for path, module in self.modules.items():
+            if (first := places.get(id(module), path)) != path:
+                return f"the layer {first} is also {path}, where PEFT puts no adapter"
+        return None
 
     def holds_bias(self, path: str) -> bool:
         """Whether the layer's bias can only be written for itself."""
