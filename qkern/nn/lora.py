@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from qkern.autograd import as_matrix
 from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_by_weight, quantize_4bit
 from qkern.nn import _sources
 from qkern.nn._module import parameter, require_grad
+from qkern.nn._patterns import check_pattern, pattern_matches
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
 
@@ -60,8 +60,11 @@ class LoRAConfig:
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         dtype: of A and B. None, as in PEFT, takes float32 even on a 16-bit base, for the sake of
             small updates.
-        rank_pattern: rank by name, where it differs from ``r``.
-        alpha_pattern: alpha by name, where it differs from ``alpha``.
+        rank_pattern: rank by name, where it differs from ``r``. As in PEFT a name is a regular
+            expression for the path or its last components, so ``"fc"`` is also ``"block.fc"`` and
+            ``"^fc"`` is not; the first that matches counts. Backreferences, flags, and atomic or
+            possessive parts are not taken, and any other expression is matched in bounded time.
+        alpha_pattern: alpha by name, where it differs from ``alpha``; names as in rank_pattern.
 
     Raises TypeError or ValueError naming the field that does not fit.
     """
@@ -81,6 +84,9 @@ class LoRAConfig:
             _check_hyperparameters(rank, self.alpha, self.dropout)
         for alpha in self.alpha_pattern.values():
             _check_hyperparameters(self.r, alpha, self.dropout)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_pattern(name, key)
         _check_adapter_dtype(self.dtype)
 
     def r_for(self, path: str) -> int:
@@ -95,7 +101,7 @@ class LoRAConfig:
 def _by_pattern(pattern: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     """The value of the first key that, as in PEFT, matches ``path`` or its last components."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if pattern_matches(key, path):
             return value
     return default
 
