@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkern.nn._module import is_sharded
 from qkern.nn._names import plain_name, plain_paths, wrapped_names
-from qkern.nn.dense import FrozenLinear
+from qkern.nn._sources import is_linear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
 
@@ -24,7 +24,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[Layer, list[str]]]:
     paths: dict[int, list[str]] = {}
     layers: dict[str, tuple[Layer, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear | Linear4bit) or type(module) in (nn.Linear, FrozenLinear):
+        if isinstance(module, LoRALinear | Linear4bit) or is_linear(module):
             assert isinstance(module, LoRALinear | Linear4bit | nn.Linear)
             # A base layer has its adapter's path, and the adapter comes first.
             own = plain[path]

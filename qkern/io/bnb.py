@@ -24,6 +24,7 @@ from qkern.io._files import write_file
 from qkern.nn._layouts import bnb_names, from_bnb, to_bnb
 from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
+from qkern.nn._sources import would_lose
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear, lora_layers
@@ -149,6 +150,9 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         try:
             _check_values(tensors, rest, slots)
             for layer, state in quantized.items():
+                reason = would_lose(layers[layer][0])
+                if reason is not None and not isinstance(layers[layer][0], Linear4bit):
+                    raise ValueError(f"{layer} {reason}")
                 qw = from_bnb(f"{layer}.weight", state, tensors)
                 shape = (layers[layer][0].out_features, layers[layer][0].in_features)
                 if qw.shape != shape:
@@ -170,7 +174,8 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 qw = replace(qw, **copies)
             else:
                 qw = qw.to(device)
-            new = Linear4bit.from_quantized(qw, old.bias).train(old.training)
+            new = Linear4bit.from_quantized(qw, old.bias)
+            new.take_over(old)
             replace_module(inner, paths, new)
     return model
 

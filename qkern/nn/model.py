@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,12 +14,12 @@ from qkern.functional import quantize_4bit
 from qkern.nn import _sources
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
+from qkern.nn._names import plain_paths
+from qkern.nn._targets import Targets, select
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
 from qkern.tensor import QuantizedTensor
-
-Targets = str | Sequence[str]
 
 
 def quantize_model(
@@ -100,7 +99,7 @@ def quantize_model(
     _check_no_lora(model)
     options = _Options(format, block_size, double_quant, codebook, check_finite)
     dense = _stays_dense(model) if targets == "all-linear" else ()
-    paths, done = _select(model, targets, (*skip, *dense), "targets", quantized=False)
+    paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False)
     if targets != "all-linear" or not paths:
         _check_done(model, done, options)
     groups = _by_weight(model, paths, explicit=targets != "all-linear")
@@ -261,35 +260,6 @@ _DTYPE_ASKED = {
 }
 """Layers of transformers to whose weight's dtype their module casts the input, by its class."""
 
-_READ = {
-    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
-    "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
-    "JambaMambaMixer": ("dt_proj",),
-    "Mamba2Mixer": ("out_proj",),
-    "BambaMixer": ("out_proj",),
-    "FalconH1Mixer": ("out_proj",),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
-    "NemotronHMamba2Mixer": ("out_proj",),
-    "Zamba2MambaMixer": ("out_proj",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "DabDetrMHAttentionMap": ("k_linear",),
-    "DetrMHAttentionMap": ("k_proj",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",),
-}
-"""Layers of transformers with whose weight their module computes itself, some with a GPU's kernels
-only: 4-bit codes would fail there, and an adapter would be passed by."""
-
-
-def _read_by_parent(model: nn.Module) -> dict[int, str]:
-    """Ids and paths of layers that are not always called."""
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        for name in _READ.get(type(module).__name__, ()):
-            if isinstance(child := getattr(module, name, None), nn.Module):
-                found[id(child)] = f"{path}.{name}" if path else name
-    return found
-
 
 def _stays_dense(model: nn.Module) -> tuple[str, ...]:
     """What is no use in 4 bits: names that models of transformers keep in float32, and paths."""
@@ -297,7 +267,7 @@ def _stays_dense(model: nn.Module) -> tuple[str, ...]:
     for path, module in model.named_modules():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
         if child := _DTYPE_ASKED.get(type(module).__name__):
-            names.add(f"{plain(path)}.{child}" if path else child)
+            names.add(f"{path}.{child}" if path else child)
     return tuple(sorted(names))
 
 
@@ -326,11 +296,12 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
     for name, _ in lora_layers(model):
         raise ValueError(f"model: has LoRA already, at {name}")
     _sources.check_model(model)
+    names = plain_paths(model)
     made: list[tuple[list[str], LoRALinear]] = []
     for layer_paths in _lora_targets(model, config, _names("skip", skip)):
         base = model.get_submodule(layer_paths[0])
         assert isinstance(base, nn.Linear)
-        made.append((layer_paths, LoRALinear.from_config(base, config, plain(layer_paths[0]))))
+        made.append((layer_paths, LoRALinear.from_config(base, config, names[layer_paths[0]])))
     _freeze(model)
     for layer_paths, layer in made:
         replace_module(model, layer_paths, layer)
@@ -339,7 +310,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
 
 def _lora_targets(model: nn.Module, config: LoRAConfig, skip: tuple[str, ...]) -> list[list[str]]:
     """The paths of each layer that gets an adapter, all checks done."""
-    paths, _ = _select(model, config.targets, skip, "lora.targets", quantized=True)
+    paths, _ = select(model, config.targets, skip, "lora.targets", quantized=True)
     for layer_paths in paths:
         layer = model.get_submodule(layer_paths[0])
         reason = None if isinstance(layer, Linear4bit) else _sources.strange_parameters(layer)
@@ -417,140 +388,6 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"{argument}: got the string {names!r}; takes a list of names")
     return tuple(names)
-
-
-def _select(
-    model: nn.Module,
-    targets: Targets,
-    skip: tuple[str, ...],
-    argument: str,
-    *,
-    quantized: bool,
-) -> tuple[list[list[str]], list[str]]:
-    """Paths of the chosen linear layers, all paths of one layer together.
-
-    Of those in 4 bits too if ``quantized``; else these are the second result, a path for each.
-    """
-    layers: dict[int, list[str]] = {}
-    done: dict[int, list[str]] = {}
-    others: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path:
-            continue
-        if _sources.is_linear(module) or (quantized and type(module) is Linear4bit):
-            layers.setdefault(id(module), []).append(path)
-        elif type(module) is Linear4bit:
-            done.setdefault(id(module), []).append(path)
-        else:
-            others[path] = module
-    # One skipped place is enough: the layer is the same everywhere.
-    kept = {
-        key: paths
-        for key, paths in layers.items()
-        if not any(_inside(path, skip) for path in paths)
-    }
-    heads = find_heads(model).spared
-    read = _read_by_parent(model)
-    if targets == "all-linear":
-        chosen = [paths for key, paths in kept.items() if key not in heads and key not in read]
-        already = [paths[0] for key, paths in done.items() if key not in heads]
-        _check_passed_over(others, skip, heads, argument, bool(chosen or already))
-        if not chosen and not already:
-            raise ValueError(f"model: has no nn.Linear outside skip={list(skip)} and its heads")
-        return chosen, already
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    matches = _is_whole if isinstance(targets, str) else _is_or_ends_in
-    found: dict[int, list[str]] = {}
-    found_done: dict[int, str] = {}
-    for pattern in patterns:
-        matched = {k: v for k, v in kept.items() if any(matches(pattern, path) for path in v)}
-        matched_done = {
-            k: v[0] for k, v in done.items() if any(matches(pattern, path) for path in v)
-        }
-        if not matched and not matched_done:
-            wrong = {path: m for path, m in others.items() if matches(pattern, path)}
-            skipped = [p for paths in layers.values() for p in paths if matches(pattern, p)]
-            raise _no_match(argument, pattern, wrong, skipped, list(kept.values()))
-        if matches is _is_or_ends_in:
-            # A head that happens to be called like layers of the body is not meant.
-            body = {k: v for k, v in matched.items() if k not in heads}
-            matched = matched if not body and not matched_done.keys() - heads else body
-        if wrong_keys := matched.keys() & read.keys():
-            path = read[next(iter(wrong_keys))]
-            raise ValueError(
-                f"{argument}: {path} is read by its module, which computes with the weight itself; "
-                "skip it"
-            )
-        found.update(matched)
-        found_done.update(matched_done)
-    return list(found.values()), list(found_done.values())
-
-
-def _check_passed_over(
-    others: dict[str, nn.Module], skip: tuple[str, ...], heads: set[int], argument: str, any_: bool
-) -> None:
-    """TypeError for a layer that "all-linear" means and that is not of a class that is taken."""
-    for path, module in others.items():
-        kind = type(module).__name__
-        if id(module) in heads or _inside(path, skip):
-            continue
-        if kind == "Conv1D" and not isinstance(module, nn.Conv1d):
-            if not any_:
-                raise ValueError(
-                    f"model: has no nn.Linear outside skip={list(skip)} and its heads (its Conv1D "
-                    "layers are not supported)"
-                )
-        elif (
-            not isinstance(module, nn.Linear)
-            or (isinstance(module, QuantizedModule) and argument == "targets")
-            or _sources.class_name(module) in _sources.LEFT_DENSE
-        ):
-            continue
-        raise TypeError(
-            f"{argument}: {path} is a {kind}; takes exactly nn.Linear, for a subclass may compute "
-            f"something else; skip=[{path.rpartition('.')[2]!r}] leaves it as it is"
-        )
-
-
-def _no_match(
-    argument: str,
-    pattern: str,
-    wrong: dict[str, nn.Module],
-    skipped: list[str],
-    kept: list[list[str]],
-) -> Exception:
-    if skipped:
-        return ValueError(f"{argument}: {pattern!r} matches {skipped[0]}, which is in skip")
-    if wrong:
-        path, module = next(iter(wrong.items()))
-        kind = type(module).__name__
-        why = ", whose weight is transposed" if kind == "Conv1D" else ""
-        return TypeError(f"{argument}: {path} is a {kind}{why}; takes exactly nn.Linear")
-    names = sorted({paths[0].rpartition(".")[2] for paths in kept})
-    return ValueError(
-        f"{argument}: {pattern!r} matches no linear layer; the model has {', '.join(names[:20])}"
-    )
-
-
-def _is_whole(pattern: str, path: str) -> bool:
-    return any(re.fullmatch(pattern, p) for p in {path, plain(path)})
-
-
-def _is_or_ends_in(name: str, path: str) -> bool:
-    return any(f".{p}".endswith(f".{name}") for p in (path, plain(path)))
-
-
-def _inside(path: str, names: tuple[str, ...]) -> bool:
-    """Whether one of ``names`` is the path or a run of whole components of it."""
-    return any(f".{name}." in f".{p}." for name in names for p in (path, plain(path)))
-
-
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-
-
-def plain(path: str) -> str:
-    """``path`` without what ``torch.compile`` and wrappers for checkpointing put into it."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _by_weight(

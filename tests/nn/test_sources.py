@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -33,8 +34,8 @@ from transformers.models.bart.modeling_bart import (
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
+from qkern import io, testing
 from qkern import nn as qnn
-from qkern import testing
 
 X = torch.linspace(-1, 1, 192).view(3, 64)
 CONFIG = qnn.LoRAConfig(r=4)
@@ -495,3 +496,37 @@ def test_a_layer_that_a_module_keeps_in_a_list_is_refused(hold: Callable[[nn.Mod
         assert untouched(model)
     qnn.quantize_model(model, skip=["looped"], lora=CONFIG)
     assert isinstance(model["plain"], qnn.LoRALinear)
+
+
+def test_a_checkpoint_of_bitsandbytes_takes_the_place_of_the_same_layers(tmp_path: Path) -> None:
+    saved = qnn.quantize_model(nn.Sequential(dense()))
+    io.save_bnb(saved, tmp_path / "model.safetensors")
+    for make in (dense, lambda: qnn.Linear4bit.from_linear(dense())):
+        model = nn.Sequential(make())
+        handle = model[0].register_forward_hook(lambda _m, _x, y: 2 * y)
+        model[0].note = "kept"
+        io.load_bnb(model, tmp_path / "model.safetensors")
+        assert model[0].note == "kept"
+        testing.assert_bitwise(model(X), 2 * saved(X))
+        handle.remove()
+        testing.assert_bitwise(model(X), saved(X))
+    for odd in (own_forward, pruned, with_buffer):
+        model = nn.Sequential(odd())
+        with pytest.raises(ValueError, match=r"0 (has|holds) "):
+            io.load_bnb(model, tmp_path / "model.safetensors")
+        assert type(model[0]) is nn.Linear
+
+
+def test_an_adapter_of_falcon_goes_back_on_the_dense_model(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = qnn.add_lora(FalconForCausalLM(config).eval(), CONFIG)
+    for parameter in qnn.lora_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    io.save_adapter(model, tmp_path)
+    other = FalconForCausalLM(config).eval()
+    other.load_state_dict(
+        {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
+    )
+    io.load_adapter(other, tmp_path)
+    ids = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
