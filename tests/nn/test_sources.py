@@ -510,9 +510,9 @@ def test_a_checkpoint_of_bitsandbytes_takes_the_place_of_the_same_layers(tmp_pat
         testing.assert_bitwise(model(X), 2 * saved(X))
         handle.remove()
         testing.assert_bitwise(model(X), saved(X))
-    for odd in (own_forward, pruned, with_buffer):
+    for odd in (own_forward, with_state_hook):
         model = nn.Sequential(odd())
-        with pytest.raises(ValueError, match=r"0 (has|holds) "):
+        with pytest.raises(ValueError, match="0 has "):
             io.load_bnb(model, tmp_path / "model.safetensors")
         assert type(model[0]) is nn.Linear
 
