@@ -57,7 +57,6 @@ _NEUTRAL_FIELDS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "task_type",
     }
 )
 _READ_FIELDS = {
@@ -70,6 +69,7 @@ _READ_FIELDS = {
     "peft_type": _json.TEXT,
     "r": _json.INTEGER,
     "rank_pattern": _json.map_of(_json.INTEGER, "integers") | _json.NULL,
+    "task_type": _json.TEXT | _json.NULL,
     "use_rslora": _json.FLAG | _json.NULL,
 }
 # Of these, what the weights compute depends on.
