@@ -92,8 +92,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def whole(name: str, tensor: Tensor) -> Tensor:
     """The tensor on the CPU, detached and contiguous; of a sharded one all shards together.
 
-    Raises ValueError, with ``name``, for one on the meta device.
+    Raises ValueError, with ``name``, for one on the meta device, or that DeepSpeed partitions.
     """
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        raise ValueError(f"{name}: is partitioned by DeepSpeed; gather it first")
     tensor = tensor.detach()
     if is_sharded(tensor):
         tensor = tensor.full_tensor()  # type: ignore[attr-defined]

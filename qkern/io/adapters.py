@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from qkern.io._common import (
 )
 from qkern.io._files import commit, locked, staged
 from qkern.nn._module import QuantizedModule, is_sharded
-from qkern.nn._names import plain_paths, unwrapped
+from qkern.nn._names import plain_name, plain_paths, unwrapped
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.lora import LoRAConfig, LoRALinear
 from qkern.nn.model import replace_module
@@ -57,7 +57,6 @@ _NEUTRAL_FIELDS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "task_type",
     }
 )
 _READ_FIELDS = {
@@ -70,6 +69,7 @@ _READ_FIELDS = {
     "peft_type": _json.TEXT,
     "r": _json.INTEGER,
     "rank_pattern": _json.map_of(_json.INTEGER, "integers") | _json.NULL,
+    "task_type": _json.TEXT | _json.NULL,
     "use_rslora": _json.FLAG | _json.NULL,
 }
 # Of these, what the weights compute depends on.
@@ -154,8 +154,10 @@ def save_adapter(
     }
     named: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        named[f"{path}.lora_A.weight"] = layer.lora_a
-        named[f"{path}.lora_B.weight"] = layer.lora_b
+        named[f"{path}.lora_A.weight"] = _part(contents, path, "lora_a", layer.r, layer.in_features)
+        named[f"{path}.lora_B.weight"] = _part(
+            contents, path, "lora_b", layer.out_features, layer.r
+        )
     inside_whole = tuple(f"{path}." for path in modules)
     named |= {k: tensor for k, tensor in contents.tensors.items() if k.startswith(inside_whole)}
     for path in biases:
@@ -170,6 +172,16 @@ def save_adapter(
             stacklevel=2,
         )
     _write(Path(directory), config, unshared(tensors), save_file)
+
+
+def _part(contents: _Contents, path: str, name: str, *shape: int) -> Tensor:
+    tensor = contents.tensors[f"{path}.{name}"]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{path}.{name}: got shape {list(tensor.shape)}; takes {list(shape)}. A framework that "
+            "keeps shards in its place has to gather them first"
+        )
+    return tensor
 
 
 def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], save: Any) -> None:
@@ -193,6 +205,8 @@ class _Contents(NamedTuple):
     modules: dict[str, nn.Module]
     lora: dict[str, LoRALinear]
     tensors: dict[str, Tensor]
+    trained: dict[str, str]
+    """Names of parameters that require grad, but of A and B, and the paths of their modules."""
     once: set[str]
     """Of modules at several paths only the first, where PEFT finds them."""
 
@@ -208,15 +222,15 @@ class _Contents(NamedTuple):
         for path, module in modules.items():
             if isinstance(module, LoRALinear) and all(module is not la for la in lora.values()):
                 lora[path] = module
+        of_lora = {id(t) for layer in lora.values() for t in (layer.lora_a, layer.lora_b)}
+        # Not of the state dict, which some frameworks fill with gathered copies.
+        trained = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and id(parameter) not in of_lora:
+                own = plain_name(model, name)
+                trained[own] = own.rpartition(".")[0]
         once = {plain[path] for path, _ in model.named_modules()}
-        return cls(modules, lora, named_tensors(model), once)
-
-    def trained(self) -> Iterator[tuple[str, str]]:
-        """Path and name of every parameter that requires grad but A and B."""
-        of_lora = {id(t) for layer in self.lora.values() for t in (layer.lora_a, layer.lora_b)}
-        for name, tensor in self.tensors.items():
-            if tensor.requires_grad and id(tensor) not in of_lora:
-                yield name.rpartition(".")[0], name
+        return cls(modules, lora, named_tensors(model), trained, once)
 
     def shared_adapter(self) -> str | None:
         """A layer with an adapter that PEFT would find at one of its places only, in words."""
@@ -260,7 +274,7 @@ def _whole_modules(
         if why := contents.cannot_be_whole(path):
             raise ValueError(f"modules_to_save: {path} is {why}, which PEFT cannot save whole")
         wanted.add(path)
-    for owner, name in contents.trained():
+    for name, owner in contents.trained.items():
         path = owner
         if contents.holds_bias(path) and name == f"{path}.bias":
             continue
@@ -295,7 +309,7 @@ def _biases(contents: _Contents, modules: Iterable[str]) -> tuple[str, list[str]
     inside = tuple(f"{path}." for path in modules)
     trained = [
         path
-        for path, name in contents.trained()
+        for name, path in contents.trained.items()
         if name == f"{path}.bias" and not name.startswith(inside)
     ]
     if not trained:

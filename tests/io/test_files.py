@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -150,6 +151,20 @@ def test_what_a_living_writer_has_is_left_alone(tmp_path):
         _files.commit(files, tmp_path)
     assert (tmp_path / "a").read_text() == "slow"
     assert names(tmp_path) == ["a"]
+
+
+def test_filesystems_without_locks(tmp_path, monkeypatch):
+    """Then nobody can tell what is abandoned, and nothing is removed."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(_files.fcntl, "flock", flock)
+    (tmp_path / ".model.safetensors.x.tmp").mkdir()
+    io.save_adapter(make(1), tmp_path)
+    io.save_bnb(make(), tmp_path / "model.safetensors")
+    io.load_adapter(make(), tmp_path)
+    assert names(tmp_path) == [".model.safetensors.x.tmp", *NAMES, "model.safetensors"]
 
 
 def test_modes(tmp_path):

@@ -206,6 +206,21 @@ def test_shards_are_gathered(tmp_path):
         io.load_adapter(model, tmp_path / "whole")
 
 
+def test_shards_that_nothing_gathers_are_refused(tmp_path):
+    """DeepSpeed leaves empty parameters, and older FSDP flat ones, in the place of shards."""
+    model = qnn.add_lora(Net(), qnn.LoRAConfig(r=2))
+    model.fc.lora_b.data = model.fc.lora_b.data.view(-1)[:64]
+    with pytest.raises(ValueError, match=r"fc.lora_b: got shape \[64\]; takes \[64, 2\]"):
+        io.save_adapter(model, tmp_path)
+    model = qnn.add_lora(Net(), qnn.LoRAConfig(r=2))
+    norm = model.block.module[1]
+    norm.weight = nn.Parameter(torch.empty(0))
+    norm.weight.ds_id = 3
+    with pytest.raises(ValueError, match=r"block.module.1.weight: is partitioned by DeepSpeed"):
+        io.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     model = nn.Sequential(torch.compile(nn.Linear(64, 64)))
     qnn.quantize_model(model)

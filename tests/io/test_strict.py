@@ -59,6 +59,7 @@ KINDS = {
     "rank_pattern": [{"0": 2.0}, {"0": True}, [], "0", {"0": None}],
     "alpha_pattern": [{"0": "4"}, {"0": float("inf")}, 3],
     "modules_to_save": ["1", [1], {"1": 1}],
+    "task_type": [1, {}, ["SEQ_CLS"]],
     "bias": [None, True, "ALL", ["none"], "lora"],
 }
 
@@ -73,6 +74,36 @@ def test_fields_of_an_adapters_configuration(field, value, tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     refuse_adapter(tmp_path, f"adapter_config.json: {field}: got .*; takes ")
+
+
+def test_configurations_of_old_versions(tmp_path):
+    """PEFT 0.2 wrote these fields only, and some with null that have other values today."""
+    adapter(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    fields = {
+        "base_model_name_or_path": "x",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 4,
+        "lora_dropout": 0.0,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["0"],
+        "task_type": "CAUSAL_LM",
+    }
+    models = []
+    for extra in ({}, {"rank_pattern": None, "alpha_pattern": None, "use_rslora": None}):
+        file.write_text(json.dumps(fields | extra))
+        models.append(io.load_adapter(dense(), tmp_path))
+    for model in models:
+        assert (model[0].r, model[0].alpha, model[0].use_rslora) == (2, 4, False)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        assert torch.equal(model[0].lora_a, tensors[LORA_A])
 
 
 @pytest.mark.parametrize(
