@@ -120,7 +120,7 @@ MALFORMED = {
     ),
     "missing-field": ("alpaca", {"instruction": "i"}, '"output" is missing'),
     "wrong-type": ("alpaca", {**GOOD, "output": 3}, '"output" is a number; takes a string'),
-    "null": ("alpaca", {**GOOD, "input": None}, '"input" is null'),
+    "null": ("alpaca", {**GOOD, "output": None}, '"output" is null'),
     "empty-target": ("alpaca", {**GOOD, "output": " \n"}, 'the target in "output" is empty'),
     "empty-completion": ("self-instruct", {"prompt": "p", "completion": ""}, "is empty"),
     "no-speaker": ("oasst1", {"text": "hello"}, "does not begin with a speaker"),
