@@ -18,15 +18,10 @@ import finetune
 import numpy as np
 import pytest
 import torch
-from finetuning.checkpoint import (
-    atomic_directory,
-    checkpoints,
-    rng_state,
-    set_rng_state,
-    write_atomic,
-)
+from finetuning.checkpoint import checkpoints, rng_state, set_rng_state
 from finetuning.config import parse_args
 from finetuning.loss import TargetLoss
+from finetuning.output import atomic_directory, write_atomic
 from finetuning.sequences import IGNORE, Batch
 from finetuning.training import Trainer, _stop_request
 from safetensors.torch import load_file
@@ -109,13 +104,15 @@ def test_a_run_writes_what_it_promises(
     assert loss["after"] < loss["before"]
     assert result["tokens_per_second"] > 0
     assert result["peak_memory_bytes"] > 2**20
-    assert result["model"]["bytes_4bit"] < result["model"]["bytes_bfloat16"]
+    loaded, to_train = result["model"]["bytes_loaded"], result["model"]["bytes_to_train"]
+    assert to_train["4 bits"] < 0.2 * loaded["float32"]
+    assert sum(to_train.values()) < loaded["float32"]
     png = (out / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
     said = capsys.readouterr().out
     assert f"loss {loss['before']:.4f} before, {loss['after']:.4f} after 8 steps" in said
-    assert f"{result['model']['bytes_4bit']:,} in 4 bits" in said
+    assert f"{to_train['4 bits']:,} in 4 bits, {to_train['float32']:,} in float32" in said
     assert "answer before" in said
     # Three checkpoints were due (3, 6, 8); two are kept.
     assert [p.name for p in checkpoints(out / "checkpoints")] == [
@@ -550,5 +547,5 @@ def test_smollm2_learns(tmp_path: Path) -> None:
     result = _result(tmp_path)
     loss = result["held_out_loss"]
     assert loss["after"] < loss["before"] - 0.1
-    assert result["model"]["bytes_bfloat16"] == 269_030_016
-    assert result["model"]["bytes_4bit"] < 112_000_000
+    assert result["model"]["bytes_loaded"] == {"bfloat16": 269_030_016}
+    assert result["model"]["bytes_to_train"]["4 bits"] < 56_000_000
