@@ -498,10 +498,12 @@ def test_pruning_leaves_a_checkpoint_with_other_files(
     root = tmp_path / "checkpoints"
     shutil.copytree(template, root)
     (root / "checkpoint-000001/notes.txt").write_text("mine")
-    (root / "checkpoint-000000").mkdir()
+    theirs = ["checkpoint-000000", "checkpoint-000009"]  # neither is counted, nor removed
+    for name in theirs:
+        (root / name).mkdir()
     shutil.copytree(root / "checkpoint-000002", root / "checkpoint-000003")
     prune(root, 1, tmp_path / "work", [root / "checkpoint-000000"])
-    assert _names(root) == ["checkpoint-000000", "checkpoint-000001", "checkpoint-000003"]
+    assert _names(root) == [theirs[0], "checkpoint-000001", "checkpoint-000003", theirs[1]]
 
 
 def test_a_second_run_is_refused(
