@@ -68,10 +68,10 @@ def _run(config: Config, output: OutputDirectory) -> int:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     checkpoint_root = config.output / "checkpoints"
-    started = (began(checkpoint_root) if config.resume else None) or datetime.now().isoformat()
+    started = (began(checkpoint_root) if config.resume else None) or datetime.now()
 
     name, model, tokenizer = load_model(config)
-    dataset = load_dataset(config, tokenizer, datetime.fromisoformat(started))
+    dataset = load_dataset(config, tokenizer, started)
     dataset.check_ids(tokenizer, vocabulary_rows(model))
     bytes_before = held_bytes(model)
     start = time.perf_counter()
@@ -97,7 +97,13 @@ def _run(config: Config, output: OutputDirectory) -> int:
     }
     pad_id = padding_id(tokenizer, vocabulary_rows(model))
     trainer = Trainer(
-        model, dataset.train, dataset.held_out, config, pad_id, fingerprint, began=started
+        model,
+        dataset.train,
+        dataset.held_out,
+        config,
+        pad_id,
+        fingerprint,
+        began=started.isoformat(),
     )
     if config.resume:
         print(f"resumed   {trainer.resume()}")

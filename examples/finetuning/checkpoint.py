@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +84,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def began(root: Path) -> str | None:
+def began(root: Path) -> datetime | None:
     """When the run began whose newest readable checkpoint is under `root`."""
     for path in reversed(checkpoints(root)):
-        try:
-            state = read_state(path)
-        except DamagedError:
-            continue
-        if isinstance(found := state.get("began"), str):
-            return found
+        with suppress(DamagedError, TypeError, KeyError, ValueError):
+            return datetime.fromisoformat(read_state(path)["began"])
     return None
 
 

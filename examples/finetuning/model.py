@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from smollm2 import MODEL_NAME, smollm2_dir
 from torch import nn
 from transformers import (
@@ -21,6 +24,10 @@ import qkern.nn
 
 from . import UserError
 from .config import BUNDLED_MODEL, Config
+
+# What transformers and the libraries under it raise for files that are damaged or do not fit.
+_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, EOFError)
+_UNREADABLE += (SafetensorError, UnpicklingError)
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -58,10 +65,16 @@ def load_model(config: Config) -> tuple[str, PreTrainedModel, PreTrainedTokenize
             raise UserError(f"--model {path}: has no config.json; {takes}")
         _refuse_quantized(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: {error}") from None
+        # Code that lies in the directory is not run, nor is anybody asked whether it may be.
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        raise UserError(
+            f"--model {path}: cannot be read: {type(error).__name__}: {error}"
+        ) from None
     return name, model.eval(), tokenizer
 
 

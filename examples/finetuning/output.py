@@ -81,6 +81,7 @@ class OutputDirectory:
                 target = self.path / path.name.removeprefix(_ASIDE)
                 if not os.path.lexists(target):
                     path.rename(target)
+                    continue
             if path.name.startswith((_SCRATCH, _ASIDE)):
                 _remove(path)
 
@@ -167,7 +168,11 @@ def stranger(directory: Path, *, content: bool = True) -> str | None:
         files = _read_manifest(directory)
     except DamagedError as error:
         return str(error)
-    for path in sorted(directory.iterdir()):
+    try:
+        found = sorted(directory.iterdir())
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    for path in found:
         if path.name != MANIFEST and path.name not in files:
             return f"it holds {path.name}"
         if content and path.name in files and (reason := _difference(path, files[path.name])):
@@ -255,8 +260,11 @@ def _scratch(work: Path, name: str) -> Path:
 def _is_marked(path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
-    with path.open("rb") as file:
-        return WRITER.encode() in file.read(_MARKED_BYTES)
+    try:
+        with path.open("rb") as file:
+            return WRITER.encode() in file.read(_MARKED_BYTES)
+    except OSError:  # unreadable to us, so not of this program
+        return False
 
 
 def _not_ours(path: Path) -> str:

@@ -85,6 +85,8 @@ class History:
         history.held_out = [_record(HeldOutRecord, record) for record in history.held_out]
         if [record.step for record in history.steps] != list(range(1, history.step + 1)):
             raise ValueError("history: its steps are not 1, 2, ...")
+        if not history.held_out:
+            raise ValueError("history: it has no held-out loss, which every run begins with")
         return history
 
 

@@ -18,12 +18,12 @@ import finetune
 import pytest
 import torch
 from finetuning import UserError, output
-from finetuning.checkpoint import checkpoints, prune
+from finetuning.checkpoint import began, checkpoints, prune
 from finetuning.config import parse_args
 from finetuning.dataset import load_dataset
 from finetuning.model import choose_device, load_model, padding_id, quantize
 from finetuning.output import MANIFEST, OutputDirectory, atomic_directory, check_whole
-from finetuning.training import History, Trainer
+from finetuning.training import Trainer
 from safetensors.torch import load_file
 
 from lab.processes import environment
@@ -170,6 +170,7 @@ def _rewrite_state(path: Path, change: Callable[[dict[str, Any]], object]) -> No
         lambda state: state["history"]["steps"][0].update(step=7),
         lambda state: state["history"]["steps"][0].pop("loss"),
         lambda state: state["history"]["held_out"].append(3),
+        lambda state: state["history"]["held_out"].clear(),
     ],
 )
 def test_a_state_that_does_not_fit_is_a_damage(
@@ -559,9 +560,19 @@ def test_a_killed_holder_frees_the_directory(tmp_path: Path) -> None:
         pass
 
 
-def test_history_survives_json() -> None:
-    history = History(warmup_steps=3, sample_prompt="a")
-    assert History.from_json(json.loads(json.dumps(history.__dict__))) == history
+@pytest.mark.parametrize("change", [{"began": "yesterday"}, {"began": 3}, {"began": ""}])
+def test_the_beginning_is_that_of_the_newest_checkpoint_that_tells_it(
+    change: dict[str, Any], saved: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(saved[1], root)
+    older, newer = checkpoints(root)
+    _rewrite_state(older, lambda state: state.update(began="2030-01-02T03:04:05"))
+    for at_fault in (lambda state: state.update(change), lambda state: state.pop("began")):
+        _rewrite_state(newer, at_fault)
+        assert began(root) == datetime(2030, 1, 2, 3, 4, 5)
+    _flip(older / "state.json")
+    assert began(root) is None
 
 
 def test_a_run_goes_on_after_midnight(

@@ -20,10 +20,11 @@ import finetune
 import numpy as np
 import pytest
 import torch
+from finetuning import UserError
 from finetuning.checkpoint import checkpoints, rng_state, set_rng_state
 from finetuning.config import parse_args
 from finetuning.loss import TargetLoss
-from finetuning.model import held_bytes, quantize
+from finetuning.model import held_bytes, load_model, quantize
 from finetuning.output import atomic_directory, write_atomic
 from finetuning.sequences import IGNORE, Batch
 from finetuning.training import Trainer, _stop_request
@@ -427,6 +428,38 @@ def test_broken_model_files_are_named(
             (broken / file.name).write_bytes(file.read_bytes())
     assert run("out", "--model", str(broken)) == 2
     assert f"--model {broken}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("content", ["half", "nothing", "[]", "{}", "junk"])
+def test_damaged_model_files_are_named(
+    file: str, content: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    whole = (broken / file).read_bytes()
+    contents = {"half": whole[: len(whole) // 2], "nothing": b"", "junk": b"\xff\x00" * 50}
+    (broken / file).write_bytes(contents.get(content, content.encode()))
+    config = parse_args(["--model", str(broken)])
+    if (file, content) == ("tokenizer_config.json", "{}"):
+        load_model(config)  # its settings are all optional
+        return
+    with pytest.raises(UserError, match=f"--model {broken}: "):
+        load_model(config)
+
+
+def test_code_in_a_model_directory_does_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(tiny_model, hostile)
+    (hostile / "modeling.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')\n")
+    config = json.loads((hostile / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "modeling.Config"}}
+    (hostile / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"--model {hostile}: "):
+        load_model(parse_args(["--model", str(hostile)]))
+    assert not (tmp_path / "was here").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
