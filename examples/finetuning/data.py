@@ -189,7 +189,7 @@ def detect_format(path: Path) -> str:
     it is one of no known form, or where a file that is named as JSON does not begin with one.
     """
     for line_number, line in _lines(path):
-        if not line.lstrip().startswith(("{", "[")) and path.suffix.lower() not in prose.JSON_NAMES:
+        if path.suffix.lower() not in prose.JSON_NAMES and not prose.begins_as_json(line):
             return "text"
         record = _parse(path, line_number, line)
         for name, data_format in RECORD_FORMATS.items():
@@ -270,7 +270,7 @@ def _parse(path: Path, line_number: int, line: str) -> dict[str, Any]:
         hint = ""
         if line_number == 1 and line.lstrip().startswith("["):
             hint = " (a JSON array? JSON Lines has one object a line: jq -c '.[]' makes them)"
-        elif line_number == 1 and line.strip() == "{":
+        elif line.strip() == "{":
             hint = " (one object over many lines? JSON Lines has one a line: jq -c . makes them)"
         raise UserError(f"{path}:{line_number}: not JSON: {error}{hint}") from None
     if isinstance(record, list) and line_number == 1:

@@ -42,11 +42,12 @@ _MAGIC = {
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Tabs, line ends, form feeds and the escapes of terminals occur in text.
 _CONTROL = re.compile(r"[\x00-\x07\x0e-\x1a\x1c-\x1f]")
-_MARKUP = re.compile(
-    r"\s*<(!doctype|\?xml|html|head|body|svg|rss|div|table)\b[^<]*>", re.IGNORECASE
-)
-_BEGINS_AS_JSON = re.compile(r'\s*(\{\s*"(\\.|[^"\\])*"\s*:|\[\s*[\[{])')
+_MARKUP = re.compile(r"\s*<(!doctype|\?xml|html|head|body|svg|rss)\b", re.IGNORECASE)
+_END_TAG = re.compile(r"</[a-z]\w*>", re.IGNORECASE)
+# Markdown begins with a tag too, and Wikipedia's markup with two brackets.
+_BEGINS_AS_JSON = re.compile(r'\s*(\{\s*"(\\.|[^"\\])*"\s*:|\[\s*[\[{]\s*")')
 _LINES = 50  # of a file, that tell JSON Lines and tables
+_HEAD = 4096  # characters, that tell markup
 _HEADER_CELL = re.compile(r'"?[A-Za-z_][\w .()/-]{0,39}"?')
 
 
@@ -75,15 +76,27 @@ def refused_content(text: str) -> str | None:
             "JSON, not prose; in JSON Lines with the fields of a known form it is data, and of "
             f"texts {TEXT_OF_JSON_LINES} makes prose"
         )
-    if _MARKUP.match(text):
+    if _MARKUP.match(text) or _is_mostly_tags(text[:_HEAD]):
         return "markup, not prose: extract its text"
     if _is_table(text):
         return f"a table, not prose: {_TABLE}"
     return None
 
 
+def _is_mostly_tags(text: str) -> bool:
+    count = len(_END_TAG.findall(text))
+    return count >= 3 and 80 * count > len(text)
+
+
+def begins_as_json(text: str) -> bool:
+    """Whether a text, or its first line, is an object or array in JSON or the beginning of one."""
+    return _BEGINS_AS_JSON.match(text) is not None or (
+        text.lstrip().startswith(("{", "[")) and _parses(text)
+    )
+
+
 def _is_json(text: str) -> bool:
-    if _BEGINS_AS_JSON.match(text) or _parses(text):
+    if begins_as_json(text) or _parses(text):
         return True
     lines = [line for line in text.splitlines() if line.strip()][:_LINES]
     return all(map(_parses, lines))

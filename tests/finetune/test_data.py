@@ -212,6 +212,10 @@ PROSE = {
     "quoted lines": '"Come in."\nHe did not.\n"Sit down."\n',
     "commas": "All work, and no play\nmakes Jack, a dull boy\nso they say, at least\n" * 5,
     "code": "{ int x; }\n[[nodiscard]] int f();\n",
+    "attribute": "[[nodiscard]] int f();\n",
+    "wiki": "[[1984]] is a novel by [[George Orwell]].\n",
+    "readme": '<div align="center">\n\n# Name\n\n</div>\n\nWhat it is: a library, for kernels.\n',
+    "set": "{a, b} is a set\n",
     "song": "[Chorus]\nla la la\n",
     "markdown": "# Title\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<p>one</p>\n",
     "rest": "Title\n=====\n\n.. code::\n\n   x = {'a': 1}\n",
@@ -227,6 +231,7 @@ PROSE = {
 def test_prose_is_read(text: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(text.encode())
+    assert detect_format(path) == "text"
     assert read_text(path) == text.removesuffix("\n")
 
 
@@ -244,7 +249,7 @@ NOT_PROSE: dict[str, tuple[str | bytes, str]] = {
     "semicolons": ("id;text\n1;hello\n", "a table, not prose"),
     "html": ("<!DOCTYPE html>\n<html><p>x</p></html>", "markup, not prose"),
     "xml": ('<?xml version="1.0"?>\n<a/>', "markup, not prose"),
-    "html fragment": ("  <div class='x'>text</div>", "markup, not prose"),
+    "html fragment": ("  <div class='x'>text <i>of</i> <b>it</b></div>", "markup, not prose"),
     "nul": ("text\nmore\x00text", "binary, not prose: the control character '\\\\x00' in line 2"),
     "utf-16": ("text\n".encode("utf-16"), "not UTF-8 but UTF-16: iconv"),
     "latin-1": ("caf\u00e9\n".encode("latin-1"), "not UTF-8"),
@@ -265,6 +270,13 @@ def test_what_is_no_prose_by_content_is_refused(
     with pytest.raises(UserError, match=message) as error:
         read_text(path)
     assert str(error.value).startswith(str(path))
+    with pytest.raises(UserError):
+        _read_as_detected(path)
+
+
+def _read_as_detected(path: Path) -> object:
+    data_format = detect_format(path)
+    return read_text(path) if data_format == "text" else read_conversations(path, data_format)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +322,7 @@ def test_forms_of_others_are_refused(
     path = tmp_path / name
     path.write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message):
-        read_conversations(path, detect_format(path))
+        _read_as_detected(path)
 
 
 def test_no_suggested_format_trains_on_json(tmp_path: Path) -> None:
