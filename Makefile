@@ -40,8 +40,8 @@ demo: setup  ## QLoRA-finetune a small language model (a few minutes)
 test: setup lint  ## run the linters and all tests that are not slow
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: setup  ## run the slow tests only
-	$(PYTEST) -n $(WORKERS) -m slow $(PYTEST_ARGS)
+test-slow: setup  ## run the slow tests only; SHARD=2/8: the second of eight parts of them
+	$(PYTEST) -n $(WORKERS) -m slow $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
 
 test-all: setup lint test-asan  ## run all tests, and the kernels' tests under sanitizers
 	@$(SAY_WITHOUT_AARCH64)
