@@ -271,9 +271,9 @@ def _callers(bug: Bug) -> list[str]:
 
 
 def tests_of(bug: Bug) -> tuple[list[str], list[str]]:
-    """Tests that name what the bug is in, nearest first, and the files of all that are for it."""
+    """Tests that name what the bug is in or changes, and the files of all that are for it."""
     rooms = next(rooms for start, rooms in ROOMS.items() if bug.path.startswith(start))
-    names = _callers(bug)
+    names, changed = _callers(bug), set(re.findall(r"[A-Za-z_]\w{4,}", bug.before))
     near, files = [], []
     for place, room in enumerate(rooms):
         for path in sorted((ROOT / room).glob("test_*.py")):
@@ -281,8 +281,10 @@ def tests_of(bug: Bug) -> tuple[list[str], list[str]]:
             for test, text in _functions(path):
                 if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text:
                     ranks = (i for i, name in enumerate(names) if _words([name]).search(text))
-                    if (rank := next(ranks, None)) is not None:
-                        near.append((rank, place, len(text), f"{files[-1]}::{test}"))
+                    rank = next(ranks, 99)
+                    shared = len(changed & set(re.findall(r"\w+", text)))
+                    if rank < 99 or shared:
+                        near.append((rank - 4 * shared, place, len(text), f"{files[-1]}::{test}"))
     return [test for *_, test in sorted(near)[:MOST_NEAR]], files
 
 
