@@ -71,7 +71,7 @@ def selftest(
     command = [str(program), name, schedule[0], str(schedule[1]), schedule[2], str(capability)]
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+        command, capture_output=True, text=True, timeout=600, check=False, env=environment
     )
 
 
