@@ -270,14 +270,14 @@ def _callers(bug: Bug) -> list[str]:
     return names
 
 
-def tests_of(bug: Bug) -> tuple[list[str], list[str]]:
+def tests_of(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
     """Tests that name what the bug is in or changes, and the files of all that are for it."""
     rooms = next(rooms for start, rooms in ROOMS.items() if bug.path.startswith(start))
     names, changed = _callers(bug), set(re.findall(r"[A-Za-z_]\w{4,}", bug.before))
     near, files = [], []
     for place, room in enumerate(rooms):
-        for path in sorted((ROOT / room).glob("test_*.py")):
-            files.append(path.relative_to(ROOT).as_posix())
+        for path in sorted((root / room).glob("test_*.py")):
+            files.append(path.relative_to(root).as_posix())
             for test, text in _functions(path):
                 if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text:
                     ranks = (i for i, name in enumerate(names) if _words([name]).search(text))
@@ -369,7 +369,7 @@ def _try_out(bug: Bug, tree: Tree) -> Outcome:
     path, start = tree.root / bug.path, time.monotonic()
     source = path.read_bytes()
     path.write_bytes(bug.planted(source))
-    near, rooms = tests_of(bug)
+    near, rooms = tests_of(bug, tree.root)
     try:
         noticed_by = tree.test(EVERY_NAME) or (near and tree.test(*near)) or tree.test(*rooms)
     finally:
