@@ -40,7 +40,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("mutation_survivors.txt")
 COUNT = 80
-TIME_LIMIT = 900.0
+TIME_LIMIT = 600.0
 """Seconds for the tests of one bug; a bug that makes them run on is noticed."""
 PRELOADED = ("torch", "scipy", "transformers", "peft", "bitsandbytes")
 """What tests import, imported once for all of them."""
@@ -202,8 +202,8 @@ def bugs_of(path: str, source: bytes) -> list[Bug]:
                 add(function, part, after)
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             function = f"{function}.{node.name}".lstrip(".")
-        elif not function and isinstance(node, ast.Assign):
-            function = ast.unparse(node.targets[0])
+        elif not function and isinstance(node, (ast.Assign, ast.AnnAssign)):
+            function = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
         for child in _children(node):
             visit(child, function)
 
@@ -245,8 +245,10 @@ def _functions(path: Path) -> list[tuple[str, str]]:
                 found.append((within + node.name, ast.unparse(node)))
                 if isinstance(node, ast.ClassDef):
                     add(node.body, f"{node.name}::")
-            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                found.append((within + node.targets[0].id, ast.unparse(node)))
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if isinstance(target, ast.Name):
+                    found.append((within + target.id, ast.unparse(node)))
 
     add(ast.parse(path.read_text("utf-8")).body, "")
     return found
@@ -270,7 +272,7 @@ def _callers(bug: Bug) -> list[str]:
     return names
 
 
-def tests_of(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
+def near_and_all(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
     """Tests that name what the bug is in or changes, and the files of all that are for it."""
     rooms = next(rooms for start, rooms in ROOMS.items() if bug.path.startswith(start))
     names, changed = _callers(bug), set(re.findall(r"[A-Za-z_]\w{4,}", bug.before))
@@ -311,14 +313,14 @@ class Tree:
         child = os.fork()
         if not child:
             self._become_pytest(report, [*options, *arguments])
-        end = time.monotonic() + TIME_LIMIT
-        while (state := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.monotonic() > end:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return f"more than {TIME_LIMIT:.0f} s"
-            time.sleep(0.05)
-        status, said = os.waitstatus_to_exitcode(state[1]), report.read_text(errors="replace")
+        try:
+            state = self._waited_for(child)
+        except BaseException:  # an interrupt leaves no tests behind
+            os.killpg(child, signal.SIGKILL)
+            raise
+        if state is None:
+            return f"more than {TIME_LIMIT:.0f} s"
+        status, said = os.waitstatus_to_exitcode(state), report.read_text(errors="replace")
         if status == 0:
             return None
         if failed := re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE):
@@ -326,6 +328,18 @@ class Tree:
         if status < 0 or "while loading conftest" in said:
             return f"exit status {status}"
         raise RuntimeError(f"pytest: exit status {status}\n{said[-2000:]}")
+
+    @staticmethod
+    def _waited_for(child: int) -> int | None:
+        """How a process ended; None where it had to be ended."""
+        end = time.monotonic() + TIME_LIMIT
+        while (state := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.05)
+        return state[1]
 
     def _become_pytest(self, report: Path, arguments: list[str]) -> NoReturn:
         """A fork runs pytest: what is imported here is there already, and qkern is not."""
@@ -369,7 +383,7 @@ def _try_out(bug: Bug, tree: Tree) -> Outcome:
     path, start = tree.root / bug.path, time.monotonic()
     source = path.read_bytes()
     path.write_bytes(bug.planted(source))
-    near, rooms = tests_of(bug, tree.root)
+    near, rooms = near_and_all(bug, tree.root)
     try:
         noticed_by = tree.test(EVERY_NAME) or (near and tree.test(*near)) or tree.test(*rooms)
     finally:

@@ -95,7 +95,7 @@ def test_listed_survivors_are_of_todays_code_and_have_reasons() -> None:
 
 def test_tests_near_a_bug_come_first() -> None:
     (bug, *_) = mutation.sample(mutation.all_bugs(["qkern/io/bnb.py"]), 0, 1)
-    near, files = mutation.tests_of(bug)
+    near, files = mutation.near_and_all(bug)
     assert (ROOT / mutation.EVERY_NAME.partition("::")[0]).exists()
     assert all((ROOT / test.partition("::")[0]).exists() for test in near)
     assert any(test.startswith("tests/io/") for test in near)
