@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS_ARGS ?=
 BENCH_OUT ?= runs/bench
 # Two threads a test worker, because threading itself is under test. They wait passively: a thread that
 # spins at a barrier would take the core from the other worker.
@@ -24,7 +25,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon test-gpu \
-    triton-versions support bench lint format clean
+    mutants triton-versions support bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -40,8 +41,12 @@ demo: setup  ## QLoRA-finetune a small language model (a few minutes)
 test: setup lint  ## run the linters and all tests that are not slow
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
-test-slow: setup  ## run the slow tests only
-	$(PYTEST) -n $(WORKERS) -m slow $(PYTEST_ARGS)
+test-slow: setup  ## run the slow tests only; SHARD=2/8: the second of eight parts of them
+	$(PYTEST) -n $(WORKERS) -m slow $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
+
+# The slow tests run it too, in parts.
+mutants: setup  ## plant small bugs in qkern's Python: quick tests must notice each (half an hour)
+	$(RUN) -m tools.mutation $(MUTANTS_ARGS)
 
 test-all: setup lint test-asan  ## run all tests, and the kernels' tests under sanitizers
 	@$(SAY_WITHOUT_AARCH64)

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from qkern import testing
+from tests.suite import shards
 
 settings.register_profile(
     "qkern",
@@ -49,12 +50,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write which op passed how many cases on which backend in which dtype to this file",
     )
+    shards.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: run without filling fresh tensors with NaN")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    config.pluginmanager.register(shards.Shards(config), "shards")
 
 
 _passed: Counter[tuple[str, str, str]] = Counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import kernels, models, peers, report, timing, weights
+from bench import kernels, models, optimizer, peers, report, timing, weights
 
 import qkern
 from tests.benchmarks.contests import LIMITS, QUICK
@@ -55,8 +55,10 @@ def test_peers_on_equal_weights(tiny_workload):
             problem, candidates, _ = kernels.contest(
                 op, (96, 128), 5, dtype, kernels.Choice(peers=names)
             )
-            found = [s.name for s in timing.run_contest(problem, candidates, QUICK)]
-            assert {"qkern", "bitsandbytes"} <= set(found)
+            found = {s.name for s in timing.run_contest(problem, candidates, QUICK)}
+            # bitsandbytes pages to memory only, so that it has no part where moments are in a file.
+            expected = {"qkern", "disk" if op == optimizer.IN_FILE else "bitsandbytes"}
+            assert expected <= found, op
 
 
 def test_peers_that_take_no_such_shape_say_so():

@@ -113,7 +113,7 @@ def test_other_python_threads_run_meanwhile() -> None:
 
 def run_script(body: str, *arguments: str) -> str:
     command = [sys.executable, "-c", textwrap.dedent(body), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

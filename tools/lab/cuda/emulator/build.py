@@ -143,7 +143,7 @@ def run_layouts(kernel: str, kernels: Path, folder: Path) -> subprocess.Complete
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stderr}")
-    return subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([program], capture_output=True, text=True, timeout=600, check=False)
 
 
 def load(folder: Path) -> ModuleType:

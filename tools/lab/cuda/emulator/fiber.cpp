@@ -12,6 +12,15 @@
 #include <ucontext.h>
 #endif
 
+#ifdef QKERN_EMULATOR_TSAN
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+
 namespace qkern::cuda::emulator {
 namespace {
 
@@ -130,6 +139,32 @@ void free_context(void* context) { delete static_cast<ucontext_t*>(context); }
 #endif
 
 namespace qkern::cuda::emulator {
+namespace {
+
+// How many `TsanIgnores` live. One count does for all fibers, for none is left for a while in one.
+thread_local int ignores_held = 0;
+
+}  // namespace
+
+void TsanIgnores::begin() {
+  ++ignores_held;
+#ifdef QKERN_EMULATOR_TSAN
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+}
+
+void TsanIgnores::end() {
+  --ignores_held;
+#ifdef QKERN_EMULATOR_TSAN
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
+}
+
+void TsanIgnores::end_all() {
+  while (ignores_held > 0) end();
+}
 
 Fiber::~Fiber() {
 #ifdef QKERN_EMULATOR_TSAN
@@ -157,11 +192,12 @@ void Fiber::start(void (*entry)()) {
   context_ = make_context(context_, stack_, entry);
 }
 
-void Fiber::switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool last) {
+void Fiber::switch_to(Fiber& from, Fiber& to, bool last) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack_, to.stack_bottom_,
                                  to.stack_size_);
 #endif
+  if (last) TsanIgnores::end_all();
 #ifdef QKERN_EMULATOR_TSAN
   constexpr unsigned kNoSynchronisation = 1;
   if (from.stack_ == nullptr) from.tsan_ = __tsan_get_current_fiber();

@@ -311,7 +311,6 @@ void* Scheduler::static_shared(const void* key, std::size_t size) {
       if (variable.key != nullptr) total += variable.size;
     }
   }
-  // A thread may not end while it is ignored.
   if (total > kMaxStaticShared) {
     fail({"shared memory", "kernel", 0}, text("%zu bytes of static shared memory; a device takes "
                                               "49152",

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "cuda_emulator/sanitizers.h"
+
 namespace selftest {
 namespace {
 
@@ -105,6 +107,14 @@ std::string static_shared_too_large() {
   });
 }
 
+// As the emulator itself may: what holds up a launch comes while the thread is ignored.
+std::string failure_while_ignored() {
+  return run(64, [] {
+    const emulator::TsanIgnores ignores;
+    if (threadIdx.x == 7) emulator::fail({"self test", __FILE__, 0}, "given up");
+  });
+}
+
 template <bool kOwn>
 std::string blocks_write() {
   Buffer<float> out(2);
@@ -131,6 +141,7 @@ Tests barriers() {
       {"divergent_return", divergent_return},
       {"deadlock", deadlock},
       {"static_shared_too_large", static_shared_too_large},
+      {"failure_while_ignored", failure_while_ignored},
       {"blocks_write_their_own", blocks_write<true>},
       {"blocks_write_the_same", blocks_write<false>},
       {"counted_by_atomics", counted_by_atomics},

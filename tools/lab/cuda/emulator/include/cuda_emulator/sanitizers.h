@@ -19,10 +19,6 @@ void __tsan_release(void* address);
 void __tsan_java_init(unsigned long heap_begin, unsigned long heap_size);
 void __tsan_java_alloc(unsigned long begin, unsigned long size);
 void __tsan_java_free(unsigned long begin, unsigned long size);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
@@ -44,20 +40,18 @@ inline void tsan_release([[maybe_unused]] void* address) {
 // memory they return starts with no history.
 class TsanIgnores {
  public:
-  TsanIgnores() {
-#ifdef QKERN_EMULATOR_TSAN
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-#endif
-  }
-  ~TsanIgnores() {
-#ifdef QKERN_EMULATOR_TSAN
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-#endif
-  }
+  TsanIgnores() { begin(); }
+  ~TsanIgnores() { end(); }
   TsanIgnores(const TsanIgnores&) = delete;
   TsanIgnores& operator=(const TsanIgnores&) = delete;
+
+  // For a fiber that is left for good, whose stack is never unwound: ThreadSanitizer ends the
+  // program where a thread is gone while it is ignored.
+  static void end_all();
+
+ private:
+  static void begin();
+  static void end();
 };
 
 }  // namespace qkern::cuda::emulator
