@@ -286,10 +286,19 @@ def _whole_modules(
                 f"modules, and {path or 'its owner'} is {why}; freeze it, or save a state dict"
             )
         wanted.add(path)
+    # A task's head that is of several layers is saved as one module, as PEFT takes it.
+    heads = _peft.modules_of_task(task_type)
+    wanted |= {
+        path
+        for path in contents.modules
+        if _peft.is_saved_whole(path, heads)
+        and any(other.startswith(f"{path}.") for other in wanted)
+        and contents.cannot_be_whole(path) is None
+    }
     wanted = {path for path in wanted if not any(path.startswith(f"{other}.") for other in wanted)}
     paths = _peft.paths_in_peft(contents.modules, contents.lora)
     entries = _peft.entries_to_save(wanted, paths, contents.lora)
-    taken = (*entries, *_peft.modules_of_task(task_type))
+    taken = (*entries, *heads)
     found = {path for path in paths if _peft.is_saved_whole(path, taken)}
     for path in sorted(found - wanted):
         if why := contents.cannot_be_whole(path):

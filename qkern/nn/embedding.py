@@ -30,14 +30,15 @@ class Embedding4bit(QuantizedModule):
     the table is no multiple of the block size; ``quantized`` is without the padding.
     """
 
+    _embed_scale: float | None = None
+    _scale_is_rounded = False
+
     def __init__(self, qw: QuantizedTensor, padding_idx: int | None = None) -> None:
         super().__init__()
         if len(qw.shape) != 2:
             raise ValueError(f"qw: got shape {tuple(qw.shape)}; takes [rows, embedding_dim]")
         self.num_embeddings, self.embedding_dim = qw.shape
         self.padding_idx = padding_idx
-        self._embed_scale: float | None = None
-        self._scale_is_rounded = False
         self._set_quantized(qw)
 
     def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:

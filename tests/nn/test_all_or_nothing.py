@@ -371,3 +371,19 @@ def test_quantising_in_place_needs_no_memory_beyond_one_layer() -> None:
     dense = 4 * elements
     assert layers * dense <= peak < layers * dense + 1.5 * elements
     assert held < layers * 0.6 * elements
+
+
+def test_a_model_that_cannot_checkpoint_as_asked_is_left_in_eval_mode() -> None:
+    class Checkpointing(nn.Sequential):
+        asked: dict[str, Any] | None = None
+
+        def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
+            self.asked = options
+
+    model = qnn.add_lora(Checkpointing(nn.Linear(64, 64)), LORA).eval()
+    with pytest.raises(TypeError, match="use_reentrant: got True for Checkpointing, which has no"):
+        qnn.prepare_for_training(model, use_reentrant=True)
+    assert model.asked is None
+    assert not model.training
+    assert qnn.prepare_for_training(model).asked == {"use_reentrant": False}
+    assert model.training

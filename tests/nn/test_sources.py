@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import (
     AlignDevicesHook,
@@ -273,6 +276,28 @@ def test_scaled_tables_keep_their_scale(make: type[nn.Embedding], dtype: torch.d
     testing.assert_bitwise(on_meta.to(dtype)(ids), table(ids))
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     testing.assert_bitwise(compiled(ids), table(ids))
+
+
+@pytest.mark.slow
+def test_every_scaled_table_of_transformers_is_as_it_is_taken_for() -> None:
+    """Its name says how it computes; a class of this name that does something else fails here."""
+    folder = Path(transformers.models.__path__[0])
+    names = re.compile(r"^class (\w+ScaledWordEmbedding)\(nn.Embedding\)", re.MULTILINE)
+    found = 0
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        for name in names.findall(file.read_text()):
+            module = f"transformers.models.{file.parent.name}.{file.stem}"
+            kind = getattr(importlib.import_module(module), name)
+            if name.startswith("T5Gemma2"):
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                table = kind(20, 64, 0, embed_scale=33.9411)
+                layer = qnn.Embedding4bit.from_embedding(table).to(dtype)
+                table = table.to(dtype)
+                table.weight.data = layer.quantized.dequantize()
+                testing.assert_bitwise(layer(torch.arange(20)), table(torch.arange(20)), name)
+            found += 1
+    assert found > 20
 
 
 # What comes along
