@@ -45,7 +45,6 @@ _NEUTRAL_FIELDS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "inference_mode",
@@ -62,6 +61,7 @@ _NEUTRAL_FIELDS = frozenset(
 _READ_FIELDS = {
     "alpha_pattern": _json.map_of(_json.NUMBER, "numbers") | _json.NULL,
     "bias": _json.Kind('"none", "all" or "lora_only"', ("none", "all", "lora_only").__contains__),
+    "ensure_weight_tying": _json.FLAG | _json.NULL,
     "init_lora_weights": _json.FLAG | _json.TEXT | _json.NULL,
     "lora_alpha": _json.NUMBER,
     "lora_dropout": _json.NUMBER,
@@ -232,6 +232,12 @@ class _Contents(NamedTuple):
         once = {plain[path] for path, _ in model.named_modules()}
         return cls(modules, lora, named_tensors(model), trained, once)
 
+    def tied_to(self, path: str) -> set[str]:
+        """Paths of modules outside that hold a tensor of this one too."""
+        inside = {id(t) for name, t in self.tensors.items() if name.startswith(f"{path}.")}
+        holders = {n.rpartition(".")[0] for n, t in self.tensors.items() if id(t) in inside}
+        return {other for other in holders if other != path and not other.startswith(f"{path}.")}
+
     def shared_adapter(self) -> str | None:
         """A layer with an adapter that PEFT would find at one of its places only, in words."""
         places = {id(layer): path for path, layer in self.lora.items()}
@@ -271,9 +277,10 @@ def _whole_modules(
     for path in more:
         if path not in contents.modules:
             raise ValueError(f"modules_to_save: the model has no module {path!r}")
-        if why := contents.cannot_be_whole(path):
-            raise ValueError(f"modules_to_save: {path} is {why}, which PEFT cannot save whole")
-        wanted.add(path)
+        for owner in {path, *contents.tied_to(path)}:
+            if why := contents.cannot_be_whole(owner):
+                raise ValueError(f"modules_to_save: {owner} is {why}, which PEFT cannot save whole")
+            wanted.add(owner)
     for name, owner in contents.trained.items():
         path = owner
         if contents.holds_bias(path) and name == f"{path}.bias":
@@ -395,6 +402,7 @@ class _Adapter(NamedTuple):
     modules_to_save: tuple[str, ...]
     modules_of_task: tuple[str, ...]
     bias: str
+    ties: bool
     lora: dict[str, tuple[Tensor, Tensor]]
     others: dict[str, Tensor]
 
@@ -406,7 +414,8 @@ def _read(directory: Path, dtype: torch.dtype | None) -> _Adapter:
         lora, others = _read_weights(directory / WEIGHTS_FILE)
     modules = tuple(fields.get("modules_to_save") or ())
     of_task = _peft.modules_of_task(fields.get("task_type"))
-    return _Adapter(config, modules, of_task, fields.get("bias", "none"), lora, others)
+    ties = bool(fields.get("ensure_weight_tying"))
+    return _Adapter(config, modules, of_task, fields.get("bias", "none"), ties, lora, others)
 
 
 def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -442,7 +451,22 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     inside = tuple(f"{path}." for path in named)
     if missing := {name for name in slots if name.startswith(inside) and name not in found}:
         raise ValueError(f"has no {some(missing)}, of modules_to_save")
+    if not adapter.ties:
+        _check_alone(found, slots)
     return _checked(found, slots, embeddings)
+
+
+def _check_alone(found: Iterable[str], slots: Mapping[str, Tensor]) -> None:
+    """PEFT gives each module a weight of its own, tied or not; a model's tied ones are one."""
+    names: dict[int, set[str]] = {}
+    for name, slot in slots.items():
+        names.setdefault(id(slot), set()).add(name)
+    for name in set(found) & slots.keys():
+        if others := names[id(slots[name])] - set(found):
+            raise ValueError(
+                f"{name}: was trained apart from {some(others)}, to which the model ties it; "
+                "untie them first"
+            )
 
 
 def _checked(

@@ -268,7 +268,7 @@ class QuantizedModule(nn.Module):
             whole = meta.full_tensor() if is_sharded(meta) else meta
             try:
                 found = json.loads(bytes(whole.tolist()).decode())
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise ValueError(
                     f"{name}: quant_meta is not the JSON that qkern writes; the checkpoint is "
                     "damaged"

@@ -37,8 +37,8 @@ def pattern_matches(key: str, path: str) -> bool:
     As ``re.match(rf"(.*\.)?({key})$", path)``: the path or its last components. Raises ValueError
     where that takes too many steps, which no expression does that people write for names.
     """
-    if _ONE_WAY.fullmatch(key):
-        return re.match(rf"(.*\.)?({key})$", path) is not None
+    if (fast := _one_way(key)) is not None:
+        return fast.match(path) is not None
     return _Matcher(path).ends(_parsed(key), 1) > 0
 
 
@@ -47,11 +47,17 @@ def check_pattern(name: str, key: object) -> None:
     if not isinstance(key, str):
         raise TypeError(f"{name}: got the key {key!r}; takes names or regular expressions")
     try:
-        if not _ONE_WAY.fullmatch(key):
+        if _one_way(key) is None:
             _parsed(key)
     except ValueError as error:
         shown = key if len(key) <= 60 else f"{key[:60]}..."
         raise ValueError(f"{name}: {shown!r}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_way(key: str) -> re.Pattern[str] | None:
+    """The expression for `re`, where that is safe; kept here, for `re` keeps few."""
+    return re.compile(rf"(.*\.)?({key})$") if _ONE_WAY.fullmatch(key) else None
 
 
 @functools.lru_cache(maxsize=4096)

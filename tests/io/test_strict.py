@@ -333,6 +333,14 @@ class TestShards:
         refuse_adapter(tmp_path, "adapter_model.safetensors: is not a safetensors file")
 
 
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff", b"{"])
+def test_a_damaged_description_in_a_state_dict(text):
+    layer = qnn.Linear4bit(64, 64)
+    state = layer.state_dict() | {"quant_meta": torch.tensor(list(text), dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="weight: quant_meta is not the JSON that qkern writes"):
+        layer.load_state_dict(state)
+
+
 def test_kinds_in_words():
     kind = _json.map_of(_json.INTEGER, "integers") | _json.NULL
     assert kind.takes == "an object of integers or null"

@@ -188,6 +188,37 @@ def test_reads_what_peft_trained(make, options, tmp_path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
+@pytest.mark.parametrize("tied_again", [True, False])
+def test_tied_weights_that_peft_trained(tied_again, tmp_path):
+    """PEFT trains a copy of the embedding; only with ``ensure_weight_tying`` the head follows."""
+
+    def make() -> nn.Module:
+        return make_llama(tie_word_embeddings=True)
+
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": tied_again}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
+        theirs = peft.get_peft_model(make(), config).eval()
+    torch.manual_seed(3)
+    table = theirs.base_model.model.model.embed_tokens.modules_to_save["default"]
+    with torch.no_grad():
+        table.weight.add_(torch.randn_like(table.weight) * 0.2)
+    theirs.save_pretrained(tmp_path)
+    if tied_again:
+        model = io.load_adapter(make(), tmp_path)
+        torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(
+            ValueError, match=r"embed_tokens.weight: was trained apart from lm_head"
+        ):
+            io.load_adapter(make(), tmp_path)
+        model = make()
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        io.load_adapter(model, tmp_path)
+        torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
 def test_reads_a_resized_vocabulary(tmp_path):
     def make(vocabulary: int) -> nn.Module:
         model = tiny_llama()
@@ -273,6 +304,17 @@ def test_frozen_modules_are_saved_on_demand(tmp_path):
     assert torch.equal(again.head["table"].weight, model.head["table"].weight)
     with pytest.raises(TypeError, match="modules_to_save: got the string"):
         io.save_adapter(model, tmp_path, modules_to_save="table")
+
+
+def test_what_is_tied_to_a_frozen_module_comes_along(tmp_path):
+    model = make_llama(tie_word_embeddings=True)
+    qnn.add_lora(model, qnn.LoRAConfig(r=2, targets=["q_proj"]))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    io.save_adapter(model, tmp_path, modules_to_save=["lm_head"])
+    assert files(tmp_path)[0]["modules_to_save"] == ["embed_tokens", "lm_head"]
+    theirs = through_peft(make_llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_in_4_bits_does_not_take_a_dense_one(tmp_path):
