@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from qkern import _errors, formats, reference
-from qkern._settings import batch_invariance
+from qkern._settings import batch_invariance, none_set
 from qkern.autograd import (
     LoRALinear4bit,
     add_adapter,
@@ -42,8 +42,9 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
     Holds for the code in the ``with`` block, in the thread or task that entered it and in tasks
     made inside; and for the backward of a forward done inside. It does not hold in other threads,
-    such as those of ``DataParallel``. A checkpointed forward runs again in ``backward``: have that
-    in the block too, or the block in the checkpointed function. Graphs of ``torch.compile`` take
+    such as those of ``DataParallel``. A checkpointed forward runs again in ``backward``: put the
+    block into the checkpointed function, or ``backward`` into the block too, which reentrant
+    checkpoints on a GPU do not see. Graphs of ``torch.compile`` take
     what is in force when they run, forward and backward each, unless the block is in the compiled
     function itself; in them, products with adapters are the compiler's and may depend on the rows.
     """
@@ -60,14 +61,11 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
             yield
 
 
-_invariance = batch_invariance.get
-
-
 def _batch_invariant() -> bool | None:
     """Whether rows must not depend on one another here."""
     if torch.compiler.is_dynamo_compiling():
         return _traced_batch_invariant
-    return _invariance() or False
+    return not none_set() and (batch_invariance.get() or False)
 
 
 def quantize_4bit(
@@ -108,7 +106,10 @@ def quantize_4bit(
     _errors.check_format(format, codebook)
     _errors.check_block_size(block_size)
     if codebook is not None:
-        codebook = _checked_codebook(codebook).to(w.device)
+        codebook = _checked_codebook(codebook)
+        if codebook.is_meta:  # it cannot be brought from there
+            _errors.check_device("codebook", codebook, w.device, "w")
+        codebook = codebook.to(w.device)
     w = w.detach()
     packed, absmax = call("quantize_4bit", w, format, block_size, codebook)
     scales, nested_absmax, nested_offset = absmax, None, None
@@ -321,7 +322,7 @@ def _by_kernel_alone(
     kernel = backend.fast.get("linear_4bit")
     if kernel is None:
         return None
-    invariant = _invariance() or False
+    invariant = not none_set() and (batch_invariance.get() or False)
     return kernel(x, weight, shape[0], bias, invariant, num_threads(), shape[1])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkern import _errors, backends, formats, weight
-from qkern._settings import batch_invariance, forced_backend
+from qkern._settings import batch_invariance, forced_backend, none_set
 from qkern.backends import Backend, num_threads, select
 from qkern.weight import Weight
 
@@ -113,15 +113,17 @@ class Op:
     def run_fake(self, *args: Any) -> Any:
         """The fake kernel as torch calls it.
 
-        Raises ``ValueError`` for a weight in parts: torch takes an op with any tensor on meta for
-        one on meta, and would hand out memory that nobody fills.
+        Raises ``ValueError`` for tensors on several devices: torch takes an op with any tensor on
+        meta for one on meta, and would hand out memory that nobody fills.
         """
         args = self.gather(args)
-        if self.weight_at is not None:
-            device = (args[0].packed if self.weight_at == 0 else args[0]).device
-            for name, tensor in zip(Weight._fields, args[self.weight_at].tensors, strict=False):
-                if tensor is not None:
-                    _errors.check_device(name, tensor, device, "the others")
+        named = [
+            found
+            for pair in zip(self.parameters, args, strict=False)
+            for found in weight.tensors_of(*pair)
+        ]
+        for name, tensor in named[1:]:
+            _errors.check_device(name, tensor, named[0][1].device, named[0][0])
         return self.fake(*args)
 
 
@@ -270,7 +272,6 @@ def assume() -> bool:
     return True
 
 
-_forced = forced_backend.get
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", assume)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", assume)
@@ -307,8 +308,10 @@ def undispatched() -> Backend | None:
     if is_watched():
         return None
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
-    forced = _forced()
-    return (backends.selected if forced is None else forced.selected).get(_CPU)
+    if none_set() or (forced := forced_backend.get()) is None:
+        return backends.selected.get(_CPU)
+    known: Backend | None = forced.selected.get(_CPU)
+    return known
 
 
 def _plain_keys() -> frozenset[int]:

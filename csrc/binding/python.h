@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/dispatch.h"
+#include "../cpu/thread_isa.h"
 #include "arguments.h"
 
 namespace qkern::binding {
@@ -31,7 +31,7 @@ inline void raise_on_error(const char* op, const Status& status) {
 }
 
 // A variable of Python's contexts: the name of the instruction set that a block of code forces, or
-// None. Set once, by the module's own initialisation.
+// None. Set once, by the module's own initialisation, where it has the CPU's kernels.
 inline PyObject* isa_variable = nullptr;
 
 // That instruction set for the calling thread, while this lives. Made and destroyed with the GIL.
@@ -42,6 +42,7 @@ class ContextIsa {
  private:
   static pybind11::object current() {
     PyObject* value = nullptr;
+    if (isa_variable == nullptr) return pybind11::none();
     if (PyContextVar_Get(isa_variable, nullptr, &value) != 0) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(value);
   }

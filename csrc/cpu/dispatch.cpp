@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string>
 
+#include "thread_isa.h"
+
 #if defined(QKERN_HAVE_AVX2)
 #include <cpuid.h>
 #endif
@@ -100,8 +102,6 @@ const KernelTable* default_table() {
 
 std::atomic<const KernelTable*> forced{nullptr};
 
-thread_local const char* isa_of_thread = nullptr;
-
 #if defined(QKERN_HAVE_AVX2)
 bool isa_is_chosen() {
   const char* name = isa_from_environment();
@@ -111,12 +111,6 @@ bool isa_is_chosen() {
 #endif
 
 }  // namespace
-
-ThreadIsa::ThreadIsa(const char* name) : before_(isa_of_thread) {
-  if (name != nullptr) isa_of_thread = name;
-}
-
-ThreadIsa::~ThreadIsa() { isa_of_thread = before_; }
 
 const KernelTable* active_kernels() {
   if (isa_of_thread != nullptr) return find(isa_of_thread);

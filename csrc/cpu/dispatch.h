@@ -15,19 +15,6 @@ const char* unknown_isa();
 // Makes `name` the one in force; "" goes back to QKERN_CPU_ISA, or the best where that is not set.
 Status set_isa(const char* name);
 
-// The kernels that the calling thread takes whatever else is in force, while this lives. `name` may
-// be nullptr, which changes nothing; an unknown one is as one in QKERN_CPU_ISA.
-class ThreadIsa {
- public:
-  explicit ThreadIsa(const char* name);
-  ~ThreadIsa();
-  ThreadIsa(const ThreadIsa&) = delete;
-  ThreadIsa& operator=(const ThreadIsa&) = delete;
-
- private:
-  const char* before_;
-};
-
 // Whether the processor has instructions that multiply bfloat16. A chosen instruction set hides
 // wider ones. Without x86's cpuid there is no answer, and it is taken to have them.
 bool multiplies_bfloat16();

@@ -69,18 +69,6 @@ def pointer(
     return tensor.data_ptr()
 
 
-def check_all_memory(name: str, value: Any) -> None:
-    """`check_memory` of an op's argument: of a tensor, of a weight's, of a list's."""
-    if isinstance(value, Tensor):
-        check_memory(name, value)
-    elif isinstance(value, Weight):
-        for field, tensor in zip(Weight._fields, value.tensors, strict=False):
-            check_all_memory(field, tensor)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            check_all_memory(f"{name}[{index}]", item)
-
-
 def dtype_id(name: str, dtype: torch.dtype) -> int:
     """The kernels' number of a floating dtype."""
     found = DTYPE_IDS.get(dtype)
@@ -106,6 +94,12 @@ def block_size_arg(block_size: int) -> int:
     return block_size
 
 
+def check_nested(weight: Weight) -> None:
+    """Raise where only one of the tensors of nested scales is there."""
+    if (weight.nested_absmax is None) != (weight.nested_offset is None):
+        raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+
+
 def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None:
     """Raise unless ``weight`` has ``numel`` elements, with the scales that they need."""
     packed, absmax, nested_absmax, nested_offset, codebook, format, block_size = weight
@@ -113,8 +107,7 @@ def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
     check("packed", packed, torch.uint8, formats.packed_size(numel), device)
     if nested_absmax is None or nested_offset is None:
-        if nested_absmax is not nested_offset:
-            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+        check_nested(weight)
         check("absmax", absmax, torch.float32, blocks, device)
         return
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)

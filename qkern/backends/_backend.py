@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qkern import _errors, formats, reference
 from qkern.backends import _args
-from qkern.weight import Weight
+from qkern.weight import Weight, tensors_of
 
 
 class _Functions(dict[str, Callable[..., Any]]):
@@ -33,7 +33,8 @@ def _referred(op: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         for name, value in zip(names, args, strict=False):
-            _args.check_all_memory(name, value)
+            for place, tensor in tensors_of(name, value):
+                _args.check_memory(place, tensor)
         check(*args)
         return function(*args)
 
