@@ -33,8 +33,7 @@ class Weight(NamedTuple):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field."""
-        named = zip(self._fields, self.tensors, strict=False)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        return dict(tensors_of("weight", self))
 
     @property
     def device(self) -> torch.device:

@@ -142,20 +142,21 @@ class KernelBackend(Backend):
     def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``qkern.reference.dequantize_4bit``."""
         out = torch.empty(tuple(shape), dtype=dtype, device=self._device_of(weight.packed))
-        self._dequantize_4bit(weight, out)
+        self._dequantize_4bit(weight, out, given=False)
         return out
 
     def dequantize_4bit_out(self, weight: Weight, out: Tensor) -> None:
         """See ``qkern.reference.dequantize_4bit_out``."""
-        _errors.check_apart("out", out, weight.named_tensors())
-        self._dequantize_4bit(weight, out)
+        self._dequantize_4bit(weight, out, given=True)
 
-    def _dequantize_4bit(self, weight: Weight, out: Tensor) -> None:
+    def _dequantize_4bit(self, weight: Weight, out: Tensor, given: bool) -> None:
         n = out.numel()
         device = self._device_of(weight.packed)
         _args.check_weight(weight, n, device)
         _args.dtype_id("out", out.dtype)
         _args.check("out", out, out.dtype, n, device)
+        if given:
+            _errors.check_apart("out", out, weight.named_tensors())
         if n:
             self._launch("dequantize_4bit", device, weight, Elements(out))
 

@@ -191,5 +191,5 @@ def _state(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _check_table(name: str, tensors: Mapping[str, Tensor], expected: Tensor) -> None:
-    if not torch.equal(_get(tensors, name).cpu(), expected):
+    if not formats.is_table(_get(tensors, name), expected):
         raise ValueError(f"{name}: differs from the table of that name; qkern reads only that")

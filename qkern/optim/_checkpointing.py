@@ -162,7 +162,7 @@ def _from_state(
     state = {**state, **state.get(_BITSANDBYTES_NESTED, {})}
     for number, map in enumerate(MAPS, 1):
         found = state.get(f"qmap{number}")
-        if found is not None and not torch.equal(found.cpu().float(), formats.map_tensor(map)):
+        if found is not None and not formats.is_table(found, formats.map_tensor(map)):
             raise ValueError(f"{name}.qmap{number}: got another map; takes the dynamic map")
     state = {_BITSANDBYTES.get(key, key): value for key, value in state.items()}
     if state.get("max_exp_avg_sq") is not None:

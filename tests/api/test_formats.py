@@ -247,3 +247,16 @@ def test_script_runs_without_torch() -> None:
         f"runpy.run_path({str(Path(formats.__file__))!r}, run_name='__main__')"
     )
     subprocess.run([sys.executable, "-S", "-c", code], check=True, capture_output=True)
+
+
+def test_a_table_of_another_machine_is_the_table() -> None:
+    """Where torch has no AVX2, bitsandbytes computes 42 values one or two floats away."""
+    table = formats.map_tensor("signed")
+    bits = table.view(torch.int32)
+    for floats, is_it in ((1, True), (-2, True), (9, False), (-9, False)):
+        moved = (bits + floats * (torch.arange(256) % 6 == 0).int()).view(torch.float32)
+        assert not torch.equal(moved, table)
+        assert formats.is_table(moved, table) is is_it
+    assert formats.is_table(torch.tensor([0.0]), torch.tensor([-0.0]))
+    for wrong in (table[:-1], table * math.nan, table.flip(0)):
+        assert not formats.is_table(wrong, table)

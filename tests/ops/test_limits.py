@@ -20,8 +20,8 @@ from qkern.weight import Weight
 CPU = torch.device("cpu")
 
 
-class CudaReader(CudaBackend):
-    """Reads arguments as the CUDA backend does, and starts nothing."""
+class Reader:
+    """Reads arguments as a backend for GPUs does, and starts nothing."""
 
     def missing_reason(self) -> str | None:
         return None
@@ -33,17 +33,12 @@ class CudaReader(CudaBackend):
         pass
 
 
-class TritonReader(TritonBackend):
-    """Reads arguments as the Triton backend does, and starts nothing."""
+class CudaReader(Reader, CudaBackend):
+    pass
 
-    def missing_reason(self) -> str | None:
-        return None
 
-    def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
-        pass
-
-    def _multiply(self, product: Any) -> None:
-        pass
+class TritonReader(Reader, TritonBackend):
+    pass
 
 
 class CpuInPython(CpuBackend):

@@ -70,7 +70,7 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         (
             *_cases([(1,), (300,), (5000,)]),
             *_cases([(n,) for n in testing.HALFWAY_TAILS], values="halfway"),
-            Case((300,), values="negative"),
+            *(Case((300,), values=v) for v in ("negative", "zeros")),
             Case((5000,), values="uneven"),
         ),
     ),

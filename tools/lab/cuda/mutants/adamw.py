@@ -147,7 +147,7 @@ ADAMW = (
         "    if (beyond) {",
         "    if (false) {",
         "adamw_step",
-        "poison",
+        "numbers",
         quick=True,
     ),
     Mutant(
