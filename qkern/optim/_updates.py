@@ -125,7 +125,7 @@ class Calls:
         self,
         factors: Mapping[torch.device, Tensor],
         seed: int | None,
-        done: Callable[[set[int]], object] = lambda numbers: None,
+        done: Callable[[Sequence[int]], object] = lambda numbers: None,
     ) -> None:
         self._factors, self._seed, self._done = factors, seed, done
         self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
@@ -153,4 +153,4 @@ class Calls:
                 indices,
                 offsets,
             )
-            self._done(set(indices))
+            self._done(indices)
