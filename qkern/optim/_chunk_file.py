@@ -434,9 +434,9 @@ def _open_partial(path: Path, partial: Path) -> LockedFile:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise _not_ours(partial, "a symbolic link") from None
+        raise _not_ours(path, partial, "a symbolic link") from None
     except ChunkFileError:
-        raise _not_ours(partial, "no regular file") from None
+        raise _not_ours(path, partial, "no regular file") from None
     try:
         with file.errors_name_path():
             file.lock()
@@ -446,9 +446,9 @@ def _open_partial(path: Path, partial: Path) -> LockedFile:
             status = file.stat()
             start = file.read(0, min(status.st_size, len(_file_layout.MAGIC)))
             if not _file_layout.MAGIC.startswith(start):
-                raise _not_ours(partial, f"a file that begins with {start!r}")
+                raise _not_ours(path, partial, f"a file that begins with {start!r}")
             if status.st_nlink > 1 or status.st_uid != os.geteuid():
-                raise _not_ours(partial, "a file with another name too, or of another user")
+                raise _not_ours(path, partial, "a file with another name too, or of another user")
             if os.path.lexists(path):
                 partial.unlink()
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -458,8 +458,9 @@ def _open_partial(path: Path, partial: Path) -> LockedFile:
     return file
 
 
-def _not_ours(partial: Path, what: str) -> FileExistsError:
+def _not_ours(path: Path, partial: Path, what: str) -> FileExistsError:
     return FileExistsError(
         errno.EEXIST,
         f"{partial.name}: got {what}; takes no file, or what a killed process left there",
+        str(path),
     )

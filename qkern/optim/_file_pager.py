@@ -118,6 +118,11 @@ class FilePager:
         return steps
 
     @property
+    def stats(self) -> StreamStats:
+        """Counts of what was read, written, found in memory and evicted."""
+        return self._stream.stats
+
+    @property
     def steps(self) -> Sequence[int]:
         """Of each parameter, at the last commit; the same object until the next."""
         sequence = self._file.sequence
@@ -129,11 +134,6 @@ class FilePager:
     def version(self) -> int:
         """Number of the last commit."""
         return self._file.sequence
-
-    @property
-    def stats(self) -> StreamStats:
-        """Counts of what was read, written, found in memory and evicted."""
-        return self._stream.stats
 
     def add(self, first: int, params: Sequence[MomentSpec]) -> None:
         """Raises ``RuntimeError``: the file's layout is fixed."""

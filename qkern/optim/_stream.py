@@ -127,7 +127,8 @@ class ChunkStream:
         if len(set(indices)) != len(indices):
             raise ValueError("indices: got a chunk more than once; takes each at most once")
         self.recover()
-        readers, writers = self._crews = Crew(_READERS), Crew(_WRITERS if write else 0)
+        count = min(_WRITERS, len(indices)) if write else 0
+        readers, writers = self._crews = Crew(_READERS), Crew(count)
         try:
             # All threads are there before anything is written.
             readers.start()

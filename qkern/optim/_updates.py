@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,17 +103,27 @@ def factors(
             tables.append(
                 reference.adamw_factors(
                     torch.stack([steps.get(number, none) for number in numbers]),
-                    # torch takes Python's numbers, and not NumPy's.
-                    lr if isinstance(lr, Tensor) else float(lr),
-                    float(group["betas"][0]),
-                    float(group["betas"][1]),
-                    float(group["eps"]),
-                    float(group["weight_decay"]),
+                    lr if isinstance(lr, Tensor) else _finite("lr", lr),
+                    _finite("betas", group["betas"][0]),
+                    _finite("betas", group["betas"][1]),
+                    _finite("eps", group["eps"]),
+                    _finite("weight_decay", group["weight_decay"]),
                     -scale if group["maximize"] else scale,
                     skip,
                 )
             )
     return torch.cat(tables).to(device)
+
+
+def _finite(name: str, value: float) -> float:
+    """One of Python's numbers, which torch takes and NumPy's not.
+
+    A scheduler may have set it to what the optimizer's constructor refuses.
+    """
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}; takes a finite number")
+    return value
 
 
 class Calls:
@@ -125,7 +136,7 @@ class Calls:
         self,
         factors: Mapping[torch.device, Tensor],
         seed: int | None,
-        done: Callable[[set[int]], object] = lambda numbers: None,
+        done: Callable[[Sequence[int]], object] = lambda numbers: None,
     ) -> None:
         self._factors, self._seed, self._done = factors, seed, done
         self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
@@ -153,4 +164,4 @@ class Calls:
                 indices,
                 offsets,
             )
-            self._done(set(indices))
+            self._done(indices)

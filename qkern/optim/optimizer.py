@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -238,11 +238,11 @@ class PagedAdamW(Optimizer):
         copies: dict[int, tuple[Tensor, Tensor]] = {}
         left = set(params)
 
-        def done(numbers: set[int]) -> None:
+        def done(numbers: Collection[int]) -> None:
             # A step counts once its parameters have it, so that one that fails does not.
-            for index in numbers & copies.keys():
+            for index in copies.keys() & numbers:
                 copies[index][0].copy_(copies[index][1])
-            self._count([(params[index], after[index]) for index in numbers])
+            self._count({index: params[index] for index in numbers}, after)
             left.difference_update(numbers)
 
         calls = Calls({factors.device: factors}, self._seed, done)
@@ -253,17 +253,18 @@ class PagedAdamW(Optimizer):
                 data = copies[index][1]
             calls.add(index, 0, data, local(grad), of_param)
         calls.run()
-        done(left.copy())  # of what no elements are here
+        if left:  # of what no elements are here
+            done(list(left))
 
-    def _count(self, steps: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _count(self, params: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> None:
         """Set the step counters of parameters of one device."""
-        if steps and steps[0][1].device.type == "cuda":
+        if next(iter(after.values())).device.type == "cuda":
             # In place, where a CUDA graph finds them again.
-            params, after = zip(*steps, strict=True)
-            torch._foreach_copy_([self.state[param]["step"] for param in params], after)
+            before = [self.state[param]["step"] for param in params.values()]
+            torch._foreach_copy_(before, [after[index] for index in params])
         else:
-            for param, step in steps:
-                self.state[param]["step"] = step
+            for index, param in params.items():
+                self.state[param]["step"] = after[index]
 
     def _step_paged(
         self,

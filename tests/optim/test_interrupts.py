@@ -6,6 +6,8 @@ import _thread
 import copy
 import itertools
 import os
+import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -308,7 +310,7 @@ def test_an_interrupt_at_any_line_of_verifying(tmp_path: Path) -> None:
     steps.check_file()
 
 
-@pytest.mark.parametrize("started", range(5))
+@pytest.mark.parametrize("started", range(1 + len(PARAMS)))  # a reader, a writer a chunk
 def test_no_more_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: int) -> None:
     """It shows before anything is written."""
     steps = Steps(tmp_path / "state", budget_bytes=LEAST_BUDGET)
@@ -494,3 +496,37 @@ def test_an_interrupt_at_any_line_in_memory() -> None:
         if ended:
             break
     assert place > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_signals_at_random(tmp_path: Path, error: type[BaseException]) -> None:
+    """Real ones, whose handler raises wherever the interpreter looks for them."""
+    rng, raised, armed = random.Random(3), 0, False
+
+    def handler(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise error
+
+    steps = Steps(tmp_path / "state", budget_bytes=LEAST_BUDGET)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for number in range(400):
+            steps.prepare()
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.01))
+                steps.optimizer.step()
+                armed = False
+            except (error, RuntimeError):
+                raised += 1
+            steps.check()
+            assert threads_end(steps.threads)
+            if number % 40 == 0:
+                steps.check_file()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert raised > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import qkern
 from qkern.optim import PagedAdamW
-from tests.optim.compare import assert_same
+from tests.optim.compare import assert_same, assert_same_state
 from tests.optim.pagers import LEAST_BUDGET, Made
 from tests.optim.params import SHAPES, make_params, set_grads, train
 
@@ -93,6 +94,25 @@ def test_arguments_of_other_types(tmp_path: Path, name: str, junk: Any) -> None:
 def test_values_of_other_kinds(name: str, junk: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got .*; takes "):
         PagedAdamW(make_params(SHAPES[:2]), **{name: junk})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay"])
+def test_what_a_scheduler_breaks_shows_before_anything_changes(
+    make: Made, name: str, value: float
+) -> None:
+    params = make_params(SHAPES[:2])
+    optimizer = make(params)
+    train(optimizer, params, 1)
+    before = [param.detach().clone() for param in params]
+    state = copy.deepcopy(optimizer.state_dict())
+    kept = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = (0.9, value) if name == "betas" else value
+    with pytest.raises(ValueError, match=f"^{name}: got {value}; takes a finite number"):
+        train(optimizer, params, 1, 1)
+    optimizer.param_groups[0][name] = kept
+    assert_same(params, before)
+    assert_same_state(optimizer.state_dict(), state)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
