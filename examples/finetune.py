@@ -8,29 +8,31 @@ five minutes of training on two CPU cores. ``--help`` lists the settings, README
 from __future__ import annotations
 
 import random
-import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 
 import numpy as np
 import torch
 from finetuning import UserError
-from finetuning.checkpoint import atomic_directory, checkpoints
+from finetuning.checkpoint import began, checkpoints, clear, refuse_foreign
 from finetuning.config import Config, parse_args
 from finetuning.dataset import load_dataset
 from finetuning.model import (
     answer,
     choose_device,
+    held_bytes,
     load_model,
     padding_id,
     quantize,
-    size_in_bytes,
+    vocabulary_rows,
     weights_digest,
 )
-from finetuning.report import environment, peak_memory, plot_losses, write_json
+from finetuning.output import OutputDirectory, atomic_directory
+from finetuning.report import environment, held, peak_memory, plot_losses, write_json
 from finetuning.training import Trainer
 from transformers.utils import logging as transformers_logging
 
@@ -54,24 +56,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config) -> int:
-    check_output(config)
+    output = OutputDirectory(config.output)
+    with output.locked():
+        check_output(config, output)
+        return _run(config, output)
+
+
+def _run(config: Config, output: OutputDirectory) -> int:
     device, dtype = choose_device(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
+    checkpoint_root = config.output / "checkpoints"
+    started = (began(checkpoint_root) if config.resume else None) or datetime.now()
 
     name, model, tokenizer = load_model(config)
-    dataset = load_dataset(config, tokenizer)
-    bytes_before = size_in_bytes(model)
+    dataset = load_dataset(config, tokenizer, started)
+    dataset.check_ids(tokenizer, vocabulary_rows(model))
+    bytes_before = held_bytes(model)
     start = time.perf_counter()
     quantize(model, config, device, dtype)
     quantize_seconds = time.perf_counter() - start
-    bytes_after = size_in_bytes(model)
+    bytes_after = held_bytes(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     cut = dataset.truncation
     print(
         f"model     {name}, {device.type}, {dtype}; quantised in {quantize_seconds:.1f} s\n"
-        f"bytes     {bytes_before:,} in bfloat16, {bytes_after:,} in 4 bits\n"
+        f"bytes     {held(bytes_before)} loaded, {held(bytes_after)} to train\n"
         f"LoRA      rank {config.lora_r}, {trainable:,} trainable parameters\n"
         f"data      {len(dataset.train)} sequences, {len(dataset.held_out)} more held out; cut "
         f"short: {cut.sources} sources by {cut.source_tokens} tokens, {cut.targets} targets by "
@@ -84,13 +95,20 @@ def run(config: Config) -> int:
         "model": weights_digest(model),
         "data": dataset.digest(),
     }
+    pad_id = padding_id(tokenizer, vocabulary_rows(model))
     trainer = Trainer(
-        model, dataset.train, dataset.held_out, config, padding_id(tokenizer), fingerprint
+        model,
+        dataset.train,
+        dataset.held_out,
+        config,
+        pad_id,
+        fingerprint,
+        began=started.isoformat(),
     )
     if config.resume:
         print(f"resumed   {trainer.resume()}")
     else:
-        shutil.rmtree(trainer.checkpoint_root, ignore_errors=True)
+        clear(checkpoint_root, output.work)
         trainer.evaluate()
         trainer.history.sample_prompt = tokenizer.decode(dataset.prompt[0])
         trainer.history.sample_before = answer(
@@ -111,11 +129,11 @@ def run(config: Config) -> int:
     sample_after = answer(model, tokenizer, dataset.prompt, config.sample_tokens)
     training_seconds = sum(record.seconds for record in history.steps)
     tokens_per_second = sum(record.tokens for record in history.steps) / training_seconds
-    with atomic_directory(config.output / "adapter") as path:
+    check_results(config, output)  # again: training took its time
+    with atomic_directory(config.output / "adapter", output.work) as path:
         qkern.io.save_adapter(model, path, name, task_type="CAUSAL_LM")
-    plot_losses(
-        config.output / "loss.png", history, f"{name}, {config.format}, LoRA rank {config.lora_r}"
-    )
+    title = f"{name}, {config.format}, LoRA rank {config.lora_r}"
+    plot_losses(config.output / "loss.png", history, title, output.work)
     write_json(
         config.output / "run.json",
         {
@@ -124,8 +142,8 @@ def run(config: Config) -> int:
             "model": {
                 "name": name,
                 "dtype": str(dtype),
-                "bytes_bfloat16": bytes_before,
-                "bytes_4bit": bytes_after,
+                "bytes_loaded": bytes_before,
+                "bytes_to_train": bytes_after,
                 "trainable_parameters": trainable,
             },
             "data": {
@@ -140,6 +158,7 @@ def run(config: Config) -> int:
             "sample_after": sample_after,
             "history": asdict(history),
         },
+        output.work,
     )
     print(
         f"prompt\n{_indented(history.sample_prompt)}\n"
@@ -153,9 +172,14 @@ def run(config: Config) -> int:
     return 0
 
 
-def check_output(config: Config) -> None:
-    """Refuse to throw away an interrupted run, or to resume one that is not there."""
-    found = checkpoints(config.output / "checkpoints")
+def check_output(config: Config, output: OutputDirectory) -> None:
+    """Refuse what is not there to resume, to lose an interrupted run, or what others wrote."""
+    root = config.output / "checkpoints"
+    if root.is_symlink() or (root.exists() and not root.is_dir()):
+        raise UserError(f"{root} is not a directory: move it away, or name another --output")
+    if not config.resume:
+        refuse_foreign(root)
+    found = checkpoints(root)
     if config.resume and not found:
         raise UserError(f"--resume: {config.output} has no checkpoint")
     finished = (config.output / "run.json").exists()
@@ -164,10 +188,13 @@ def check_output(config: Config) -> None:
             f"{config.output} holds an interrupted run ({found[-1].name}): --resume continues it, "
             "--overwrite starts again, --output names another directory"
         )
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {config.output}: {error.strerror}") from None
+    check_results(config, output)
+
+
+def check_results(config: Config, output: OutputDirectory) -> None:
+    """Refuse to replace results that this program did not write."""
+    files = [config.output / "loss.png", config.output / "run.json"]
+    output.refuse_strangers([config.output / "adapter"], files)
 
 
 def seed_everything(seed: int) -> None:

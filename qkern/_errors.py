@@ -60,6 +60,41 @@ def check_device(name: str, value: Tensor, device: torch.device, owner: str) -> 
         )
 
 
+def check_memory(name: str, value: Tensor) -> None:
+    """``ValueError`` unless the storage of a dense tensor has all its elements.
+
+    Frameworks free or shrink the storage of a tensor that lives on, as FSDP does between layers.
+    Of a traced tensor nothing is asked.
+    """
+    # Of what need not be contiguous, elements may overlap or lie apart.
+    first, numel = value.storage_offset(), value.numel()
+    if numel and not value.is_contiguous():
+        steps = zip(value.shape, value.stride(), strict=True)
+        numel = sum((size - 1) * stride for size, stride in steps) + 1
+    takes = (first + numel) * value.itemsize
+    got = value.untyped_storage().nbytes()
+    if got < takes and numel:
+        raise ValueError(
+            f"{name}: got a tensor whose storage has {got} bytes, as after resize_(); takes one of "
+            f"{takes} bytes or more"
+        )
+
+
+def check_apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
+    """``ValueError`` where a tensor shares memory with one of others, in part too.
+
+    All are contiguous: others are refused elsewhere.
+    """
+    begin = value.data_ptr()
+    end = begin + value.nbytes
+    for other_name, other in others.items():
+        first = other.data_ptr()
+        if first < end and begin < first + other.nbytes:
+            raise ValueError(
+                f"{name}: got a tensor that shares memory with {other_name}; takes one of its own"
+            )
+
+
 def check_block_size(value: Any) -> None:
     """Check a block size."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
+from qkern.backends import forced, holding
 from qkern.ops import call, forward_derivatives
 from qkern.weight import Weight
 
@@ -33,7 +34,7 @@ class Linear4bit(Function):
         x: Tensor,
         bias: Tensor | None,
         out_features: int,
-        batch_invariant: bool,
+        batch_invariant: bool | None,
         *weight: Any,
     ) -> Tensor:
         """Run the op; save the packed weight when a gradient will need it."""
@@ -62,7 +63,7 @@ class KnownLinear4bit(Function):
         x: Tensor,
         bias: Tensor | None,
         weight: Weight,
-        batch_invariant: bool,
+        batch_invariant: bool | None,
         product: tuple[Tensor],
     ) -> Tensor:
         """Return the result; save the packed weight when a gradient will need it."""
@@ -80,12 +81,13 @@ class KnownLinear4bit(Function):
 record_known_linear_4bit = super(Function, KnownLinear4bit).apply
 
 
-def _save(ctx: Any, x: Tensor, weight: Sequence[Any], batch_invariant: bool) -> None:
+def _save(ctx: Any, x: Tensor, weight: Sequence[Any], batch_invariant: bool | None) -> None:
     """What the gradient of ``x`` needs, if it is needed; ``x`` itself is not."""
     if ctx.needs_input_grad[0]:
         ctx.save_for_backward(*weight[:5])
         ctx.layout = weight[5:]
         ctx.static = (x.shape[-1], batch_invariant)
+        ctx.forced = forced()  # backward may run elsewhere: in autograd's threads, out of the block
 
 
 def _saved_weight(ctx: Any, tensors: Sequence[Any]) -> Weight:
@@ -96,17 +98,20 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of the first two inputs, ``x`` and ``bias``."""
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, _saved_weight(ctx, ctx.saved_tensors), *ctx.static)
+        dx = _input_gradient(ctx, dy, ctx.saved_tensors)
     if ctx.needs_input_grad[1]:
         # Of no dimensions at all, sum() would take every one.
         dbias = dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy
     return dx, dbias
 
 
-def _input_gradient(dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool) -> Tensor:
-    if _is_differentiated():
-        return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
-    return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
+def _input_gradient(ctx: Any, dy: Tensor, tensors: Sequence[Any]) -> Tensor:
+    weight = _saved_weight(ctx, tensors)
+    in_features, batch_invariant = ctx.static
+    with holding(ctx.forced):
+        if _is_differentiated():
+            return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
+        return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
 
 
 def _is_differentiated() -> bool:
@@ -119,7 +124,7 @@ class Linear4bitDx(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, in_features: int, batch_invariant: bool, *weight: Any
+        ctx: Any, dy: Tensor, in_features: int, batch_invariant: bool | None, *weight: Any
     ) -> Tensor:
         """Run the op; save the packed weight when a gradient will need it."""
         _save(ctx, dy, weight, batch_invariant)
@@ -132,10 +137,11 @@ class Linear4bitDx(Function):
         if ctx.needs_input_grad[0]:
             weight = _saved_weight(ctx, ctx.saved_tensors)
             out_features, batch_invariant = ctx.static
-            if _is_differentiated():
-                ddy = recorded_linear_4bit(ddx, None, out_features, batch_invariant, *weight)
-            else:
-                ddy = call("linear_4bit", ddx, weight, out_features, None, batch_invariant)
+            with holding(ctx.forced):
+                if _is_differentiated():
+                    ddy = recorded_linear_4bit(ddx, None, out_features, batch_invariant, *weight)
+                else:
+                    ddy = call("linear_4bit", ddx, weight, out_features, None, batch_invariant)
         return ddy, *_NO_GRADIENTS
 
 
@@ -212,7 +218,7 @@ class LoRALinear4bit(Function):
         product: tuple[Tensor] | None,
         bias: Tensor | None,
         out_features: int,
-        batch_invariant: bool,
+        batch_invariant: bool | None,
         *weight: Any,
     ) -> Tensor:
         """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
@@ -221,13 +227,14 @@ class LoRALinear4bit(Function):
         else:
             y = product[0]
         kept = x if adapter_input is None else adapter_input
-        hidden = add_adapter(y, kept, lora_a, lora_b, scaling)
+        hidden = add_adapter(y, kept, lora_a, lora_b, scaling, batch_invariant)
         trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
         ctx.save_for_backward(
             *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight[:5]
         )
         ctx.layout = weight[5:]
         ctx.static = (x.shape[-1], batch_invariant)
+        ctx.forced = forced()
         ctx.scaling, ctx.shared_input = scaling, adapter_input is None
         return y
 
@@ -249,7 +256,7 @@ class LoRALinear4bit(Function):
         if ctx.needs_input_grad[6]:
             dbias = dy.sum(0)
         if needs_x:
-            dx = _input_gradient(dy, _saved_weight(ctx, tensors), *ctx.static)
+            dx = _input_gradient(ctx, dy, tensors)
         if not (needs_x or needs_input or needs_a or needs_b):
             return (None,) * 6 + (dbias, *_NO_GRADIENTS)
         wide_dy = dy.to(dtype)
@@ -258,25 +265,33 @@ class LoRALinear4bit(Function):
                 hidden = kept.to(dtype) @ lora_a.t()  # the saved one is no function of its factors
             # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
             db = (hidden.t() @ wide_dy * ctx.scaling).t().contiguous()
-        dhidden = wide_dy @ lora_b * ctx.scaling
+        by_rows = ctx.static[1]
+        dhidden = matmul(wide_dy, lora_b, by_rows) * ctx.scaling
         if needs_a:
             da = dhidden.t() @ kept.to(dtype)
         if needs_input:
-            dinput = (dhidden @ lora_a).to(dy.dtype)
+            dinput = matmul(dhidden, lora_a, by_rows).to(dy.dtype)
         elif dx is not None and ctx.shared_input:
             if graph:
-                dx = dx + (dhidden @ lora_a).to(dx.dtype)
+                dx = dx + matmul(dhidden, lora_a, by_rows).to(dx.dtype)
             else:
-                dx = _add_product(dx, dhidden, lora_a)
+                dx = _add_product(dx, dhidden, lora_a, 1.0, by_rows)
         return dx, dinput, da, db, None, None, dbias, *_NO_GRADIENTS
 
 
 def add_adapter(
-    y: Tensor, adapter_input: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+    y: Tensor,
+    adapter_input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    batch_invariant: bool | None,
 ) -> Tensor:
     """Add the adapter's part to ``y``, in place; return ``adapter_input @ lora_a.T``."""
-    hidden = linear(as_dtype(adapter_input, lora_a.dtype), lora_a)
-    _add_product(as_matrix(y), hidden, lora_b.mT, scaling)
+    wide = as_dtype(adapter_input, lora_a.dtype)
+    # For a plain product, linear() takes fewer steps.
+    hidden = matmul(wide, lora_a.mT, True) if batch_invariant else linear(wide, lora_a)
+    _add_product(as_matrix(y), hidden, lora_b.mT, scaling, batch_invariant)
     return hidden
 
 
@@ -332,7 +347,7 @@ class FrozenLinearDx(Function):
     def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
         """Multiply slice by slice; save the weight."""
         ctx.save_for_backward(weight)
-        dx = torch.zeros(dy.shape[0], weight.shape[1], device=dy.device)
+        dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
         for rows, part in _widened_slices(weight):
             dx.addmm_(dy[:, rows].float(), part)
         return dx.to(dy.dtype)
@@ -348,14 +363,46 @@ def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows and those rows in float32, in one buffer that the next slice overwrites."""
     out_features, in_features = weight.shape
     step = max(_SLICE_BYTES // (4 * in_features), 1)
-    buffer = torch.empty(min(step, out_features), in_features, device=weight.device)
+    shape = (min(step, out_features), in_features)
+    buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
     for begin in range(0, out_features, step):
         rows = slice(begin, min(begin + step, out_features))
         yield rows, buffer[: rows.stop - begin].copy_(weight[rows])
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """``total += alpha * a @ b``, in place, rounded once; in one dtype, without a temporary."""
-    if a.dtype is total.dtype:
+_ROWS = 32  # of a batch-invariant product's parts: enough to be worth a call of the library
+
+
+def matmul(a: Tensor, b: Tensor, batch_invariant: bool | None) -> Tensor:
+    """``a @ b``; batch-invariant, a row's bits do not depend on the rows that come with it.
+
+    A library may choose its code by the number of rows and by the address's alignment. So each
+    part that it is given has the same number of rows, zeros if need be, in memory of its own.
+    """
+    if not batch_invariant or torch.compiler.is_compiling():
+        return a @ b
+    return torch.cat([(part @ b)[:rows] for part, rows in _parts(a)]) if len(a) else a @ b
+
+
+def _parts(a: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Copies of ``_ROWS`` rows each, and how many of them are ``a``'s."""
+    for part in a.split(_ROWS):
+        yield pad(part, (0, 0, 0, _ROWS - len(part))), len(part)
+
+
+def _add_product(
+    total: Tensor, a: Tensor, b: Tensor, alpha: float, batch_invariant: bool | None
+) -> Tensor:
+    """``total += alpha * a @ b``, in place, rounded once; in one dtype, without a temporary.
+
+    Batch-invariant as `matmul` is.
+    """
+    if a.dtype is not total.dtype:
+        return total.add_(matmul(a, b, batch_invariant), alpha=alpha)
+    if not batch_invariant or torch.compiler.is_compiling():
         return total.addmm_(a, b, alpha=alpha)
-    return total.add_(a @ b, alpha=alpha)
+    for target, (sums, rows), (part, _) in zip(
+        total.split(_ROWS), _parts(total), _parts(a), strict=True
+    ):
+        target.copy_(sums.addmm_(part, b, alpha=alpha)[:rows])
+    return total

@@ -59,6 +59,8 @@ NESTED_BLOCK_SIZE = 256
 """Number of absmax values that share one second-level scale in double quantisation."""
 STATE_BLOCK_SIZE = 256
 """Number of an 8-bit optimizer state's elements that share one scale."""
+MAX_GRADIENT = 2.0**63
+"""The largest magnitude of a finite gradient in 8-bit moments: its square is a float32."""
 
 MAPS = ("signed", "unsigned")
 
@@ -298,6 +300,7 @@ def header() -> str:
         f"inline constexpr int kMaxBlockSize = {MAX_BLOCK_SIZE};",
         f"inline constexpr int kNestedBlockSize = {NESTED_BLOCK_SIZE};",
         f"inline constexpr int kStateBlockSize = {STATE_BLOCK_SIZE};",
+        f"inline constexpr float kMaxGradient = {_float_literal(MAX_GRADIENT)};",
         "",
         _float_array("kNf4Codes", NF4_CODES, "Value of each NF4 code, ascending."),
         "",

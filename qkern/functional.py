@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,41 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
-from torch.nn.functional import linear
 
-from qkern import _errors, formats
+from qkern import _errors, formats, reference
+from qkern._settings import batch_invariance, none_set
 from qkern.autograd import (
     LoRALinear4bit,
     add_adapter,
     as_dtype,
     as_matrix,
+    matmul,
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
 from qkern.backends import has_cpu_matmul, num_threads
-from qkern.ops import assume, call, forward_derivatives, undispatched
+from qkern.ops import assume, call, forward_derivatives, is_watched, undispatched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
 
-_batch_invariant = False
+_traced_batch_invariant: bool | None = None
+"""In code that a compiler traces, what a block there sets. None: the op asks when it runs."""
 
 
 @contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Make each row's result independent of how many rows come with it, for 4-bit matmuls.
 
-    Holds inside the ``with`` block, in all threads, and for the backward of a forward done inside.
-    Off by default, because it can cost speed.
+    So it is for what ``lora_linear`` adds, and for the gradient of ``x``. Off by default, because
+    it costs speed: the adapter's products are then computed 32 rows at a time.
+
+    Holds for the code in the ``with`` block, in the thread or task that entered it and in tasks
+    made inside; and for the backward of a forward done inside. It does not hold in other threads,
+    such as those of ``DataParallel``. A checkpointed forward runs again in ``backward``: put the
+    block into the checkpointed function, or ``backward`` into the block too, which reentrant
+    checkpoints on a GPU do not see. Graphs of ``torch.compile`` take
+    what is in force when they run, forward and backward each, unless the block is in the compiled
+    function itself; in them, products with adapters are the compiler's and may depend on the rows.
     """
-    global _batch_invariant
-    previous = _batch_invariant
-    _batch_invariant = bool(enabled)
-    try:
-        yield
-    finally:
-        _batch_invariant = previous
+    global _traced_batch_invariant
+    if torch.compiler.is_dynamo_compiling():
+        previous = _traced_batch_invariant
+        _traced_batch_invariant = bool(enabled)
+        try:
+            yield
+        finally:
+            _traced_batch_invariant = previous
+    else:
+        with batch_invariance.held(bool(enabled)):
+            yield
+
+
+def _batch_invariant() -> bool | None:
+    """Whether rows must not depend on one another here."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_batch_invariant
+    return not none_set() and (batch_invariance.get() or False)
 
 
 def quantize_4bit(
@@ -68,28 +90,32 @@ def quantize_4bit(
         16 finite float32 values in any order; a scaled weight lies in [-1, 1]. The tensor itself is
         kept when it is on ``w``'s device.
     ``check_finite``
-        raise on a NaN or an infinity; unchecked, its block dequantises to NaN (with
-        ``double_quant`` every block does).
+        raise on a NaN or an infinity, in ``w`` or in what it dequantises to: near the end of
+        ``w``'s dtype, a scale rounded up to 8 bits or a codebook beyond [-1, 1] can overflow it.
+        Unchecked, a block that holds one dequantises to NaN (with ``double_quant`` every block
+        does), and values that overflow to infinities.
 
     Raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong value, naming the
     first bad block of a ``w`` that is not finite.
+
+    One scale far above the others costs these their precision with ``double_quant``: 256 share a
+    range. None becomes negative, but small ones may become 0.
     """
     _errors.check_float_tensor("w", w)
+    _check_memory("w", w)
     _errors.check_format(format, codebook)
     _errors.check_block_size(block_size)
     if codebook is not None:
-        codebook = _checked_codebook(codebook).to(w.device)
+        codebook = _checked_codebook(codebook)
+        if codebook.is_meta:  # it cannot be brought from there
+            _errors.check_device("codebook", codebook, w.device, "w")
+        codebook = codebook.to(w.device)
     w = w.detach()
     packed, absmax = call("quantize_4bit", w, format, block_size, codebook)
     scales, nested_absmax, nested_offset = absmax, None, None
     if double_quant:
         scales, nested_absmax, nested_offset = call("quantize_absmax", absmax)
-    if check_finite and not w.is_meta:
-        # The offset is the mean of absmax: NaN where any is.
-        suspects = absmax if nested_offset is None else nested_offset
-        if suspects.isnan().any():
-            _raise_not_finite(absmax, block_size, w.numel())
-    return QuantizedTensor(
+    quantized = QuantizedTensor(
         packed,
         scales,
         nested_absmax,
@@ -100,19 +126,69 @@ def quantize_4bit(
         tuple(w.shape),
         w.dtype,
     )
+    if check_finite and not w.is_meta and not _is_surely_finite(quantized):
+        if absmax.isnan().any():
+            _raise_not_finite(absmax, block_size, w.numel())
+        _check_overflow(quantized, absmax)
+    return quantized
+
+
+def _is_surely_finite(qw: QuantizedTensor) -> bool:
+    """Whether no value can dequantise to a NaN or an infinity, by the largest scales alone."""
+    if qw.numel() == 0:
+        return True
+    if qw.nested_absmax is None or qw.nested_offset is None:
+        largest = qw.absmax.max()
+    else:
+        # The last entry of the map is 1, and rounding keeps an order. NaN where any scale is.
+        largest = qw.nested_absmax.max() + qw.nested_offset
+    if qw.codebook is not None:
+        largest = largest * qw.codebook.abs().max()
+    return math.isfinite(largest.to(qw.dtype).item())
 
 
 def _raise_not_finite(absmax: Tensor, block_size: int, n: int) -> None:
     block = int(absmax.isnan().nonzero()[0])
-    first, last = block * block_size, min((block + 1) * block_size, n) - 1
     raise ValueError(
-        f"w: got a NaN or an infinity in block {block} (elements {first} to {last} of the "
-        "flattened tensor); takes finite values, or check_finite=False"
+        f"w: got a NaN or an infinity in {_block_name(block, block_size, n)}; takes finite values, "
+        "or check_finite=False"
     )
+
+
+def _block_name(block: int, block_size: int, n: int) -> str:
+    first, last = block * block_size, min((block + 1) * block_size, n) - 1
+    return f"block {block} (elements {first} to {last} of the flattened tensor)"
+
+
+def _check_overflow(qw: QuantizedTensor, absmax: Tensor) -> None:
+    """``ValueError`` for the first value that dequantises to an infinity in the weight's dtype.
+
+    ``absmax`` has the scales before they were quantised.
+    """
+    for start, values in reference.decoded_pieces(qw.weight, qw.numel()):
+        infinite = values.to(qw.dtype).isinf()
+        if not infinite.any():
+            continue
+        block = (start + int(infinite.nonzero()[0])) // qw.block_size
+        scale = absmax[block]
+        factor = 1.0 if qw.codebook is None else qw.codebook.abs().max()
+        remedies = ["smaller values", "a w of a wider dtype", "check_finite=False"]
+        if qw.double_quant and (scale * factor).to(qw.dtype).isfinite():
+            restored = reference.restored_absmax(qw.weight, block, block + 1)[0]
+            reason = f"its scale {scale:.8g} becomes {restored:.8g} in 8 bits"
+            remedies.insert(0, "double_quant=False")
+        else:
+            reason = f"the codebook multiplies its scale {scale:.8g} by up to {factor:.8g}"
+        name = _block_name(block, qw.block_size, qw.numel())
+        raise ValueError(
+            f"w: got {name}, which dequantises to an infinity in {qw.dtype}: {reason}; takes "
+            f"{', '.join(remedies[:-1])} or {remedies[-1]}"
+        )
 
 
 def _checked_codebook(codebook: Any) -> Tensor:
     _errors.check_buffer("codebook", codebook, torch.float32, (16,))
+    _check_memory("codebook", codebook)
     values = codebook.detach()
     if values.is_meta:
         return values
@@ -132,6 +208,12 @@ def dequantize_4bit(
     return qw.dequantize(dtype, out=out)
 
 
+def _check_memory(name: str, value: Tensor) -> None:
+    """`_errors.check_memory` of what torch will read; of what is traced nothing is asked."""
+    if not is_watched():
+        _errors.check_memory(name, value)
+
+
 def _check_quantized(name: str, value: Any) -> None:
     if not isinstance(value, QuantizedTensor):
         raise TypeError(f"{name}: got {_errors.type_name(value)}; takes a QuantizedTensor")
@@ -141,6 +223,7 @@ def _map(map: str | Tensor, device: torch.device) -> Tensor:
     if isinstance(map, str):
         return formats.map_tensor(map, device)
     _errors.check_buffer("map", map, torch.float32, (256,))
+    _check_memory("map", map)
     _errors.check_device("map", map, device, "the data")
     # Also false where a value is NaN.
     if not map.is_meta and not ((map[1:] >= map[:-1]).all() and map[[0, -1]].isfinite().all()):
@@ -216,12 +299,13 @@ def linear_by_weight(
     """`linear_4bit` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
     y = _by_kernel_alone(x, weight, shape, bias)
     if y is None:
+        invariant = _batch_invariant()
         x, bias = _checked_input(x, weight, shape, bias)
         if _is_recorded(x, bias):
-            return recorded_linear_4bit(x, bias, shape[0], _batch_invariant, *weight)
-        return _linear_4bit(x, *weight, shape[0], bias, _batch_invariant)
+            return recorded_linear_4bit(x, bias, shape[0], invariant, *weight)
+        return _linear_4bit(x, *weight, shape[0], bias, invariant)
     if _is_recorded(x, bias):
-        return record_known_linear_4bit(x, bias, weight, _batch_invariant, (y,))
+        return record_known_linear_4bit(x, bias, weight, _batch_invariant(), (y,))
     return y
 
 
@@ -238,7 +322,8 @@ def _by_kernel_alone(
     kernel = backend.fast.get("linear_4bit")
     if kernel is None:
         return None
-    return kernel(x, weight, shape[0], bias, _batch_invariant, num_threads(), shape[1])
+    invariant = not none_set() and (batch_invariance.get() or False)
+    return kernel(x, weight, shape[0], bias, invariant, num_threads(), shape[1])
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
@@ -281,8 +366,10 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both in the autocast dtype where they are floating point, else as they are."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype in _errors.FLOAT_DTYPES:
+        _check_memory("x", x)
         x = x.to(dtype)
     if isinstance(bias, Tensor) and bias.dtype in _errors.FLOAT_DTYPES:
+        _check_memory("bias", bias)
         bias = bias.to(dtype)
     return x, bias
 
@@ -363,12 +450,14 @@ def lora_by_weight(
     dropout_p: float,
 ) -> Tensor:
     """`lora_linear` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
+    invariant = _batch_invariant()
     y = _by_kernel_alone(x, weight, shape, bias)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
     out_features, in_features = shape
-    _check_adapter("lora_a", lora_a, x, None, in_features)
-    _check_adapter("lora_b", lora_b, x, out_features, lora_a.shape[0])
+    read = y is not None  # and so nobody watches
+    _check_adapter("lora_a", lora_a, x, None, in_features, read)
+    _check_adapter("lora_b", lora_b, x, out_features, lora_a.shape[0], read)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability from 0 to below 1")
     matrix = as_matrix(x)
@@ -379,29 +468,36 @@ def lora_by_weight(
     lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
     if forward_derivatives():
         # Separately: the function of both has no tangents.
-        y = recorded_linear_4bit(matrix, bias, out_features, _batch_invariant, *weight)
+        y = recorded_linear_4bit(matrix, bias, out_features, invariant, *weight)
         kept = matrix if adapter_input is None else adapter_input
-        hidden = linear(as_dtype(kept, adapter_dtype), lora_a)
-        y = y + as_dtype(linear(hidden, lora_b) * scaling, y.dtype)
+        hidden = matmul(as_dtype(kept, adapter_dtype), lora_a.mT, invariant)
+        y = y + as_dtype(matmul(hidden, lora_b.mT, invariant) * scaling, y.dtype)
     elif torch.is_grad_enabled():
         known = None if y is None else (y,)
         adapter = (adapter_input, lora_a, lora_b, scaling)
-        base = (bias, out_features, _batch_invariant, *weight)
+        base = (bias, out_features, invariant, *weight)
         y = LoRALinear4bit.apply(matrix, *adapter, known, *base)
     else:
         if y is None:
-            y = _linear_4bit(matrix, *weight, out_features, bias, _batch_invariant)
-        add_adapter(y, matrix if adapter_input is None else adapter_input, lora_a, lora_b, scaling)
+            y = _linear_4bit(matrix, *weight, out_features, bias, invariant)
+        kept = matrix if adapter_input is None else adapter_input
+        add_adapter(y, kept, lora_a, lora_b, scaling, invariant)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], out_features)
 
 
-@torch.compiler.assume_constant_result
 def _cpu_matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     """``dtype``, or float32 where a CPU's matmuls in ``dtype`` are emulated."""
     return dtype if has_cpu_matmul(dtype) else torch.float32
 
 
-def _check_adapter(name: str, value: Any, x: Tensor, rows: int | None, columns: int) -> None:
+# What torch.compiler.assume_constant_result sets. It would import the compiler, which takes longer
+# than all else that qkern imports.
+_cpu_matmul_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_adapter(
+    name: str, value: Any, x: Tensor, rows: int | None, columns: int, read: bool
+) -> None:
     _errors.check_float_tensor(name, value)
     shape = value.shape
     if len(shape) != 2 or shape[1] != columns or rows not in (None, shape[0]):
@@ -409,3 +505,5 @@ def _check_adapter(name: str, value: Any, x: Tensor, rows: int | None, columns: 
         raise ValueError(f"{name}: got shape {list(shape)}; takes {takes}")
     if not (value.is_cpu and x.is_cpu):  # two devices take longer to compare
         _errors.check_device(name, value, x.device, "x")
+    if read or not is_watched():
+        _errors.check_memory(name, value)

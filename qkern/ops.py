@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkern import _errors, backends, formats, weight
+from qkern._settings import batch_invariance, forced_backend, none_set
 from qkern.backends import Backend, num_threads, select
 from qkern.weight import Weight
 
@@ -112,15 +113,17 @@ class Op:
     def run_fake(self, *args: Any) -> Any:
         """The fake kernel as torch calls it.
 
-        Raises ``ValueError`` for a weight in parts: torch takes an op with any tensor on meta for
-        one on meta, and would hand out memory that nobody fills.
+        Raises ``ValueError`` for tensors on several devices: torch takes an op with any tensor on
+        meta for one on meta, and would hand out memory that nobody fills.
         """
         args = self.gather(args)
-        if self.weight_at is not None:
-            device = (args[0].packed if self.weight_at == 0 else args[0]).device
-            for name, tensor in zip(Weight._fields, args[self.weight_at].tensors, strict=False):
-                if tensor is not None:
-                    _errors.check_device(name, tensor, device, "the others")
+        named = [
+            found
+            for pair in zip(self.parameters, args, strict=False)
+            for found in weight.tensors_of(*pair)
+        ]
+        for name, tensor in named[1:]:
+            _errors.check_device(name, tensor, named[0][1].device, named[0][0])
         return self.fake(*args)
 
 
@@ -201,18 +204,22 @@ OPS: Mapping[str, Op] = MappingProxyType(
             ),
             Op(
                 "linear_4bit(Tensor x, Weight weight, SymInt out_features, Tensor? bias=None,"
-                " bool batch_invariant=False) -> Tensor",
+                " bool? batch_invariant=False) -> Tensor",
                 _product_fake,
             ),
             Op(
                 "linear_4bit_dx(Tensor dy, Weight weight, SymInt in_features,"
-                " bool batch_invariant=False) -> Tensor",
+                " bool? batch_invariant=False) -> Tensor",
                 _product_fake,
             ),
         )
     }
 )
-"""Every op by name: where a new one is declared."""
+"""Every op by name: where a new one is declared.
+
+A matmul whose ``batch_invariant`` is None takes what is in force where it runs: in graphs of a
+compiler, that is not known before.
+"""
 
 
 def _implementation(op: Op) -> Callable[..., Any]:
@@ -220,16 +227,19 @@ def _implementation(op: Op) -> Callable[..., Any]:
     name, writes, at, defaults = op.name, op.writes, op.weight_at, op.defaults
     left_out = [defaults[given:] for given in range(len(defaults) + 1)]
     end = 0 if at is None else at + _FIELDS
+    asks = op.parameters[-1] == "batch_invariant"
 
     def run(*args: Any) -> Any:
         # torch leaves out trailing arguments that have their default value.
         args += left_out[len(args)]
+        if asks and args[-1] is None:
+            args = (*args[:-1], bool(batch_invariance.get()))
         first = args[0]
         if type(first) is list:
             if not first:
                 return None
             first = first[0]
-        backend = backends.selected.get(first.device) or select(first.device)
+        backend = select(first.device)
         kernel = backend.fast.get(name)
         if at is not None:
             # Read as any tuple; the named tuple's own constructor takes longer.
@@ -275,14 +285,9 @@ def forward_derivatives() -> bool:
     return forward_ad._current_level >= 0
 
 
-def undispatched() -> Backend | None:
-    """The backend of CPU tensors where its functions may be called without the dispatcher, or None.
-
-    None where somebody would miss the op: tracers, modes, functorch's transforms, profilers and
-    forward-mode derivatives. What depends on the tensors is the caller's to look after: gradients,
-    autocast, and that they are plain, which `Backend.fast` looks after itself.
-    """
-    if (
+def is_watched() -> Any:
+    """Whether somebody would miss an op that does not go through the dispatcher."""
+    return (
         _is_dynamo_compiling()
         or _dispatch_modes()
         or _function_modes()
@@ -290,10 +295,23 @@ def undispatched() -> Backend | None:
         or _is_tracing()
         or _is_profiled()
         or forward_ad._current_level >= 0
-    ):
+    )
+
+
+def undispatched() -> Backend | None:
+    """The backend of CPU tensors where its functions may be called without the dispatcher, or None.
+
+    None where somebody would miss the op: tracers, modes, functorch's transforms, profilers and
+    forward-mode derivatives. What depends on the tensors is the caller's to look after: gradients,
+    autocast, and that they are plain, which `Backend.fast` looks after itself.
+    """
+    if is_watched():
         return None
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
-    return backends.selected.get(_CPU)
+    if none_set() or (forced := forced_backend.get()) is None:
+        return backends.selected.get(_CPU)
+    known: Backend | None = forced.selected.get(_CPU)
+    return known
 
 
 def _plain_keys() -> frozenset[int]:

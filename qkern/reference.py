@@ -94,7 +94,7 @@ def quantize_4bit(
     return packed, absmax
 
 
-def _restored_absmax(weight: Weight, start: int, stop: int) -> Tensor:
+def restored_absmax(weight: Weight, start: int, stop: int) -> Tensor:
     """Float32 absmax of blocks ``start`` to ``stop``: two roundings, no fused multiply-add."""
     absmax = weight.absmax[start:stop]
     if weight.nested_absmax is None:
@@ -115,7 +115,7 @@ def _decoded(weight: Weight, start: int, stop: int) -> Tensor:
     codes = torch.stack((piece >> 4, piece & 15), dim=1).view(-1).long()
     codes = codes[start - 2 * first_byte :][: stop - start]
     first_block = start // block_size
-    scales = _restored_absmax(weight, first_block, formats.num_blocks(stop, block_size))
+    scales = restored_absmax(weight, first_block, formats.num_blocks(stop, block_size))
     block = torch.arange(start, stop, device=packed.device) // block_size - first_block
     return table[codes] * scales[block]
 
@@ -130,10 +130,14 @@ def dequantize_4bit(weight: Weight, shape: Sequence[int], dtype: torch.dtype) ->
 def dequantize_4bit_out(weight: Weight, out: Tensor) -> None:
     """``dequantize_4bit`` into the contiguous ``out``, whose shape and dtype are the result's."""
     flat = out.view(-1)
-    n = flat.numel()
+    for start, values in decoded_pieces(weight, flat.numel()):
+        flat[start : start + values.numel()] = values
+
+
+def decoded_pieces(weight: Weight, n: int) -> Iterator[tuple[int, Tensor]]:
+    """Float32 pieces of a weight of ``n`` elements with their first element's index."""
     for start in range(0, n, _PIECE):
-        stop = min(start + _PIECE, n)
-        flat[start:stop] = _decoded(weight, start, stop)
+        yield start, _decoded(weight, start, min(start + _PIECE, n))
 
 
 def byte_thresholds(map: Tensor) -> Tensor:
@@ -185,6 +189,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset is the mean of ``absmax``: the exact sum rounded to float64, divided in float64, rounded
     to float32, so it does not depend on the order of summation. A NaN anywhere makes the
     offset, and with it every restored value, NaN.
+
+    A code is that of the nearest value, among those that restore to no negative scale: one would
+    turn the signs of its block. Where all do, which takes negative ``absmax``, it is 255.
     """
     if not absmax.isfinite().all():
         mean = math.nan
@@ -193,7 +200,16 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = torch.tensor(mean, dtype=torch.float32, device=absmax.device)
     map = formats.map_tensor("signed", absmax.device)
     codes, nested_absmax = quantize_8bit(absmax - offset, map, formats.NESTED_BLOCK_SIZE)
+    group = torch.arange(absmax.numel(), device=absmax.device) // formats.NESTED_BLOCK_SIZE
+    codes = torch.maximum(codes, _least_codes(map, nested_absmax, offset)[group].view(codes.shape))
     return codes, nested_absmax, offset
+
+
+def _least_codes(map: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """For each group the smallest code that restores to no negative scale, uint8 ``[groups]``."""
+    # Restored values ascend with the code, since rounding keeps an order.
+    negative = map * nested_absmax[:, None] + offset < 0
+    return negative.sum(dim=1).clamp(max=255).to(torch.uint8)
 
 
 ADAMW_FACTORS = len(formats.ADAMW_FACTORS)
@@ -246,7 +262,7 @@ def adamw_factors(
         "skip": skip,
         "step": steps,
     }
-    factors = torch.empty(len(steps), ADAMW_FACTORS, device=steps.device)
+    factors = torch.empty(len(steps), ADAMW_FACTORS, dtype=torch.float32, device=steps.device)
     for index, name in enumerate(formats.ADAMW_FACTORS):
         factors[:, index] = columns[name]
     return factors
@@ -270,7 +286,9 @@ def adamw_step(
     float32 arithmetic without fused operations, and rounded once. The moments are float32 of the
     parameter's shape; or uint8 codes of it, with float32 scales ``[ceil(n / 256)]`` in
     ``exp_avg_absmaxes`` and ``exp_avg_sq_absmaxes``, which are empty otherwise: ``exp_avg`` on the
-    signed dynamic map, ``exp_avg_sq`` on the unsigned one, quantised as `quantize_8bit` does.
+    signed dynamic map, ``exp_avg_sq`` on the unsigned one, quantised as `quantize_8bit` does. With
+    codes a finite gradient counts as at most ``formats.MAX_GRADIENT``, 2^63: the square of a larger
+    one might be infinite, which would make its block of 256 NaN.
 
     Row ``indices[k]`` of ``factors``, float32 ``[rows, 10]`` on the parameters' device, holds what
     else parameter ``k`` is updated by: see `adamw_factors`.
@@ -289,8 +307,13 @@ def adamw_step(
         states += [(exp_avg_sqs[k], exp_avg_sq_absmaxes[k : k + 1], "unsigned")]
         m, v = (_moment(state, absmax, name) for state, absmax, name in states)
         g = grad.float() * scale
+        if exp_avg_absmaxes:
+            limit = formats.MAX_GRADIENT
+            g = torch.where(g.isfinite(), g.clamp(-limit, limit), g)
         m = m + (g - m) * beta1_complement
-        v = v * beta2 + g * g * beta2_complement
+        # Where the square is infinite, the other way about, as torch multiplies always.
+        share = torch.where(g * g == math.inf, beta2_complement * g * g, g * g * beta2_complement)
+        v = v * beta2 + share
         # Through float64, because torch's float32 square root may miss the last bit.
         denominator = v.double().sqrt().float() * root_inverse + eps
         new = param.float() * decay - m * step_size / denominator

@@ -95,8 +95,7 @@ class QuantizedTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field name."""
-        named = zip(Weight._fields, self.weight.tensors, strict=False)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        return self.weight.named_tensors()
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +131,8 @@ class QuantizedTensor:
         """This weight on ``device``; itself when nothing changes.
 
         ``dtype`` (float32, bfloat16 or float16, also as the only positional argument) changes what
-        ``dequantize`` returns by default, never the stored codes and scales.
+        ``dequantize`` returns by default, never the stored codes and scales. What is beyond the
+        dtype's range then dequantises to infinities, as a cast of a dense tensor gives them.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:
@@ -158,7 +158,8 @@ class QuantizedTensor:
 
         ``dtype`` is float32, bfloat16 or float16 and defaults to ``out``'s, else to ``self.dtype``.
         ``out`` is a contiguous tensor of that dtype, this shape and this device to write into; it
-        is returned. Raises ``TypeError`` or ``ValueError`` when it is not.
+        is returned. Raises ``TypeError`` or ``ValueError`` when it is not, and where ``out`` shares
+        memory with this weight.
         """
         if out is None:
             if dtype is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Weight(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields that are tensors, in order; absent ones are None."""
         return self[:5]
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The tensors that exist, by field."""
+        named = zip(self._fields, self.tensors, strict=False)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +74,18 @@ def as_float32(tensor: _Tensor) -> _Tensor:
     if tensor is None or tensor.dtype is not torch.int32:
         return tensor
     return tensor.view(torch.float32)
+
+
+def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an op's argument, with names: itself, a weight's, a list's."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Weight):
+        for field, tensor in zip(Weight._fields, value.tensors, strict=False):
+            yield from tensors_of(field, tensor)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from tensors_of(f"{name}[{index}]", item)
 
 
 SCHEMA = (

@@ -6,8 +6,10 @@ A table in device memory holds the tensors' addresses. The arithmetic is that of
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +23,8 @@ from qkern.triton_kernels.codec import block_absmax, block_reciprocal, count_bel
 _BLOCK = tl.constexpr(formats.STATE_BLOCK_SIZE)
 _QUIET_NAN = tl.constexpr(0x7FC0)
 """bfloat16's."""
+_MAX_GRADIENT = tl.constexpr(formats.MAX_GRADIENT)
+_INFINITY = tl.constexpr(math.inf)
 
 # A row of the table, int64: the addresses of a parameter's tensors (0 is absent) and factors, its
 # number of elements, its number among all, the first of its blocks of random numbers, the seed, and
@@ -108,6 +112,14 @@ def _round_stochastically(x, random):
     return (
         tl.where(x != x, _QUIET_NAN, bits.to(tl.int32)).to(tl.int16).to(tl.bfloat16, bitcast=True)
     )
+
+
+@triton.jit
+def _bounded(grad):
+    """A finite gradient whose square is finite; an infinity and a NaN stay what they are."""
+    bounded = tl.where(grad < 0.0, -_MAX_GRADIENT, _MAX_GRADIENT)
+    magnitude = tl.abs(grad)
+    return tl.where((magnitude > _MAX_GRADIENT) & (magnitude < _INFINITY), bounded, grad)
 
 
 @triton.jit
@@ -199,8 +211,15 @@ def _update(
     )
 
     g = grad * grad_scale
+    if CODES:
+        # An infinite moment would make its block NaN.
+        g = _bounded(g)
     m = m + (g - m) * beta1_complement
-    v = v * beta2 + (g * g) * beta2_complement
+    share = (g * g) * beta2_complement
+    if not CODES:
+        # Where the square is infinite, the other way about, as torch multiplies always.
+        share = tl.where(g * g == _INFINITY, (beta2_complement * g) * g, share)
+    v = v * beta2 + share
     denominator = tl.math.sqrt_rn(v) * root_bias2_inverse + eps
     param = param * decay - tl.math.div_rn(m * step_size, denominator)
 
@@ -315,7 +334,7 @@ def _on_device(words: Sequence[int], device: torch.device) -> Tensor:
 
 
 def adamw_step(
-    pieces: Sequence[tuple[int, ...]],
+    pieces: Sequence[tuple[Any, ...]],
     in_codes: bool,
     seed: int | None,
     device: torch.device,
@@ -329,6 +348,8 @@ def adamw_step(
     tables: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
     programs: Counter[tuple[int, bool]] = Counter()
     for *addresses, dtype, n, index, offset in pieces:
+        # An absent scale is one that no kernel looks at.
+        addresses = [address or 0 for address in addresses]
         kind = dtype, all(address % _WIDEST.value == 0 for address in addresses[:4])
         first_block = offset // _BLOCK.value
         tables[kind] += [*addresses, n, index, first_block, seed or 0, programs[kind]]

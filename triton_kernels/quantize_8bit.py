@@ -11,9 +11,19 @@ from qkern.triton_kernels.codec import UNIT, block_absmax, block_reciprocal, cou
 
 
 @triton.jit
+def _least_codes(map_ptr, nested_absmax, offset):
+    """For each group the smallest code that restores to no negative scale, or the last."""
+    # Restored values ascend with the code, since rounding keeps an order.
+    map = tl.load(map_ptr + tl.arange(0, 256))
+    restored = map[None, :] * nested_absmax[:, None] + offset
+    return tl.minimum(tl.sum(tl.where(restored < 0.0, 1, 0), axis=1), 255)
+
+
+@triton.jit
 def _quantize_8bit_kernel(
     x_ptr,
     offset_ptr,
+    map_ptr,
     thresholds_ptr,
     codes_ptr,
     absmax_ptr,
@@ -22,7 +32,10 @@ def _quantize_8bit_kernel(
     BLOCKS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """``BLOCKS`` blocks a program, of ``x - offset`` where there is an offset."""
+    """``BLOCKS`` blocks a program.
+
+    With an offset, of scales: of ``x - offset``, by codes that ``map`` restores to none below zero.
+    """
     tl.static_assert(BLOCK_SIZE // UNIT * UNIT == BLOCK_SIZE)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -35,25 +48,33 @@ def _quantize_8bit_kernel(
     absmax = block_absmax(x)
     tl.store(absmax_ptr + block, absmax, mask=inside)
     codes = count_below(thresholds_ptr, x * block_reciprocal(absmax)[:, None], 8)
+    if offset_ptr is not None:
+        least = _least_codes(map_ptr, absmax, tl.load(offset_ptr))
+        codes = tl.maximum(codes, least[:, None])
     tl.store(codes_ptr + element, codes.to(tl.uint8), mask=mask)
 
 
 def encode_bytes(
     x: Tensor,
     offset: Tensor | None,
+    map: Tensor | None,
     thresholds: Tensor,
     block_size: int,
     codes: Tensor,
     absmax: Tensor,
     target: launch.Target,
 ) -> None:
-    """Codes of the contiguous, not empty ``x``, less ``offset``, by ``codec.byte_thresholds``."""
+    """Codes of the contiguous, not empty ``x`` by ``codec.byte_thresholds``.
+
+    ``offset`` and ``map`` come with scales: see the kernel.
+    """
     n = x.numel()
     config = launch.codes(target)
     blocks = max(1, config.elements // block_size)
     _quantize_8bit_kernel[(triton.cdiv(n, blocks * block_size),)](
         x,
         offset,
+        map,
         thresholds,
         codes,
         absmax,
@@ -69,4 +90,4 @@ def quantize_8bit(
     x: Tensor, map: Tensor, block_size: int, codes: Tensor, absmax: Tensor, target: launch.Target
 ) -> None:
     """Codes of the contiguous, not empty ``x`` by an ascending ``map``, scales into ``absmax``."""
-    encode_bytes(x, None, codec.byte_thresholds(map), block_size, codes, absmax, target)
+    encode_bytes(x, None, None, codec.byte_thresholds(map), block_size, codes, absmax, target)

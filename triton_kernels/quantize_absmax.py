@@ -121,6 +121,7 @@ def quantize_absmax(
     encode_bytes(
         absmax,
         nested_offset,
+        codec.dynamic_map("signed", device),
         codec.dynamic_thresholds("signed", device),
         formats.NESTED_BLOCK_SIZE,
         codes,

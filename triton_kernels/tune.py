@@ -27,6 +27,27 @@ def milliseconds(start: Callable[[], None]) -> float:
     return float(triton.testing.do_bench(start, return_mode="median"))
 
 
+def _read(file: Path) -> dict[str, list[int]]:
+    """The choices in a file, none where there is no file; ``ValueError`` where it has others."""
+    try:
+        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"QKERN_TRITON_TUNE: got {str(file)!r}, which cannot be read ({error}); takes a file "
+            "that it wrote, or a new one"
+        ) from error
+    if not isinstance(found, dict) or not all(map(_is_tile, found.values())):
+        raise ValueError(
+            f"QKERN_TRITON_TUNE: got {str(file)!r}, which has no tiles; takes a file that it "
+            "wrote, or a new one"
+        )
+    return found
+
+
+def _is_tile(value: object) -> bool:
+    return isinstance(value, list) and list(map(type, value)) == [int] * 4
+
+
 def matmul(
     op: str,
     start: Callable[[launch.Matmul], None],
@@ -47,7 +68,7 @@ def matmul(
     file = Path(path)
     choices = _CHOICES.get(file)
     if choices is None:
-        choices = _CHOICES[file] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        choices = _CHOICES[file] = _read(file)
     # Numbers of rows between two powers of two have the same best tile, nearly.
     problem = (
         f"{op} {target.kind} {target.arch} {dtype} {1 << (rows - 1).bit_length()} {out} {depth}"

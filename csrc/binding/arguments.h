@@ -1,9 +1,10 @@
 // How integers become the arguments of an op, whoever passes them: Python, for the CPU and for
 // CUDA, or another process (the emulator of AArch64). Knows nothing of Python.
 //
-// Pointers arrive as addresses (0 or None = absent) of tensors that qkern/backends has checked;
-// sizes and strides are in elements. A list is its length and then its items, a tuple its items,
-// None is kNone. (tensors.cpp reads tensors themselves.)
+// Pointers arrive as addresses of tensors that qkern/backends has checked; sizes and strides are in
+// elements. A list is its length and then its items, a tuple its items, None is kNone. Only None
+// says that a tensor is absent: the address of one whose memory was freed is 0, which is refused.
+// (tensors.cpp reads tensors themselves.)
 #pragma once
 
 #include <climits>
@@ -38,6 +39,19 @@ struct BlockSize {
   Size& value;
 };
 
+// Marks a pointer that may be absent.
+template <typename T>
+struct Optional {
+  T*& value;
+};
+template <typename T>
+Optional(T*&) -> Optional<T>;
+
+// Marks a handle of the CUDA driver, of which 0 is one like any other.
+struct Handle {
+  void*& value;
+};
+
 // The values of one call, each read once and in order.
 class Arguments {
  public:
@@ -68,8 +82,16 @@ class Arguments {
   template <typename T>
   void read_one(T*& pointer) {
     const Size address = value();
-    pointer =
-        address == kNone ? nullptr : reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+    require(address != kNone, "address: got None; takes that of a tensor");
+    pointer = at<T>(address);
+  }
+  template <typename T>
+  void read_one(Optional<T>& pointer) {
+    const Size address = value();
+    pointer.value = address == kNone ? nullptr : at<T>(address);
+  }
+  void read_one(Handle& handle) {
+    handle.value = reinterpret_cast<void*>(static_cast<std::uintptr_t>(value()));
   }
   void read_one(Size& size) {
     size = value();
@@ -87,17 +109,23 @@ class Arguments {
     path = static_cast<CudaPath>(one_of(kCudaPaths, "path", kCudaPathNumbers));
   }
   void read_one(Codebook& codes) {
-    read(codes.codebook);
+    read(Optional{codes.codebook});
     codes.format = one_of(kFormats, "format_id", kFormatNumbers);
     require(codes.format != kFormatCustom || codes.codebook != nullptr,
             "codebook: absent for format custom");
   }
   // All but the shape.
   void read_one(Weight4bit& weight) {
-    read(weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, weight.codes,
-         BlockSize{weight.block_size});
+    read(weight.packed, weight.absmax, Optional{weight.nested_absmax},
+         Optional{weight.nested_offset}, weight.codes, BlockSize{weight.block_size});
     require((weight.nested_absmax == nullptr) == (weight.nested_offset == nullptr),
             "nested_absmax and nested_offset: take both or neither");
+  }
+
+  template <typename T>
+  static T* at(Size address) {
+    require(address != 0, "address: got 0, that of freed memory; takes that of a tensor, or None");
+    return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
   }
 
   // A number below `count`; `numbers` names them all.
@@ -151,7 +179,7 @@ Linear4bitArgs read_matmul(Arguments& from) {
   Linear4bitArgs args;
   from.read(args.x, args.dtype, args.m, args.x_row_stride, args.weight, args.weight.rows,
             args.weight.cols);
-  if (kHasBias) from.read(args.bias);
+  if (kHasBias) from.read(Optional{args.bias});
   from.read(args.y, args.batch_invariant);
   return args;
 }
@@ -173,9 +201,9 @@ struct AdamWStep : AdamWArgs {
 
 inline AdamWTensor read_adamw_tensor(Arguments& from) {
   AdamWTensor tensor;
-  from.read(tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq, tensor.exp_avg_absmax,
-            tensor.exp_avg_sq_absmax, tensor.factors, tensor.dtype, tensor.numel, tensor.index,
-            tensor.first);
+  from.read(tensor.param, tensor.grad, tensor.exp_avg, tensor.exp_avg_sq,
+            Optional{tensor.exp_avg_absmax}, Optional{tensor.exp_avg_sq_absmax}, tensor.factors,
+            tensor.dtype, tensor.numel, tensor.index, tensor.first);
   require((tensor.exp_avg_absmax == nullptr) == (tensor.exp_avg_sq_absmax == nullptr),
           "absmax: takes those of both moments or neither");
   require(tensor.first % kStateBlockSize == 0, "first: takes a multiple of the block size");

@@ -14,7 +14,7 @@ template <auto kRead, auto kKernel>
 Status run_on_stream(Arguments& from) {
   const auto args = kRead(from);
   void* stream = nullptr;
-  from.read(stream);
+  from.read(Handle{stream});
   from.end();
   return kKernel(args, stream);
 }
@@ -23,7 +23,7 @@ Status run_on_stream(Arguments& from) {
 template <auto kRead>
 Linear4bitArgs read_on_path(Arguments& from) {
   Linear4bitArgs args = kRead(from);
-  from.read(args.path, args.workspace);
+  from.read(args.path, Optional{args.workspace});
   return args;
 }
 

@@ -25,19 +25,25 @@ py::list available_isas() {
   return list;
 }
 
+std::string names_of(const py::list& names) {
+  return py::str(", ").attr("join")(names).cast<std::string>();
+}
+
 std::string isa() {
+  const ContextIsa of_context;
   const qkern::cpu::KernelTable* table = qkern::cpu::active_kernels();
-  if (table == nullptr) {
-    throw py::value_error(
-        "QKERN_CPU_ISA: names no instruction set that this build and processor have");
-  }
+  if (table == nullptr) throw py::value_error(qkern::cpu::unknown_isa());
   return table->name;
+}
+
+bool multiplies_bfloat16() {
+  const ContextIsa of_context;
+  return qkern::cpu::multiplies_bfloat16();
 }
 
 void set_isa(const std::string& name) {
   if (!qkern::cpu::set_isa(name.c_str()).ok()) {
-    throw py::value_error("isa: got '" + name + "'; takes one of " +
-                          std::string(py::str(available_isas())));
+    throw py::value_error("isa: got '" + name + "'; takes one of " + names_of(available_isas()));
   }
 }
 
@@ -60,6 +66,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "qkern's native kernels, on pointers and sizes. Use the functions of qkern instead.";
   m.attr("version") = QKERN_VERSION;
+  isa_variable = PyContextVar_New("qkern_isa", Py_None);
+  if (isa_variable == nullptr) throw py::error_already_set();
   add_ops(m, "", kCpuOps);
   bind_tensors(m);
 #ifdef QKERN_HAVE_CUDA
@@ -68,9 +76,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", isa, "Name of the instruction set in force.");
   m.def("available_isas", available_isas, "Names of those that this processor runs, worst first.");
   m.def(
-      "multiplies_bfloat16", qkern::cpu::multiplies_bfloat16,
+      "multiplies_bfloat16", multiplies_bfloat16,
       "Whether the processor multiplies bfloat16, by instructions not wider than those in force.");
-  m.def("set_isa", set_isa, "Force an instruction set; '' goes back to the default.");
+  m.def("set_isa", set_isa, "Force an instruction set in the process; '' ends that.");
+  m.attr("isa_variable") = py::handle(isa_variable);
   m.def("build_info", build_info);
   m.def(
       "scratch_bytes",

@@ -1,4 +1,5 @@
-// Python's tensors, read by DLPack's C exchange interface.
+// Python's tensors, read by DLPack's C exchange interface. It tells nothing of the storage behind a
+// tensor, which frameworks free and shrink while the tensor lives; torch's C interface does.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,6 +15,11 @@ namespace qkern::binding {
 // Set once, by read_tensors_with.
 struct Library {
   int (*read)(void*, dlpack::Tensor*) = nullptr;
+  // Of torch's C interface, on the address of an at::Tensor: the bytes of its storage, and the
+  // first element's place there. Not 0 on failure.
+  int (*storage_bytes)(void*, std::int64_t*) = nullptr;
+  int (*storage_offset)(void*, std::int64_t*) = nullptr;
+  std::size_t at_tensor = 0;  // bytes from a Python tensor to its at::Tensor
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   PyObject* new_empty = nullptr;  // names of methods
@@ -35,7 +41,8 @@ class PlainTensor {
     }
     return tensor_.device_type == dlpack::kCpu && tensor_.dtype.lanes == 1 &&
            tensor_.byte_offset == 0 && tensor_.data != nullptr &&
-           (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr));
+           (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr)) &&
+           fits_storage(object);
   }
 
   // As read(), and whether the tensor is contiguous, of `numel` elements of a dtype.
@@ -115,6 +122,22 @@ class PlainTensor {
   }
 
  private:
+  // Whether the storage has all elements.
+  bool fits_storage(PyObject* object) const {
+    void* const tensor = reinterpret_cast<char*>(object) + library.at_tensor;
+    std::int64_t bytes = 0, offset = 0;
+    if (library.storage_bytes(tensor, &bytes) != 0 ||
+        library.storage_offset(tensor, &offset) != 0) {
+      return false;
+    }
+    Size last = offset;
+    for (int i = 0; i < tensor_.ndim; ++i) {
+      if (tensor_.shape[i] == 0) return true;
+      last += (tensor_.shape[i] - 1) * tensor_.strides[i];
+    }
+    return last < bytes * 8 / tensor_.dtype.bits;
+  }
+
   dlpack::Tensor tensor_{};
 };
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/thread_isa.h"
 #include "arguments.h"
 
 namespace qkern::binding {
@@ -29,10 +30,37 @@ inline void raise_on_error(const char* op, const Status& status) {
   throw std::runtime_error(what);
 }
 
+// A variable of Python's contexts: the name of the instruction set that a block of code forces, or
+// None. Set once, by the module's own initialisation, where it has the CPU's kernels.
+inline PyObject* isa_variable = nullptr;
+
+// That instruction set for the calling thread, while this lives. Made and destroyed with the GIL.
+class ContextIsa {
+ public:
+  ContextIsa() : name_(current()), isa_(name_.is_none() ? nullptr : utf8()) {}
+
+ private:
+  static pybind11::object current() {
+    PyObject* value = nullptr;
+    if (isa_variable == nullptr) return pybind11::none();
+    if (PyContextVar_Get(isa_variable, nullptr, &value) != 0) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+  }
+  const char* utf8() const {
+    const char* name = PyUnicode_AsUTF8(name_.ptr());
+    if (name == nullptr) throw pybind11::error_already_set();
+    return name;
+  }
+
+  pybind11::object name_;  // owns the characters
+  cpu::ThreadIsa isa_;
+};
+
 // Calls a kernel without the GIL.
 template <typename Kernel>
 void run_without_gil(const char* op, const Kernel& kernel) {
   Status status;
+  const ContextIsa isa;
   {
     pybind11::gil_scoped_release release;
     status = kernel();

@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "plain_tensor.h"
 #include "python.h"
@@ -88,14 +89,14 @@ bool read_weight(PyObject* object, Size rows, Size cols, Weight4bit* weight) {
   return read_codes(item(kFormat), item(kCodebook), &weight->codes);
 }
 
-// x [..., width] as a matrix. Where its memory cannot be read as one, x stays absent.
+// x [..., width] as a matrix. Where its memory cannot be read as one, the stride is negative.
 bool read_rows(const PlainTensor& x, Linear4bitArgs* args) {
   if (x.ndim() < 1 || x.ndim() > kMostDimensions || !x.floating(&args->dtype)) return false;
   const Size numel = x.numel();
   if (numel <= 0) return false;
   args->m = numel / x.size(x.ndim() - 1);
   args->x_row_stride = x.row_stride();
-  if (args->x_row_stride >= 0) args->x = x.data<const void>();
+  args->x = x.data<const void>();
   return true;
 }
 
@@ -174,7 +175,7 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, const Matmu
     py::object copy;
     Size features = 0, num_threads = 0;
     if (!read_arguments(from, input_gradient, &x, &args, &features, &num_threads) ||
-        (args.x == nullptr && !read_copied_rows(from.x, x, &copy, &args))) {
+        (args.x_row_stride < 0 && !read_copied_rows(from.x, x, &copy, &args))) {
       Py_RETURN_NONE;
     }
     py::object result = new_result(from.x, x, features);
@@ -208,22 +209,47 @@ PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
                 {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None});
 }
 
-// Whether tensors of the types `tensor` and `parameter` can be read by the interface in `capsule`.
-bool read_tensors_with(const py::object& capsule, const py::type& tensor,
-                       const py::type& parameter) {
+// The bytes from each of `probes`, tensors, to its at::Tensor, which holds the address that torch
+// tells of as `_cdata`; 0 where they differ or there is none.
+std::size_t find_at_tensor(const py::list& probes) {
+  std::size_t found = 0;
+  for (const py::handle probe : probes) {
+    const auto implementation = probe.attr("_cdata").cast<std::uintptr_t>();
+    std::size_t at = sizeof(PyObject);
+    const auto size = static_cast<std::size_t>(Py_TYPE(probe.ptr())->tp_basicsize);
+    const auto word = [&] {
+      std::uintptr_t value = 0;
+      std::memcpy(&value, reinterpret_cast<const char*>(probe.ptr()) + at, sizeof(value));
+      return value;
+    };
+    while (at + sizeof(std::uintptr_t) <= size && word() != implementation) at += sizeof(void*);
+    if (at + sizeof(std::uintptr_t) > size || (found != 0 && found != at)) return 0;
+    found = at;
+  }
+  return found;
+}
+
+// Whether tensors of the types of `probes`, a tensor and a parameter, can be read by the interface
+// in `capsule` and by torch's functions at the addresses `storage_bytes` and `storage_offset`.
+bool read_tensors_with(const py::object& capsule, const py::list& probes,
+                       std::uintptr_t storage_bytes, std::uintptr_t storage_offset) {
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
-  if (api == nullptr || api->tensor_from_object == nullptr) return false;
+  const std::size_t at_tensor = find_at_tensor(probes);
+  if (api == nullptr || api->tensor_from_object == nullptr || at_tensor == 0) return false;
   library.new_empty = PyUnicode_InternFromString("new_empty");
   library.is_neg = PyUnicode_InternFromString("is_neg");
   library.contiguous = PyUnicode_InternFromString("contiguous");
   if (library.new_empty == nullptr || library.is_neg == nullptr || library.contiguous == nullptr) {
     throw py::error_already_set();
   }
-  library.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  library.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  library.tensor = reinterpret_cast<PyTypeObject*>(py::type::of(probes[0]).inc_ref().ptr());
+  library.parameter = reinterpret_cast<PyTypeObject*>(py::type::of(probes[1]).inc_ref().ptr());
+  library.at_tensor = at_tensor;
+  library.storage_bytes = reinterpret_cast<int (*)(void*, std::int64_t*)>(storage_bytes);
+  library.storage_offset = reinterpret_cast<int (*)(void*, std::int64_t*)>(storage_offset);
   library.read = api->tensor_from_object;
   return true;
 }

@@ -3,6 +3,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include "thread_isa.h"
 
 #if defined(QKERN_HAVE_AVX2)
 #include <cpuid.h>
@@ -102,13 +105,15 @@ std::atomic<const KernelTable*> forced{nullptr};
 #if defined(QKERN_HAVE_AVX2)
 bool isa_is_chosen() {
   const char* name = isa_from_environment();
-  return forced.load(std::memory_order_relaxed) != nullptr || (name != nullptr && *name != '\0');
+  return isa_of_thread != nullptr || forced.load(std::memory_order_relaxed) != nullptr ||
+         (name != nullptr && *name != '\0');
 }
 #endif
 
 }  // namespace
 
 const KernelTable* active_kernels() {
+  if (isa_of_thread != nullptr) return find(isa_of_thread);
   const KernelTable* table = forced.load(std::memory_order_relaxed);
   return table != nullptr ? table : default_table();
 }
@@ -118,6 +123,19 @@ int available_isas(const char** names) {
   const int count = available_tables(tables);
   for (int i = 0; i < count; ++i) names[i] = tables[i]->name;
   return count;
+}
+
+const char* unknown_isa() {
+  static const std::string message = [] {
+    const char* given = isa_from_environment();
+    std::string text = "QKERN_CPU_ISA: got '" + std::string(given == nullptr ? "" : given) + "'";
+    const char* names[kMaxIsas];
+    const int count = available_isas(names);
+    for (int i = 0; i < count; ++i)
+      text += (i == 0 ? "; takes one of " : ", ") + std::string(names[i]);
+    return text;
+  }();
+  return message.c_str();
 }
 
 bool multiplies_bfloat16() {

@@ -9,6 +9,9 @@ namespace qkern::cpu {
 inline constexpr int kMaxIsas = 8;
 int available_isas(const char** names);
 
+// The error where QKERN_CPU_ISA names none of them. It lives as long as the program.
+const char* unknown_isa();
+
 // Makes `name` the one in force; "" goes back to QKERN_CPU_ISA, or the best where that is not set.
 Status set_isa(const char* name);
 

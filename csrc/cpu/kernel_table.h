@@ -101,7 +101,8 @@ const KernelTable& kernels_avx512vnni();
 const KernelTable& kernels_amx();
 const KernelTable& kernels_neon();
 
-// The table in force: the best that the processor runs, or what QKERN_CPU_ISA or set_isa names.
+// The table in force: the best that the processor runs, or what QKERN_CPU_ISA, set_isa or a
+// ThreadIsa names.
 // nullptr where that name is unknown or the processor lacks it.
 const KernelTable* active_kernels();
 

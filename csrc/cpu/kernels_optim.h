@@ -12,12 +12,15 @@ namespace qkern::cpu {
 namespace {
 
 // In place where memory has the elements as floats already.
-inline void adamw_floats(const AdamWFactors& from, std::int64_t n, const float* __restrict grad,
-                         float* __restrict param, float* __restrict exp_avg,
-                         float* __restrict exp_avg_sq) {
+template <bool kCodes>
+void adamw_floats(const AdamWFactors& from, std::int64_t n, const float* __restrict grad,
+                  float* __restrict param, float* __restrict exp_avg,
+                  float* __restrict exp_avg_sq) {
   const AdamWFactors factors = from;  // in registers: stores might else change it
   for (std::int64_t i = 0; i < n; ++i) {
-    adamw_element<PlainMath>(factors, grad[i], param + i, exp_avg + i, exp_avg_sq + i);
+    const float scaled = PlainMath::mul(grad[i], factors.grad_scale);
+    const float g = kCodes ? bounded_gradient(scaled) : scaled;
+    adamw_element<PlainMath, kCodes>(factors, g, param + i, exp_avg + i, exp_avg_sq + i);
   }
 }
 
@@ -95,6 +98,7 @@ void adamw_step(const AdamWArgs& args, const BucketTable* tables, const AdamWTen
   if (factors.skip != 0.0f) return;
   T* params = static_cast<T*>(tensor.param);
   const T* grads = static_cast<const T*>(tensor.grad);
+  const auto floats = tensor.exp_avg_absmax == nullptr ? adamw_floats<false> : adamw_floats<true>;
   Moment exp_avg{tensor.exp_avg, tensor.exp_avg_absmax, tables[0], {}};
   Moment exp_avg_sq{tensor.exp_avg_sq, tensor.exp_avg_sq_absmax, tables[1], {}};
   for (std::int64_t at = begin; at < end; at += kStateBlockSize) {
@@ -102,12 +106,12 @@ void adamw_step(const AdamWArgs& args, const BucketTable* tables, const AdamWTen
     float* m = exp_avg.load(at, n);
     float* v = exp_avg_sq.load(at, n);
     if constexpr (sizeof(T) == sizeof(float)) {
-      adamw_floats(factors, n, grads + at, params + at, m, v);
+      floats(factors, n, grads + at, params + at, m, v);
     } else {
       float grad[kStateBlockSize], param[kStateBlockSize];
       convert_row(grads + at, n, grad);
       convert_row(params + at, n, param);
-      adamw_floats(factors, n, grad, param, m, v);
+      floats(factors, n, grad, param, m, v);
       const std::int64_t block = (tensor.first + at) / kStateBlockSize;
       const std::uint64_t seed = step_seed(args.seed, factors.step);
       store_params(param, n, args, block_seed(seed, tensor.index, block), params + at);

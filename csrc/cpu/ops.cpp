@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "dispatch.h"
 #include "encode_tables.h"
 #include "exact_sum.h"
 #include "kernel_table.h"
@@ -15,9 +16,6 @@
 namespace qkern::cpu {
 namespace {
 
-constexpr const char* kUnknownIsa =
-    "QKERN_CPU_ISA: names no instruction set that this build and processor have";
-
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The kernels for `index` = a dtype, or an error where QKERN_CPU_ISA names nothing usable.
@@ -25,7 +23,7 @@ template <typename Fn>
 Status with_kernels(const Fn& fn) {
   [[maybe_unused]] const KeepSubnormals keep;
   const KernelTable* table = active_kernels();
-  return table == nullptr ? Status::error(kUnknownIsa) : fn(*table);
+  return table == nullptr ? Status::error(unknown_isa()) : fn(*table);
 }
 
 // Splits blocks among threads in runs of about kRunElements, so that a short tensor stays on the
@@ -46,6 +44,18 @@ Status for_blocks(std::int64_t numel, std::int64_t block_size, int num_threads, 
 }
 
 int index_of(DType dtype) { return static_cast<int>(dtype); }
+
+// The smallest code that restores to no negative scale, or the last. Restored values ascend with
+// the code, since rounding keeps an order.
+unsigned least_code(float nested_absmax, float nested_offset) {
+  const auto is_negative = [&](unsigned code) {
+    return kDynamicMapSigned[code] * nested_absmax + nested_offset < 0.0f;
+  };
+  unsigned least = 0;
+  if (!is_negative(0)) return least;
+  for (unsigned step = 128; step > 0; step /= 2) least += is_negative(least + step - 1) ? step : 0;
+  return least;
+}
 
 }  // namespace
 
@@ -105,6 +115,11 @@ Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads) {
         kernels.quantize_8bit[index_of(DType::kFloat32)](
             differences, BlockRange{n, kNestedBlockSize, 0, 1}, kDynamicThresholdsSigned,
             args.codes + start, args.nested_absmax + b);
+        const unsigned least = least_code(args.nested_absmax[b], offset);
+        if (least == 0) continue;
+        for (std::int64_t i = start; i < start + n; ++i) {
+          args.codes[i] = std::max(args.codes[i], static_cast<std::uint8_t>(least));
+        }
       }
     });
   });

@@ -230,9 +230,20 @@ QKERN_DEVICE void update(const Piece& piece, const AdamWFactors& factors, const 
         v[i] = __fmul_rn(tables->exp_avg_sq.values[v_codes[i]], v_scale);
       }
     }
+    bool beyond = false;
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      adamw_element<DeviceMath>(factors, grad[i], param + i, m + i, v + i);
+      grad[i] = DeviceMath::mul(grad[i], factors.grad_scale);
+      if constexpr (kCodes) beyond = beyond || fabsf(grad[i]) > kMaxGradient;
+    }
+    // Rare, so that usual gradients cost a comparison each.
+    if (beyond) {
+#pragma unroll
+      for (int i = 0; i < kLaneValues; ++i) grad[i] = bounded_gradient(grad[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      adamw_element<DeviceMath, kCodes>(factors, grad[i], param + i, m + i, v + i);
     }
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (pieces.stochastic_rounding) {

@@ -63,8 +63,8 @@ inline dim3 quantize_grid(const BlockPlan& plan) {
   return strided_grid(ceil_div(plan.units, kQuantizeThreads / kWarp));
 }
 
-// `values.load(start, out)` gives the input; `encoder.store(start, count, values, reciprocal)`
-// takes eight elements, of which `count` exist.
+// `values.load(start, out)` gives the input; `encoder.store(start, count, values, absmax,
+// reciprocal)` takes eight elements of a block, of which `count` exist.
 template <typename Values, typename Encoder>
 QKERN_DEVICE void quantize_blocks(const BlockPlan& plan, const Values& values,
                                   const Encoder& encoder, float* absmax) {
@@ -101,7 +101,7 @@ QKERN_DEVICE void quantize_blocks(const BlockPlan& plan, const Values& values,
       if (plan.passes > 1) values.load(start, x);
       const std::int64_t left = plan.numel - start;
       encoder.store(start, left < kLaneValues ? static_cast<int>(left) : kLaneValues, x,
-                    reciprocal);
+                    block_absmax, reciprocal);
     }
   }
 }
@@ -127,12 +127,19 @@ struct ByteEncoder {
   std::uint8_t* codes;
   bool aligned;
 
-  QKERN_DEVICE void store(std::int64_t start, int count, const float (&x)[kLaneValues],
+  QKERN_DEVICE void store(std::int64_t start, int count, const float (&x)[kLaneValues], float,
                           float reciprocal) const {
+    store_from(0, start, count, x, reciprocal);
+  }
+
+  // With `least` in place of smaller codes.
+  QKERN_DEVICE void store_from(unsigned least, std::int64_t start, int count,
+                               const float (&x)[kLaneValues], float reciprocal) const {
     std::uint32_t words[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kLaneValues; ++i) {
-      words[i / 4] |= count_below<255>(thresholds, __fmul_rn(x[i], reciprocal)) << (8 * (i % 4));
+      const unsigned code = count_below<255>(thresholds, __fmul_rn(x[i], reciprocal));
+      words[i / 4] |= (code > least ? code : least) << (8 * (i % 4));
     }
     if (aligned && count == kLaneValues) {
       *reinterpret_cast<uint2*>(codes + start) = uint2{words[0], words[1]};

@@ -82,7 +82,7 @@ struct NibbleEncoder {
     }
   }
 
-  QKERN_DEVICE void store(std::int64_t start, int count, const float (&x)[kLaneValues],
+  QKERN_DEVICE void store(std::int64_t start, int count, const float (&x)[kLaneValues], float,
                           float reciprocal) const {
     std::uint32_t word = 0;
 #pragma unroll

@@ -167,6 +167,33 @@ struct Differences {
   }
 };
 
+// The smallest code that restores to no negative scale, or the last. Restored values ascend with
+// the code, since rounding keeps an order.
+QKERN_DEVICE unsigned least_code(float nested_absmax, float offset) {
+  const auto is_negative = [&](unsigned code) {
+    const float value = __ldg(kDeviceMapSigned.values + code);
+    return __fadd_rn(__fmul_rn(value, nested_absmax), offset) < 0.0f;
+  };
+  unsigned least = 0;
+#ifdef QKERN_CODEC_SELECT
+  for (unsigned code = 0; code < 255; ++code) least += is_negative(code) ? 1 : 0;
+#else
+  if (!is_negative(0)) return least;
+  for (unsigned step = 128; step > 0; step /= 2) least += is_negative(least + step - 1) ? step : 0;
+#endif
+  return least;
+}
+
+struct ScaleEncoder {
+  ByteEncoder bytes;
+  float offset;
+
+  QKERN_DEVICE void store(std::int64_t start, int count, const float (&x)[kLaneValues],
+                          float absmax, float reciprocal) const {
+    bytes.store_from(least_code(absmax, offset), start, count, x, reciprocal);
+  }
+};
+
 QKERN_KERNEL(kQuantizeThreads, 1)
 quantize_absmax_kernel(const float* __restrict__ absmax, BlockPlan plan,
                        const float* __restrict__ nested_offset, std::uint8_t* __restrict__ codes,
@@ -175,7 +202,7 @@ quantize_absmax_kernel(const float* __restrict__ absmax, BlockPlan plan,
   stage_thresholds(kDeviceMapSigned.values, thresholds);
   __syncthreads();
   const Differences input{absmax, plan.numel, *nested_offset};
-  const ByteEncoder encoder{thresholds.values, codes, is_aligned16(codes)};
+  const ScaleEncoder encoder{{thresholds.values, codes, is_aligned16(codes)}, input.offset};
   quantize_blocks(plan, input, encoder, nested_absmax);
 }
 

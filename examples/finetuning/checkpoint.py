@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+from . import UserError
+from .output import DamagedError, check_whole, remove_directory, stranger
+from .strict_json import loads
 
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` by a rename once its files are on the disk.
-
-    A crash at any point leaves the old `target`, or none, and at worst a hidden directory that the
-    next try removes.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    yield unfinished
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _fsync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    unfinished.rename(target)
-    _fsync(target.parent)
-
-
-def write_atomic(target: Path, text: str) -> None:
-    """Write a text file so that it is the old one or the new one, whole."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    _fsync(unfinished)
-    unfinished.replace(target)
-    _fsync(target.parent)
-
-
-def checkpoint_path(root: Path, step: int) -> Path:
-    return root / f"checkpoint-{step:06d}"
+STATE = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)(?:\.(\d+))?")
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The whole checkpoints under `root`, oldest first."""
+    """What is named as a checkpoint under `root`, oldest first; not all of it need be whole."""
     if not root.is_dir():
         return []
     found = [
-        (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))
+        (int(match[1]), int(match[2] or 1), path)
+        for path in root.iterdir()
+        if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for *_, path in sorted(found)]
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in checkpoints(root)[:-keep]:
-        shutil.rmtree(path)
+def new_checkpoint_path(root: Path, step: int) -> Path:
+    """A name that is free: a checkpoint is never written over another of its step."""
+    name = f"checkpoint-{step:06d}"
+    taken = {path.name for path in checkpoints(root)}
+    version = 1
+    while (numbered := name if version == 1 else f"{name}.{version}") in taken:
+        version += 1
+    return root / numbered
+
+
+def prune(root: Path, keep: int, work: Path, damaged: Iterable[Path] = ()) -> None:
+    """Remove `damaged` ones and all but the newest `keep` others; what is not ours stays."""
+    damaged = set(damaged)
+    ours = [
+        path
+        for path in checkpoints(root)
+        if path not in damaged and stranger(path, content=False) is None
+    ]
+    for path in [*ours[:-keep], *damaged]:
+        remove_directory(path, work)
+
+
+def refuse_foreign(root: Path) -> None:
+    """Raise `UserError` for what is named as a checkpoint and is not one that a run wrote."""
+    for path in checkpoints(root):
+        if reason := stranger(path, content=False):
+            raise UserError(
+                f"{path} is not a checkpoint of finetune.py alone ({reason}): move it away, or "
+                "name another --output"
+            )
+
+
+def clear(root: Path, work: Path) -> None:
+    """Remove the checkpoints of a run that is not to be continued."""
+    refuse_foreign(root)
+    for path in checkpoints(root):
+        remove_directory(path, work)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's settings and history. Raises `DamagedError`."""
+    check_whole(checkpoint, [STATE])
+    try:
+        state = loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{STATE}: {error}") from None
+    if not isinstance(state, dict):
+        raise DamagedError(f"{STATE} holds no object")
+    return state
+
+
+def began(root: Path) -> datetime | None:
+    """When the run began whose newest readable checkpoint is under `root`."""
+    for path in reversed(checkpoints(root)):
+        with suppress(DamagedError, TypeError, KeyError, ValueError):
+            return datetime.fromisoformat(read_state(path)["began"])
+    return None
 
 
 def rng_state() -> dict[str, Any]:
@@ -85,11 +111,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -222,7 +222,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         "--resume", action="store_true", help="continue the interrupted run in --output"
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="throw away an interrupted run in --output"
+        "--overwrite",
+        action="store_true",
+        help="throw away an interrupted run in --output (nothing that others wrote)",
     )
     group.add_argument(
         "--eval-steps",

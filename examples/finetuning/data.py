@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import UserError
+from . import UserError, prose
+from .strict_json import loads
+
+_NAMED_LINES = 10  # malformed ones, in a message
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,12 @@ def _text(record: dict[str, Any], field: str, *, required: bool = True) -> str:
 
 def _target(text: str, field: str) -> str:
     if not text.strip():
-        raise _MalformedError(f'the target in "{field}" is empty')
+        raise _empty(field)
     return text
+
+
+def _empty(field: str) -> _MalformedError:
+    return _MalformedError(f'the target in "{field}" is empty')
 
 
 def _json_type(value: Any) -> str:
@@ -72,7 +79,9 @@ def _json_type(value: Any) -> str:
 
 def _alpaca(record: dict[str, Any]) -> tuple[Turn, ...]:
     prompt = _text(record, "instruction").strip()
-    if extra := _text(record, "input", required=False).strip():
+    # Public copies of Alpaca's data say null where there is none.
+    given = {name: value for name, value in record.items() if (name, value) != ("input", None)}
+    if extra := _text(given, "input", required=False).strip():
         prompt = f"{prompt}\n\n{extra}"
     answer = _target(_text(record, "output"), "output")
     return (Turn("user", prompt), Turn("assistant", answer, is_target=True))
@@ -93,14 +102,14 @@ def _transcript(text: str, marker: re.Pattern[str], field: str) -> list[Turn]:
     for match, end in zip(matches, ends, strict=True):
         assistant = match.group(1).lower() in ("assistant", "bot")
         said = text[match.end() : end].strip()
-        if assistant:
-            _target(said, field)
-        turns.append(Turn("assistant" if assistant else "user", said, is_target=assistant))
-    if not turns[-1].is_target:
+        # An empty answer between others is context: it is not to be learnt.
+        turns.append(Turn("assistant" if assistant else "user", said, assistant and bool(said)))
+    empty = any(turn.role == "assistant" for turn in turns)
+    while turns and not turns[-1].is_target:
         # The prompt of an answer that is not there: nothing to learn from it.
         turns.pop()
     if not turns:
-        raise _MalformedError(f'"{field}" has no answer')
+        raise _empty(field) if empty else _MalformedError(f'"{field}" has no answer')
     return turns
 
 
@@ -177,42 +186,61 @@ def detect_format(path: Path) -> str:
     """The format of a data file, from its first non-blank line.
 
     JSON Lines are told from plain text by that line being a JSON object. Raises `UserError` where
-    it is one of no known form, or where a ``.jsonl`` file does not begin with one.
+    it is one of no known form, or where a file that is named as JSON does not begin with one.
     """
     for line_number, line in _lines(path):
-        if not line.lstrip().startswith(("{", "[")) and path.suffix != ".jsonl":
+        if path.suffix.lower() not in prose.JSON_NAMES and not prose.begins_as_json(line):
             return "text"
         record = _parse(path, line_number, line)
         for name, data_format in RECORD_FORMATS.items():
             if data_format.recognise(record):
                 return name
+        hint = f"--data-format names one of {', '.join(RECORD_FORMATS)}"
+        if isinstance(record.get("text"), str):
+            hint = f'for its "text" alone, make a text of it: {prose.TEXT_OF_JSON_LINES}'
         raise UserError(
-            f"{path}:{line_number}: none of the known forms has the fields {sorted(record)}; "
-            f"--data-format names one of {', '.join(DATA_FORMATS[1:])}"
+            f"{path}:{line_number}: none of the known forms has the fields {sorted(record)}; {hint}"
         )
     raise UserError(f"{path}: the file is empty")
 
 
 def read_conversations(path: Path, data_format: str) -> list[Conversation]:
-    """All records of a JSON Lines file. Raises `UserError` naming the first malformed line."""
-    conversations = []
+    """All records of a JSON Lines file. Raises `UserError` naming the lines that are malformed.
+
+    A line that is no JSON object ends the reading; what is wrong with records is told together.
+    """
+    conversations: list[Conversation] = []
+    malformed: list[str] = []
     for line_number, line in _lines(path):
         record = _parse(path, line_number, line)
         try:
             turns = RECORD_FORMATS[data_format].read(record)
         except _MalformedError as error:
-            raise UserError(f"{path}:{line_number}: {error} (read as {data_format})") from None
-        conversations.append(Conversation(turns, f"{path}:{line_number}"))
+            malformed.append(f":{line_number}: {error} (read as {data_format})")
+        else:
+            conversations.append(Conversation(turns, f"{path}:{line_number}"))
+    if malformed:
+        more = len(malformed) - _NAMED_LINES
+        named = "; ".join(malformed[:_NAMED_LINES])
+        raise UserError(f"{path}{named}{f'; and {more} more lines' if more > 0 else ''}")
     if not conversations:
         raise UserError(f"{path}: the file is empty")
     return conversations
 
 
 def read_text(path: Path) -> str:
-    """The whole of a UTF-8 text file. Raises `UserError` where it is blank or not UTF-8."""
-    text = "\n".join(line for _, line in _lines(path, skip_blank=False))
+    """The whole of a UTF-8 text file. Raises `UserError` where it is blank or not prose."""
+    named = prose.refused_name(path)
+    try:
+        text = "\n".join(line for _, line in _lines(path, skip_blank=False))
+    except UserError:
+        if named and path.is_file():
+            raise UserError(f"{path}: {named}") from None
+        raise
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
+    if reason := named or prose.refused_content(text):
+        raise UserError(f"{path}: {reason}")
     return text
 
 
@@ -223,6 +251,8 @@ def _lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
         for line_number, raw in enumerate(file, start=1):
+            if line_number == 1 and (reason := prose.refused_bytes(raw)):
+                raise UserError(f"{path}:1: {reason}")
             try:
                 line = raw.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -235,12 +265,18 @@ def _lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
 
 def _parse(path: Path, line_number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = loads(line)
+    except ValueError as error:
         hint = ""
         if line_number == 1 and line.lstrip().startswith("["):
             hint = " (a JSON array? JSON Lines has one object a line: jq -c '.[]' makes them)"
+        elif line.strip() == "{":
+            hint = " (one object over many lines? JSON Lines has one a line: jq -c . makes them)"
         raise UserError(f"{path}:{line_number}: not JSON: {error}{hint}") from None
+    if isinstance(record, list) and line_number == 1:
+        raise UserError(
+            f"{path}:1: a list; takes one object a line (jq -c '.[]' makes them of an array)"
+        )
     if not isinstance(record, dict):
         raise UserError(f"{path}:{line_number}: {_json_type(record)}; takes one object a line")
     return record

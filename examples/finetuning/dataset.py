@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -34,13 +35,29 @@ class Dataset:
             sha.update(b"end")
         return sha.hexdigest()
 
+    def check_ids(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Raise `UserError` for a token that an embedding table of `rows` does not have."""
+        prompt = tuple(self.prompt[0].tolist())
+        for ids in (prompt, *(e.input_ids for e in (*self.train, *self.held_out))):
+            if (largest := max(ids)) >= rows:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise UserError(
+                    f"the data has the token {token!r}, number {largest}, and the model's table "
+                    f"has {rows} rows: its tokenizer has tokens that the model does not know"
+                )
 
-def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Read, split and encode. Raises `UserError` naming the file and line of what is malformed."""
+
+def load_dataset(
+    config: Config, tokenizer: PreTrainedTokenizerBase, now: datetime | None = None
+) -> Dataset:
+    """Read, split and encode; `now` is what chat templates write as the date.
+
+    Raises `UserError` naming the file and line of what is malformed.
+    """
     if config.data is None:
         if config.eval_data is not None:
             raise UserError("--eval-data goes with --data")
-        dataset = _from_conversations(*topic_conversations(), config, tokenizer)
+        dataset = _from_conversations(*topic_conversations(), config, tokenizer, now)
     else:
         data_format = config.data_format
         if data_format == "auto":
@@ -53,10 +70,10 @@ def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
                 train, held_out = split_held_out(train, config.held_out_fraction)
             else:
                 held_out = read_conversations(config.eval_data, data_format)
-            dataset = _from_conversations(train, held_out, config, tokenizer)
+            dataset = _from_conversations(train, held_out, config, tokenizer, now)
     if config.sample_prompt is None:
         return dataset
-    prompt = encode_prompt([Turn("user", config.sample_prompt)], tokenizer)
+    prompt = encode_prompt([Turn("user", config.sample_prompt)], tokenizer, now=now)
     return Dataset(dataset.train, dataset.held_out, prompt, dataset.truncation)
 
 
@@ -65,16 +82,22 @@ def _from_conversations(
     held_out: Sequence[Conversation],
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
+    now: datetime | None,
 ) -> Dataset:
     truncation = Truncation()
     held_out = held_out[: config.max_held_out]
     lengths = (config.source_max_len, config.target_max_len)
-    return Dataset(
-        [encode(c, tokenizer, *lengths, truncation) for c in train],
-        [encode(c, tokenizer, *lengths, truncation) for c in held_out],
-        encode_prompt(held_out[0].prompt(), tokenizer),
-        truncation,
+    train_examples, held_out_examples = (
+        [encode(c, tokenizer, *lengths, truncation, now=now) for c in conversations]
+        for conversations in (train, held_out)
     )
+    if turns := held_out[0].prompt():
+        prompt = encode_prompt(turns, tokenizer, now=now)
+    else:
+        # The assistant speaks first: what a template writes before it, at least a token.
+        first = held_out_examples[0]
+        prompt = torch.tensor([first.input_ids[: max(1, first.is_target.index(True))]])
+    return Dataset(train_examples, held_out_examples, prompt, truncation)
 
 
 def _from_text(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:

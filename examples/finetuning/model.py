@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from smollm2 import MODEL_NAME, smollm2_dir
 from torch import nn
 from transformers import (
@@ -20,6 +24,10 @@ import qkern.nn
 
 from . import UserError
 from .config import BUNDLED_MODEL, Config
+
+# What transformers and the libraries under it raise for files that are damaged or do not fit.
+_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, EOFError)
+_UNREADABLE += (SafetensorError, UnpicklingError)
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -55,12 +63,32 @@ def load_model(config: Config) -> tuple[str, PreTrainedModel, PreTrainedTokenize
             raise UserError(f"--model {path}: no such directory; {takes}")
         if not (path / "config.json").is_file():
             raise UserError(f"--model {path}: has no config.json; {takes}")
+        _refuse_quantized(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: {error}") from None
+        # Code that lies in the directory is not run, nor is anybody asked whether it may be.
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        raise UserError(
+            f"--model {path}: cannot be read: {type(error).__name__}: {error}"
+        ) from None
     return name, model.eval(), tokenizer
+
+
+def _refuse_quantized(path: Path) -> None:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: config.json: {error}") from None
+    if isinstance(config, dict) and (found := config.get("quantization_config")):
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise UserError(
+            f"--model {path}: its weights are quantised already ({method}); takes the model they "
+            "were made from, in 16 or 32 bits"
+        )
 
 
 def quantize(
@@ -91,13 +119,34 @@ def quantize(
         raise UserError(str(error)) from None
 
 
-def size_in_bytes(model: nn.Module) -> int:
-    """Bytes of the frozen weights: 4-bit ones as they are, the others as bfloat16."""
-    quantized = [m.quantized for m in model.modules() if isinstance(m, qkern.nn.Linear4bit)]
-    dense = [
-        p for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name
-    ]
-    return sum(w.nbytes for w in quantized) + sum(2 * p.numel() for p in dense)
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of memory that the model's tensors hold, by kind; what two of them share counts once.
+
+    The kinds are "4 bits" (codes, scales and what describes them), "LoRA" and, of everything else,
+    the dtype.
+    """
+    seen: set[tuple[torch.device, int]] = set()
+    held: dict[str, int] = {}
+    for module in model.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            storage = tensor.untyped_storage()
+            if (place := (tensor.device, storage.data_ptr())) in seen:
+                continue
+            seen.add(place)
+            if isinstance(module, qkern.nn.Linear4bit | qkern.nn.Embedding4bit) and name != "bias":
+                kind = "4 bits"
+            elif isinstance(module, qkern.nn.LoRALinear):
+                kind = "LoRA"
+            else:
+                kind = str(tensor.dtype).removeprefix("torch.")
+            held[kind] = held.get(kind, 0) + storage.nbytes()
+    return {kind: held[kind] for kind in sorted(held, key=lambda kind: (kind == "LoRA", kind))}
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model's embedding has."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -129,7 +178,7 @@ def answer(
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_tokens,
         do_sample=False,
-        pad_token_id=padding_id(tokenizer),
+        pad_token_id=padding_id(tokenizer, vocabulary_rows(model)),
     )
     model.train(was_training)
     text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
@@ -137,9 +186,12 @@ def answer(
     return text
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with; any will do where the tokenizer has none, for padding is masked."""
+def padding_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """A token to pad with, of the `rows` that the model's table has.
+
+    Any will do where the tokenizer has none in it, for padding is masked.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (rows is None or token < rows):
             return int(token)
     return 0

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import qkern.backends
 import qkern.env
 
-from .checkpoint import write_atomic
+from .output import WRITER, atomic_file, write_atomic
 
 if TYPE_CHECKING:
     from .training import History
@@ -51,11 +51,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+def held(by_kind: dict[str, int]) -> str:
+    """Bytes in all and by kind: ``30 (10 in 4 bits, 20 in float32)``."""
+    parts = [
+        f"{count:,} {'of' if kind == 'LoRA' else 'in'} {kind}" for kind, count in by_kind.items()
+    ]
+    return f"{sum(by_kind.values()):,} ({', '.join(parts)})"
 
 
-def plot_losses(path: Path, history: History, title: str) -> None:
+def write_json(path: Path, content: dict[str, Any], work: Path | None = None) -> None:
+    """Write `content` and who wrote it, so that a later run knows that it may replace the file."""
+    text = json.dumps({"written_by": WRITER, **content}, indent=2) + "\n"
+    write_atomic(path, text, work)
+
+
+def plot_losses(path: Path, history: History, title: str, work: Path | None = None) -> None:
     """The training loss of every step, its running mean, and the held-out loss, as a PNG."""
     steps = [record.step for record in history.steps]
     losses = [record.loss for record in history.steps]
@@ -76,4 +86,5 @@ def plot_losses(path: Path, history: History, title: str) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150, format="png")
+    with atomic_file(path, work) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": WRITER})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import UserError
 from .data import Conversation, Turn
@@ -38,51 +45,32 @@ class Truncation:
 
 
 def render(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ask: bool = False,
+    now: datetime | None = None,
 ) -> list[tuple[str, bool]]:
     """The conversation as text segments, each with whether it is a target.
 
     The tokenizer's chat template is used where it has one, else Guanaco's plain form. With `ask`
-    the last segment opens the assistant's next turn. The end-of-turn token is part of a target.
+    the last segment opens the assistant's next turn. The end-of-turn token is part of a target;
+    what follows the last target is left out. `now` is what a template writes as the date.
 
-    Raises ValueError where the template refuses the turns or rewrites earlier ones.
+    Raises ValueError where the template refuses the turns or rewrites what an answer follows.
     """
     if tokenizer.chat_template is None:
         return _render_plain(turns, tokenizer, ask=ask)
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-
-    def apply(count: int, *, generation_prompt: bool) -> str:
-        try:
-            rendered = tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
-        assert isinstance(rendered, str)
-        return rendered
-
+    text, spans = _render_template(turns, tokenizer, ask=ask, now=now)
+    if not ask and spans:
+        text = text[: spans[-1][1]]
     segments = []
-    done = ""
-
-    def take(text: str, is_target: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise ValueError(
-                "the chat template rewrites earlier turns when a later one follows; "
-                "give conversations with one answer each"
-            )
-        if len(text) > len(done):
-            segments.append((text[len(done) :], is_target))
-        done = text
-
-    for i, turn in enumerate(turns):
-        if turn.is_target:
-            take(apply(i, generation_prompt=True), False)
-            # Templates end a turn with a line break that generation never reaches.
-            take(apply(i + 1, generation_prompt=False).rstrip("\n"), True)
-    if ask:
-        take(apply(len(turns), generation_prompt=True), False)
-    return segments
+    done = 0
+    for start, end in spans:
+        segments += [(text[done:start], False), (text[start:end], True)]
+        done = end
+    segments.append((text[done:], False))
+    return [(segment, is_target) for segment, is_target in segments if segment]
 
 
 def _render_plain(
@@ -101,41 +89,222 @@ def _render_plain(
     return segments
 
 
+def _render_template(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, ask: bool, now: datetime | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as the chat template writes it, whole, and where its targets are."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    template = _dated(tokenizer.get_chat_template(), now)
+    targets = [i for i, turn in enumerate(turns) if turn.is_target]
+
+    def apply(messages: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                chat_template=template,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        assert isinstance(rendered, str)
+        return rendered
+
+    if targets and (blocks := _generation_blocks(messages, template, tokenizer, ask=ask)):
+        text, found = blocks
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if len(found) != len(answers):
+            raise ValueError(
+                f"the chat template marks {len(found)} generations in a conversation of "
+                f"{len(answers)} answers"
+            )
+        return text, [span for i, span in zip(answers, found, strict=True) if i in targets]
+
+    text = apply(messages, generation_prompt=ask)
+    spans = []
+    for i in targets:
+        # Nothing can be asked of a template before the first message: its text is looked for.
+        prompt = (
+            apply(messages[:i], generation_prompt=True)
+            if i
+            else text[: _content(text, messages, i, apply)[0]]
+        )
+        if not text.startswith(prompt):
+            raise ValueError(
+                "the chat template rewrites earlier turns when a later one follows, or asks for an "
+                "answer otherwise than it writes one; give conversations with one answer each"
+            )
+        # Templates end a turn with a line break that generation never reaches.
+        answered = apply(messages[: i + 1])
+        if text.startswith(stripped := answered.rstrip("\n")):
+            end = len(stripped)
+        else:
+            # An earlier answer is written otherwise than the last one, say without its reasoning.
+            end = _content(text, messages, i, apply, generation_prompt=ask)[1]
+            turn_end = answered[_content(answered, messages[: i + 1], i, apply)[1] :].rstrip("\n")
+            end += len(turn_end) if text.startswith(turn_end, end) else 0
+        spans.append((len(prompt), end))
+    return text, spans
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _generation_blocks(
+    messages: list[dict[str, str]], template: str, tokenizer: PreTrainedTokenizerBase, *, ask: bool
+) -> tuple[str, list[tuple[int, int]]] | None:
+    """The conversation, and what its template says that the model writes; None if it does not."""
+    if not _GENERATION.search(template):
+        return None
+    try:
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=ask,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+    return texts[0], spans[0]
+
+
+def _content(
+    text: str,
+    messages: list[dict[str, str]],
+    i: int,
+    apply: Callable[..., str],
+    **options: bool,
+) -> tuple[int, int]:
+    """Where the text of message `i` is in `text`: what changes when that message does."""
+    said = messages[i]["content"].strip()
+    other = next(letter for letter in "xyz" if letter not in (said[:1], said[-1:]))
+    message = {**messages[i], "content": other}
+    changed = apply([*messages[:i], message, *messages[i + 1 :]], **options)
+    start = _agreement(text, changed)
+    return start, len(text) - _agreement(text[start:][::-1], changed[start:][::-1])
+
+
+def _agreement(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements both begin with."""
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
+
+
+def _dated(template: str, now: datetime | None) -> str:
+    """The template with `now` for the time at which it is applied.
+
+    A macro takes the place of the function: it knows every string of the template as a format.
+    """
+    if now is None or "strftime_now" not in template:
+        return template
+    literals = {text for _, kind, text in Environment().lex(template) if kind == "string"}
+    strings = [ast.literal_eval(literal) for literal in sorted(literals)]
+    dates = {string: now.strftime(string) for string in strings if "%" in string}
+    unknown = "raise_exception('strftime_now: its format is not written in the template')"
+    return (
+        "{%- macro strftime_now(format) -%}"
+        f"{{%- set dates = {json.dumps(dates)} -%}}"
+        f"{{{{- dates[format] if format in dates else {unknown} -}}}}"
+        "{%- endmacro -%}"
+    ) + template
+
+
 def encode(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     source_max_len: int,
     target_max_len: int,
     truncation: Truncation,
+    *,
+    now: datetime | None = None,
 ) -> Example:
     """Token ids and target mask of one conversation, cut to the limits, counted in `truncation`.
 
-    The source is what comes before the first target; it loses its beginning, because its end leads
-    into the answer. The rest counts as the target; it loses its end.
+    The ids are those of the whole conversation tokenised at once, up to the last target. A token is
+    a target if any character of it is. The source is what comes before the first target; it loses
+    its beginning, because its end leads into the answer. The rest counts as the target; it loses
+    its end. There is always a target with something before it to predict it from.
     """
     try:
-        segments = render(conversation.turns, tokenizer)
+        ids, is_target = _tokens(conversation.turns, tokenizer, now)
+        # The first token of all is never predicted.
+        split = next((i for i, target in enumerate(is_target) if target and i), None)
+        if split is None:
+            raise ValueError("its answer has no token that others lead into")
     except ValueError as error:
         raise UserError(f"{conversation.origin}: {error}") from None
-    source, rest = _first_token(tokenizer), []
-    for text, is_target in segments:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        if not rest and not is_target:
-            source += ids
-        else:
-            rest += [(token, is_target) for token in ids]
-    if len(source) > source_max_len:
+    begin, end = max(0, split - source_max_len), min(len(ids), split + target_max_len)
+    if begin:
         truncation.sources += 1
-        truncation.source_tokens += len(source) - source_max_len
-        source = source[-source_max_len:]
-    if len(rest) > target_max_len:
+        truncation.source_tokens += begin
+    if end < len(ids):
         truncation.targets += 1
-        truncation.target_tokens += len(rest) - target_max_len
-        rest = rest[:target_max_len]
-    return Example(
-        tuple(source) + tuple(token for token, _ in rest),
-        (False,) * len(source) + tuple(is_target for _, is_target in rest),
-    )
+        truncation.target_tokens += len(ids) - end
+    return Example(tuple(ids[begin:end]), tuple(is_target[begin:end]))
+
+
+def _tokens(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, now: datetime | None
+) -> tuple[list[int], list[bool]]:
+    """The conversation's ids up to its last target, and which of them are targets."""
+    if tokenizer.chat_template is None:
+        segments = _render_plain(turns, tokenizer, ask=False)
+        text = "".join(segment for segment, _ in segments)
+        ends = list(accumulate(len(segment) for segment, _ in segments))
+        of_targets = [target for _, target in segments]
+        spans = [s for s, target in zip(pairwise([0, *ends]), of_targets, strict=True) if target]
+    else:
+        text, spans = _render_template(turns, tokenizer, ask=False, now=now)
+    first = _first_tokens(tokenizer, text)
+    if tokenizer.is_fast:
+        ids, is_target = _masked_by_offsets(tokenizer, text, spans)
+    else:
+        ids, is_target = _masked_by_prefixes(tokenizer, text, spans)
+    last = max((i for i, target in enumerate(is_target) if target), default=-1)
+    return first + ids[: last + 1], [False] * len(first) + is_target[: last + 1]
+
+
+def _masked_by_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    is_target = []
+    before = 0
+    for start, end in encoded["offset_mapping"]:
+        if start == end:
+            # Byte-level tokenizers leave white space out of a token's place, all of it in this one.
+            start = before
+        is_target.append(any(start < to and end > begin for begin, to in spans))
+        before = end
+    return list(encoded["input_ids"]), is_target
+
+
+def _masked_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """For tokenizers that do not tell the place of a token: by the tokens of the text before it."""
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    is_target = [False] * len(ids)
+    for start, end in spans:
+        first, _ = _agreeing(tokenizer, text[:start], ids)
+        last, whole = _agreeing(tokenizer, text[:end], ids)
+        if not whole:
+            # A token goes on after the target: all up to it are needed to write the target.
+            length = len(
+                tokenizer.decode(tokenizer(text[:end], add_special_tokens=False).input_ids)
+            )
+            while last < len(ids) and len(tokenizer.decode(ids[:last])) < length:
+                last += 1
+        is_target[first:last] = [True] * (last - first)
+    return ids, is_target
+
+
+def _agreeing(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tuple[int, bool]:
+    """How many tokens of `text` `ids` begins with, and whether these are all of them."""
+    own = tokenizer(text, add_special_tokens=False).input_ids if text else []
+    count = _agreement(own, ids)
+    return count, count == len(own)
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
@@ -146,18 +315,28 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> l
     return [Example(chunk, (True,) * len(chunk)) for chunk in chunks if len(chunk) > 1]
 
 
-def encode_prompt(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def encode_prompt(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, now: datetime | None = None
+) -> torch.Tensor:
     """Token ids [1, length] that ask the model for the next answer."""
-    text = "".join(segment for segment, _ in render(turns, tokenizer, ask=True))
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return torch.tensor([_first_token(tokenizer) + ids])
+    try:
+        text = "".join(segment for segment, _ in render(turns, tokenizer, ask=True, now=now))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return torch.tensor([_first_tokens(tokenizer, text) + ids])
+    except ValueError as error:
+        raise UserError(f"the prompt: {error}") from None
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin-of-text token where the tokenizer adds one and no chat template would."""
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What the tokenizer puts before a text; nothing where a chat template writes that itself."""
     if tokenizer.chat_template is not None:
         return []
-    return [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
+    with_them = list(tokenizer(text).input_ids)
+    without = list(tokenizer(text, add_special_tokens=False).input_ids)
+    for count in range(len(with_them) - len(without) + 1):
+        if with_them[count : count + len(without)] == without:
+            return with_them[:count]
+    raise ValueError("the tokenizer changes a text when it adds its special tokens")
 
 
 def epoch_batches(

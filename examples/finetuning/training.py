@@ -8,12 +8,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -22,17 +24,26 @@ import qkern.nn
 
 from . import UserError
 from .checkpoint import (
-    atomic_directory,
-    checkpoint_path,
+    STATE,
     checkpoints,
+    new_checkpoint_path,
     prune,
+    read_state,
     rng_state,
     set_rng_state,
 )
 from .config import Config
 from .loss import TargetLoss
+from .output import DamagedError, OutputDirectory, atomic_directory, check_whole
 from .report import current_memory
 from .sequences import Batch, Example, collate, epoch_batches
+
+_TRAINING_STATE = "training_state.pt"
+# What the readers of a checkpoint's files raise where these do not fit.
+_UNREADABLE = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError),
+    *(UnpicklingError, SafetensorError, FileNotFoundError),
+)
 
 
 @dataclass
@@ -67,14 +78,31 @@ class History:
         return len(self.steps)
 
     @staticmethod
-    def from_json(state: dict[str, Any]) -> History:
-        return History(
-            **{
-                **state,
-                "steps": [StepRecord(**record) for record in state["steps"]],
-                "held_out": [HeldOutRecord(**record) for record in state["held_out"]],
-            }
-        )
+    def from_json(state: Any) -> History:
+        """Raises ValueError for anything but what ``asdict`` gives of a history."""
+        history = _record(History, state)
+        history.steps = [_record(StepRecord, record) for record in history.steps]
+        history.held_out = [_record(HeldOutRecord, record) for record in history.held_out]
+        if [record.step for record in history.steps] != list(range(1, history.step + 1)):
+            raise ValueError("history: its steps are not 1, 2, ...")
+        if not history.held_out:
+            raise ValueError("history: it has no held-out loss, which every run begins with")
+        return history
+
+
+_Record = TypeVar("_Record", History, StepRecord, HeldOutRecord)
+
+
+def _record(kind: type[_Record], value: Any) -> _Record:
+    """`value` as a dataclass: its fields and no others, each of its type."""
+    known = {f.name: str(f.type).partition("[")[0] for f in fields(kind)}
+    if not isinstance(value, dict) or value.keys() != known.keys():
+        raise ValueError(f"{kind.__name__}: takes the fields {sorted(known)}")
+    for name, of_type in known.items():
+        if type(value[name]).__name__ != of_type:
+            found = type(value[name]).__name__
+            raise ValueError(f"{kind.__name__}.{name}: got {found}; takes {of_type}")
+    return kind(**value)
 
 
 class Trainer:
@@ -92,6 +120,7 @@ class Trainer:
         config: Config,
         pad_id: int,
         fingerprint: dict[str, Any],
+        began: str = "",
     ) -> None:
         self.model = model
         self.train_examples = train
@@ -99,9 +128,13 @@ class Trainer:
         self.config = config
         self.pad_id = pad_id
         self.fingerprint = fingerprint
+        self.began = began  # what chat templates write as today's date
         self.device = next(model.parameters()).device
+        self.output = OutputDirectory(config.output)
         self.checkpoint_root = config.output / "checkpoints"
-        self._state_file = config.output / "optimizer.state"
+        self._state_file: Path | None = None
+        self._damaged: list[Path] = []
+        self._saved_step = -1
         self.history = History(warmup_steps=math.ceil(config.warmup_ratio * config.max_steps))
         self._epoch_order: tuple[int, list[list[int]]] | None = None
         self.parameters = list(qkern.nn.lora_parameters(self.model))
@@ -114,8 +147,8 @@ class Trainer:
         options: dict[str, Any] = {}
         if config.pager == "mmap":
             # Scratch: checkpoints have the state, and this file's step is later than theirs.
-            self._state_file.unlink(missing_ok=True)
-            options["path"] = self._state_file
+            self._remove_state_file()
+            self._state_file = options["path"] = self.output.optimizer_state
         if config.budget is not None:
             options["budget_bytes"] = config.budget << 20
         self.optimizer = qkern.optim.PagedAdamW(
@@ -152,6 +185,10 @@ class Trainer:
             return self._run()
         finally:
             self.optimizer.close()
+            self._remove_state_file()
+
+    def _remove_state_file(self) -> None:
+        if self._state_file is not None:
             self._state_file.unlink(missing_ok=True)
 
     def _run(self) -> bool:
@@ -226,8 +263,12 @@ class Trainer:
         return self._epoch_order[1]
 
     def save(self) -> None:
-        """Write a checkpoint of this step, whole or not at all, and remove the oldest."""
-        with atomic_directory(checkpoint_path(self.checkpoint_root, self.history.step)) as path:
+        """Write a checkpoint of this step, whole or not at all, and then remove the oldest."""
+        if self._saved_step == self.history.step:
+            return
+        work = self.output.work
+        target = new_checkpoint_path(self.checkpoint_root, self.history.step)
+        with atomic_directory(target, work) as path:
             qkern.io.save_adapter(self.model, path, self.config.model)
             torch.save(
                 {
@@ -235,39 +276,78 @@ class Trainer:
                     "scheduler": self.scheduler.state_dict(),
                     "rng": rng_state(),
                 },
-                path / "training_state.pt",
+                path / _TRAINING_STATE,
             )
-            state = {"fingerprint": self.fingerprint, "history": asdict(self.history)}
-            (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        prune(self.checkpoint_root, self.config.keep_checkpoints)
+            state = {
+                "fingerprint": self.fingerprint,
+                "began": self.began,
+                "history": asdict(self.history),
+            }
+            (path / STATE).write_text(json.dumps(state), encoding="utf-8")
+        self._saved_step = self.history.step
+        prune(self.checkpoint_root, self.config.keep_checkpoints, work, self._damaged)
 
     def resume(self) -> Path:
-        """Continue from the newest checkpoint. Raises `UserError` where there is none that fits."""
+        """Continue from the newest checkpoint that is whole; damaged ones are named on the screen.
+
+        Raises `UserError` where there is none, and where it is of a run with other settings.
+        """
         found = checkpoints(self.checkpoint_root)
         if not found:
             raise UserError(f"{self.config.output}: no checkpoint to resume from")
-        path = found[-1]
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self._damaged = []
+        for path in reversed(found):
+            if (damage := self._try_to_restore(path)) is None:
+                self._saved_step = self.history.step
+                return path
+            self._damaged.append(path)
+            print(f"damaged   {path}: {damage}", flush=True)
+        raise UserError(
+            f"{self.config.output}: none of its {len(found)} checkpoints is whole (the last one "
+            f"tried: {found[0].name}); --overwrite starts again"
+        )
+
+    def _try_to_restore(self, path: Path) -> DamagedError | None:
+        """Continue from a checkpoint; what is wrong with it where it is damaged."""
+        try:
+            check_whole(path)
+            state = read_state(path)
+            self._check_settings(path, state)
+            self._restore(path, state)
+        except DamagedError as error:
+            return error
+        return None
+
+    def _check_settings(self, path: Path, state: dict[str, Any]) -> None:
+        theirs = state.get("fingerprint")
+        if not isinstance(theirs, dict):
+            raise DamagedError(f"{STATE} has no settings")
         changes = [
-            f"{name} was {was!r}, now {self.fingerprint.get(name)!r}"
-            for name, was in state["fingerprint"].items()
-            if self.fingerprint.get(name) != was
+            f"{name} was {theirs.get(name)!r}, now {self.fingerprint.get(name)!r}"
+            for name in [*theirs, *(self.fingerprint.keys() - theirs.keys())]
+            if self.fingerprint.get(name) != theirs.get(name)
         ]
         if changes:
             raise UserError(
                 f"{path} belongs to a run with other settings: {'; '.join(changes)}. "
                 "Resume with the old ones, or start again with --overwrite"
             )
-        self.history = History.from_json(state["history"])
-        qkern.io.load_adapter(self.model, path)
-        # After the history: the schedule keeps the warm-up it began with.
-        self.optimizer.close()
-        self._make_optimizer()
-        saved = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        set_rng_state(saved["rng"])
-        return path
+
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
+        try:
+            self.history = History.from_json(state.get("history"))
+            qkern.io.load_adapter(self.model, path)
+            # After the history: the schedule keeps the warm-up it began with.
+            self.optimizer.close()
+            self._make_optimizer()
+            saved = torch.load(path / _TRAINING_STATE, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            set_rng_state(saved["rng"])
+        except torch.OutOfMemoryError:
+            raise
+        except _UNREADABLE as error:
+            raise DamagedError(f"cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

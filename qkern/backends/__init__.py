@@ -7,17 +7,18 @@ A backend is an object with a method for each op that it computes; the reference
 ``triton``     Triton kernels on CUDA and ROCm tensors, compiled at the first call; the next choice
 ``reference``  plain PyTorch (``qkern.reference``) on any device; the default otherwise
 
-``QKERN_BACKEND`` forces one for the process, ``use`` for a ``with`` block.
+``QKERN_BACKEND`` forces one for the process, ``use`` for the code in a ``with`` block.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from qkern._settings import Setting, forced_backend
 from qkern.backends._args import num_threads
 from qkern.backends._backend import Backend, Reference
 from qkern.backends._cpu import CpuBackend
@@ -34,8 +35,10 @@ __all__ = [
     "available",
     "cpu",
     "cuda",
+    "forced",
     "has_cpu_matmul",
     "has_kernel",
+    "holding",
     "num_threads",
     "reference",
     "select",
@@ -56,10 +59,27 @@ NAMES = tuple(BACKENDS)
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Backends of each device type, the preferred first; any other type has the reference only."""
 
-_forced: str | Backend | None = None
-
 selected: dict[torch.device, Backend] = {}
-"""The choice per device, so that a call costs one look-up; a device's type costs more to ask."""
+"""The choice per device outside of `use`, so that a call costs one look-up.
+
+A device's type costs more to ask.
+"""
+
+
+class Forced:
+    """What a block of `use` forces."""
+
+    def __init__(self, backend: str | Backend, isa: str | None) -> None:
+        self.backend, self.isa = backend, isa
+        self.selected: dict[torch.device, Backend] = {}
+
+
+_forced: Setting[Forced] = forced_backend
+
+
+def forced() -> Forced | None:
+    """What `use` forces here, for `holding`; None in code that a compiler traces."""
+    return None if torch.compiler.is_dynamo_compiling() else _forced.get()
 
 
 def available(device_type: str = "cpu") -> dict[str, str | None]:
@@ -84,9 +104,11 @@ def select(device: torch.device) -> Backend:
     Raises ``ValueError`` when ``QKERN_BACKEND`` is not a backend's name, ``RuntimeError`` when the
     forced backend is missing or does not take such tensors.
     """
-    backend = selected.get(device)
+    use = _forced.get()
+    known = selected if use is None else use.selected
+    backend = known.get(device)
     if backend is None:
-        backend = selected[device] = _choose(device.type)
+        backend = known[device] = _choose(device.type)
     return backend
 
 
@@ -96,13 +118,15 @@ def selected_name(device_type: str = "cpu") -> str:
 
 
 def _choose(device_type: str) -> Backend:
-    if isinstance(_forced, Backend):
-        return _forced
+    use = _forced.get()
+    backend = None if use is None else use.backend
+    if isinstance(backend, Backend):
+        return backend
     reasons = available(device_type)
-    name = _forced or os.environ.get("QKERN_BACKEND")
+    name = backend or os.environ.get("QKERN_BACKEND")
     if not name:
         return next(BACKENDS[name] for name, reason in reasons.items() if reason is None)
-    source = "qkern.backends.use" if _forced else "QKERN_BACKEND"
+    source = "qkern.backends.use" if backend else "QKERN_BACKEND"
     _check_name(source, name)
     if name not in reasons:
         raise RuntimeError(
@@ -121,14 +145,17 @@ def _check_name(argument: str, name: str) -> None:
 
 @contextmanager
 def use(name: str | Backend, isa: str | None = None) -> Iterator[None]:
-    """Run every qkern op in the block on the backend ``name``, in all threads.
+    """Run every qkern op in the block on the backend ``name``.
 
     A `Backend` of your own is taken too; what it lacks, the reference computes.
     ``isa`` makes the ``cpu`` backend take an instruction set, for example ``"avx2"``.
+    The block holds in the thread or task that entered it and in tasks made inside, not in other
+    threads; and for the backward of a forward done inside. Graphs of a compiler take what is in
+    force when they run, their forward and their backward each.
+
     Raises ``TypeError`` for anything else, ``ValueError`` for an unknown name or instruction set,
     ``RuntimeError`` when the backend is missing.
     """
-    global _forced
     if isinstance(name, str):
         _check_name("name", name)
         if reason := BACKENDS[name].missing_reason():
@@ -139,16 +166,31 @@ def use(name: str | Backend, isa: str | None = None) -> Iterator[None]:
         raise RuntimeError(f"name: the backend {name.name!r} is missing: {reason}")
     if isa is not None and name not in ("cpu", cpu):
         raise ValueError(f'isa: got {isa!r} with the backend {name!r}; only "cpu" takes one')
-    previous, previous_isa = _forced, None
     if isa is not None:
-        previous_isa = cpu.isa()
-        cpu.set_isa(isa)
-    _forced = name
-    selected.clear()
-    try:
+        cpu.check_isa(isa)
+    elif (outer := _forced.get()) is not None:
+        isa = outer.isa
+    with _holding(Forced(name, isa)):
         yield
+
+
+def holding(found: Forced | None) -> AbstractContextManager[None]:
+    """A block in which what `forced` gave elsewhere is in force again."""
+    return nullcontext() if found is None else _holding(found)
+
+
+@contextmanager
+def _holding(found: Forced) -> Iterator[None]:
+    try:
+        with _forced.held(found):
+            _tell_isa()
+            yield
     finally:
-        _forced = previous
-        selected.clear()
-        if previous_isa is not None:
-            cpu.set_isa(previous_isa)
+        _tell_isa()
+
+
+def _tell_isa() -> None:
+    """Have the kernels take the instruction set that is in force."""
+    if cpu.missing_reason() is None:
+        found = _forced.get()
+        cpu.library().isa_variable.set(None if found is None else found.isa)

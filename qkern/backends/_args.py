@@ -22,6 +22,8 @@ _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
 
 CPU = torch.device("cpu")
 
+check_memory = _errors.check_memory
+
 num_threads = torch.get_num_threads
 """How many threads a kernel takes: always torch's own setting."""
 
@@ -36,7 +38,8 @@ def check(
 ) -> None:
     """Raise unless the tensor is contiguous, on ``device``, and has ``numel`` of ``dtype``.
 
-    Raises ``TypeError`` for another dtype, otherwise ``ValueError``.
+    Its storage must have all of them, too. Raises ``TypeError`` for another dtype, otherwise
+    ``ValueError``.
     """
     if (
         tensor.dtype is dtype
@@ -44,6 +47,10 @@ def check(
         and tensor.numel() == numel
         and tensor.is_contiguous()
     ):
+        # Before the rest of check_memory, which takes longer.
+        size = (tensor.storage_offset() + numel) * dtype.itemsize
+        if tensor.untyped_storage().nbytes() < size:
+            check_memory(name, tensor)
         return
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype}")
@@ -81,9 +88,16 @@ def check_format(format: str, codebook: Tensor | None, device: torch.device = CP
 
 def block_size_arg(block_size: int) -> int:
     """The block size, checked."""
-    if block_size not in _BLOCK_SIZES:
+    # Of another type, 64.0 is found in the set too.
+    if type(block_size) is not int or block_size not in _BLOCK_SIZES:
         _errors.check_block_size(block_size)
     return block_size
+
+
+def check_nested(weight: Weight) -> None:
+    """Raise where only one of the tensors of nested scales is there."""
+    if (weight.nested_absmax is None) != (weight.nested_offset is None):
+        raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
 
 
 def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None:
@@ -93,8 +107,7 @@ def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
     check("packed", packed, torch.uint8, formats.packed_size(numel), device)
     if nested_absmax is None or nested_offset is None:
-        if nested_absmax is not nested_offset:
-            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+        check_nested(weight)
         check("absmax", absmax, torch.float32, blocks, device)
         return
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
@@ -109,6 +122,7 @@ def float_input(name: str, x: Tensor, device: torch.device = CPU) -> Tensor:
         dtype_id(name, x.dtype)
     if not _is_on(x, device):
         check(name, x, x.dtype, x.numel(), device)
+    check_memory(name, x)
     return x.contiguous()
 
 
@@ -120,6 +134,7 @@ def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[
     """
     if not _is_on(x, device):
         raise ValueError(f"{name}: got a tensor on {x.device}; takes one on {device}")
+    check_memory(name, x)
     if x.dim() != 2:
         x = x.reshape(-1, width)
     if x.stride(1) != 1 and width > 1:
@@ -134,10 +149,10 @@ def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:
 
 def adamw_pieces(
     device: torch.device, params: Sequence[Tensor], *args: Any
-) -> list[tuple[int, ...]]:
-    """For each parameter seven addresses (0 is absent), dtype, elements, index and offset.
+) -> list[tuple[int | None, ...]]:
+    """For each parameter seven addresses (None is absent), dtype, elements, index and offset.
 
-    Takes all arguments of the op ``adamw_step``.
+    Parameters without elements are left out. Takes all arguments of the op ``adamw_step``.
     """
     *lists_of_tensors, factors, _, indices, offsets = args
     grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes = lists_of_tensors
@@ -157,28 +172,28 @@ def adamw_pieces(
     if not all(first >= 0 and first % block == 0 for first in offsets):
         raise ValueError(f"offsets: got {list(offsets)}; takes multiples of {block}")
     state_dtype = torch.uint8 if in_codes else torch.float32
-    found: list[tuple[int, ...]] = []
+    found: list[tuple[int | None, ...]] = []
     for k, (param, index) in enumerate(zip(params, indices, strict=True)):
         n, dtype = param.numel(), param.dtype
-        absmaxes = (0, 0)
+        absmaxes: tuple[int | None, ...] = (None, None)
         if in_codes:
             blocks = formats.num_blocks(n, block)
             absmaxes = (
                 pointer("exp_avg_absmax", exp_avg_absmaxes[k], torch.float32, blocks, device),
                 pointer("exp_avg_sq_absmax", exp_avg_sq_absmaxes[k], torch.float32, blocks, device),
             )
-        found.append(
-            (
-                pointer("param", param, dtype, n, device),
-                pointer("grad", grads[k], dtype, n, device),
-                pointer("exp_avg", exp_avgs[k], state_dtype, n, device),
-                pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n, device),
-                *absmaxes,
-                factors_ptr + index * ADAMW_FACTORS * factors.itemsize,
-                dtype_id("param", dtype),
-                n,
-                index,
-                offsets[k] if offsets else 0,
-            )
+        piece = (
+            pointer("param", param, dtype, n, device),
+            pointer("grad", grads[k], dtype, n, device),
+            pointer("exp_avg", exp_avgs[k], state_dtype, n, device),
+            pointer("exp_avg_sq", exp_avg_sqs[k], state_dtype, n, device),
+            *absmaxes,
+            factors_ptr + index * ADAMW_FACTORS * factors.itemsize,
+            dtype_id("param", dtype),
+            n,
+            index,
+            offsets[k] if offsets else 0,
         )
+        if n:
+            found.append(piece)
     return found

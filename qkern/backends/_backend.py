@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkern import formats, reference
+from qkern import _errors, formats, reference
 from qkern.backends import _args
-from qkern.weight import Weight
+from qkern.weight import Weight, tensors_of
 
 
 class _Functions(dict[str, Callable[..., Any]]):
@@ -21,8 +22,23 @@ class _Functions(dict[str, Callable[..., Any]]):
         self._backend = backend
 
     def __missing__(self, op: str) -> Callable[..., Any]:
-        self[op] = found = getattr(self._backend, op, None) or getattr(reference, op)
+        self[op] = found = getattr(self._backend, op, None) or _referred(op)
         return found
+
+
+def _referred(op: str) -> Callable[..., Any]:
+    """The reference's function for an op, with arguments that kernels would take, too."""
+    check, function = getattr(_Checker("reference"), op), getattr(reference, op)
+    names = tuple(inspect.signature(function).parameters)
+
+    def run(*args: Any) -> Any:
+        for name, value in zip(names, args, strict=False):
+            for place, tensor in tensors_of(name, value):
+                _args.check_memory(place, tensor)
+        check(*args)
+        return function(*args)
+
+    return run
 
 
 class Backend:
@@ -126,11 +142,15 @@ class KernelBackend(Backend):
     def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``qkern.reference.dequantize_4bit``."""
         out = torch.empty(tuple(shape), dtype=dtype, device=self._device_of(weight.packed))
-        self.dequantize_4bit_out(weight, out)
+        self._dequantize_4bit(weight, out)
         return out
 
     def dequantize_4bit_out(self, weight: Weight, out: Tensor) -> None:
         """See ``qkern.reference.dequantize_4bit_out``."""
+        _errors.check_apart("out", out, weight.named_tensors())
+        self._dequantize_4bit(weight, out)
+
+    def _dequantize_4bit(self, weight: Weight, out: Tensor) -> None:
         n = out.numel()
         device = self._device_of(weight.packed)
         _args.check_weight(weight, n, device)
@@ -159,6 +179,7 @@ class KernelBackend(Backend):
         n = codes.numel()
         device = self._device_of(codes)
         blocks = formats.num_blocks(n, _args.block_size_arg(block_size))
+        _args.check_memory("codes", codes)
         codes = codes.contiguous()
         _args.check("codes", codes, torch.uint8, n, device)
         _args.check("absmax", absmax, torch.float32, blocks, device)
@@ -173,11 +194,12 @@ class KernelBackend(Backend):
     def quantize_absmax(self, absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``qkern.reference.quantize_absmax``."""
         n = absmax.numel()
-        if n == 0:
-            return reference.quantize_absmax(absmax)
         device = self._device_of(absmax)
+        _args.check_memory("absmax", absmax)
         absmax = absmax.contiguous()
         _args.check("absmax", absmax, torch.float32, n, device)
+        if n == 0:
+            return reference.quantize_absmax(absmax)
         groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
         codes = torch.empty(absmax.shape, dtype=torch.uint8, device=device)
         nested_absmax = torch.empty(groups, dtype=torch.float32, device=device)
@@ -192,7 +214,8 @@ class KernelBackend(Backend):
         args = _args.with_adamw_defaults(args)
         pieces = _args.adamw_pieces(device, params, *args)
         seed: int | None = args[6]
-        self._launch("adamw_step", device, pieces, seed)
+        if pieces:
+            self._launch("adamw_step", device, pieces, seed)
 
     def linear_4bit(
         self,
@@ -246,3 +269,13 @@ class KernelBackend(Backend):
             *(dx, matrix, rows, row_stride, weight),
             *(out_features, in_features, bias, out, batch_invariant),
         )
+
+
+class _Checker(KernelBackend):
+    """Asks of arguments what every backend with kernels does, and starts none."""
+
+    def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
+        pass
+
+    def _multiply(self, product: Product) -> None:
+        pass

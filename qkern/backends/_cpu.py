@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +35,18 @@ class CpuBackend(CompiledBackend):
         return list(self.library().available_isas())
 
     def set_isa(self, name: str) -> None:
-        """Take an instruction set; ``""`` is ``QKERN_CPU_ISA`` or the best.
+        """Take an instruction set in the process; ``""`` is ``QKERN_CPU_ISA`` or the best.
+
+        The `qkern.backends.use` of a block goes before.
 
         Raises ``ValueError`` when it is not available.
         """
         self.library().set_isa(name)
+
+    def check_isa(self, name: str) -> None:
+        """Raise ``ValueError`` unless the instruction set is available."""
+        if name not in (available := self.available_isas()):
+            raise ValueError(f"isa: got {name!r}; takes one of {', '.join(available)}")
 
     def has_matmul(self, dtype: torch.dtype) -> bool:
         """Whether torch's CPU matmuls in ``dtype`` run on instructions for it.
@@ -61,6 +69,20 @@ class CpuBackend(CompiledBackend):
         self._start(op, product.x.device, product_numbers(product))
 
 
+def _storage_functions() -> tuple[int, ...]:
+    """The addresses of torch's C functions for a storage's size and a tensor's place in it.
+
+    None where torch does not have them. They are symbols of a library that ``torch._C`` loads.
+    """
+    try:
+        loaded = ctypes.CDLL(torch._C.__file__)
+        names = ("aoti_torch_get_storage_size", "aoti_torch_get_storage_offset")
+        found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+    except (AttributeError, OSError):
+        return ()
+    return tuple(address for address in found if address is not None)
+
+
 def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     """The library's functions on tensors, by op; none where torch lacks the interface they need.
 
@@ -69,7 +91,9 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     number of threads; ``linear_4bit`` also the ``in_features`` that ``x`` must have.
     """
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if api is None or not library.read_tensors_with(api, Tensor, nn.Parameter):
+    of_storage = _storage_functions()
+    probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
+    if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
         return {}
     ops = ("linear_4bit", "linear_4bit_dx", "adamw_step")
     return {op: getattr(library, f"{op}_on_tensors") for op in ops}

@@ -76,7 +76,8 @@ def _fused(library: Any, stream: int, way: Way, product: Product) -> None:
     # The allocator hands it out again only to work that this stream does later.
     workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
     kernel = library.cuda_linear_4bit_dx if product.dx else library.cuda_linear_4bit
-    kernel(*product_numbers(product), PATHS.index(way.path), workspace.data_ptr(), stream)
+    address = workspace.data_ptr() if way.workspace_bytes else None
+    kernel(*product_numbers(product), PATHS.index(way.path), address, stream)
 
 
 def _slices_by_gemm(

@@ -80,11 +80,10 @@ class TritonBackend(KernelBackend):
             getattr(_kernels(op), op)(*tensors, self._target_of(device))
 
     def adamw_step(self, params: Sequence[Tensor], *args: Any) -> None:
-        """See ``qkern.reference.adamw_step``; parameters without elements are left out."""
+        """See ``qkern.reference.adamw_step``."""
         device = params[0].device
         args = _args.with_adamw_defaults(args)
         pieces = _args.adamw_pieces(device, params, *args)
-        pieces = [piece for piece, param in zip(pieces, params, strict=True) if param.numel()]
         if pieces:
             in_codes, seed = len(args[3]) > 0, args[6]
             self._launch("adamw_step", device, pieces, in_codes, seed, device)

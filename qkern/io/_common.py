@@ -1,47 +1,119 @@
-"""What reading and writing model files have in common: names, layers, atomic writes."""
+"""What reading and writing model files have in common: layers, names, and checked tensors."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from qkern.nn._module import is_sharded
+from qkern.nn._names import plain_name, plain_paths, wrapped_names
+from qkern.nn._sources import is_linear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
 
 Layer = LoRALinear | Linear4bit | nn.Linear
 
-# Path components that wrappers of a module insert and that are no part of the model's own names.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[Layer, list[str]]]:
     """``{plain path: (layer, all its actual paths)}`` of the layers an adapter can be on."""
+    plain = plain_paths(model)
     paths: dict[int, list[str]] = {}
     layers: dict[str, tuple[Layer, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear | Linear4bit) or type(module) is nn.Linear:
-            paths.setdefault(id(module), []).append(path)
-            layers[plain(path)] = (module, paths[id(module)])
+        if isinstance(module, LoRALinear | Linear4bit) or is_linear(module):
+            assert isinstance(module, LoRALinear | Linear4bit | nn.Linear)
+            # A base layer has its adapter's path, and the adapter comes first.
+            own = plain[path]
+            if own not in layers or layers[own][0] is module:
+                paths.setdefault(id(module), []).append(path)
+                layers[own] = (module, paths[id(module)])
     return layers
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data-parallel wrappers."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict by plain names: the parameters and buffers themselves.
+
+    Raises ValueError where two of them have one plain name, or where a value is no tensor.
+    """
+    # What a wrapper counts for itself.
+    counters = {id(b) for m in model.modules() if wrapped_names(m) for b in m._buffers.values()}
+    actual: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = plain_name(model, name)
+        if id(tensor) in counters or tensors.get(plain) is tensor:
+            continue
+        if plain in tensors:
+            raise ValueError(f"model: {actual[plain]} and {name} would both be called {plain}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: got {type(tensor).__name__}; safetensors hold tensors only")
+        actual[plain], tensors[plain] = name, tensor
+    return tensors
 
 
-def plain(path: str) -> str:
-    """``path`` as it is without wrappers."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+def check_fits(name: str, tensor: Tensor, slot: Tensor) -> None:
+    """ValueError where a file's tensor cannot become the value of ``slot``, a model's.
+
+    A floating tensor may come in another floating dtype, and any other in its own only. What a
+    parameter is given is finite. Buffers may hold infinities, as masks do.
+    """
+    if list(tensor.shape) != list(slot.shape):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {list(slot.shape)}")
+    check_dtype(name, tensor, _FLOATS | {slot.dtype} if slot.is_floating_point() else {slot.dtype})
+    if isinstance(slot, nn.Parameter) and slot.is_floating_point():
+        check_finite(name, tensor.to(slot.dtype))
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """ValueError unless its dtype is one that weights have, and its values are finite."""
+    check_dtype(name, tensor, _FLOATS)
+    check_finite(name, tensor)
+
+
+def check_dtype(name: str, tensor: Tensor, takes: Iterable[torch.dtype]) -> None:
+    """ValueError unless it has one of these dtypes."""
+    if tensor.dtype not in takes:
+        wanted = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in takes))
+        raise ValueError(f"{name}: got {tensor.dtype}; takes {wanted}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ValueError where a value is NaN or infinite."""
+    finite = torch.isfinite(tensor if tensor.dtype in _FLOATS else tensor.float())
+    if not finite.all():
+        count = int(finite.numel() - finite.sum())
+        raise ValueError(f"{name}: got {count} values that are NaN or infinite; takes finite ones")
+
+
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, detached and contiguous; of a sharded one all shards together.
+
+    Raises ValueError, with ``name``, for one on the meta device, or that DeepSpeed partitions.
+    """
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        raise ValueError(f"{name}: is partitioned by DeepSpeed; gather it first")
+    tensor = tensor.detach()
+    if is_sharded(tensor):
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    if tensor.is_meta:
+        raise ValueError(f"{name}: is on the meta device; takes a tensor with values")
+    return tensor.cpu().contiguous()
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that own their memory, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return result
 
 
 def some(names: Iterable[str]) -> str:
@@ -49,15 +121,3 @@ def some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3] or ["nothing"]) + more
-
-
-def write_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``target``, then rename it into place."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

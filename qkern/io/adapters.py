@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections import Counter
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qkern.io._common import Layer, linear_layers, plain, some, unwrapped, write_file
-from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
+from qkern import _json
+from qkern.io import _peft
+from qkern.io._common import (
+    Layer,
+    check_finite,
+    check_fits,
+    check_floating,
+    linear_layers,
+    named_tensors,
+    some,
+    unshared,
+    whole,
+)
+from qkern.io._files import commit, locked, staged
+from qkern.nn._module import QuantizedModule, is_sharded
+from qkern.nn._names import plain_name, plain_paths, unwrapped
+from qkern.nn.embedding import Embedding4bit
+from qkern.nn.lora import LoRAConfig, LoRALinear
 from qkern.nn.model import replace_module
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_KEY = re.compile(re.escape(_peft.PREFIX) + r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+# In the metadata of the weights: the configuration that they were saved with.
+_CONFIG_KEY = "adapter_config"
 
 # Fields of PEFT's LoraConfig that do not change what loaded weights compute on a Linear.
 _NEUTRAL_FIELDS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
+        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "inference_mode",
@@ -38,25 +57,28 @@ _NEUTRAL_FIELDS = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
-        "task_type",
     }
 )
-_READ_FIELDS = frozenset(
-    {
-        "alpha_pattern",
-        "bias",
-        "init_lora_weights",
-        "lora_alpha",
-        "lora_dropout",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "use_rslora",
-    }
-)
+_READ_FIELDS = {
+    "alpha_pattern": _json.map_of(_json.NUMBER, "numbers") | _json.NULL,
+    "bias": _json.Kind('"none", "all" or "lora_only"', ("none", "all", "lora_only").__contains__),
+    "init_lora_weights": _json.FLAG | _json.TEXT | _json.NULL,
+    "lora_alpha": _json.NUMBER,
+    "lora_dropout": _json.NUMBER,
+    "modules_to_save": _json.list_of(_json.TEXT, "names") | _json.NULL,
+    "peft_type": _json.TEXT,
+    "r": _json.INTEGER,
+    "rank_pattern": _json.map_of(_json.INTEGER, "integers") | _json.NULL,
+    "task_type": _json.TEXT | _json.NULL,
+    "use_rslora": _json.FLAG | _json.NULL,
+}
+# Of these, what the weights compute depends on.
+_COMPUTING_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # The initialisations that leave the base weight as it is; others (pissa, olora, loftq, ...) change
 # it, and their adapter means nothing on the original base.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# PEFT cannot put its wrapper around these.
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def save_adapter(
@@ -65,12 +87,20 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     *,
     task_type: str | None = None,
+    modules_to_save: Iterable[str] = (),
 ) -> None:
-    """Write the LoRA layers of ``model`` as PEFT does, for ``PeftModel.from_pretrained``.
+    """Write all that was trained in ``model`` as PEFT does, for ``PeftModel.from_pretrained``.
 
-    ``directory`` (made if missing) gets ``adapter_model.safetensors`` and ``adapter_config.json``,
-    each written beside its place and renamed into it, so that an interruption leaves the old file
-    or the new one. Tensors keep their dtype; merged or not, A and B are saved.
+    That is A and B of the LoRA layers, merged or not, and every other parameter that requires grad:
+    as whole modules (PEFT's ``modules_to_save``), or as the biases of layers with adapters or with
+    4-bit weights (PEFT's ``bias``). Tensors keep their dtype; sharded ones are gathered, so all
+    processes have to call this. Wrappers such as DDP's leave no trace in the names.
+
+    ``directory`` (made if missing) gets ``adapter_model.safetensors`` and ``adapter_config.json``.
+    They are written beside their places and renamed. :func:`load_adapter` finds the old adapter or
+    the new one, whenever an interruption comes; other readers may find no configuration.
+
+    Warns where the installed PEFT would compute something else from the files, with the reason.
 
     Args:
         model: a model with :class:`~qkern.nn.LoRALinear` layers.
@@ -78,88 +108,374 @@ def save_adapter(
         base_model_name_or_path: what PEFT shall say the base was; by default what a transformers
             model says of itself.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``; None makes PEFT load a plain
-            ``PeftModel``.
+            ``PeftModel``. For ``"SEQ_CLS"`` and others PEFT expects the head in the file, so it is
+            written too.
+        modules_to_save: paths of more modules to write whole, though they are frozen now.
 
     Raises:
-        ValueError: ``model`` has no LoRA, or layers that differ in dropout or in ``use_rslora``,
-            which PEFT's configuration cannot say.
+        ValueError: ``model`` has no LoRA; layers differ in dropout or in ``use_rslora``, which
+            PEFT's configuration cannot say; or PEFT's format has no place for something that was
+            trained, such as a parameter of the model itself. Nothing is written then.
     """
     from safetensors.torch import save_file
 
-    layers = {plain(path): layer for path, layer in lora_layers(unwrapped(model))}
-    if not layers:
+    inner = unwrapped(model)
+    contents = _Contents.of(inner)
+    if not contents.lora:
         raise ValueError("model: has no LoRA layers to save")
+    if "" in contents.lora:
+        raise ValueError("model: is a single layer, which has no name; takes a model around it")
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    r, rank_pattern = _common({path: layer.r for path, layer in layers.items()})
-    alpha, alpha_pattern = _common({path: layer.alpha for path, layer in layers.items()})
+    layers = contents.lora
+    r, rank_pattern = _peft.by_pattern({path: layer.r for path, layer in layers.items()})
+    alpha, alpha_pattern = _peft.by_pattern({path: layer.alpha for path, layer in layers.items()})
+    entries, modules = _whole_modules(contents, modules_to_save, task_type)
+    bias, biases = _biases(contents, modules)
     config = {
         "auto_mapping": None,
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base_model_name_or_path,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": _same(layers, "dropout"),
-        "modules_to_save": None,
+        "modules_to_save": entries or None,
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": _target_modules(unwrapped(model), layers),
+        "target_modules": _peft.target_modules(layers.keys(), contents.once),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": _same(layers, "use_rslora"),
     }
-    tensors = {}
+    named: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_a.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_b.detach().cpu().contiguous()
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_file(
-        directory / WEIGHTS_FILE,
-        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-    )
+        named[f"{path}.lora_A.weight"] = _part(contents, path, "lora_a", layer.r, layer.in_features)
+        named[f"{path}.lora_B.weight"] = _part(
+            contents, path, "lora_b", layer.out_features, layer.r
+        )
+    inside_whole = tuple(f"{path}." for path in modules)
+    named |= {k: tensor for k, tensor in contents.tensors.items() if k.startswith(inside_whole)}
+    for path in biases:
+        inside = ".base_layer" if path in layers else ""
+        named[f"{path}{inside}.bias"] = contents.tensors[f"{path}.bias"]
+    tensors = {_peft.PREFIX + name: whole(name, tensor) for name, tensor in named.items()}
+    reason = contents.shared_adapter() or _peft.computed_otherwise(inner, config, tensors)
+    if reason:
+        warnings.warn(
+            f"the adapter computes something else in PEFT: {reason}; "
+            "qkern.io.load_adapter reads it as it is",
+            stacklevel=2,
+        )
+    _write(Path(directory), config, unshared(tensors), save_file)
+
+
+def _part(contents: _Contents, path: str, name: str, *shape: int) -> Tensor:
+    tensor = contents.tensors[f"{path}.{name}"]
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{path}.{name}: got shape {list(tensor.shape)}; takes {list(shape)}. A framework that "
+            "keeps shards in its place has to gather them first"
+        )
+    return tensor
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], save: Any) -> None:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_file(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    metadata = {"format": "pt", _CONFIG_KEY: json.dumps(config, sort_keys=True)}
+    writes = {
+        WEIGHTS_FILE: lambda file: save(tensors, file, metadata=metadata),
+        CONFIG_FILE: lambda file: file.write_text(text, encoding="utf-8"),
+    }
+    with staged(directory, "adapter", writes) as files, locked(directory):
+        old = directory / CONFIG_FILE
+        # New weights never lie beside an old configuration: PEFT would take another scaling.
+        if old.exists() and old.read_bytes() != text.encode():
+            old.unlink()
+        commit(files, directory)
+
+
+class _Contents(NamedTuple):
+    """A model's parts by plain path: without wrappers, a base layer at its adapter's path."""
+
+    modules: dict[str, nn.Module]
+    lora: dict[str, LoRALinear]
+    tensors: dict[str, Tensor]
+    trained: dict[str, str]
+    """Names of parameters that require grad, but of A and B, and the paths of their modules."""
+    once: set[str]
+    """Of modules at several paths only the first, where PEFT finds them."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Contents:
+        plain = plain_paths(model)
+        modules: dict[str, nn.Module] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            # Of a wrapper and what it wraps, the latter; of an adapter and its base, the former.
+            if not isinstance(modules.get(plain[path]), LoRALinear):
+                modules[plain[path]] = module
+        lora: dict[str, LoRALinear] = {}
+        for path, module in modules.items():
+            if isinstance(module, LoRALinear) and all(module is not la for la in lora.values()):
+                lora[path] = module
+        of_lora = {id(t) for layer in lora.values() for t in (layer.lora_a, layer.lora_b)}
+        # Not of the state dict, which some frameworks fill with gathered copies.
+        trained = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and id(parameter) not in of_lora:
+                own = plain_name(model, name)
+                trained[own] = own.rpartition(".")[0]
+        once = {plain[path] for path, _ in model.named_modules()}
+        return cls(modules, lora, named_tensors(model), trained, once)
+
+    def shared_adapter(self) -> str | None:
+        """A layer with an adapter that PEFT would find at one of its places only, in words."""
+        places = {id(layer): path for path, layer in self.lora.items()}
+        for path, module in self.modules.items():
+            if (first := places.get(id(module), path)) != path:
+                return f"the layer {first} is also {path}, where PEFT puts no adapter"
+        return None
+
+    def holds_bias(self, path: str) -> bool:
+        """Whether the layer's bias can only be written for itself."""
+        return isinstance(self.modules.get(path), LoRALinear | QuantizedModule)
+
+    def cannot_be_whole(self, path: str) -> str | None:
+        """Why PEFT could not keep the module at ``path`` as a whole, if it could not."""
+        if not path:
+            return "the model itself"
+        if path not in self.modules:
+            return "no module of the model"
+        if isinstance(self.modules[path], _CONTAINERS):
+            return f"a {type(self.modules[path]).__name__}"
+        for other, module in self.modules.items():
+            if other == path or other.startswith(f"{path}."):
+                if isinstance(module, LoRALinear):
+                    return "a layer with an adapter" if other == path else f"around {other}"
+                if isinstance(module, QuantizedModule):
+                    return "a layer with a 4-bit weight" if other == path else f"around {other}"
+        return None
+
+
+def _whole_modules(
+    contents: _Contents, more: Iterable[str], task_type: str | None
+) -> tuple[list[str], set[str]]:
+    """PEFT's ``modules_to_save``, and the paths of all modules that it takes for these."""
+    if isinstance(more, str):
+        raise TypeError(f"modules_to_save: got the string {more!r}; takes a list of paths")
+    wanted: set[str] = set()
+    for path in more:
+        if path not in contents.modules:
+            raise ValueError(f"modules_to_save: the model has no module {path!r}")
+        if why := contents.cannot_be_whole(path):
+            raise ValueError(f"modules_to_save: {path} is {why}, which PEFT cannot save whole")
+        wanted.add(path)
+    for name, owner in contents.trained.items():
+        path = owner
+        if contents.holds_bias(path) and name == f"{path}.bias":
+            continue
+        while isinstance(contents.modules.get(path), _CONTAINERS):
+            path = path.rpartition(".")[0]
+        if why := contents.cannot_be_whole(path):
+            raise ValueError(
+                f"{name}: is trained, and PEFT's format has no place for it: it saves whole "
+                f"modules, and {path or 'its owner'} is {why}; freeze it, or save a state dict"
+            )
+        wanted.add(path)
+    wanted = {path for path in wanted if not any(path.startswith(f"{other}.") for other in wanted)}
+    paths = _peft.paths_in_peft(contents.modules, contents.lora)
+    entries = _peft.entries_to_save(wanted, paths, contents.lora)
+    taken = (*entries, *_peft.modules_of_task(task_type))
+    found = {path for path in paths if _peft.is_saved_whole(path, taken)}
+    for path in sorted(found - wanted):
+        if why := contents.cannot_be_whole(path):
+            raise ValueError(
+                f"{path}: PEFT takes it for one of modules_to_save={list(taken)} by the end of its "
+                f"path, and it is {why}; with task_type=None, or other names, it does not"
+            )
+    for path in found:
+        if inner := [other for other in found if other.startswith(f"{path}.")]:
+            raise ValueError(f"{inner[0]}: is inside of {path}, and PEFT would save both whole")
+    of_task = {p for p in found - wanted if not _peft.is_saved_whole(p, entries)}
+    return sorted({*entries, *(p.rpartition(".")[2] for p in of_task)}), found
+
+
+def _biases(contents: _Contents, modules: Iterable[str]) -> tuple[str, list[str]]:
+    """PEFT's ``bias``, and the layers whose biases it writes for that."""
+    inside = tuple(f"{path}." for path in modules)
+    trained = [
+        path
+        for name, path in contents.trained.items()
+        if name == f"{path}.bias" and not name.startswith(inside)
+    ]
+    if not trained:
+        return "none", []
+    layers = [
+        name.removesuffix(".bias")
+        for name in contents.tensors
+        if name.endswith(".bias") and not name.startswith(inside)
+    ]
+    if all(path in contents.lora for path in trained):
+        return "lora_only", [path for path in layers if path in contents.lora]
+    return "all", layers
 
 
 def load_adapter(
     model: nn.Module, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Read a LoRA adapter written by PEFT or :func:`save_adapter` into ``model``, in place.
+    """Read an adapter written by PEFT or :func:`save_adapter` into ``model``, in place.
 
     A model without LoRA gets it on the layers the file names, 4-bit or dense, and everything else
     is frozen; the new A and B are trainable, in ``dtype`` or as :class:`~qkern.nn.LoRALinear`
     chooses. A model with LoRA must carry it on exactly those layers with the same rank and
-    scaling, and keeps its dtype and dropout. ``model`` is changed only after all checks passed.
+    scaling, and keeps its dtype and dropout. Modules that the file holds whole (PEFT's
+    ``modules_to_save``, resized embeddings) and biases are copied into the model's own, in its
+    dtype, and become trainable too. ``model`` is changed only after all checks passed, and nothing
+    stays mapped to the file.
 
     Returns ``model``. Raises FileNotFoundError for a missing file; ValueError for a configuration
-    that asks for more than plain LoRA on linear layers (DoRA, trained biases, ...), and for keys
-    or shapes that do not fit the model.
+    that asks for more than that (DoRA, ...), that is not the one the weights were saved with, or
+    whose values are of another kind; and for keys, shapes, dtypes or values that do not fit the
+    model or are not finite.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG_FILE, dtype)
-    adapters = _read_weights(directory / WEIGHTS_FILE)
     inner = unwrapped(model)
+    file = directory / WEIGHTS_FILE
+    adapter = _read(directory, dtype)
     layers = linear_layers(inner)
-    _check_paths(directory, adapters, layers)
-    for path, (a, b) in adapters.items():
-        _check_fits(path, a, b, layers[path][0], config)
-    if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
-        inner.requires_grad_(False)
-    for path, (a, b) in adapters.items():
-        layer, paths = layers[path]
+    config = adapter.config
+    _check_paths(directory, adapter.lora, layers)
+    try:
+        for path, (a, b) in adapter.lora.items():
+            _check_fits(path, a, b, layers[path][0], config)
+        values = _values(adapter, inner)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    adapters: dict[str, LoRALinear] = {}
+    for path in adapter.lora:
+        layer, _ = layers[path]
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear.from_config(layer, config, path)
-            replace_module(inner, paths, layer)
+        adapters[path] = layer
+        _check_has_values(f"{file}: {path}", adapters[path].lora_a)
+    if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
+        inner.requires_grad_(False)
+        for layer in adapters.values():
+            layer.requires_grad_(True).base_layer.requires_grad_(False)
+    for path, (a, b) in adapter.lora.items():
+        layer = adapters[path]
+        if layers[path][0] is not layer:
+            replace_module(inner, layers[path][1], layer)
         with torch.no_grad():
             layer.lora_a.copy_(a)
             layer.lora_b.copy_(b)
+    for slot, value in values:
+        with torch.no_grad():
+            slot.copy_(value)
+        if isinstance(slot, nn.Parameter) and slot.is_floating_point():
+            slot.requires_grad_(True)
     return model
+
+
+class _Adapter(NamedTuple):
+    config: LoRAConfig
+    modules_to_save: tuple[str, ...]
+    modules_of_task: tuple[str, ...]
+    bias: str
+    lora: dict[str, tuple[Tensor, Tensor]]
+    others: dict[str, Tensor]
+
+
+def _read(directory: Path, dtype: torch.dtype | None) -> _Adapter:
+    with locked(directory, shared=True) if directory.is_dir() else contextlib.nullcontext():
+        fields = _read_fields(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
+        config = _config(directory / CONFIG_FILE, fields, dtype)
+        lora, others = _read_weights(directory / WEIGHTS_FILE)
+    modules = tuple(fields.get("modules_to_save") or ())
+    of_task = _peft.modules_of_task(fields.get("task_type"))
+    return _Adapter(config, modules, of_task, fields.get("bias", "none"), lora, others)
+
+
+def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The model's tensors that the file has besides A and B, and their values; all checked."""
+    contents = _Contents.of(model)
+    slots = contents.tensors
+    embeddings = _embeddings(contents, model)
+    named = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_to_save)}
+    of_task = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_of_task)}
+    found: dict[str, Tensor] = {}
+    for key, tensor in adapter.others.items():
+        name = key.removeprefix(_peft.PREFIX)
+        path, _, last = name.rpartition(".")
+        if path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapter.lora:
+            path = path.removesuffix(".base_layer")
+            if last == "bias" and adapter.bias != "none":
+                found[f"{path}.bias"] = tensor
+                continue
+        owner = next((p for p in named | of_task if name.startswith(f"{p}.")), None)
+        if owner is not None or path in embeddings:
+            why = contents.cannot_be_whole(owner or path)
+            if why is not None:
+                raise ValueError(
+                    f"{key}: the adapter holds {owner or path} whole and dense, and in the model "
+                    f"it is {why}"
+                )
+        elif not (last == "bias" and adapter.bias == "all"):
+            raise ValueError(
+                f"unknown key {key}; takes {_peft.PREFIX}<layer>.lora_A.weight, lora_B, and what "
+                "modules_to_save and bias of the configuration name"
+            )
+        found[name] = tensor
+    inside = tuple(f"{path}." for path in named)
+    if missing := {name for name in slots if name.startswith(inside) and name not in found}:
+        raise ValueError(f"has no {some(missing)}, of modules_to_save")
+    return _checked(found, slots, embeddings)
+
+
+def _checked(
+    found: Mapping[str, Tensor], slots: Mapping[str, Tensor], embeddings: Iterable[str]
+) -> list[tuple[Tensor, Tensor]]:
+    of_slot: dict[int, str] = {}
+    for name, tensor in found.items():
+        if name not in slots:
+            raise ValueError(f"the model has no {name}")
+        slot = slots[name]
+        _check_has_values(name, slot)
+        try:
+            check_fits(name, tensor, slot)
+        except ValueError as error:
+            resized = list(tensor.shape) != list(slot.shape)
+            if resized and name.rpartition(".")[0] in embeddings:
+                raise ValueError(
+                    f"{error}; it was trained with another vocabulary: resize the model's first"
+                ) from error
+            raise
+        first = of_slot.setdefault(id(slot), name)
+        if not torch.equal(found[first], tensor):
+            raise ValueError(f"{first}: differs from {name}, which the model ties to it")
+    return [(slots[name], tensor) for name, tensor in found.items()]
+
+
+def _embeddings(contents: _Contents, model: nn.Module) -> set[str]:
+    """Paths of the tables, and of the output head, which PEFT writes for a resized vocabulary."""
+    head = None
+    if callable(get := getattr(model, "get_output_embeddings", None)):
+        head = get()
+    return {
+        path
+        for path, module in contents.modules.items()
+        if isinstance(module, nn.Embedding | Embedding4bit) or (head is not None and module is head)
+    }
+
+
+def _check_has_values(name: str, slot: Tensor) -> None:
+    if slot.is_meta or is_sharded(slot):
+        where = "on the meta device" if slot.is_meta else "sharded"
+        raise ValueError(f"{name}: is {where} in the model; load the adapter before that")
 
 
 def _check_paths(
@@ -167,7 +483,10 @@ def _check_paths(
 ) -> None:
     """The file's layers are the model's LoRA layers or, where it has none, any linear layers."""
     found = set(adapters)
-    existing = {plain(paths[0]) for la, paths in layers.values() if isinstance(la, LoRALinear)}
+    aliases: dict[int, list[str]] = {}
+    for path, (layer, _) in layers.items():
+        aliases.setdefault(id(layer), []).append(path)
+    existing = {aliases[id(la)][0] for la, _ in layers.values() if isinstance(la, LoRALinear)}
     if existing and found != existing:
         raise ValueError(
             f"{directory}: its layers are not the model's LoRA layers: "
@@ -176,7 +495,7 @@ def _check_paths(
     if unknown := found - layers.keys():
         raise ValueError(f"{directory}: the model has no linear layer {some(unknown)}")
     for path in found:
-        if twice := found & {plain(p) for p in layers[path][1]} - {path}:
+        if twice := found & set(aliases[id(layers[path][0])]) - {path}:
             raise ValueError(f"{directory}: {path} and {some(twice)} are one layer of the model")
 
 
@@ -188,6 +507,9 @@ def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfi
     ):
         if list(tensor.shape) != shape:
             raise ValueError(f"{path}.{name}: got shape {list(tensor.shape)}; takes {shape}")
+        check_floating(f"{path}.{name}", tensor)
+        if (dtype := _adapter_dtype(layer, config)) != tensor.dtype:
+            check_finite(f"{path}.{name}", tensor.to(dtype))
     if not isinstance(layer, LoRALinear):
         return
     if layer.merged:
@@ -197,39 +519,73 @@ def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfi
         raise ValueError(f"{path}: got (r, alpha, use_rslora) {of_file}; the model has {of_model}")
 
 
-def _read_config(file: Path, dtype: torch.dtype | None) -> LoRAConfig:
-    """PEFT's configuration, refused when it is not plain LoRA on linear layers."""
+def _adapter_dtype(layer: Layer, config: LoRAConfig) -> torch.dtype:
+    if isinstance(layer, LoRALinear):
+        return layer.lora_a.dtype
+    return config.dtype or torch.float32
+
+
+def _read_fields(file: Path, weights: Path) -> dict[str, Any]:
+    """PEFT's configuration, or what the weights were saved with where an interruption left none."""
+    saved = _saved_fields(weights)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+        if saved is None:
+            raise FileNotFoundError(f"{file} is missing")
+        return saved
+    fields = _json.read_object(str(file), file.read_bytes())
+    _json.check_fields(str(file), fields, _READ_FIELDS)
+    for name in _COMPUTING_FIELDS if saved else ():
+        if saved and (fields.get(name) or None) != (saved.get(name) or None):
+            raise ValueError(
+                f"{file}: {name}: got {fields.get(name)!r}; {weights.name} was saved with "
+                f"{saved.get(name)!r}, so they are of two saves. To change what an adapter "
+                "computes, set alpha of its layers after loading"
+            )
+    return fields
+
+
+def _saved_fields(weights: Path) -> dict[str, Any] | None:
+    """The configuration in the weights' own metadata; None for files of others."""
+    from safetensors import SafetensorError, safe_open
+
+    if not weights.is_file():
+        return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: got {type(config).__name__}; takes a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f'{file}: peft_type: got {config.get("peft_type")!r}; takes "LORA"')
-    if config.get("bias", "none") != "none":
-        raise ValueError(f'{file}: bias: got {config["bias"]!r}; takes "none"')
-    initialisation = config.get("init_lora_weights", True)
+        with safe_open(weights, framework="pt") as file:
+            text = (file.metadata() or {}).get(_CONFIG_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: is not a safetensors file: {error}") from error
+    if text is None:
+        return None
+    name = f"{weights}: {_CONFIG_KEY}"
+    fields = _json.read_object(name, text)
+    _json.check_fields(name, fields, _READ_FIELDS)
+    return fields
+
+
+def _config(file: Path, fields: Mapping[str, Any], dtype: torch.dtype | None) -> LoRAConfig:
+    """What PEFT's configuration says, refused when it is not plain LoRA on linear layers."""
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f'{file}: peft_type: got {fields.get("peft_type")!r}; takes "LORA"')
+    initialisation = fields.get("init_lora_weights", True)
     if initialisation not in _PLAIN_INITIALISATIONS:
         raise ValueError(
             f"{file}: init_lora_weights: {initialisation!r} changes the base weight; "
             "let PEFT convert the adapter to plain LoRA"
         )
-    for name, value in config.items():
+    for name, value in fields.items():
         # Anything else that is set asks for something this package does not compute.
-        if name not in _NEUTRAL_FIELDS | _READ_FIELDS and value:
+        if name not in _NEUTRAL_FIELDS | _READ_FIELDS.keys() and value:
             raise ValueError(f"{file}: {name}={value!r} is not supported; takes plain LoRA")
     try:
         return LoRAConfig(
-            r=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            use_rslora=config.get("use_rslora", False),
+            r=fields["r"],
+            alpha=fields["lora_alpha"],
+            dropout=fields.get("lora_dropout", 0.0),
+            use_rslora=fields.get("use_rslora") or False,
             dtype=dtype,
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
         )
     except KeyError as error:
         raise ValueError(f"{file}: {error} is missing") from error
@@ -237,8 +593,8 @@ def _read_config(file: Path, dtype: torch.dtype | None) -> LoRAConfig:
         raise type(error)(f"{file}: {error}") from error
 
 
-def _read_weights(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{path: (A, B)}``."""
+def _read_weights(file: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """``{path: (A, B)}``, and all other tensors by key."""
     from safetensors.torch import load_file
 
     if not file.is_file():
@@ -246,36 +602,21 @@ def _read_weights(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         hint = f"; {pickled.name} is not read, convert it" if pickled.exists() else ""
         raise FileNotFoundError(f"{file} is missing{hint}")
     halves: dict[str, dict[str, Tensor]] = {}
+    others = {}
     for key, tensor in load_file(file).items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"{file}: unknown key {key}; takes {_PREFIX}<layer>.lora_A.weight, lora_B"
-            )
-        halves.setdefault(match["path"], {})[match["part"]] = tensor
+        if match := _KEY.fullmatch(key):
+            halves.setdefault(match["path"], {})[match["part"]] = tensor
+        else:
+            others[key] = tensor
     for path, parts in halves.items():
         if len(parts) != 2:
             raise ValueError(f"{file}: {path} has lora_{next(iter(parts))} but not the other half")
     if not halves:
-        raise ValueError(f"{file}: holds no LoRA weights")
-    return {path: (parts["A"], parts["B"]) for path, parts in halves.items()}
-
-
-def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Last components of the layers' paths, or whole paths where those would match more."""
-    names = {path.rpartition(".")[2] for path in layers}
-    inside = tuple(f"{path}." for path in layers)
-    for path, _ in model.named_modules():
-        own = plain(path)
-        if own.rpartition(".")[2] in names and own not in layers and not own.startswith(inside):
-            return sorted(layers)
-    return sorted(names)
-
-
-def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the others by path."""
-    (common, _), *_ = Counter(values.values()).most_common(1)
-    return common, {path: value for path, value in values.items() if value != common}
+        raise ValueError(
+            f"{file}: holds no LoRA weights, but {some(others)}; takes "
+            f"{_peft.PREFIX}<layer>.lora_A.weight, lora_B"
+        )
+    return {path: (parts["A"], parts["B"]) for path, parts in halves.items()}, others
 
 
 def _same(layers: Mapping[str, LoRALinear], name: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern import formats
+from qkern import _json, formats
 from qkern.tensor import QuantizedTensor
 
 PARAMETERS = ("weight", "absmax", "nested_absmax", "nested_offset", "codebook")
@@ -105,16 +105,38 @@ def to_bnb(path: str, qw: QuantizedTensor) -> dict[str, Tensor]:
     return tensors
 
 
+_STATE_KINDS = {
+    "quant_type": _json.TEXT,
+    "blocksize": _json.INTEGER,
+    "dtype": _json.Kind("the name of a torch.dtype", _json.TEXT.fits),
+    "shape": _json.SIZES,
+}
+_NESTED_KINDS = {
+    "nested_blocksize": _json.INTEGER,
+    "nested_dtype": _json.TEXT,
+    "nested_offset": _json.NUMBER,
+}
+# bitsandbytes' choices of bnb_4bit_quant_storage.
+_STORAGE_DTYPES = frozenset(
+    {torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+)
+
+
 def from_bnb(name: str, state_key: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """The weight ``name``; ValueError where qkern's rule would not restore the same values."""
-    state = _json(state_key, _get(tensors, state_key))
-    for key in ("quant_type", "blocksize", "dtype", "shape"):
+    state = _state(state_key, _get(tensors, state_key))
+    for key in _STATE_KINDS:
         if key not in state:
             raise ValueError(f"{state_key}: has no {key}")
-    _check_values(state_key, state)
+    _json.check_fields(state_key, state, _STATE_KINDS | _NESTED_KINDS)
     if not state_key.endswith(f"__{state['quant_type']}"):
         raise ValueError(f"{state_key}: quant_type: got {state['quant_type']!r}")
     _check_table(f"{name}.quant_map", tensors, formats.code_tensor(state["quant_type"], "cpu"))
+    packed = _get(tensors, name)
+    # Another storage dtype is the same bytes seen differently.
+    if packed.dtype not in _STORAGE_DTYPES:
+        wanted = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _STORAGE_DTYPES))
+        raise ValueError(f"{name}: got {packed.dtype}; takes {wanted}")
     absmax = _get(tensors, f"{name}.absmax")
     nested_absmax = nested_offset = None
     if "nested_offset" in state:
@@ -129,9 +151,8 @@ def from_bnb(name: str, state_key: str, tensors: Mapping[str, Tensor]) -> Quanti
             state["nested_offset"], dtype=torch.float32, device=absmax.device
         )
     try:
-        return QuantizedTensor(
-            # Another storage dtype is the same bytes seen differently.
-            packed=_get(tensors, name).view(torch.uint8).view(-1),
+        qw = QuantizedTensor(
+            packed=packed.view(torch.uint8).view(-1),
             absmax=absmax,
             nested_absmax=nested_absmax,
             nested_offset=nested_offset,
@@ -143,6 +164,14 @@ def from_bnb(name: str, state_key: str, tensors: Mapping[str, Tensor]) -> Quanti
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+    for part, tensor in qw.tensors().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name}: {part}: got NaN or infinity; takes finite scales")
+    if nested_absmax is None:
+        for part in (f"{name}.nested_absmax", f"{name}.nested_quant_map"):
+            if part in tensors:
+                raise ValueError(f"{state_key}: has no nested_offset, but there is {part}")
+    return qw
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -153,32 +182,12 @@ def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         raise ValueError(f"{name}: is missing; bitsandbytes writes it with the weight") from None
 
 
-def _json(name: str, tensor: Tensor) -> dict[str, Any]:
-    try:
-        found = json.loads(bytes(tensor.tolist()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: got {type(found).__name__}; takes a JSON object")
-    return found
-
-
-def _check_values(name: str, state: Mapping[str, Any]) -> None:
-    """ValueError where a value is not of the JSON type that bitsandbytes writes."""
-    shape = state["shape"]
-    number = state.get("nested_offset", 0.0)
-    for key, takes, fits in (
-        ("blocksize", "an integer", type(state["blocksize"]) is int),
-        ("dtype", "the name of a torch.dtype", isinstance(state["dtype"], str)),
-        ("nested_offset", "a number", type(number) in (int, float)),
-        (
-            "shape",
-            "a list of integers",
-            isinstance(shape, list) and all(type(size) is int for size in shape),
-        ),
-    ):
-        if not fits:
-            raise ValueError(f"{name}: {key}: got {state[key]!r}; takes {takes}")
+def _state(name: str, tensor: Tensor) -> dict[str, Any]:
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(
+            f"{name}: got {tensor.dtype} {list(tensor.shape)}; takes JSON as torch.uint8 [n]"
+        )
+    return _json.read_object(name, bytes(tensor.tolist()))
 
 
 def _check_table(name: str, tensors: Mapping[str, Tensor], expected: Tensor) -> None:

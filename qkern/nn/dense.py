@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qkern import autograd
 from qkern.backends import has_cpu_matmul
+from qkern.nn import _sources
 
 _MIN_ROWS = 16
 """Of fewer rows the emulated product is limited by reading the weight, which is half as long."""
@@ -28,14 +29,20 @@ class FrozenLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> FrozenLinear:
-        """A layer that shares ``linear``'s parameters; ValueError if its weight requires grad."""
+        """A layer that shares ``linear``'s parameters, hooks and attributes.
+
+        Raises ValueError if its weight requires grad, or something would be lost; TypeError for a
+        subclass that is not known to compute the same.
+        """
+        _sources.check_layer("linear", linear, "nn.Linear")
         if linear.weight.requires_grad:
             raise ValueError("linear: its weight requires grad; takes a frozen layer")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = linear.weight.shape
         layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
+        _sources.carry_over(linear, layer)
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the input's dtype."""

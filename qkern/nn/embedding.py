@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
+from qkern.nn import _sources
 from qkern.nn._module import QuantizedModule, quantized_weight
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
@@ -21,6 +23,9 @@ class Embedding4bit(QuantizedModule):
     ``quantized.dtype``, equal to indexing the dequantised table. Rows need not begin at a block:
     the blocks that cover a row are dequantised and the row is cut out, at most two blocks too many.
 
+    Made from one of transformers' ``...ScaledWordEmbedding`` (of Gemma, BART and others), it
+    multiplies the rows by that table's ``embed_scale`` as they do.
+
     A lookup reads whole blocks, so the parameter ``weight`` is padded to them where the size of
     the table is no multiple of the block size; ``quantized`` is without the padding.
     """
@@ -31,6 +36,8 @@ class Embedding4bit(QuantizedModule):
             raise ValueError(f"qw: got shape {tuple(qw.shape)}; takes [rows, embedding_dim]")
         self.num_embeddings, self.embedding_dim = qw.shape
         self.padding_idx = padding_idx
+        self._embed_scale: float | None = None
+        self._scale_is_rounded = False
         self._set_quantized(qw)
 
     def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:
@@ -51,16 +58,38 @@ class Embedding4bit(QuantizedModule):
         codebook: Tensor | None = None,
         check_finite: bool = True,
     ) -> Embedding4bit:
-        """A 4-bit copy of ``embedding``, in its train/eval mode.
+        """A 4-bit copy of ``embedding``, with its hooks, attributes and train/eval mode.
 
-        Raises ValueError for a table with ``max_norm``, since that changes rows as they are used;
-        other errors are those of :func:`qkern.quantize_4bit`.
+        Raises TypeError for a subclass that may do more than look rows up (transformers' scaled
+        ones are known), ValueError for a table with ``max_norm``, since that changes rows as they
+        are used, and where something would be lost (see :func:`quantize_model`); other errors are
+        those of :func:`qkern.quantize_4bit`.
         """
+        _sources.check_layer("embedding", embedding, "nn.Embedding")
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
         options = format, block_size, double_quant, codebook, check_finite
-        qw = quantized_weight(embedding, *options)
-        return cls(qw, embedding.padding_idx).train(embedding.training)
+        with torch.inference_mode(False):  # its tensors could not be trained with
+            layer = cls(quantized_weight(embedding, *options), embedding.padding_idx)
+        if _sources.has_scale(embedding):
+            layer._take_scale(embedding)
+        _sources.carry_over(embedding, layer)
+        return layer
+
+    def _take_scale(self, embedding: nn.Module) -> None:
+        """Multiply as it does: by a number, or by a buffer cast to the table's dtype first."""
+        scale: Any = embedding.embed_scale
+        self._scale_is_rounded = isinstance(scale, Tensor)
+        if isinstance(scale, Tensor) and scale.is_meta:
+            scale = embedding.scalar_embed_scale
+        self._embed_scale = float(scale)
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        if self._embed_scale is None:
+            return values
+        if self._scale_is_rounded:
+            return values * values.new_full((), self._embed_scale)
+        return values * self._embed_scale
 
     def _without_padding(self, packed: Tensor) -> Tensor:
         return packed[: formats.packed_size(math.prod(self._weight_shape))]
@@ -95,7 +124,7 @@ class Embedding4bit(QuantizedModule):
         if covered * block_size != dim:
             columns = (start - first * block_size)[:, None] + torch.arange(dim, device=rows.device)
             values = values.gather(1, columns)
-        return values.view(*ids.shape, dim)
+        return self._scaled(values.view(*ids.shape, dim))
 
     def _check_table(self, table: Weight) -> None:
         """Dtypes and sizes, since the rows that are cut out look right whatever they hold."""
@@ -131,7 +160,9 @@ class Embedding4bit(QuantizedModule):
     def extra_repr(self) -> str:
         """The sizes and the format."""
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
-        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self._format_repr()}"
+        scale = "" if self._embed_scale is None else f"embed_scale={self._embed_scale}, "
+        sizes = f"{self.num_embeddings}, {self.embedding_dim}, {padding}{scale}"
+        return sizes + self._format_repr()
 
 
 def _scales(table: Weight, blocks: Tensor) -> Tensor:

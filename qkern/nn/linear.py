@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.functional import linear_by_weight
+from qkern.nn import _sources
 from qkern.nn._module import (
     TENSORS,
     QuantizedModule,
@@ -34,6 +35,10 @@ class _NamedHooks(OrderedDict[int, Any]):
         for _ in self:  # faster than super(), and the caller is in a hurry
             return True
         return False
+
+
+def _no_change(module: nn.Module, args: object) -> None:
+    """A hook that stays when the others are removed: see ``_NamedHooks``."""
 
 
 class Linear4bit(QuantizedModule, nn.Linear):
@@ -64,17 +69,17 @@ class Linear4bit(QuantizedModule, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self._init_from(
-            zeros_quantized(
+        with torch.inference_mode(False):  # its tensors could not be trained with
+            zeros = zeros_quantized(
                 (out_features, in_features),
                 format=format,
                 block_size=block_size,
                 double_quant=double_quant,
                 dtype=dtype,
                 device=device,
-            ),
-            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None,
-        )
+            )
+            own = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+            self._init_from(zeros, None if own is None else nn.Parameter(own))
 
     def _init_from(self, qw: QuantizedTensor, bias: Tensor | None) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
@@ -114,13 +119,28 @@ class Linear4bit(QuantizedModule, nn.Linear):
     ) -> Linear4bit:
         """A 4-bit copy of ``linear``, with its bias (the same Parameter) and train/eval mode.
 
-        On the meta device nothing is computed: the result has meta tensors of the right
-        sizes, for ``load_state_dict(..., assign=True)``. Errors are those of
+        Hooks (in the very same dictionaries) and attributes are the new layer's too. On the meta
+        device nothing is computed: the result has meta tensors of the right sizes, for
+        ``load_state_dict(..., assign=True)``.
+
+        Raises TypeError for a subclass that is not known to compute the same, ValueError where
+        something would be lost (see :func:`quantize_model`); and the errors of
         :func:`qkern.quantize_4bit`.
         """
+        _sources.check_layer("linear", linear, "nn.Linear")
         options = format, block_size, double_quant, codebook, check_finite
-        qw = quantized_weight(linear, *options)
-        return cls.from_quantized(qw, linear.bias).train(linear.training)
+        with torch.inference_mode(False):  # its tensors could not be trained with
+            layer = cls.from_quantized(quantized_weight(linear, *options), linear.bias)
+        layer.take_over(linear)
+        return layer
+
+    def take_over(self, linear: nn.Linear) -> None:
+        """Have the hooks, attributes and mode of the layer that this one stands in for."""
+        _sources.carry_over(linear, self)
+        if linear._forward_pre_hooks and _no_change not in linear._forward_pre_hooks.values():
+            # The dictionary took the place of the layer's own, which tells of hooks when it is
+            # empty.
+            self.register_forward_pre_hook(_no_change)
 
     def with_same_weight(self, bias: Tensor | None) -> Linear4bit:
         """Another layer on the very same parameters, tied to this one, with a ``bias`` of its own.

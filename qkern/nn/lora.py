@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +11,18 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from qkern.autograd import as_matrix
 from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_by_weight, quantize_4bit
+from qkern.nn import _sources
 from qkern.nn._module import parameter, require_grad
-from qkern.nn.dense import FrozenLinear
+from qkern.nn._patterns import check_pattern, pattern_matches
 from qkern.nn.linear import Linear4bit
 from qkern.tensor import QuantizedTensor
 
@@ -54,8 +60,11 @@ class LoRAConfig:
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         dtype: of A and B. None, as in PEFT, takes float32 even on a 16-bit base, for the sake of
             small updates.
-        rank_pattern: rank by name, where it differs from ``r``.
-        alpha_pattern: alpha by name, where it differs from ``alpha``.
+        rank_pattern: rank by name, where it differs from ``r``. As in PEFT a name is a regular
+            expression for the path or its last components, so ``"fc"`` is also ``"block.fc"`` and
+            ``"^fc"`` is not; the first that matches counts. Backreferences, flags, and atomic or
+            possessive parts are not taken, and any other expression is matched in bounded time.
+        alpha_pattern: alpha by name, where it differs from ``alpha``; names as in rank_pattern.
 
     Raises TypeError or ValueError naming the field that does not fit.
     """
@@ -75,6 +84,9 @@ class LoRAConfig:
             _check_hyperparameters(rank, self.alpha, self.dropout)
         for alpha in self.alpha_pattern.values():
             _check_hyperparameters(self.r, alpha, self.dropout)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_pattern(name, key)
         _check_adapter_dtype(self.dtype)
 
     def r_for(self, path: str) -> int:
@@ -89,7 +101,7 @@ class LoRAConfig:
 def _by_pattern(pattern: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     """The value of the first key that, as in PEFT, matches ``path`` or its last components."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if pattern_matches(key, path):
             return value
     return default
 
@@ -113,9 +125,17 @@ class LoRALinear(nn.Module):
     bfloat16 model behave as under autocast with PEFT, with no float32 copy of x kept for backward.
     (On a CPU that only emulates matmuls in that dtype, the adapter is computed in float32.)
 
-    After :meth:`merge` the forward uses one merged weight, which lies beside the base's: the base
-    and the state dict stay as they were, so :meth:`unmerge` is exact and saving is always of the
-    unmerged model.
+    Where somebody waits for the base to be called (hooks on it or on all modules, accelerate), it
+    is called as a module, so that what they do to its input or result is done with an adapter too.
+    A base that accelerate offloads gets its adapter on the device where it is computed.
+
+    After :meth:`merge` the forward uses one merged weight, which lies beside the base's and has the
+    base's hooks: the base and the state dict stay as they were, so :meth:`unmerge` is exact and
+    saving is always of the unmerged model.
+
+    Raises TypeError for a base of another class (a subclass may compute something else), ValueError
+    for one whose weight is computed, as under weight norm, or was made under
+    ``torch.inference_mode``; and for hyperparameters that do not fit.
     """
 
     def __init__(
@@ -129,12 +149,7 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # No other subclass: it may compute something else, which merging would lose.
-        dense = type(base_layer) in (nn.Linear, FrozenLinear)
-        if not isinstance(base_layer, Linear4bit) and not dense:
-            raise TypeError(
-                f"base_layer: got {type(base_layer).__name__}; takes Linear4bit or nn.Linear"
-            )
+        _check_base(base_layer)
         _check_hyperparameters(r, alpha, dropout)
         _check_adapter_dtype(dtype)
         weight = base_layer.weight
@@ -147,13 +162,17 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.dropout = dropout
         self.use_rslora = use_rslora
-        a = torch.empty(r, base_layer.in_features, device=weight.device, dtype=dtype)
-        b = torch.empty(base_layer.out_features, r, device=weight.device, dtype=dtype)
-        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        place: torch.device | str | int = weight.device
+        if weight.is_meta:
+            place = _sources.execution_device(base_layer) or place
+        with torch.inference_mode(False):  # its tensors could not be trained
+            a = torch.empty(r, base_layer.in_features, device=place, dtype=dtype)
+            b = torch.empty(base_layer.out_features, r, device=place, dtype=dtype)
+            self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+            self.reset_parameters()
         self.adapter_enabled = True
         # In a tuple, since an attribute that is a module would enter the state dict.
         self._merged: tuple[nn.Linear] | None = None
-        self.reset_parameters()
         self.train(base_layer.training)
 
     @classmethod
@@ -219,7 +238,7 @@ class LoRALinear(nn.Module):
         if not self.adapter_enabled:
             return base(x)
         if self._merged is not None:
-            return self._merged[0](x)
+            return self._call_merged(x)
         dropout = self.dropout if self.training else 0.0
         if isinstance(base, Linear4bit):
             if _is_intercepted(base):
@@ -231,6 +250,19 @@ class LoRALinear(nn.Module):
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
+
+    def _call_merged(self, x: Tensor) -> Tensor:
+        assert self._merged is not None
+        merged, base = self._merged[0], self.base_layer
+        if _has_own_forward(base):
+            raise RuntimeError(
+                "base_layer: its forward was replaced after merging, as accelerate does, so the "
+                "merged weight would not be used; unmerge first"
+            )
+        if _is_intercepted(base):
+            _sources.share_hooks(base, merged)  # these may be younger than the merged weight
+        y: Tensor = merged(x)
+        return y
 
     def _plus_adapter(self, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         """The base's result and the adapter's, with the bits that `lora_linear` gives."""
@@ -251,9 +283,15 @@ class LoRALinear(nn.Module):
         weight is quantised anew in its own format, which loses much of a small update: generate
         from the unmerged layer where that matters.
 
-        Raises ValueError where the merged weight is not finite.
+        Raises ValueError where the merged weight is not finite, RuntimeError where a weight is on
+        the meta device, as when accelerate offloads it.
         """
         base = self.base_layer
+        if base.weight.is_meta or self.lora_a.is_meta:
+            raise RuntimeError(
+                "weight: is on the meta device, where there is nothing to merge; load the model "
+                "first, or merge before offloading"
+            )
         wide = torch.promote_types(self.lora_a.dtype, torch.float32)
         delta = (self.lora_b.to(wide) @ self.lora_a.to(wide)) * self.scaling
         if isinstance(base, Linear4bit):
@@ -278,11 +316,20 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Use merged weights in the forward from now on; memory grows by one weight.
 
-        Later changes of A and B show only after :meth:`unmerge`. Raises RuntimeError when merged.
+        Later changes of A and B show only after :meth:`unmerge`. Raises RuntimeError when merged,
+        and where the base's ``forward`` was replaced, as accelerate does; errors of
+        :meth:`to_merged`.
         """
         if self._merged is not None:
             raise RuntimeError("the adapter is merged already")
-        self._merged = (self.to_merged(),)
+        if _has_own_forward(self.base_layer):
+            raise RuntimeError(
+                "base_layer: its forward was replaced, as accelerate does, so a merged weight "
+                "would not be used; remove accelerate's hooks first (remove_hook_from_module)"
+            )
+        merged = self.to_merged()
+        _sources.share_hooks(self.base_layer, merged)
+        self._merged = (merged,)
 
     def unmerge(self) -> None:
         """Go back to base plus adapter, exactly as before; RuntimeError when not merged."""
@@ -310,15 +357,47 @@ class LoRALinear(nn.Module):
         )
 
 
+def _check_base(base: nn.Module) -> None:
+    if isinstance(base, Linear4bit):
+        known = type(base).forward is Linear4bit.forward
+    else:
+        known = _sources.is_linear(base)
+    if not known:
+        raise TypeError(
+            f"base_layer: got {type(base).__name__}; takes Linear4bit or nn.Linear, no subclass "
+            "with a forward of its own"
+        )
+    if not isinstance(base, Linear4bit):
+        reason = _sources.strange_parameters(base)
+        if reason is not None:
+            raise ValueError(f"base_layer: {reason}")
+    for name, held in base.named_parameters():
+        if held.is_inference():
+            raise ValueError(
+                f"base_layer: its {name} was made under torch.inference_mode, so nothing can be "
+                "trained with it"
+            )
+
+
 def _is_intercepted(module: nn.Module) -> bool:
     """Whether somebody waits for its call: hooks, or accelerate, which replaces ``forward``."""
     return bool(
-        "forward" in module.__dict__
-        or module._forward_pre_hooks
+        module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _global_forward_pre_hooks
+        or _global_forward_hooks
+        or _global_backward_pre_hooks
+        or _global_backward_hooks
+        or ("forward" in module.__dict__ and _has_own_forward(module))
     )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether its ``forward`` was replaced by something else than its class's own."""
+    replaced = module.__dict__.get("forward")
+    return getattr(replaced, "__func__", replaced) not in (None, type(module).forward)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -329,7 +408,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every A and B in ``model``, for an optimizer."""
+    """Every A and B in ``model``, for an optimizer.
+
+    The head of a task, which :func:`quantize_model` leaves trainable, is not among them:
+    ``[p for p in model.parameters() if p.requires_grad]`` has both.
+    """
     for _, layer in lora_layers(model):
         yield layer.lora_a
         yield layer.lora_b
@@ -349,10 +432,17 @@ def disable_lora(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """:meth:`LoRALinear.merge` on every adapter that is not merged."""
-    for _, layer in lora_layers(model):
-        if not layer.merged:
-            layer.merge()
+    """:meth:`LoRALinear.merge` on every adapter that is not merged; where one raises, on none."""
+    done: list[LoRALinear] = []
+    try:
+        for _, layer in lora_layers(model):
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def unmerge_lora(model: nn.Module) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from qkern.functional import quantize_4bit
+from qkern.nn import _sources
+from qkern.nn._heads import find_heads
+from qkern.nn._module import QuantizedModule
+from qkern.nn._names import plain_paths
+from qkern.nn._targets import Targets, select
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
-
-Targets = str | Sequence[str]
+from qkern.tensor import QuantizedTensor
 
 
 def quantize_model(
@@ -22,7 +30,7 @@ def quantize_model(
     *,
     codebook: Tensor | None = None,
     targets: Targets = "all-linear",
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = (),
     lora: LoRAConfig | None = None,
     check_finite: bool = True,
 ) -> nn.Module:
@@ -32,20 +40,43 @@ def quantize_model(
     plus one layer (unless the caller holds the weights elsewhere). A layer found in two places
     stays one layer, and layers that share a weight share its 4-bit form. A weight that is shared
     with anything else, such as an output head tied to the embedding, stays dense: quantising it
-    would take memory and untie it. Biases, hooks, and train/eval mode are kept. On the meta device
-    only the structure is made, for ``load_state_dict(..., assign=True)``.
+    would take memory and untie it. Biases, hooks, attributes, and train/eval mode are kept. On the
+    meta device only the structure is made, for ``load_state_dict(..., assign=True)``.
+
+    **Heads stay dense**, whatever ``skip`` holds: a model's output embeddings (``lm_head``,
+    ``embed_out``, what ``get_output_embeddings()`` gives), and what a task adds: whatever a model
+    of transformers has beside its base model, or somebody put around it, if that is the smaller
+    part; in other models layers called ``score``, ``classifier`` or ``qa_outputs``. Output
+    embeddings are frozen. What a task added stays as trainable as it was, since it is random at
+    first: give an optimizer ``[p for p in model.parameters() if p.requires_grad]``, not only
+    :func:`lora_parameters`. A head is quantised, and frozen, where it is targeted itself: by a name
+    that matches nothing but heads, or by a regular expression.
+
+    **Layers are taken by their exact class**: ``nn.Linear``, and subclasses that are known to
+    compute the same (``FalconLinear`` of transformers). Others may compute something else; if one
+    would be taken, the call raises. So does a layer of which something would be lost: a weight
+    that is computed (parametrisations, weight norm, pruning), a ``forward`` of its own, a tensor
+    subclass as its weight. ``skip`` leaves such a layer as it is. Passed over without an error are
+    the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts.
+
+    **All or nothing**: all checks come before the first change, those of ``lora`` too, so after
+    such an error the corrected call works on the same model. What stops the call later, such as a
+    lack of memory or Ctrl-C, leaves a model that works, with some layers in 4 bits and nothing
+    frozen yet; the same call then does the rest.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers (exactly that class).
+        model: any module that contains ``nn.Linear`` layers.
         format: ``"nf4"``, ``"fp4"`` or ``"custom"``.
         block_size: elements that share a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are quantised to 8 bits.
         codebook: the 16 values of the format ``"custom"``.
-        targets: ``"all-linear"``, which leaves out what a transformers model names in
-            ``_keep_in_fp32_modules``, as for bitsandbytes (T5: ``wo``, of whose weight the model
-            asks the dtype); or names, each matching the layers whose path is it or ends in
-            ``"." + it``; or one regular expression for the whole path.
-        skip: names of layers, or of modules around them, to leave alone; they win over targets.
+        targets: ``"all-linear"``, which leaves out heads, and layers of transformers' models whose
+            weight is asked for its dtype (``_keep_in_fp32_modules``, as for bitsandbytes: ``wo`` of
+            T5) or read by their module (Mamba); or names, each matching the layers whose path is it
+            or ends in ``"." + it``; or one regular expression for the whole path. Paths are without
+            what ``torch.compile`` and wrappers for checkpointing put into them.
+        skip: names of layers, or of modules around them, to leave alone beside the heads; they win
+            over targets.
         lora: adapters to add afterwards, by :func:`add_lora` with the same ``skip``.
         check_finite: whether a NaN or infinite weight raises.
 
@@ -53,51 +84,191 @@ def quantize_model(
         ``model``.
 
     Raises:
-        ValueError: a target matches nothing, or is tied to a weight that stays dense; and the
-            errors of :func:`qkern.quantize_4bit`, naming the layer. Layers done before it stay
-            quantised.
-        TypeError: a target is not an ``nn.Linear``.
+        ValueError: a target matches nothing, is tied to a weight that stays dense, or is in 4 bits
+            in another format already; a layer carries what would be lost; ``model`` has adapters,
+            is wrapped for data parallelism, was made under ``torch.inference_mode``, or is on the
+            meta device in part; and the errors of :func:`qkern.quantize_4bit`, naming the layer.
+        TypeError: a target is not of a class that is taken.
     """
     skip = _names("skip", skip)
     if isinstance(model, nn.Linear):
         raise TypeError("model: got a single layer; use Linear4bit.from_linear")
-    dense = _kept_by_transformers(model) if targets == "all-linear" else ()
-    paths = _select(model, targets, (*skip, *dense), (nn.Linear,), "targets")
+    if lora is not None and not isinstance(lora, LoRAConfig):
+        raise TypeError(f"lora: got {type(lora).__name__}; takes a LoRAConfig")
+    _sources.check_model(model)
+    _check_no_lora(model)
+    options = _Options(format, block_size, double_quant, codebook, check_finite)
+    dense = _stays_dense(model) if targets == "all-linear" else ()
+    paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False)
+    if targets != "all-linear" or not paths:
+        _check_done(model, done, options)
     groups = _by_weight(model, paths, explicit=targets != "all-linear")
-    if not groups:
+    if not groups and not done:
         raise ValueError("targets: every linear layer found is tied to a weight that stays dense")
-    model.requires_grad_(False)
-    for group in groups:
-        shared: Linear4bit | None = None
-        for layer_paths in group:
-            linear = model.get_submodule(layer_paths[0])
-            assert isinstance(linear, nn.Linear)
-            if shared is None:
-                try:
-                    replacement = shared = Linear4bit.from_linear(
-                        linear,
-                        format,
-                        block_size,
-                        double_quant,
-                        codebook=codebook,
-                        check_finite=check_finite,
-                    )
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{layer_paths[0]}: {error}") from error
-            else:
-                replacement = shared.with_same_weight(linear.bias).train(linear.training)
-            _move_hooks(linear, replacement)
-            replace_module(model, layer_paths, replacement)
+    _check_layers(model, groups, options)
+    if lora is not None:
+        _lora_targets(model, lora, skip)
+    _quantize(model, groups, options)
+    _freeze(model)
     _use_padded_batches(model)
     if lora is not None:
         add_lora(model, lora, skip=skip)
     return model
 
 
-def _kept_by_transformers(model: nn.Module) -> tuple[str, ...]:
-    """Names of modules that models of transformers want in float32, those of inner models too."""
-    names = (getattr(module, "_keep_in_fp32_modules", None) for module in model.modules())
-    return tuple(sorted({name for some in names for name in some or ()}))
+class _Options(NamedTuple):
+    """How layers are quantised: the arguments of `quantize_4bit` after the weight."""
+
+    format: str
+    block_size: int
+    double_quant: bool
+    codebook: Tensor | None
+    check_finite: bool
+
+    def quantize(self, weight: Tensor) -> QuantizedTensor:
+        """``weight`` in 4 bits."""
+        return quantize_4bit(weight, *self)
+
+    def made(self, layer: Linear4bit) -> bool:
+        """Whether ``layer`` is as they would make it."""
+        found = layer.quantized
+        same = found.format, found.block_size, found.double_quant
+        if same != (self.format, self.block_size, self.double_quant):
+            return False
+        if found.codebook is None or found.codebook.is_meta or self.codebook is None:
+            return True
+        return torch.equal(found.codebook.cpu(), self.codebook.detach().cpu())
+
+
+def _check_no_lora(model: nn.Module) -> None:
+    for name, _ in lora_layers(model):
+        raise ValueError(f"model: has LoRA already, at {name}; quantise first")
+
+
+def _check_done(model: nn.Module, done: list[str], options: _Options) -> None:
+    """ValueError unless all of ``done``, in 4 bits already, are as this call would make them."""
+    for path in done:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, Linear4bit)
+        if not options.made(layer):
+            raise ValueError(
+                f"targets: {path} is in 4 bits already, in another format ({layer.extra_repr()})"
+            )
+
+
+def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
+    """All that can be wrong with a layer, before the first is changed."""
+    chosen = (model.get_submodule(paths[0]) for group in groups for paths in group)
+    _sources.check_held_elsewhere(model, chosen)
+    fine: set[tuple[torch.Size, torch.dtype]] = set()
+    for group in groups:
+        for paths in group:
+            layer = model.get_submodule(paths[0])
+            if (reason := _sources.would_lose(layer)) is not None:
+                raise ValueError(f"targets: {paths[0]} ({type(layer).__name__}) {reason}")
+        with _naming(group[0][0]):
+            first = model.get_submodule(group[0][0])
+            assert isinstance(first, nn.Linear)
+            weight = first.weight.detach()
+            if (weight.shape, weight.dtype) not in fine:
+                # On meta all arguments are checked and nothing is computed.
+                options.quantize(torch.empty_like(weight, device="meta"))
+                fine.add((weight.shape, weight.dtype))
+            if options.check_finite:
+                _check_finite(weight, options)
+
+
+_SURELY_FINE = 2.0**14
+"""Of weights up to here, no scale and no sum of scales overflows in any dtype or format."""
+
+
+def _check_finite(weight: Tensor, options: _Options) -> None:
+    """Raise as `quantize_4bit` would, which is called for suspects only."""
+    if weight.is_meta or weight.numel() == 0:
+        return
+    low, high = torch.aminmax(weight)
+    # Not so of a NaN either.
+    if not (float(low) >= -_SURELY_FINE and float(high) <= _SURELY_FINE):
+        options.quantize(weight)
+
+
+def _quantize(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
+    taken, total = 0, sum(map(len, groups))
+    try:
+        for group in groups:
+            shared: Linear4bit | None = None
+            for layer_paths in group:
+                linear = model.get_submodule(layer_paths[0])
+                assert isinstance(linear, nn.Linear)
+                with _naming(layer_paths[0]):
+                    if shared is None:
+                        replacement = shared = Linear4bit.from_linear(
+                            linear,
+                            *options[:3],
+                            codebook=options.codebook,
+                            check_finite=options.check_finite,
+                        )
+                    else:
+                        replacement = shared.with_same_weight(linear.bias)
+                        replacement.take_over(linear)
+                replace_module(model, layer_paths, replacement)
+                taken += 1
+    except BaseException as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(
+                f"quantize_model: {taken} of {total} layers are in 4 bits, nothing is frozen; "
+                "the same call does the rest"
+            )
+        raise
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the layer's name before what is wrong with it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze all but what a task added to the model, outside of its 4-bit layers."""
+    added = find_heads(model).added
+    kept: set[int] = set()
+    frozen: set[int] = set()
+    for module in model.modules():
+        inside = id(module) in added and not isinstance(module, QuantizedModule)
+        ids = {id(parameter) for parameter in module.parameters(recurse=False)}
+        (kept if inside else frozen).update(ids)
+    for parameter in model.parameters():
+        if id(parameter) in frozen or id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+_DTYPE_ASKED = {
+    "LongT5DenseActDense": "wo",
+    "LongT5DenseGatedActDense": "wo",
+    "SwitchTransformersDenseActDense": "wo",
+    "Pix2StructVisionMlp": "wo",
+    "Pix2StructTextDenseGatedActDense": "wo",
+    "Kosmos2_5VisionMlp": "wo",
+    "Pop2PianoDenseActDense": "wo",
+    "Pop2PianoDenseGatedActDense": "wo",
+    "NllbMoeDenseActDense": "fc2",
+    "SeamlessM4TFeedForwardNetwork": "fc2",
+    "SeamlessM4Tv2FeedForwardNetwork": "fc2",
+}
+"""Layers of transformers to whose weight's dtype their module casts the input, by its class."""
+
+
+def _stays_dense(model: nn.Module) -> tuple[str, ...]:
+    """What is no use in 4 bits: names that models of transformers keep in float32, and paths."""
+    names: set[str] = set()
+    for path, module in model.named_modules():
+        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+        if child := _DTYPE_ASKED.get(type(module).__name__):
+            names.add(f"{path}.{child}" if path else child)
+    return tuple(sorted(names))
 
 
 def _use_padded_batches(model: nn.Module) -> None:
@@ -109,33 +280,44 @@ def _use_padded_batches(model: nn.Module) -> None:
             encoder.use_nested_tensor = False
 
 
-def add_lora(
-    model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ("lm_head",)
-) -> nn.Module:
+def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) -> nn.Module:
     """Put a :class:`LoRALinear` around linear layers of ``model``, in place; freeze the rest.
 
     Works on 4-bit and on dense layers. ``config.targets`` and ``skip`` are read as by
-    :func:`quantize_model`. Returns ``model``.
+    :func:`quantize_model`: heads get no adapter unless they are targeted themselves, and what a
+    task added stays as trainable as it was. Hooks of a layer, and accelerate's, stay on it and are
+    called with it. Nothing changes before all checks are done. Returns ``model``.
 
-    Raises ValueError when a target matches nothing or ``model`` carries LoRA already, TypeError
-    when a target is not a linear layer.
+    Raises ValueError when a target matches nothing, ``model`` carries LoRA already, or a layer's
+    weight is computed (weight norm, pruning); TypeError when a target is not a linear layer.
     """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"config: got {type(config).__name__}; takes a LoRAConfig")
     for name, _ in lora_layers(model):
         raise ValueError(f"model: has LoRA already, at {name}")
-    paths = _select(
-        model,
-        config.targets,
-        _names("skip", skip),
-        (nn.Linear, FrozenLinear, Linear4bit),
-        "lora.targets",
-    )
-    model.requires_grad_(False)
-    for layer_paths in paths:
-        name = layer_paths[0]
-        base = model.get_submodule(name)
+    _sources.check_model(model)
+    names = plain_paths(model)
+    made: list[tuple[list[str], LoRALinear]] = []
+    for layer_paths in _lora_targets(model, config, _names("skip", skip)):
+        base = model.get_submodule(layer_paths[0])
         assert isinstance(base, nn.Linear)
-        replace_module(model, layer_paths, LoRALinear.from_config(base, config, name))
+        made.append((layer_paths, LoRALinear.from_config(base, config, names[layer_paths[0]])))
+    _freeze(model)
+    for layer_paths, layer in made:
+        replace_module(model, layer_paths, layer)
     return model
+
+
+def _lora_targets(model: nn.Module, config: LoRAConfig, skip: tuple[str, ...]) -> list[list[str]]:
+    """The paths of each layer that gets an adapter, all checks done."""
+    paths, _ = select(model, config.targets, skip, "lora.targets", quantized=True)
+    for layer_paths in paths:
+        layer = model.get_submodule(layer_paths[0])
+        reason = None if isinstance(layer, Linear4bit) else _sources.strange_parameters(layer)
+        if reason is not None:
+            raise ValueError(f"lora.targets: {layer_paths[0]} ({type(layer).__name__}) {reason}")
+    _sources.check_held_elsewhere(model, (model.get_submodule(found[0]) for found in paths))
+    return paths
 
 
 def prepare_for_training(
@@ -147,16 +329,26 @@ def prepare_for_training(
     of transformers do) activations are recomputed in backward; ``use_reentrant`` chooses torch's
     older way, which needs an input that requires grad, so the embedding's output is made to.
     Frozen dense layers in 16 bits on the CPU become :class:`FrozenLinear`, sharing their
-    parameters.
+    parameters, hooks and attributes; subclasses and layers with a ``forward`` of their own do not.
 
     Unlike PEFT's ``prepare_model_for_kbit_training``, nothing is cast to float32: norms compute
     in float32 inside anyway, their frozen weights gain nothing, and a float32 norm weight would
     make every activation after it float32. Returns ``model``.
 
-    Raises ValueError when no parameter is trainable, TypeError when the model cannot checkpoint.
+    Raises ValueError when no parameter is trainable, an adapter is merged, or a parameter is on the
+    meta device or was made under ``torch.inference_mode``; TypeError when the model cannot
+    checkpoint.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: no parameter is trainable; add LoRA first")
+    for path, layer in lora_layers(model):
+        if layer.merged:
+            raise ValueError(
+                f"model: the adapter at {path} is merged and would get no gradients; call "
+                "unmerge_lora first"
+            )
+    _sources.check_tensors(model)
+    _sources.check_trainable(model)
     if gradient_checkpointing:
         # transformers 5 renamed it; both take torch.utils.checkpoint's arguments first.
         enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
@@ -166,6 +358,11 @@ def prepare_for_training(
             raise TypeError(
                 f"model: got {type(model).__name__}, which has no gradient_checkpointing_enable; "
                 "takes a transformers model, or gradient_checkpointing=False"
+            )
+        if use_reentrant and not hasattr(model, "enable_input_require_grads"):
+            raise TypeError(
+                f"use_reentrant: got True for {type(model).__name__}, which has no "
+                "enable_input_require_grads"
             )
         enable({"use_reentrant": use_reentrant})
         if use_reentrant:
@@ -177,91 +374,20 @@ def prepare_for_training(
 def _widen_frozen_layers(model: nn.Module) -> None:
     layers: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and type(module) is nn.Linear:
+        if path and type(module) is nn.Linear and _sources.would_lose(module) is None:
             layers.setdefault(id(module), []).append(path)
     for paths in layers.values():
         linear = model.get_submodule(paths[0])
         assert isinstance(linear, nn.Linear)
         weight = linear.weight
         if weight.is_cpu and weight.element_size() == 2 and not weight.requires_grad:
-            replacement = FrozenLinear.from_linear(linear)
-            _move_hooks(linear, replacement)
-            replace_module(model, paths, replacement)
+            replace_module(model, paths, FrozenLinear.from_linear(linear))
 
 
 def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"{argument}: got the string {names!r}; takes a list of names")
     return tuple(names)
-
-
-def _select(
-    model: nn.Module,
-    targets: Targets,
-    skip: tuple[str, ...],
-    kinds: tuple[type[nn.Module], ...],
-    argument: str,
-) -> list[list[str]]:
-    """Paths of the chosen layers of exactly these kinds, all paths of one layer together."""
-    layers: dict[int, list[str]] = {}
-    others: dict[str, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path:
-            continue
-        if type(module) in kinds:
-            layers.setdefault(id(module), []).append(path)
-        else:
-            others[path] = type(module).__name__
-    # One skipped place is enough: the layer is the same everywhere.
-    kept = [paths for paths in layers.values() if not any(_inside(path, skip) for path in paths)]
-    if targets == "all-linear":
-        if kept:
-            return kept
-        hint = " (its Conv1D layers are not supported)" if "Conv1D" in others.values() else ""
-        raise ValueError(f"model: has no nn.Linear outside skip={list(skip)}{hint}")
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    matches = _is_whole if isinstance(targets, str) else _is_or_ends_in
-    chosen: dict[int, list[str]] = {}
-    for pattern in patterns:
-        matched = [paths for paths in kept if any(matches(pattern, path) for path in paths)]
-        if not matched:
-            wrong = {path: kind for path, kind in others.items() if matches(pattern, path)}
-            skipped = [p for paths in layers.values() for p in paths if matches(pattern, p)]
-            raise _no_match(argument, pattern, wrong, skipped, kept)
-        chosen.update((id(paths), paths) for paths in matched)
-    return list(chosen.values())
-
-
-def _no_match(
-    argument: str,
-    pattern: str,
-    wrong: dict[str, str],
-    skipped: list[str],
-    kept: list[list[str]],
-) -> Exception:
-    if skipped:
-        return ValueError(f"{argument}: {pattern!r} matches {skipped[0]}, which is in skip")
-    if wrong:
-        path, kind = next(iter(wrong.items()))
-        why = ", whose weight is transposed" if kind == "Conv1D" else ""
-        return TypeError(f"{argument}: {path} is a {kind}{why}; takes exactly nn.Linear")
-    names = sorted({paths[0].rpartition(".")[2] for paths in kept})
-    return ValueError(
-        f"{argument}: {pattern!r} matches no linear layer; the model has {', '.join(names[:20])}"
-    )
-
-
-def _is_whole(pattern: str, path: str) -> bool:
-    return re.fullmatch(pattern, path) is not None
-
-
-def _is_or_ends_in(name: str, path: str) -> bool:
-    return path == name or path.endswith("." + name)
-
-
-def _inside(path: str, names: tuple[str, ...]) -> bool:
-    """Whether one of ``names`` is the path or a run of whole components of it."""
-    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _by_weight(
@@ -292,29 +418,3 @@ def replace_module(model: nn.Module, paths: list[str], replacement: nn.Module) -
     for path in paths:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    # The dictionaries themselves, so that handles given out before can still remove their hooks.
-    for name in _HOOKS:
-        if hooks := getattr(source, name):
-            setattr(target, name, hooks)
-    target._is_full_backward_hook = source._is_full_backward_hook
-    if source._forward_pre_hooks and isinstance(target, Linear4bit):
-        # The dictionary took the place of the layer's own, which tells of hooks when it is empty.
-        target.register_forward_pre_hook(_no_change)
-
-
-def _no_change(module: nn.Module, args: object) -> None:
-    """A hook that stays when the others are removed: see ``_NamedHooks``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from qkern import formats
 from qkern.optim._moments import BLOCK, MAPS, Moments, is_sharded, local, to_state
-from qkern.optim._options import check_amsgrad, is_integer
+from qkern.optim._options import check_options, is_integer
+from qkern.optim._pager import MOST_STEPS
+from qkern.optim._updates import number as number_tensor
 
 if TYPE_CHECKING:
     from qkern.optim.optimizer import PagedAdamW
@@ -70,16 +73,29 @@ def load(optimizer: PagedAdamW, state_dict: dict[str, Any]) -> None:
             place = param.device if pager is None else torch.device("cpu")
             step, moments = _from_state(f"state[{name}]", state, local(param), place)
             wanted[index] = (step, moments.to_bits(optimizer._bits(param, group)))
-    if pager is not None:
-        pager.load(wanted)
     found: defaultdict[Tensor, Any] = defaultdict(dict)
     for index, (step, moments) in wanted.items():
         param = pairs[index][0]
         where = optimizer._device_of_steps(param.device)
-        found[param] = {"step": torch.tensor(float(step), device=where)}
+        found[param] = {"step": number_tensor(step, where)}
         if pager is None:
             found[param] |= to_state(moments.like(param, copy=True))
-    optimizer.__setstate__({"state": found, "param_groups": groups})
+
+    def take() -> None:
+        optimizer.__setstate__({"state": found, "param_groups": groups})
+        if pager is not None:
+            optimizer._steps_seen = pager.steps
+
+    version = 0 if pager is None else pager.version
+    try:
+        if pager is not None:
+            pager.load(wanted)
+        take()
+    except BaseException:
+        # With what the pager has committed goes the rest, though an interrupt came in between.
+        if pager is not None and pager.version != version:
+            take()
+        raise
     for after in optimizer._optimizer_load_state_dict_post_hooks.values():
         after(optimizer)
 
@@ -120,9 +136,9 @@ def _fitting_groups(
                 f"param_groups[{number}].params: got {len(group['params'])} parameters;"
                 f" takes {len(own['params'])}"
             )
-        check_amsgrad(group.get("amsgrad"))
         options = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
         found.append(own | options | {"bits": own["bits"]})
+        check_options(found[-1], f"param_groups[{number}].")
     return found
 
 
@@ -153,21 +169,32 @@ def _from_state(
         raise ValueError(f"{name}: got max_exp_avg_sq, of AMSGrad; takes AdamW's state")
     missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
     if missing:
-        raise ValueError(f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW")
-    step = int(state["step"])
-    # torch's have the parameter's strides.
-    moments = [local(state[k]).to(device).contiguous() for k in ("exp_avg", "exp_avg_sq")]
-    for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        if moment.shape != param.shape:
-            raise ValueError(
-                f"{name}.{key}: got shape {list(moment.shape)}; takes {list(param.shape)}"
-            )
-    if moments[0].dtype != torch.uint8:
+        flattened = (
+            ": a flattened state (flatten_optimizer_state_dict) does not fit an optimizer with a"
+            " pager, for torch leaves out its moments; take one that is not flattened"
+        )
+        raise ValueError(
+            f"{name}: got no {missing[0]}; takes the state of an Adam or AdamW"
+            + (flattened if "step" in state else "")
+        )
+    step = _step(f"{name}.step", state["step"])
+    moments = [
+        _moment(f"{name}.{key}", state[key], param, device) for key in ("exp_avg", "exp_avg_sq")
+    ]
+    narrow = [moment.dtype is torch.uint8 for moment in moments]
+    if narrow[0] != narrow[1]:
+        raise ValueError(
+            f"{name}.exp_avg_sq: got {moments[1].dtype}; takes codes or floats, as exp_avg:"
+            f" {moments[0].dtype}"
+        )
+    if not narrow[0]:
         for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
             # torch puts an empty dict for a tensor that a flattened checkpoint lacks.
             if torch.is_tensor(state.get(key)):
                 raise ValueError(f"{name}.{key}: got scales; takes none beside {moments[0].dtype}")
         found = Moments(*(moment.float() for moment in moments))
+        _check_values(f"{name}.exp_avg", found.exp_avg, signed=True)
+        _check_values(f"{name}.exp_avg_sq", found.exp_avg_sq, signed=False)
         if _looks_like_codes(found):
             raise ValueError(
                 f"{name}.exp_avg: got whole numbers from 0 to 255 as floats, which codes of 8 bits"
@@ -179,8 +206,49 @@ def _from_state(
     absmaxes = []
     for key in ("exp_avg_absmax", "exp_avg_sq_absmax"):
         absmax = state.get(key)
-        if absmax is None or absmax.numel() != blocks:
-            got = "none" if absmax is None else f"{absmax.numel()} scales"
+        if not isinstance(absmax, Tensor) or absmax.numel() != blocks:
+            got = f"{absmax.numel()} scales" if isinstance(absmax, Tensor) else "none"
             raise ValueError(f"{name}.{key}: got {got}; takes {blocks}, one for each {BLOCK} codes")
-        absmaxes.append(absmax.to(device, torch.float32).view(-1))
+        if not absmax.dtype.is_floating_point or absmax.device.type == "meta":
+            raise ValueError(
+                f"{name}.{key}: got {absmax.dtype} on {absmax.device}; takes floats with values"
+            )
+        absmax = absmax.to(device, torch.float32).reshape(-1)
+        _check_values(f"{name}.{key}", absmax, signed=False)
+        absmaxes.append(absmax)
     return step, Moments(*moments, *absmaxes)
+
+
+def _step(name: str, step: Any) -> int:
+    """The number of steps that a checkpoint has as a number or a tensor."""
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.device.type == "meta"):
+        raise ValueError(f"{name}: got shape {list(step.shape)} on {step.device}; takes one number")
+    value = step.item() if isinstance(step, Tensor) else step
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 <= value <= MOST_STEPS or value != int(value):
+        raise ValueError(f"{name}: got {value!r}; takes a whole number from 0 to {MOST_STEPS}")
+    return int(value)
+
+
+def _moment(name: str, moment: Any, param: Tensor, device: torch.device) -> Tensor:
+    """A moment of a checkpoint, contiguous and on ``device``."""
+    if not isinstance(moment, Tensor):
+        raise ValueError(f"{name}: got {type(moment).__name__}; takes a tensor")
+    moment = local(moment)
+    if moment.dtype is not torch.uint8 and not moment.dtype.is_floating_point:
+        raise ValueError(f"{name}: got {moment.dtype}; takes floats, or codes as torch.uint8")
+    if moment.layout is not torch.strided or moment.device.type == "meta":
+        raise ValueError(
+            f"{name}: got {moment.layout} on {moment.device}; takes a dense tensor with values"
+        )
+    if moment.shape != param.shape:
+        raise ValueError(f"{name}: got shape {list(moment.shape)}; takes {list(param.shape)}")
+    return moment.to(device).contiguous()  # torch's have the parameter's strides
+
+
+def _check_values(name: str, values: Tensor, signed: bool) -> None:
+    """Raises ``ValueError`` for what no step leaves: it would go to the parameters unseen."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name}: got infinities or NaN; takes finite values")
+    if not signed and bool((values < 0).any()):
+        raise ValueError(f"{name}: got values below 0; takes 0 and above")

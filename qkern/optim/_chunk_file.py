@@ -29,6 +29,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -47,6 +48,26 @@ if TYPE_CHECKING:
 
 DEFAULT_META_CAPACITY = 1 << 16
 _PIECE_BYTES = 1 << 20  # what `verify` holds in memory
+
+
+@dataclass(eq=False)
+class Draft:
+    """What is written since a commit. It becomes the next commit as a whole, or is dropped so.
+
+    A `ChunkFile` takes the next draft by one assignment: an interrupt comes before it or after.
+    """
+
+    committed: Record
+    stamps: list[int]
+    """Of each chunk; see `ChunkFile.stamp`."""
+    pending: dict[int, int] = field(default_factory=dict)
+    """Checksums of the chunks that are written."""
+    failed: bool = False
+    """Whether a write or the commit did: no commit before a rollback."""
+    in_doubt: bool = False
+    """Whether its record may be in the file."""
+    dropped: bool = False
+    """Whether a rollback has begun: no write begins any more."""
 
 
 class ChunkFile:
@@ -71,14 +92,10 @@ class ChunkFile:
         self.sizes = layout.sizes
         self._file = file
         self._layout = layout
-        self._committed = committed
         count = len(layout.sizes)
-        self._pending: dict[int, int] = {}  # chunk: checksum, of what is written, not committed
+        self._draft = Draft(committed, [0] * count)
         self._checked = (bytearray(count), bytearray(count))
-        self._failed = False  # a write or commit did: no commit before a rollback
-        self._record_in_doubt = False  # a commit failed that may have left its record
         self._stamp = itertools.count(1)
-        self._stamps = [0] * count
 
     # Opening.
 
@@ -96,7 +113,8 @@ class ChunkFile:
         """Make a file of zeroed chunks, committed with ``meta``.
 
         It appears under its name when complete. Until then it is ``<path>.partial``, which an
-        error removes; what a killed process left under that name is overwritten.
+        error removes; what a killed process left under that name is overwritten, and whatever else
+        has it is refused.
 
         Args:
             path: A name that does not exist yet.
@@ -107,7 +125,7 @@ class ChunkFile:
             meta_capacity: Bytes that ``meta`` may take as JSON.
 
         Raises:
-            FileExistsError: ``path`` exists.
+            FileExistsError: ``path`` exists, or ``<path>.partial`` is somebody else's.
             BlockingIOError: Another process is creating it.
             OSError: Such as ENOSPC. Where ``posix_fallocate`` is missing (macOS) a full disk may
                 show at a later write instead; the committed version survives there too.
@@ -119,33 +137,25 @@ class ChunkFile:
         shape = FileLayout(sizes, _file_layout.to_json(layout), meta_capacity)
         meta_json = _file_layout.to_json(meta)
         partial = path.with_name(path.name + ".partial")
-        file = LockedFile(path, os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = _open_partial(path, partial)
         try:
             with file.errors_name_path():
-                file.lock()
-                # Who held the lock may have finished: then this is that file, or has no name.
-                ours = file.has_name(partial)
-                if not ours or path.exists():
-                    if ours:
-                        partial.unlink()
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        except BaseException:
-            file.close()
-            raise
-        try:
-            with file.errors_name_path():
-                file.allocate(shape.file_bytes)
+                file.empty()
+                # First, so that what a killed process leaves shows whose it is.
                 file.write(memoryview(shape.header), 0)
+                file.allocate(shape.file_bytes)
                 zeros = _file_layout.checksums_of_zeros(sizes)
                 blank = Record(0, bytearray(len(sizes)), zeros, b"")
                 file.open_direct(partial)
                 self = cls(file, durable, shape, blank)
                 self._write_record(blank._replace(sequence=1, meta=meta_json))
-                partial = partial.rename(path)
+                partial.rename(path)
                 if durable:
                     sync_directory(path.parent)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            for name in (partial, path):
+                if file.has_name(name):
+                    name.unlink()
             file.close()
             raise
         return self
@@ -172,7 +182,7 @@ class ChunkFile:
             OSError: It cannot be opened or read.
         """
         path = Path(path)
-        file = LockedFile(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        file = LockedFile(path)
         try:
             with file.errors_name_path():
                 file.lock()
@@ -198,29 +208,34 @@ class ChunkFile:
     @property
     def layout(self) -> dict[str, Any]:
         """The layout given at creation, as JSON gives it back."""
-        return dict(json.loads(self._layout.layout))
+        return _file_layout.parse_json(self.path, "layout", self._layout.layout)
 
     @property
     def meta(self) -> dict[str, Any]:
         """The meta of the last commit, as JSON gives it back."""
-        return dict(json.loads(self._committed.meta))
+        return _file_layout.parse_json(self.path, "meta", self._draft.committed.meta)
 
     @property
     def sequence(self) -> int:
         """Number of the last commit; creation is the first."""
-        return self._committed.sequence
+        return self._draft.committed.sequence
+
+    @property
+    def draft(self) -> Draft:
+        """What `write` adds to until the next commit or rollback."""
+        return self._draft
 
     def stamp(self, index: int) -> int:
         """A number that changes whenever the chunk's bytes do: by a write or a rollback.
 
         A copy of a chunk is up to date as long as the stamp is the same.
         """
-        return self._stamps[index]
+        return self._draft.stamps[index]
 
     @property
     def uncommitted(self) -> frozenset[int]:
         """Chunks written since the last commit or rollback."""
-        return frozenset(self._pending)
+        return frozenset(self._draft.pending)
 
     # Reading and writing.
 
@@ -232,46 +247,59 @@ class ChunkFile:
             OSError: The disk failed.
         """
         view = self._view(index, buffer)
-        self._file.check_open()
-        slot = self._committed.slots[index] ^ (index in self._pending)
-        with self._file.errors_name_path():
-            self._file.read_into(view, self._layout.slot_offsets[slot][index])
-        if not self._checked[slot][index]:
-            if _file_layout.checksum([view]) != self._committed.checksums[index]:
-                raise DamagedChunksError(self.path, [index], len(self))
-            self._checked[slot][index] = 1
+        with self._file.in_use():
+            draft = self._draft
+            slot = draft.committed.slots[index] ^ (index in draft.pending)
+            with self._file.errors_name_path():
+                self._file.read_into(view, self._layout.slot_offsets[slot][index])
+            if not self._checked[slot][index]:
+                if _file_layout.checksum([view]) != draft.committed.checksums[index]:
+                    raise DamagedChunksError(self.path, [index], len(self))
+                self._checked[slot][index] = 1
 
-    def write(self, index: int, buffer: Buffer) -> None:
+    def write(self, index: int, buffer: Buffer, draft: Draft | None = None) -> None:
         """Write a chunk from a buffer of exactly its size; ``commit`` makes it count.
 
         After an error the chunk reads as committed, and ``commit`` raises until a ``rollback``.
 
+        Args:
+            index: The chunk.
+            buffer: Its bytes.
+            draft: What the bytes belong to; by default, whatever is written now.
+
         Raises:
-            ChunkFileError: A commit failed before.
+            ChunkFileError: A commit failed before, or ``draft`` has been committed or dropped.
             OSError: The disk failed.
         """
         view = self._view(index, buffer)
-        self._file.check_open()
-        if self._record_in_doubt:  # its record may count, with the slots it names
-            self._raise_failed("commit")
-        slot = self._committed.slots[index] ^ 1
-        self._stamps[index] = next(self._stamp)
-        self._pending.pop(index, None)
-        try:
-            with self._file.errors_name_path():
-                checksum = _file_layout.checksum([view])
-                self._file.write(view, self._layout.slot_offsets[slot][index])
-        except BaseException:
-            self._failed = True
-            raise
-        self._checked[slot][index] = 1
-        self._pending[index] = checksum
+        with self._file.in_use():
+            # Looked at only now that a rollback in another thread waits for this write.
+            now = self._draft
+            if draft is None:
+                draft = now
+            if now.in_doubt:  # its record may count, with the slots it names
+                self._raise_failed("commit")
+            if draft is not now or now.dropped:
+                raise ChunkFileError(f"{self.path}: got a write after its rollback; takes none")
+            slot = draft.committed.slots[index] ^ 1
+            draft.stamps[index] = next(self._stamp)
+            draft.pending.pop(index, None)
+            try:
+                with self._file.errors_name_path():
+                    checksum = _file_layout.checksum([view])
+                    self._file.write(view, self._layout.slot_offsets[slot][index])
+            except BaseException:
+                draft.failed = True
+                raise
+            self._checked[slot][index] = 1
+            draft.pending[index] = checksum
 
     def commit(self, meta: dict[str, Any]) -> None:
         """Make everything written since the last commit count, all at once, with ``meta``.
 
         After an error the file holds the version before or the new one, whole. What may follow is
-        ``rollback``, which settles for the version before, or ``close``.
+        ``rollback``, which settles for the version before, or ``close``. After an interrupt,
+        ``sequence`` says whether the commit came to its end.
 
         Raises:
             ValueError: ``meta`` has more bytes than the file reserves.
@@ -280,10 +308,11 @@ class ChunkFile:
         """
         meta_json = _file_layout.to_json(meta)
         self._file.check_open()
-        if self._failed:
+        draft = self._draft
+        if draft.failed or draft.in_doubt or draft.dropped:
             self._raise_failed("write or commit")
-        slots, checksums = bytearray(self._committed.slots), list(self._committed.checksums)
-        for index, checksum in self._pending.items():
+        slots, checksums = bytearray(draft.committed.slots), list(draft.committed.checksums)
+        for index, checksum in draft.pending.items():
             slots[index] ^= 1
             checksums[index] = checksum
         with self._file.errors_name_path():
@@ -292,22 +321,26 @@ class ChunkFile:
     def rollback(self) -> None:
         """Go back to the last commit. The file can be used again after a failed write or commit.
 
+        Waits for writes that other threads have begun; what they have not begun yet is refused.
+
         Raises:
             OSError: A failed commit's record may be in the file and cannot be taken back. Nothing
                 but another ``rollback`` or ``close`` may follow.
         """
         self._file.check_open()
-        if self._record_in_doubt:
+        draft = self._draft
+        draft.dropped = True
+        self._file.wait_idle()
+        if draft.in_doubt:
             # Left there it might count after all, and the slots it names are about to be reused.
             with self._file.errors_name_path():
                 offset = self._layout.record_offset(self.sequence + 1)
                 self._file.write(memoryview(_file_layout.BLANK_RECORD), offset)
                 self._sync()
-            self._record_in_doubt = False
-        for index in self._pending:
-            self._stamps[index] = next(self._stamp)
-        self._pending.clear()
-        self._failed = False
+        stamps = list(draft.stamps)
+        for index in draft.pending:
+            stamps[index] = next(self._stamp)
+        self._draft = Draft(draft.committed, stamps)
 
     def verify(self) -> None:
         """Read every committed chunk and compare its checksum; takes about 1 MiB of memory.
@@ -319,9 +352,10 @@ class ChunkFile:
         self._file.check_open()
         damaged = []
         memory = memoryview(mmap.mmap(-1, _PIECE_BYTES))
-        for index, slot in enumerate(self._committed.slots):
+        committed = self._draft.committed
+        for index, slot in enumerate(committed.slots):
             checksum = _file_layout.checksum(self._read_pieces(slot, index, memory))
-            self._checked[slot][index] = checksum == self._committed.checksums[index]
+            self._checked[slot][index] = checksum == committed.checksums[index]
             if not self._checked[slot][index]:
                 damaged.append(index)
         if damaged:
@@ -347,18 +381,17 @@ class ChunkFile:
     def _write_record(self, record: Record) -> None:
         """Write a commit record; when this returns the version it describes counts."""
         self._layout.check_meta(record.meta)
+        draft = self._draft
         try:
             self._sync()
-            self._record_in_doubt = True
+            draft.in_doubt = True
             offset = self._layout.record_offset(record.sequence)
             self._file.write(memoryview(record.pack()), offset)
             self._sync()
         except BaseException:
-            self._failed = True
+            draft.failed = True
             raise
-        self._record_in_doubt = False
-        self._committed = record
-        self._pending.clear()
+        self._draft = Draft(record, draft.stamps)
 
     def _sync(self) -> None:
         if self.durable:
@@ -370,8 +403,16 @@ class ChunkFile:
     # Closing.
 
     def close(self) -> None:
-        """Release the file and its lock, dropping what is not committed. Closed twice is fine."""
+        """Release the file and its lock, dropping what is not committed. Closed twice is fine.
+
+        Waits for reads and writes that other threads have begun.
+        """
         self._file.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is closed, or belongs to the process that this one was forked from."""
+        return self._file.is_closed
 
     def __enter__(self) -> Self:
         return self
@@ -383,3 +424,42 @@ class ChunkFile:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _open_partial(path: Path, partial: Path) -> LockedFile:
+    """Open the file that is to become ``path``, new or left by a killed process, and lock it."""
+    # Through a link it would be some other file that is emptied.
+    try:
+        file = LockedFile(path, partial, os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _not_ours(partial, "a symbolic link") from None
+    except ChunkFileError:
+        raise _not_ours(partial, "no regular file") from None
+    try:
+        with file.errors_name_path():
+            file.lock()
+            # Who held the lock may have finished: then this is that file, or has no name.
+            if not file.has_name(partial):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            status = file.stat()
+            start = file.read(0, min(status.st_size, len(_file_layout.MAGIC)))
+            if not _file_layout.MAGIC.startswith(start):
+                raise _not_ours(partial, f"a file that begins with {start!r}")
+            if status.st_nlink > 1 or status.st_uid != os.geteuid():
+                raise _not_ours(partial, "a file with another name too, or of another user")
+            if os.path.lexists(path):
+                partial.unlink()
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _not_ours(partial: Path, what: str) -> FileExistsError:
+    return FileExistsError(
+        errno.EEXIST,
+        f"{partial.name}: got {what}; takes no file, or what a killed process left there",
+    )

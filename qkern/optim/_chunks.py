@@ -15,8 +15,9 @@ from qkern import formats
 from qkern.optim._moments import BLOCK, Moments, to_state
 
 DEFAULT_BUDGET_BYTES = 256 << 20
-_LEAST_CHUNK_BYTES = 64 << 10
+LEAST_CHUNK_BYTES = 64 << 10
 _ALIGNMENT = 64
+_LEAST_PLANNED_BYTES = BLOCK * 8 + 4 * _ALIGNMENT  # a block, of either width
 
 T = TypeVar("T")
 
@@ -70,12 +71,14 @@ class Piece:
 
     def empty_moments(self) -> Moments:
         """Flat tensors of their own on the CPU."""
-        return Moments(*(torch.empty(numel, dtype=dtype) for _, numel, dtype in self.parts()))
+        return Moments(
+            *(torch.empty(numel, dtype=dtype, device="cpu") for _, numel, dtype in self.parts())
+        )
 
 
 def _part(chunk: memoryview | Tensor, offset: int, numel: int, dtype: torch.dtype) -> Tensor:
     if numel == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     if isinstance(chunk, Tensor):
         return chunk[offset : offset + numel * dtype.itemsize].view(dtype)
     return torch.frombuffer(chunk, dtype=dtype, count=numel, offset=offset)
@@ -87,18 +90,20 @@ def _aligned(size: int) -> int:
 
 def check_budget(budget_bytes: int) -> None:
     """Raises ``ValueError`` where not even the smallest chunk fits."""
-    if budget_bytes < _LEAST_CHUNK_BYTES:
-        raise ValueError(f"budget_bytes: got {budget_bytes}; takes {_LEAST_CHUNK_BYTES} and up")
+    if budget_bytes < LEAST_CHUNK_BYTES:
+        raise ValueError(f"budget_bytes: got {budget_bytes}; takes {LEAST_CHUNK_BYTES} and up")
 
 
 def chunk_size(budget_bytes: int, chunks: int, most: int) -> int:
     """Bytes of a chunk, whole pages, so that ``chunks`` fit the budget; at most ``most``."""
     share = budget_bytes // chunks // mmap.PAGESIZE * mmap.PAGESIZE
-    return min(max(share, _LEAST_CHUNK_BYTES), most)
+    return min(max(share, LEAST_CHUNK_BYTES), most)
 
 
 def plan(numels: Sequence[int], bits: Sequence[int], chunk_bytes: int) -> list[list[Piece]]:
     """Which pieces each chunk holds: parameters in order, cut where a chunk is full."""
+    if chunk_bytes < _LEAST_PLANNED_BYTES:
+        raise ValueError(f"chunk_bytes: got {chunk_bytes}; takes {_LEAST_PLANNED_BYTES} and up")
     chunks: list[list[Piece]] = []
     room_from = chunk_bytes  # where the last chunk has room
     for param, (numel, width) in enumerate(zip(numels, bits, strict=True)):

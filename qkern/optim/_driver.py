@@ -162,7 +162,7 @@ class CudaDriver:
             return torch.as_tensor(_ManagedMemory(nbytes, device), device=device)
 
     def pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def on_device(self, nbytes: int, device: torch.device, streams: tuple[Any, ...]) -> Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8, device=device)

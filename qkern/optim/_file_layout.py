@@ -43,19 +43,24 @@ except ImportError:
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 1
-_MAGIC = b"QKCHUNKS"
+MAGIC = b"QKCHUNKS"
 _RECORD_MAGIC = b"QKCOMMIT"
 _CRC32 = 1
 _HEADER = struct.Struct("<8sIIQQQ")
 _RECORD = struct.Struct("<8sQQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _ZEROS = bytes(1 << 20)
+# What a header may claim for itself, far above what any optimizer has: a file with holes costs
+# nothing on the disk, and everything in memory.
+_MOST_HEADER_BYTES = 1 << 28
+_MOST_JSON_BYTES = 1 << 26
+_MOST_SEQUENCE = 1 << 62
 
 Read = Callable[[int, int], bytes]
 """Reads from an offset so many bytes."""
 
 
-class ChunkFileError(RuntimeError):
+class ChunkFileError(ValueError, RuntimeError):
     """A file that is not what it should be: foreign, truncated, damaged, of another layout."""
 
 
@@ -79,8 +84,11 @@ class FileLayout:
 
     def __init__(self, sizes: tuple[int, ...], layout: bytes, meta_capacity: int) -> None:
         count = len(sizes)
+        for name, size in (("layout", len(layout)), ("meta_capacity", meta_capacity)):
+            if not 0 <= size <= _MOST_JSON_BYTES:
+                raise ValueError(f"{name}: got {size} bytes; takes up to {_MOST_JSON_BYTES}")
         self.sizes, self.layout, self.meta_capacity = sizes, layout, meta_capacity
-        fixed = _HEADER.pack(_MAGIC, FORMAT_VERSION, _CRC32, count, len(layout), meta_capacity)
+        fixed = _HEADER.pack(MAGIC, FORMAT_VERSION, _CRC32, count, len(layout), meta_capacity)
         self.header = _with_digest(fixed, struct.pack(f"<{count}Q", *sizes) + layout)
         record_bytes = _aligned(_RECORD.size + _DIGEST_BYTES + 5 * count + meta_capacity)
         first = _aligned(len(self.header))
@@ -128,10 +136,10 @@ def read_header(path: Path, file_bytes: int, read: Read) -> FileLayout:
     """The layout of a file of ``file_bytes``, from its header; raises `ChunkFileError`."""
     fixed_bytes = _HEADER.size + _DIGEST_BYTES
     start = read(0, min(file_bytes, fixed_bytes))
-    if start[: len(_MAGIC)] != _MAGIC[: len(start)] or not start:
+    if start[: len(MAGIC)] != MAGIC[: len(start)] or not start:
         raise ChunkFileError(
             f"{path}: got a file that begins with {start[:8]!r}; "
-            f"takes a chunk file, which begins with {_MAGIC!r}"
+            f"takes a chunk file, which begins with {MAGIC!r}"
         )
     if file_bytes < fixed_bytes:
         raise ChunkFileError(
@@ -147,12 +155,24 @@ def read_header(path: Path, file_bytes: int, read: Read) -> FileLayout:
             f"{path}: truncated or damaged: got {file_bytes} bytes; "
             f"the header claims {header_bytes} for itself"
         )
+    if layout_bytes > _MOST_JSON_BYTES or header_bytes > _MOST_HEADER_BYTES:
+        raise ChunkFileError(
+            f"{path}: damaged: got a header of {header_bytes} bytes, {layout_bytes} of layout;"
+            f" takes up to {_MOST_HEADER_BYTES} and {_MOST_JSON_BYTES}"
+        )
     variable = read(fixed_bytes, header_bytes - fixed_bytes)
     if _with_digest(start[: _HEADER.size], variable)[:fixed_bytes] != start:
         raise ChunkFileError(f"{path}: damaged: the header has another checksum")
     if kind != _CRC32:
         raise ChunkFileError(f"{path}: got chunks with checksum {kind}; takes {_CRC32}, CRC-32")
     sizes = struct.unpack_from(f"<{count}Q", variable)
+    if meta_capacity > _MOST_JSON_BYTES:
+        raise ChunkFileError(
+            f"{path}: got room for {meta_capacity} bytes of meta; takes up to {_MOST_JSON_BYTES}"
+        )
+    if 0 in sizes:
+        raise ChunkFileError(f"{path}: got a chunk of 0 bytes; takes at least 1 byte a chunk")
+    parse_json(path, "layout", variable[8 * count :])
     layout = FileLayout(sizes, variable[8 * count :], meta_capacity)
     if file_bytes != layout.file_bytes:
         state = "truncated" if file_bytes < layout.file_bytes else "damaged"
@@ -167,7 +187,9 @@ def read_last_record(path: Path, layout: FileLayout, read: Read) -> Record:
     records = [record for place in (0, 1) if (record := _read_record(place, layout, read))]
     if not records:
         raise ChunkFileError(f"{path}: damaged: neither commit record is valid")
-    return max(records)
+    last = max(records)
+    parse_json(path, "meta", last.meta)
+    return last
 
 
 def _read_record(place: int, layout: FileLayout, read: Read) -> Record | None:
@@ -179,11 +201,15 @@ def _read_record(place: int, layout: FileLayout, read: Read) -> Record | None:
     magic, sequence, meta_bytes = _RECORD.unpack_from(start)
     if magic != _RECORD_MAGIC or sequence % 2 != place or meta_bytes > layout.meta_capacity:
         return None
+    if not 1 <= sequence <= _MOST_SEQUENCE:
+        return None
     variable = read(offset + fixed_bytes, 5 * count + meta_bytes)
     if _with_digest(start[: _RECORD.size], variable)[:fixed_bytes] != start:
         return None
     checksums = list(struct.unpack_from(f"<{count}I", variable))
     slots = bytearray(variable[4 * count : 5 * count])
+    if slots.translate(None, b"\0\1"):
+        return None
     return Record(sequence, slots, checksums, variable[5 * count :])
 
 
@@ -211,6 +237,27 @@ def to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
 
+def parse_json(path: Path, name: str, text: bytes) -> dict[str, Any]:
+    """What `to_json` was given; raises `ChunkFileError` for what that never writes."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key given twice")
+        return found
+
+    def no_number(text: str) -> None:
+        raise ValueError(f"{text}, which is no number of JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} in place of an object")
+    except (ValueError, RecursionError) as error:
+        raise ChunkFileError(f"{path}: {name}: got {error}; takes an object as JSON") from None
+    return value
+
+
 def difference(got: Any, wanted: Any, name: str) -> str:
     """The first place where two JSON values differ, in words; empty if they are equal."""
     if isinstance(got, dict) and isinstance(wanted, dict):
@@ -225,15 +272,16 @@ def difference(got: Any, wanted: Any, name: str) -> str:
             if found := difference(a, b, f"{name}[{i}]"):
                 return found
     elif type(got) is not type(wanted) or got != wanted:
-        texts = _short(got), _short(wanted)
+        texts = short(got), short(wanted)
         if texts[0] == texts[1]:  # long lists that begin alike
             texts = f"a list of {len(got)}", f"one of {len(wanted)}"
         return f"{name}: got {texts[0]}; takes {texts[1]}"
     return ""
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def short(value: Any) -> str:
+    """A JSON value as messages show it."""
+    text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

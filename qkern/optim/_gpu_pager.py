@@ -48,14 +48,19 @@ class _Pool:
         """Of work, since it was made."""
         self._broke_off = False
 
-    def add(self, chunks: Sequence[Sequence[Piece]]) -> None:
-        self.chunks += map(Chunk, chunks)
-        slot_bytes = max((chunk.nbytes for chunk in self.chunks), default=1)
+    def add(self, first: int, chunks: Sequence[Sequence[Piece]]) -> None:
+        """Take in the chunks of parameters of the numbers ``first`` and up, in place of others."""
+        kept = [chunk for chunk in self.chunks if chunk.pieces[-1].param < first]
+        wanted = kept + [Chunk(pieces) for pieces in chunks]
+        slot_bytes = max((chunk.nbytes for chunk in wanted), default=1)
         if slot_bytes > self._slot_bytes and self._places.has_slots:
+            self._begin(self.driver.current_stream(self.device))
             self._evict_all()
             self._places.drop_short(slot_bytes)
+            self._broke_off = False
         self._slot_bytes = slot_bytes
         self._most = None if self._budget is None else self._budget // slot_bytes
+        self.chunks = wanted
 
     @property
     def resident_bytes(self) -> int:
@@ -68,11 +73,15 @@ class _Pool:
                 'pager: got "unified" while a CUDA graph is captured; takes "none" there'
             )
         current = self.driver.current_stream(self.device)
+        self._begin(current)
+        self._run(wanted, work, current)
+        self._broke_off = False
+
+    def _begin(self, current: Any) -> None:
+        """Put right what an exception has left half done, if one has; until it has not."""
         if self._broke_off:
             self._join(current)
         self._broke_off = True
-        self._run(wanted, work, current)
-        self._broke_off = False
 
     def _join(self, current: Any) -> None:
         """Let each stream wait for all that others have: some event may be missing."""
@@ -81,8 +90,13 @@ class _Pool:
         for stream in streams:
             for event in events:
                 self.driver.wait(stream, event)
-        for chunk in self._resident:
-            chunk.ready = chunk.used = events[0]
+        for chunk in self.chunks:
+            if chunk.slot is None:  # it was about to leave, and its bytes have
+                self._resident.pop(chunk, None)
+            elif chunk not in self._resident:  # it was about to come; no update has seen it
+                chunk.slot = None
+            else:
+                chunk.ready = chunk.used = events[0]
 
     def _run(
         self, wanted: Collection[int], work: Callable[[Chunk, Tensor], object], current: Any
@@ -184,6 +198,7 @@ class UnifiedPager:
     takes_new_groups = True
     waits_for_found_inf = False
     steps: Sequence[int] = ()
+    version = 0
 
     def __init__(self, budget_bytes: int | None) -> None:
         if budget_bytes is not None:
@@ -192,8 +207,10 @@ class UnifiedPager:
         self._pools: dict[torch.device, _Pool] = {}
         self._numels: list[int] = []
 
-    def add(self, params: Sequence[MomentSpec]) -> None:
-        """Take in more parameters; they follow those that are there.
+    def add(self, first: int, params: Sequence[MomentSpec]) -> None:
+        """Take in parameters of the numbers ``first`` and up.
+
+        What an interrupt has left of parameters of these numbers goes.
 
         Raises ``ValueError`` for a device that is no GPU.
         """
@@ -202,7 +219,6 @@ class UnifiedPager:
                 raise ValueError(
                     f'pager: got "unified" with a parameter on {device}; takes those on a GPU'
                 )
-        first = len(self._numels)
         for device in dict.fromkeys(param.device for param in params):
             if device not in self._pools:
                 self._pools[device] = _Pool(_driver.current, device, self._budget)
@@ -210,8 +226,8 @@ class UnifiedPager:
             # Those of other pools count as empty, so that numbers stay.
             mine = [param.numel if param.device == device else 0 for param in params]
             bits = [32] * first + [param.bits for param in params]
-            pool.add(_chunks.plan([0] * first + mine, bits, pool.chunk_bytes))
-        self._numels += [param.numel for param in params]
+            pool.add(first, _chunks.plan([0] * first + mine, bits, pool.chunk_bytes))
+        self._numels[first:] = [param.numel for param in params]
 
     @property
     def held_bytes(self) -> int:
@@ -232,8 +248,10 @@ class UnifiedPager:
         """As in memory, so that no step waits for the host."""
         return device_of_steps(device)
 
-    def step(self, params: Collection[int], update: ChunkUpdate) -> None:
-        """Call ``update`` for every chunk with a piece of ``params``.
+    def step(
+        self, params: Collection[int], update: ChunkUpdate, finish: Callable[[], object]
+    ) -> None:
+        """Call ``update`` for every chunk with a piece of ``params``, then ``finish``.
 
         Raises ``RuntimeError`` from whatever went wrong after the first chunk; an interrupt
         stays one, with the same text.
@@ -245,6 +263,7 @@ class UnifiedPager:
         before = self._launches()
         try:
             self._run(params, of_chunk)
+            finish()
         except (Exception, KeyboardInterrupt) as error:
             done = self._launches() - before
             if not done:

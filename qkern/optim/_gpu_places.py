@@ -107,6 +107,18 @@ class ManagedPlaces:
             warnings.warn(text, stacklevel=2)
 
 
+@dataclass(eq=False)
+class _Slot:
+    memory: Tensor
+    chunk: Chunk | None = None
+    """The last to be given it."""
+
+    @property
+    def is_free(self) -> bool:
+        # The chunk alone says whether it has the slot: two notes of that might come to differ.
+        return self.chunk is None or self.chunk.slot is not self.memory
+
+
 class PinnedPlaces:
     """Host memory that is copied to the device and back."""
 
@@ -116,23 +128,24 @@ class PinnedPlaces:
 
     def __init__(self, driver: Driver, device: torch.device, streams: tuple[Any, Any]) -> None:
         self._driver, self._device, self._streams = driver, device, streams
-        self._free: list[Tensor] = []
+        self._slots: list[_Slot] = []
 
     def allocate(self, nbytes: int) -> Tensor:
         return self._driver.pinned(nbytes)
 
     def bring(self, chunk: Chunk, stream: Any, slot_bytes: int) -> None:
         assert chunk.memory is not None
-        if not self._free:
-            slot = self._driver.on_device(slot_bytes, self._device, self._streams)
+        slot = next((slot for slot in self._slots if slot.is_free), None)
+        if slot is None:
+            slot = _Slot(self._driver.on_device(slot_bytes, self._device, self._streams))
             # Work of the current stream may still be using this memory for something else.
             current = self._driver.current_stream(self._device)
             self._driver.wait(stream, self._driver.record(current))
-            self._free.append(slot)
-        slot = self._free[-1]
+            self._slots.append(slot)
         if not chunk.blank:
-            self._driver.copy(slot[: chunk.nbytes], chunk.memory, stream)
-        chunk.slot = self._free.pop()
+            self._driver.copy(slot.memory[: chunk.nbytes], chunk.memory, stream)
+        slot.chunk = chunk
+        chunk.slot = slot.memory
 
     def bring_again(self, chunk: Chunk, stream: Any) -> None:
         pass
@@ -142,8 +155,7 @@ class PinnedPlaces:
         assert chunk.slot is not None
         if not chunk.blank:
             self._driver.copy(chunk.memory, chunk.slot[: chunk.nbytes], stream)
-        self._free.append(chunk.slot)
         chunk.slot = None
 
     def drop_short(self, slot_bytes: int) -> None:
-        self._free = [slot for slot in self._free if slot.numel() >= slot_bytes]
+        self._slots = [slot for slot in self._slots if slot.memory.numel() >= slot_bytes]

@@ -77,10 +77,7 @@ class Moments(NamedTuple):
         if self.bits == 32:
             return self
         decoded = self.to_bits(32)
-        for values, absmax in zip(
-            (decoded.exp_avg, decoded.exp_avg_sq), self.absmaxes(), strict=True
-        ):
-            _restore_largest(values.view(-1), absmax)
+        _restore_largest(decoded.exp_avg.view(-1), self.absmaxes()[0])
         return decoded
 
     def on(self, device: torch.device) -> Moments:
@@ -135,20 +132,26 @@ def of_zeros(param: Tensor, bits: int) -> Moments:
         for code in _ZERO_CODES
     )
     blocks = formats.num_blocks(param.numel(), BLOCK)
-    return Moments(*codes, *(torch.zeros(blocks, device=param.device) for _ in range(2)))
+    scales = (torch.zeros(blocks, dtype=torch.float32, device=param.device) for _ in range(2))
+    return Moments(*codes, *scales)
 
 
 def _restore_largest(values: Tensor, absmax: Tensor) -> None:
-    """Set the largest value of each block to its scale, as it was before it became a code."""
+    """Set the largest value of each block to its scale, as it was before it became a code.
+
+    Where decoded values reach the scale it is there. Else the largest was negative. A positive one
+    may decode to the same magnitude, and would get another code from the scale.
+    """
     whole = values.numel() // BLOCK
     first_of_rest = whole * BLOCK
     parts = [(values[:first_of_rest].view(-1, BLOCK), absmax[:whole])]
     parts += [(values[first_of_rest:].view(1, -1), absmax[whole:])]
     for blocks, scales in parts:
         if blocks.numel():
-            place = blocks.abs().argmax(1, keepdim=True)
-            largest = torch.copysign(scales[:, None], blocks.gather(1, place))
-            blocks.scatter_(1, place, largest)
+            lost = blocks.abs().amax(1, keepdim=True) < scales[:, None]
+            place = blocks.argmin(1, keepdim=True)
+            lowest = torch.where(lost, -scales[:, None], blocks.gather(1, place))
+            blocks.scatter_(1, place, lowest)
 
 
 def to_state(moments: Moments) -> dict[str, Tensor]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
-from qkern.optim._chunk_file import ChunkFile
+from qkern.optim._chunk_file import ChunkFile, Draft
 from qkern.optim._chunks import resident_first
+from qkern.optim._crew import Crew, Job
 
 _DEPTH = 6  # chunks read ahead, and chunks being written behind
 # Threads: one reader; four writers, since checksums precede writes.
@@ -43,12 +44,12 @@ class _Place:
     """The chunk's bytes."""
     stamp: int = -1
     """The file's stamp of these bytes."""
-    job: Future[None] | None = None
+    job: Job | None = None
     """The last read or write."""
 
     def finish(self) -> None:
         if self.job is not None:
-            self.job.result()
+            self.job.wait()
 
 
 class ChunkStream:
@@ -81,6 +82,8 @@ class ChunkStream:
         self._resident: OrderedDict[int, _Place] = OrderedDict()  # least recently used first
         self._free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)  # by capacity
         self._held_bytes = 0
+        self._crews: tuple[Crew, ...] = ()
+        """Of a run that has not come to its end, or not yet been taken back."""
 
     @property
     def held_bytes(self) -> int:
@@ -123,19 +126,35 @@ class ChunkStream:
         """
         if len(set(indices)) != len(indices):
             raise ValueError("indices: got a chunk more than once; takes each at most once")
-        readers = ThreadPoolExecutor(_READERS, "qkern-read")
-        writers = ThreadPoolExecutor(_WRITERS, "qkern-write")
+        self.recover()
+        readers, writers = self._crews = Crew(_READERS), Crew(_WRITERS if write else 0)
         try:
+            # All threads are there before anything is written.
+            readers.start()
+            writers.start()
             self._run(indices, update, readers, writers if write else None)
+            self.stop()
         except BaseException:
-            readers.shutdown(cancel_futures=True)
-            writers.shutdown(cancel_futures=True)
-            self.drop()
-            self.file.rollback()
+            self.recover()
             raise
-        finally:
-            readers.shutdown()
-            writers.shutdown()
+        self._crews = ()
+
+    def stop(self) -> None:
+        """Return when no thread of a broken-off run works any more."""
+        if not self.file.is_closed:  # else they are not here, but in the process this forked from
+            for crew in self._crews:
+                crew.stop()
+
+    def recover(self) -> None:
+        """Take back what a run has left that an exception broke off, and free all buffers.
+
+        The run does that itself; but its caller may be interrupted a second time meanwhile.
+        """
+        if self._crews:
+            self.stop()
+            self.file.rollback()
+            self.drop()
+            self._crews = ()
 
     def drop(self) -> None:
         """Free all buffers. Nothing is lost: what was updated is written already."""
@@ -147,11 +166,12 @@ class ChunkStream:
         self,
         indices: Sequence[int],
         update: Callable[[int, memoryview], object],
-        readers: ThreadPoolExecutor,
-        writers: ThreadPoolExecutor | None,
+        readers: Crew,
+        writers: Crew | None,
     ) -> None:
+        draft = self.file.draft
         ahead: deque[tuple[int, _Place]] = deque()
-        writes: deque[Future[None]] = deque()
+        writes: deque[Job] = deque()
         coming = deque(indices)
         while coming or ahead:
             while coming and len(ahead) < _DEPTH:
@@ -163,16 +183,16 @@ class ChunkStream:
             place.finish()
             update(index, place.view)
             if writers is not None:
-                place.job = writers.submit(self._write, index, place)
+                place.job = writers.submit(partial(self._write, index, place, draft))
                 writes.append(place.job)
                 self.stats.written_bytes += len(place.view)
             self._resident[index] = place
             if len(writes) > _DEPTH:
-                writes.popleft().result()
+                writes.popleft().wait()
         for job in writes:
-            job.result()
+            job.wait()
 
-    def _fetch(self, index: int, readers: ThreadPoolExecutor, wait: bool) -> _Place | None:
+    def _fetch(self, index: int, readers: Crew, wait: bool) -> _Place | None:
         """The chunk's place, being read if need be; None where it would first have to wait."""
         place = self._resident.pop(index, None)
         if place is not None:
@@ -184,7 +204,7 @@ class ChunkStream:
         if memory is None:
             return None
         place = _Place(memory, memoryview(memory)[: self.file.sizes[index]])
-        place.job = readers.submit(self._read, index, place)
+        place.job = readers.submit(partial(self._read, index, place))
         self.stats.read_bytes += len(place.view)
         return place
 
@@ -203,7 +223,7 @@ class ChunkStream:
                 self._held_bytes -= other
                 continue
             index, place = next(iter(self._resident.items()), (-1, None))
-            if place is None or not (wait or place.job is None or place.job.done()):
+            if place is None or not (wait or place.job is None or place.job.is_done):
                 return None
             place.finish()
             del self._resident[index]
@@ -214,8 +234,8 @@ class ChunkStream:
         self.file.read_into(index, place.view)
         place.stamp = self.file.stamp(index)
 
-    def _write(self, index: int, place: _Place) -> None:
-        self.file.write(index, place.view)
+    def _write(self, index: int, place: _Place, draft: Draft) -> None:
+        self.file.write(index, place.view, draft)
         place.stamp = self.file.stamp(index)
 
 

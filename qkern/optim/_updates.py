@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,11 @@ def device_of_steps(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else torch.device("cpu")
 
 
+def number(value: float, device: torch.device) -> Tensor:
+    """A float32 tensor of one number, whatever torch's default dtype and device are."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def skipped(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
     """1 where ``GradScaler`` found a gradient that is not finite, else 0."""
     if found_inf is None:
@@ -86,21 +91,23 @@ def factors(
         skip: 1 where nothing is to change, else 0.
         device: Where the parameters are.
     """
-    none = torch.zeros((), device=next(iter(steps.values())).device)
+    none = number(0, next(iter(steps.values())).device)
     tables = []
     first = 0
     for group in groups:
         numbers = range(first, first + len(group["params"]))
         first = numbers.stop
         if numbers:
+            lr = group["lr"]
             tables.append(
                 reference.adamw_factors(
                     torch.stack([steps.get(number, none) for number in numbers]),
-                    group["lr"],
-                    group["betas"][0],
-                    group["betas"][1],
-                    group["eps"],
-                    group["weight_decay"],
+                    # torch takes Python's numbers, and not NumPy's.
+                    lr if isinstance(lr, Tensor) else float(lr),
+                    float(group["betas"][0]),
+                    float(group["betas"][1]),
+                    float(group["eps"]),
+                    float(group["weight_decay"]),
                     -scale if group["maximize"] else scale,
                     skip,
                 )
@@ -109,10 +116,18 @@ def factors(
 
 
 class Calls:
-    """Updates gathered into one call of the op for each device and width of moments."""
+    """Updates gathered into one call of the op for each device and width of moments.
 
-    def __init__(self, factors: Mapping[torch.device, Tensor], seed: int | None) -> None:
-        self._factors, self._seed = factors, seed
+    ``done`` is called after each with the numbers of the parameters that it has updated.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[torch.device, Tensor],
+        seed: int | None,
+        done: Callable[[set[int]], object] = lambda numbers: None,
+    ) -> None:
+        self._factors, self._seed, self._done = factors, seed, done
         self._found: defaultdict[Any, list[tuple[Any, ...]]] = defaultdict(list)
 
     def add(self, index: int, first: int, param: Tensor, grad: Tensor, moments: Moments) -> None:
@@ -138,3 +153,4 @@ class Calls:
                 indices,
                 offsets,
             )
+            self._done(set(indices))

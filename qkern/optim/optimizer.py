@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class PagedAdamW(Optimizer):
         seed: From 0 to 2^32 - 1.
 
     Raises:
-        TypeError: A parameter's dtype is none of these.
+        TypeError: A parameter's dtype is none of these, or an argument is of another type.
         ValueError: An argument is out of its range, or arguments contradict each other.
         FileExistsError, FileNotFoundError, qkern.optim.ChunkFileError: See ``path``.
     """
@@ -97,17 +97,24 @@ class PagedAdamW(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        check_arguments(amsgrad, pager, max_grad_norm, seed)
+        flags = {
+            "resume": resume,
+            "durable": durable,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        check_arguments(amsgrad, pager, max_grad_norm, seed, min_8bit_size, budget_bytes, flags)
         if path is not None and pager == "auto":
             pager = "mmap"
         if pager == "mmap" and path is None:
             raise ValueError('path: got None with pager "mmap"; takes the name of a file')
         self.pager = pager
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.grad_norm: Tensor | None = None
-        self._min_8bit_size = min_8bit_size
-        self._seed = seed if stochastic_rounding else None
+        self._min_8bit_size = int(min_8bit_size)
+        self._seed = int(seed) if stochastic_rounding else None
         self._pager: Pager | None = None
+        self._steps_seen: Sequence[int] = ()
+        """The pager's steps that the counters in ``state`` are."""
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -131,10 +138,8 @@ class PagedAdamW(Optimizer):
             self._pager = FilePager(path, specs, budget_bytes, resume=resume, durable=durable)
         else:
             self._pager = UnifiedPager(budget_bytes)
-            self._pager.add(specs)
-        for param, step in zip(params, self._pager.steps, strict=False):
-            if step:
-                self.state[param]["step"] = torch.tensor(float(step))
+            self._pager.add(0, specs)
+        self._take_over_steps()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does; not to an optimizer with a file."""
@@ -144,15 +149,15 @@ class PagedAdamW(Optimizer):
                 'param_group: got one after the file was made; with pager "mmap" all are given at'
                 " construction"
             )
-        super().add_param_group(param_group)
+        count = len(self.param_groups)
         try:
-            group = self.param_groups[-1]
-            check_group(group)
-            specs = self._specs([group])
+            super().add_param_group(param_group)
+            check_group(self.param_groups[-1])
             if pager is not None:
-                pager.add(specs)
+                first = sum(len(group["params"]) for group in self.param_groups[:count])
+                pager.add(first, self._specs(self.param_groups[count:]))
         except BaseException:
-            self.param_groups.pop()
+            del self.param_groups[count:]
             raise
 
     @torch.no_grad()
@@ -160,9 +165,11 @@ class PagedAdamW(Optimizer):
         """Update every parameter that has a gradient; returns what ``closure`` does, or None.
 
         With ``GradScaler``, gradients that are not all finite leave everything as it was. With a
-        file, an error (a full disk) leaves the file at the step before; parameters may then be
-        updated already and must come from a checkpoint, as the message says. The same goes for an
-        error (no memory) with the pager ``"unified"``.
+        file, an error (a full disk) or an interrupt (Ctrl-C, an exception of a signal handler)
+        leaves the file at the step before, or, where it comes after the commit, the step whole;
+        ``state_dict`` tells. At the step before, parameters may be updated already and must come
+        from a checkpoint, as the message says: they are not kept twice. The same goes for the pager
+        ``"unified"``, whose moments are then half updated too. A step that fails is not counted.
 
         Raises:
             TypeError: A gradient is sparse, of another dtype than its parameter, or of an integer
@@ -211,30 +218,52 @@ class PagedAdamW(Optimizer):
     def _step_in_memory(
         self, updates: Sequence[Update], scale: float | Tensor, found_inf: Tensor | None
     ) -> None:
-        copies = []
         for device, mine in by_device(updates).items():
             moments = [self._moments(param, group) for _, group, param, _ in mine]
-            steps = {index: self.state[param]["step"] for index, _, param, _ in mine}
+            before = [self.state[param]["step"] for _, _, param, _ in mine]
             skip = _updates.skipped(found_inf, device)
-            if device.type == "cuda":
-                # In place, where a CUDA graph finds them again.
-                torch._foreach_add_(list(steps.values()), 1 - skip)
-            else:
-                after = counted(list(steps.values()), skip)
-                steps = dict(zip(steps, after, strict=True))
-                for (_, _, param, _), step in zip(mine, after, strict=True):
-                    self.state[param]["step"] = step
-            factors = _updates.factors(self.param_groups, steps, scale, skip, device)
-            calls = Calls({device: factors}, self._seed)
-            for (index, _, param, grad), of_param in zip(mine, moments, strict=True):
-                data = local(param)
-                if not data.is_contiguous():
-                    copies.append((data, data.contiguous()))
-                    data = copies[-1][1]
-                calls.add(index, 0, data, local(grad), of_param)
-            calls.run()
-        for data, changed in copies:
-            data.copy_(changed)
+            after = dict(zip((index for index, *_ in mine), counted(before, skip), strict=True))
+            factors = _updates.factors(self.param_groups, after, scale, skip, device)
+            self._step_device(mine, moments, after, factors)
+
+    def _step_device(
+        self,
+        updates: Sequence[Update],
+        moments: Sequence[Moments],
+        after: Mapping[int, Tensor],
+        factors: Tensor,
+    ) -> None:
+        """The updates of one device, with the step counters that they have afterwards."""
+        params = {index: param for index, _, param, _ in updates}
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        left = set(params)
+
+        def done(numbers: set[int]) -> None:
+            # A step counts once its parameters have it, so that one that fails does not.
+            for index in numbers & copies.keys():
+                copies[index][0].copy_(copies[index][1])
+            self._count([(params[index], after[index]) for index in numbers])
+            left.difference_update(numbers)
+
+        calls = Calls({factors.device: factors}, self._seed, done)
+        for (index, _, param, grad), of_param in zip(updates, moments, strict=True):
+            data = local(param)
+            if not data.is_contiguous():
+                copies[index] = data, data.contiguous()
+                data = copies[index][1]
+            calls.add(index, 0, data, local(grad), of_param)
+        calls.run()
+        done(left.copy())  # of what no elements are here
+
+    def _count(self, steps: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Set the step counters of parameters of one device."""
+        if steps and steps[0][1].device.type == "cuda":
+            # In place, where a CUDA graph finds them again.
+            params, after = zip(*steps, strict=True)
+            torch._foreach_copy_([self.state[param]["step"] for param in params], after)
+        else:
+            for param, step in steps:
+                self.state[param]["step"] = step
 
     def _step_paged(
         self,
@@ -244,14 +273,18 @@ class PagedAdamW(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         found = {}
+        copies = []
         for index, _, param, grad in updates:
             data = local(param)
             found[index] = (data.contiguous().view(-1), local(grad).contiguous().view(-1))
+            if not data.is_contiguous():
+                copies.append((data, found[index][0].view(data.shape)))
+        self._take_over_steps()
         steps: dict[int, Tensor] = {}
         factors = {}
         for device, mine in by_device(updates).items():
             skip = _updates.skipped(found_inf, device)
-            none = torch.zeros((), device=pager.device_of_steps(device))
+            none = _updates.number(0, pager.device_of_steps(device))
             before = [self.state.get(param, {}).get("step", none) for _, _, param, _ in mine]
             after = zip((index for index, *_ in mine), counted(before, skip), strict=True)
             of_device = dict(after)
@@ -274,19 +307,37 @@ class PagedAdamW(Optimizer):
             for moments, there in brought:
                 moments.copy_(there)
 
-        pager.step(found, update)
+        def finish() -> None:
+            for data, changed in copies:
+                data.copy_(changed)
+
+        pager.step(found, update, finish)
         for index, _, param, _ in updates:
-            data = local(param)
-            if not data.is_contiguous():
-                data.copy_(found[index][0].view(data.shape))
             self.state[param]["step"] = steps[index]
+        self._steps_seen = pager.steps
+
+    def _take_over_steps(self) -> None:
+        """Set the counters by the pager's, where it has any that changed.
+
+        An interrupt may come right after a commit, and before the counters here are set.
+        """
+        if self._pager is None or self._pager.steps is self._steps_seen:
+            return
+        steps = self._pager.steps
+        for param, step in zip(self._params(), steps, strict=True):
+            if step:
+                self.state[param]["step"] = _updates.number(step, torch.device("cpu"))
+            else:
+                self.state.pop(param, None)
+        self._steps_seen = steps
 
     def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
         """The parameter's moments in memory, made of zeros at its first step."""
-        state = self.state[param]
+        state = self.state.get(param, {})
         if "exp_avg" not in state:
-            state.setdefault("step", torch.zeros((), device=self._device_of_steps(param.device)))
-            state |= to_state(of_zeros(param, self._bits(param, group)))
+            none = _updates.number(0, self._device_of_steps(param.device))
+            state = {"step": none} | state | to_state(of_zeros(param, self._bits(param, group)))
+            self.state[param] = state
         return Moments(
             local(state["exp_avg"]),
             local(state["exp_avg_sq"]),
@@ -337,6 +388,7 @@ class PagedAdamW(Optimizer):
         do, and the others are quantised once more, with the error of 8 bits. A distributed
         checkpoint of parameters that are not sharded has codes; it loads into a state like it.
         """
+        self._take_over_steps()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -345,9 +397,13 @@ class PagedAdamW(Optimizer):
         Others are torch's AdamW and Adam, and bitsandbytes' AdamW (paged or not, 32 or 8 bits).
         Moments come to this optimizer's width: 8-bit codes are decoded for 32 bits exactly, and
         32-bit moments quantised for 8 with the error of 8 bits. Where they are stays as it is.
+        After an exception all is as before; but for the pager ``"unified"``, which an interrupt or
+        an error (no memory) may leave with a part of the state: load it again.
 
         Raises:
-            ValueError: The groups or the shapes do not fit, or the state is of another optimizer.
+            ValueError: The groups or the shapes do not fit, or the state is of another optimizer,
+                flattened for an optimizer with a pager, or of values that no step leaves.
+            TypeError: An option of a group is of another type.
         """
         _checkpointing.load(self, state_dict)
 
@@ -357,7 +413,8 @@ class PagedAdamW(Optimizer):
                 f'pager: got "{self.pager}", whose memory cannot be copied or pickled with its'
                 " optimizer; take state_dict() instead"
             )
-        mine = ("pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager")
+        mine = ["pager", "max_grad_norm", "grad_norm", "_min_8bit_size", "_seed", "_pager"]
+        mine += ["_steps_seen"]
         return super().__getstate__() | {name: getattr(self, name) for name in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

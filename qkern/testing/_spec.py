@@ -47,8 +47,9 @@ class Case:
     ``special`` (zeros of both signs, subnormals, the largest floats), ``ties`` (each decision
     point and its two neighbours), ``zeros``, ``nonfinite`` (NaN and infinities), for the matmuls'
     activations ``special`` (rows and columns of very different size), ``large``, and ``unused``
-    (large where the weights are zero), and for block scales ``constant``, ``negative`` and
-    ``halfway`` (`HALFWAY_TAILS`). `bits` and `stochastic_rounding` are an optimizer step's.
+    (large where the weights are zero), for block scales ``constant``, ``negative``, ``uneven`` (one
+    of a group far larger) and ``halfway`` (`HALFWAY_TAILS`), and for gradients ``huge`` (their
+    squares are infinite). `bits` and `stochastic_rounding` are an optimizer step's.
     """
 
     shape: tuple[int, ...]

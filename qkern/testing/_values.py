@@ -141,6 +141,8 @@ def source(case: Case, table: Sequence[float], generator: torch.Generator) -> Te
     values = normal(case.shape, generator).to(case.dtype)
     if case.values == "nonfinite" and case.numel:
         return scatter(values, (math.nan, math.inf, -math.inf), generator)
+    if case.values == "huge" and case.numel:
+        return scatter(values, (3e19, -3e19, 9.3e18, 3e38, -3e38), generator)
     return values
 
 
@@ -164,6 +166,10 @@ def scales(n: int, values: str, generator: torch.Generator) -> Tensor:
         scales.fill_(0.1)
     elif values == "negative":
         scales.neg_()
+    elif values == "uneven":
+        # One of each group is far larger than the others, each time by another factor.
+        groups = formats.num_blocks(n, formats.NESTED_BLOCK_SIZE)
+        scales[:: formats.NESTED_BLOCK_SIZE] *= 2.0 ** (torch.arange(groups) % 21)
     elif values == "halfway":
         scales.zero_()
         scales[:4] = torch.tensor([1.0, 2.0**-24, *HALFWAY_TAILS[n]])

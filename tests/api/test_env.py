@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import qkern
+from lab import ROOT
 from lab.processes import fresh_python
 from qkern import backends, env
 from qkern.backends import cpu, reference
@@ -34,6 +37,67 @@ def test_import_is_quiet_and_starts_no_device() -> None:
     )
     result = python("-c", code)
     assert result.stdout == result.stderr == ""
+
+
+def test_import_brings_little_beyond_torch() -> None:
+    """Not torch's compiler, which takes longer than torch itself; not a library that few use."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import qkern, qkern.env, qkern.io, qkern.nn, qkern.optim
+new = set(sys.modules) - before
+print(*sorted(name for name in new if name.partition(".")[0] not in sys.stdlib_module_names))
+"""
+    new = python("-c", code).stdout.split()
+    assert "qkern.functional" in new
+    # Neither is large: the tensors' files, and a checksum.
+    known = {"qkern", "safetensors", "isal"}
+    assert [name for name in new if name.partition(".")[0] not in known] == []
+
+
+SOURCES = (".py", ".cpp", ".h")
+WRONG_VARIABLES = {
+    "QKERN_BACKEND": ("fast", "takes one of cpu, cuda, triton, reference"),
+    "QKERN_CPU_ISA": ("sse9", "takes one of scalar"),
+    "QKERN_NATIVE_LIBRARY": ("/nowhere/_C.so", "cannot be loaded"),
+    "QKERN_CUDA_PATH": ("fast", ""),  # in tests/cuda/test_paths.py
+    "QKERN_TRITON_TUNE": ("/", ""),  # in tests/triton/test_backend.py
+}
+
+
+@pytest.mark.parametrize("name", ["QKERN_BACKEND", "QKERN_CPU_ISA", "QKERN_NATIVE_LIBRARY"])
+def test_a_wrong_variable_is_named_with_its_value(name: str) -> None:
+    """At the first op, or at the import; and in the report where there is one."""
+    value, takes = WRONG_VARIABLES[name]
+    if name == "QKERN_CPU_ISA" and cpu.missing_reason():
+        pytest.skip("qkern._C is not built")
+    code = """
+import torch, qkern
+from qkern import env
+try:
+    qkern.quantize_4bit(torch.ones(64))
+except (ValueError, RuntimeError) as error:
+    print(error)
+env.main([])
+"""
+    result = fresh_python("-c", code, **{name: value})
+    if name == "QKERN_NATIVE_LIBRARY":
+        assert result.returncode == 1
+        error = result.stderr.strip().splitlines()[-1]
+    else:
+        error, *report = result.stdout.splitlines()
+        message = error.removeprefix("quantize_4bit: ")
+        assert any(message in line for line in report)
+    assert re.search(rf"{name}: (got )?'{value}'.*{takes}", error), error
+
+
+def test_every_variable_that_is_read_at_run_time_is_tested() -> None:
+    folders = Path(qkern.__file__).parent, ROOT / "triton_kernels", ROOT / "csrc"
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES]
+    read = re.compile(r'(?:environ\.get\(|environ\[|getenv\()"(QKERN_\w+)"')
+    found = {name for path in sources for name in read.findall(path.read_text("utf-8"))}
+    assert found == WRONG_VARIABLES.keys()
 
 
 def test_report_as_json_and_text() -> None:

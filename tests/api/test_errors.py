@@ -110,6 +110,7 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
             ("2d", ValueError, CODEBOOK.view(4, 4), r"codebook: got shape \[4, 4\]; takes \[16\]"),
             ("strided", ValueError, RAMP[::16], r"codebook: got strides \[16\]; takes"),
             ("nan", ValueError, CODEBOOK / 0, "codebook: got .*; takes finite values"),
+            ("sum", ValueError, CODEBOOK * 3.4e38, "codebook: got .*; takes .* two are added"),
             ("inf", ValueError, CODEBOOK.exp() * math.inf, "codebook: got .*inf.*; takes finite"),
         )
     ),

@@ -20,7 +20,7 @@ def quantize_arguments() -> tuple[list[torch.Tensor], list[Any]]:
     """Tensors to keep alive, and the arguments of ``quantize_4bit`` for them."""
     x, packed, absmax = torch.randn(128), torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
     addresses = packed.data_ptr(), absmax.data_ptr()
-    return [x, packed, absmax], [x.data_ptr(), 0, 128, 0, 0, 64, *addresses, 1]
+    return [x, packed, absmax], [x.data_ptr(), 0, 128, None, 0, 64, *addresses, 1]
 
 
 def test_every_op_has_a_function() -> None:
@@ -68,19 +68,21 @@ def test_a_wrong_number_of_arguments_is_refused() -> None:
 
 def test_a_weight_with_one_of_the_nested_scales_is_refused() -> None:
     with pytest.raises(ValueError, match="nested_absmax and nested_offset: take both or neither"):
-        _C.dequantize_4bit(64, 64, 64, 0, 0, 0, 64, 0, 64, 0, 1)
+        _C.dequantize_4bit(64, 64, 64, None, None, 0, 64, 64, 0, 64, 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({5: 0}, "absmax: takes those of both moments or neither"),
+        ({5: None}, "absmax: takes those of both moments or neither"),
         ({10: 128}, "first: takes a multiple of the block size"),
         ({9: -1}, "sizes: take 0 and above"),
     ],
 )
-def test_wrong_parameters_of_a_step_are_refused(changes: dict[int, int], message: str) -> None:
-    piece = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
+def test_wrong_parameters_of_a_step_are_refused(
+    changes: dict[int, int | None], message: str
+) -> None:
+    piece: list[int | None] = [64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0]
     for position, bad in changes.items():
         piece[position] = bad
     with pytest.raises(ValueError, match=message):
@@ -99,3 +101,55 @@ def test_no_reference_is_kept() -> None:
             _C.quantize_4bit(*right, 1)
     assert [sys.getrefcount(value) for value in (right[0], right[6])] == before
     assert tensors[2].all()
+
+
+def pointers() -> list[tuple[str, list[Any], int, bool]]:
+    """Each argument of each function that is an address: which, and whether it may be absent.
+
+    The addresses point nowhere: nothing is read before all arguments are.
+    """
+    weight = [64, 64, 64, 64, 64, 2, 64]
+    optional = range(2, 5)
+    piece = (64, 64, 64, 64, 64, 64, 64, 0, 64, 0, 0)
+    calls: dict[str, tuple[list[Any], list[int], list[int]]] = {
+        # Arguments, positions that must be addresses, positions that may be.
+        "quantize_4bit": ([64, 0, 64, 64, 2, 64, 64, 64], [0, 6, 7], []),
+        "dequantize_4bit": ([*weight, 64, 0, 64], [0, 1, 7], []),
+        "quantize_8bit": ([64, 0, 64, 64, 256, 64, 64], [0, 3, 5, 6], []),
+        "dequantize_8bit": ([64, 64, 64, 256, 64, 0, 64], [0, 1, 2, 4], []),
+        "quantize_absmax": ([64, 0, 64, 64, 64, 64], [0, 3, 4, 5], []),
+        "linear_4bit": ([64, 0, 1, 64, *weight, 1, 64, 64, 64, False], [0, 4, 5, 14], [13]),
+        "linear_4bit_dx": ([64, 0, 1, 64, *weight, 1, 64, 64, False], [0, 4, 5, 13], []),
+    }
+    found = []
+    for op, (arguments, required, others) in calls.items():
+        start = {"dequantize_4bit": 0, "linear_4bit": 4, "linear_4bit_dx": 4}.get(op)
+        nested = [] if start is None else [start + k for k in optional]
+        codebook = [3] if op == "quantize_4bit" else []
+        places = [*((k, False) for k in required), *((k, True) for k in others + nested + codebook)]
+        found += [(op, arguments, k, absent) for k, absent in places]
+    steps = [([piece], k, k in (4, 5)) for k in range(7)]
+    return found + [("adamw_step", [p[0], None], k, absent) for p, k, absent in steps]
+
+
+@pytest.mark.parametrize(("op", "arguments", "position", "may_be_absent"), pointers())
+def test_only_none_says_that_a_tensor_is_absent(
+    op: str, arguments: list[Any], position: int, may_be_absent: bool
+) -> None:
+    """The address of freed memory is 0: no argument takes it, not even one that may be absent."""
+
+    def call(value: int | None) -> None:
+        changed = [*arguments]
+        if op == "adamw_step":
+            piece = changed[0]
+            changed[0] = [(*piece[:position], value, *piece[position + 1 :])]
+        else:
+            changed[position] = value
+        getattr(_C, op)(*changed, 0)  # no threads: refused, after all addresses
+
+    with pytest.raises(ValueError, match="address: got 0, that of freed memory"):
+        call(0)
+    expected = "take|absent" if may_be_absent else "address: got None; takes that of a tensor"
+    with pytest.raises(ValueError, match=expected) as error:
+        call(None)
+    assert ("address" in str(error.value)) is not may_be_absent

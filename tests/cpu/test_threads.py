@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,12 @@ def assert_same(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, 
         testing.assert_bitwise(a, e)
 
 
+def in_this_context(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``function`` under the instruction set of this test, in any thread."""
+    context = contextvars.copy_context()
+    return lambda argument: context.copy().run(function, argument)
+
+
 @all_ops
 def test_alternates_with_torchs_own_parallel_regions(op: str, isa: str) -> None:
     inputs = inputs_of(op, seed=0)
@@ -50,9 +59,10 @@ def test_concurrent_callers_get_their_own_results(op: str, isa: str) -> None:
     torch.set_num_threads(2)
     problems = [inputs_of(op, seed) for seed in range(4)]
     expected = [OPS[op].run(inputs) for inputs in problems]
+    run = in_this_context(OPS[op].run)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for actual, wanted in zip(pool.map(OPS[op].run, problems), expected, strict=True):
+            for actual, wanted in zip(pool.map(run, problems), expected, strict=True):
                 assert_same(actual, wanted)
 
 
@@ -69,7 +79,7 @@ def test_concurrent_training_steps(isa: str) -> None:
 
     expected = [step(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        for actual, wanted in zip(pool.map(step, range(8)), expected, strict=True):
+        for actual, wanted in zip(pool.map(in_this_context(step), range(8)), expected, strict=True):
             assert_same(actual, wanted)
 
 

@@ -27,9 +27,9 @@ needs_kernels = pytest.mark.skipif(
 needs_no_driver = pytest.mark.skipif(has_driver, reason="there is a driver")
 
 KERNEL_CALLS = {
-    "cuda_adamw_step": ([(64, 64, 64, 64, 0, 0, 64, 0, 64, 0, 0)], None, 0),
-    "cuda_quantize_4bit": (64, 0, 64, 0, 0, 64, 64, 64, 0),
-    "cuda_dequantize_4bit": (64, 64, 0, 0, 0, 0, 64, 64, 0, 64, 0),
+    "cuda_adamw_step": ([(64, 64, 64, 64, None, None, 64, 0, 64, 0, 0)], None, 0),
+    "cuda_quantize_4bit": (64, 0, 64, None, 0, 64, 64, 64, 0),
+    "cuda_dequantize_4bit": (64, 64, None, None, None, 0, 64, 64, 0, 64, 0),
     "cuda_quantize_8bit": (64, 0, 64, 64, 256, 64, 64, 0),
     "cuda_dequantize_8bit": (64, 64, 64, 256, 64, 0, 64, 0),
     "cuda_quantize_absmax": (64, 0, 64, 64, 64, 64, 0),

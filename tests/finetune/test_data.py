@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from finetuning import UserError
+from finetuning import UserError, topics
 from finetuning.data import (
+    DATA_FORMATS,
     Conversation,
     Turn,
     detect_format,
@@ -120,7 +121,7 @@ MALFORMED = {
     ),
     "missing-field": ("alpaca", {"instruction": "i"}, '"output" is missing'),
     "wrong-type": ("alpaca", {**GOOD, "output": 3}, '"output" is a number; takes a string'),
-    "null": ("alpaca", {**GOOD, "input": None}, '"input" is null'),
+    "null": ("alpaca", {**GOOD, "output": None}, '"output" is null'),
     "empty-target": ("alpaca", {**GOOD, "output": " \n"}, 'the target in "output" is empty'),
     "empty-completion": ("self-instruct", {"prompt": "p", "completion": ""}, "is empty"),
     "no-speaker": ("oasst1", {"text": "hello"}, "does not begin with a speaker"),
@@ -147,6 +148,213 @@ def test_a_malformed_line_is_named(
         read_conversations(path, data_format)
     assert str(error.value).startswith(f"{path}:3: ")
     assert message in str(error.value)
+
+
+def test_all_malformed_records_are_named(jsonl: Callable[..., Path]) -> None:
+    bad = {**GOOD, "output": " "}
+    path = jsonl(GOOD, bad, GOOD, bad, {"instruction": "i"})
+    with pytest.raises(UserError) as error:
+        read_conversations(path, "alpaca")
+    message = str(error.value)
+    assert message.startswith(f'{path}:2: the target in "output" is empty (read as alpaca); :4: ')
+    assert ':5: the field "output" is missing' in message
+    with pytest.raises(UserError, match=r":10: [^;]+; and 3 more lines$"):
+        read_conversations(jsonl(*[bad] * 13), "alpaca")
+
+
+def test_no_input_may_be_null(jsonl: Callable[..., Path]) -> None:
+    (conversation,) = read_conversations(jsonl({**GOOD, "input": None}), "alpaca")
+    assert conversation.turns[0].text == "i"
+    with pytest.raises(UserError, match='"input" is a number'):
+        read_conversations(jsonl({**GOOD, "input": 0}), "alpaca")
+
+
+def test_an_empty_answer_is_no_target(jsonl: Callable[..., Path]) -> None:
+    h, a = "\n\nHuman:", "\n\nAssistant:"
+    path = jsonl(
+        {"chosen": f"{h} hi{a}{h} hello?{a} yes"},
+        {"chosen": f"{h} hi{a} yes{h} and?{a}"},
+    )
+    between, last = read_conversations(path, "hh-rlhf")
+    assert [(t.role, t.text, t.is_target) for t in between.turns] == [
+        *((U, "hi", False), (A, "", False)),
+        *((U, "hello?", False), (A, "yes", True)),
+    ]
+    assert [(t.role, t.text, t.is_target) for t in last.turns] == [
+        *((U, "hi", False), (A, "yes", True)),
+    ]
+    (both,) = read_conversations(
+        jsonl({"text": "### Human: a### Assistant: b### Human: c### Assistant:"}), "oasst1"
+    )
+    assert [(t.text, t.is_target) for t in both.turns] == [("a", False), ("b", True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"instruction": "a", "instruction": "b", "output": "o"}', "instruction"),
+        ('{"instruction": "a", "output": "o", "output": "p"}', "output"),
+        ('{"messages": [{"role": "user", "role": "assistant", "content": "c"}]}', "role"),
+        ('{"instruction": "a", "output": "o", "extra": {"x": 1, "x": 2}}', "x"),
+    ],
+)
+def test_a_key_given_twice_is_refused(line: str, key: str, jsonl: Callable[..., Path]) -> None:
+    path = jsonl(GOOD, line.encode())
+    with pytest.raises(UserError, match=f':2: not JSON: the key "{key}" is given twice'):
+        read_conversations(path, "alpaca")
+    with pytest.raises(UserError, match=f':1: not JSON: the key "{key}" is given twice'):
+        detect_format(jsonl(line.encode()))
+
+
+PROSE = {
+    "prose": "Once upon a time, there was a kernel.\n\nIt was fast, and small.\n",
+    "one quoted line": '"Come in," she said, and "sit down."\n',
+    "quoted lines": '"Come in."\nHe did not.\n"Sit down."\n',
+    "commas": "All work, and no play\nmakes Jack, a dull boy\nso they say, at least\n" * 5,
+    "code": "{ int x; }\n[[nodiscard]] int f();\n",
+    "attribute": "[[nodiscard]] int f();\n",
+    "wiki": "[[1984]] is a novel by [[George Orwell]].\n",
+    "readme": '<div align="center">\n\n# Name\n\n</div>\n\nWhat it is: a library, for kernels.\n',
+    "set": "{a, b} is a set\n",
+    "song": "[Chorus]\nla la la\n",
+    "markdown": "# Title\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<p>one</p>\n",
+    "rest": "Title\n=====\n\n.. code::\n\n   x = {'a': 1}\n",
+    "colours": "\x1b[31mred\x1b[0m text, from a terminal\x0c",
+    "one line of commas": "a,b,c\n",
+    "words": "alpha\nbeta\ngamma\n",
+    "less than": "a < b and b > c\n",
+}
+
+
+@pytest.mark.parametrize("text", PROSE.values(), ids=PROSE)
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "A.TXT"])
+def test_prose_is_read(text: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    assert detect_format(path) == "text"
+    assert read_text(path) == text.removesuffix("\n")
+
+
+NOT_PROSE: dict[str, tuple[str | bytes, str]] = {
+    "json lines": ('{"text": "a"}\n{"text": "b"}\n', "JSON, not prose"),
+    "broken json lines": ('{"text": "a"}\n{"text": "b\n', "JSON, not prose"),
+    "array": ('[\n {"instruction": "q"}\n]\n', "JSON, not prose"),
+    "array of strings": ('["one",\n "two"]\n', "JSON, not prose"),
+    "object over lines": ('\n{\n "a": 1\n}\n', "JSON, not prose"),
+    "cut object": ('{"a": {"b": [1, 2', "JSON, not prose"),
+    "lines of strings": ('"just a string"\n"another"\n', "JSON, not prose"),
+    "csv": ("id,text\n1,hello\n2,there\n", "a table, not prose"),
+    "quoted csv": ('"id","text"\n1,"hello, you"\n2,there\n', "a table, not prose"),
+    "tsv": ("id\ttext\n1\thello, you\n", "a table, not prose"),
+    "semicolons": ("id;text\n1;hello\n", "a table, not prose"),
+    "html": ("<!DOCTYPE html>\n<html><p>x</p></html>", "markup, not prose"),
+    "xml": ('<?xml version="1.0"?>\n<a/>', "markup, not prose"),
+    "html fragment": ("  <div class='x'>text <i>of</i> <b>it</b></div>", "markup, not prose"),
+    "nul": ("text\nmore\x00text", "binary, not prose: the control character '\\\\x00' in line 2"),
+    "utf-16": ("text\n".encode("utf-16"), "not UTF-8 but UTF-16: iconv"),
+    "latin-1": ("caf\u00e9\n".encode("latin-1"), "not UTF-8"),
+    "parquet": (b"PAR1\x15\x04\x15", "not text but Parquet"),
+    "pdf": (b"%PDF-1.7\n", "not text but PDF"),
+    "zip": (b"PK\x03\x04\x14", "not text but a ZIP archive"),
+    "gzip": (b"\x1f\x8b\x08", "not text but gzip"),
+    "rtf": (b"{\\rtf1 hello}", "not text but RTF"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NOT_PROSE.values(), ids=NOT_PROSE)
+def test_what_is_no_prose_by_content_is_refused(
+    content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=message) as error:
+        read_text(path)
+    assert str(error.value).startswith(str(path))
+    with pytest.raises(UserError):
+        _read_as_detected(path)
+
+
+def _read_as_detected(path: Path) -> object:
+    data_format = detect_format(path)
+    return read_text(path) if data_format == "text" else read_conversations(path, data_format)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.jsonl", "a.JSON", "a.csv", "a.parquet", "a.html", "a.pdf", "a.gz", "a.pt"]
+)
+@pytest.mark.parametrize("content", [b"some prose\n", b"\xff\xfebytes"])
+def test_what_is_no_prose_by_name_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"prose|text|archive"):
+        read_text(path)
+
+
+FORMS_OF_OTHERS = {
+    "text field": ({"text": "Just text."}, "jq -r .text"),
+    "dolly": ({"instruction": "Add", "context": "", "response": "0"}, "none of the known forms"),
+    "question": ({"question": "Add", "answer": "0"}, "none of the known forms"),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "a"}]}, "none of the known forms"),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        r'messages\[0\]: the field "content" is a list; takes a string',
+    ),
+    "tool": (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        r'messages\[0\]: the role is "tool"',
+    ),
+    "tool calls": (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        r'messages\[0\]: the field "content" is null',
+    ),
+    "lists": (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant"}]},
+        '"completion" is a list; takes a string',
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), FORMS_OF_OTHERS.values(), ids=FORMS_OF_OTHERS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+def test_forms_of_others_are_refused(
+    record: dict[str, Any], message: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=message):
+        _read_as_detected(path)
+
+
+def test_no_suggested_format_trains_on_json(tmp_path: Path) -> None:
+    """Whatever a message proposes: the text of JSON Lines is never read with its syntax."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "Just text."}\n' * 9)
+    with pytest.raises(UserError) as error:
+        detect_format(path)
+    assert "--data-format" not in str(error.value)
+    with pytest.raises(UserError, match="JSON, not prose"):
+        read_text(path)
+    for data_format in DATA_FORMATS[1:-1]:
+        with pytest.raises(UserError):
+            read_conversations(path, data_format)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson", "a.JSONL"])
+def test_a_file_named_as_json_is_no_text(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text('"just a string"\n"another"\n')
+    with pytest.raises(UserError, match=":1: a string; takes one object a line"):
+        detect_format(path)
+    path.write_text("plain text\n")
+    with pytest.raises(UserError, match=":1: not JSON"):
+        detect_format(path)
+
+
+def test_an_array_gets_advice(jsonl: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"jq -c '\.\[\]' makes them"):
+        detect_format(jsonl([GOOD, GOOD]))
+    with pytest.raises(UserError, match=r"jq -c \. makes them"):
+        detect_format(jsonl(b"{", b' "instruction": "q"', b"}"))
 
 
 def test_what_cannot_be_detected_is_an_error(jsonl: Callable[..., Path], tmp_path: Path) -> None:
@@ -206,6 +414,27 @@ def test_held_out_topics_are_not_trained_on() -> None:
             words = " ".join(paragraph.split())
             if len(words) >= 60:
                 assert words not in trained
+
+
+def test_pieces_of_the_documentation_keep_to_their_limit() -> None:
+    limit = topics._CHUNK_CHARS
+    line = "x" * (limit // 2)
+    rest = limit - len(line) - 1
+    # Lines fill a piece up to the limit, line ends included, and not beyond.
+    assert topics._pieces(f"{line}\n{'y' * rest}") == [f"{line}\n{'y' * rest}"]
+    assert topics._pieces(f"{line}\n{'y' * (rest + 1)}") == [line, "y" * (rest + 1)]
+    assert topics._pieces(f"{'z' * (limit + 1)}\na\nb") == ["z" * (limit + 1), "a\nb"]
+    # Paragraphs fill a chunk likewise, with a blank line between them.
+    fits = ["p" * 300, "q" * (limit - 302)]
+    assert topics._chunks(fits) == ["\n\n".join(fits)]
+    assert topics._chunks([fits[0], fits[1] + "q"]) == [fits[0], fits[1] + "q"]
+    long = ["\n".join(["w" * 99] * 8), "v"]
+    assert topics._chunks(long) == ["\n".join(["w" * 99] * 7), "w" * 99 + "\n\nv"]
+    train, held_out = topic_conversations()
+    for conversation in train + held_out:
+        text = conversation.turns[-1].text
+        assert len(text) <= limit or "\n" not in text
+        assert len(conversation.turns[0].text) < topics._CONTEXT_CHARS + 150
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:

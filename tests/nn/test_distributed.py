@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from qkern import nn as qnn
 from qkern import testing
 from tests.nn import training
-from tests.nn.training import MODES, QUANTISED
+from tests.nn.training import DDP_MODES, MODES, QUANTISED
 from tests.optim.processes import run_processes
 
 pytestmark = [
@@ -66,6 +66,15 @@ def test_ddp_trains_as_one_process(ddp: Results) -> None:
     for rank, result in enumerate(ddp):
         assert_same(result["state"], training.state(net))
         testing.assert_bitwise(torch.stack(result["losses"]), torch.stack(losses[rank]))
+
+
+def test_ddp_trains_as_one_process_that_recomputes_nothing(tmp_path: Path) -> None:
+    results = run_processes(training, "ddp_checkpointed", "none", tmp_path)
+    net, losses = trained_alone("float32")
+    for rank, result in enumerate(results):
+        for mode in DDP_MODES:
+            assert_same(result[mode]["state"], training.state(net))
+            testing.assert_bitwise(torch.stack(result[mode]["losses"]), torch.stack(losses[rank]))
 
 
 def test_ddp_leaves_the_weights_to_their_ranks(ddp: Results) -> None:

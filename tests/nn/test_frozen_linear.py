@@ -199,3 +199,21 @@ def test_a_chosen_instruction_set_hides_wider_ones():
         cpu.set_isa("")
     if "amx" in isas:
         assert cpu.has_matmul(torch.bfloat16)
+
+
+@dtypes
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype, default, emulated):
+    layer = layer_of(dtype)
+    x = torch.randn(16, 48).to(dtype).requires_grad_()
+    dy = torch.randn(16, 37).to(dtype)
+    expected = layer(x)
+    expected_dx = torch.autograd.grad(expected, x, dy)
+    torch.set_default_dtype(default)
+    try:
+        found = layer(x)
+        found_dx = torch.autograd.grad(found, x, dy)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(*found_dx, *expected_dx)

@@ -557,6 +557,122 @@ class TestLoRALinear:
             raise KeyError
         assert torch.equal(model(x), with_adapter)
 
+    @pytest.mark.parametrize("make_base", BASES)
+    def test_unmerge_lora_restores_every_layer(self, make_base):
+        model = nn.Sequential(nn.Sequential(lora_pair(make_base())), lora_pair(nn.Linear(70, 70)))
+        with torch.no_grad():
+            model[1].lora_b.copy_(torch.randn(70, 8))
+        x = torch.randn(4, 100)
+        before = model(x)
+        qnn.unmerge_lora(model)  # of what is not merged: nothing
+        assert torch.equal(model(x), before)
+        qnn.merge_lora(model)
+        layers = [layer for _, layer in qnn.lora_layers(model)]
+        assert [layer.merged for layer in layers] == [True, True]
+        held = [layer._merged for layer in layers]
+        qnn.merge_lora(model)  # of what is merged: nothing
+        assert all(layer._merged is one for layer, one in zip(layers, held, strict=True))
+        assert not torch.equal(model(x), before)
+        layers[1].unmerge()
+        qnn.unmerge_lora(model)
+        assert [layer.merged for layer in layers] == [False, False]
+        assert torch.equal(model(x), before)
+        # Changes of A and B show again.
+        with torch.no_grad():
+            layers[0].lora_b.zero_()
+            layers[1].lora_b.zero_()
+        expected = F.linear(x, dense_weight(layers[0].base_layer), layers[0].bias)
+        expected = F.linear(expected, layers[1].weight, layers[1].bias)
+        torch.testing.assert_close(model(x), expected)
+
+    def test_disabling_nests(self):
+        """Each block restores what it found, in whatever order and however it ends."""
+        model = nn.Sequential(lora_pair(quantized_linear()), lora_pair(nn.Linear(70, 70)))
+        with torch.no_grad():
+            model[1].lora_b.copy_(torch.randn(70, 8))
+        x = torch.randn(4, 100)
+        with_adapter = model(x)
+        base = model[1].base_layer(model[0].base_layer(x))
+        half = model[1](model[0].base_layer(x))
+        with qnn.disable_lora(model):
+            assert torch.equal(model(x), base)
+            with qnn.disable_lora(model):
+                assert torch.equal(model(x), base)
+            assert torch.equal(model(x), base)
+            with pytest.raises(KeyError), qnn.disable_lora(model[0]):
+                raise KeyError
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), with_adapter)
+        with qnn.disable_lora(model[0]):
+            assert torch.equal(model(x), half)
+            with qnn.disable_lora(model):
+                assert torch.equal(model(x), base)
+            assert torch.equal(model(x), half)
+        assert torch.equal(model(x), with_adapter)
+        model[1].adapter_enabled = False
+        with qnn.disable_lora(model):
+            pass
+        assert [layer.adapter_enabled for _, layer in qnn.lora_layers(model)] == [True, False]
+
+    @pytest.mark.parametrize("make_base", BASES)
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_copies_and_pickles_after_use(self, make_base, merged):
+        """After a step, with gradients and hooks: bit for bit, and on memory of their own."""
+        layer = lora_pair(make_base(), dropout=0.1).train()
+        optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+        layer(torch.randn(4, 100)).square().sum().backward()
+        optimizer.step()
+        with torch.inference_mode():
+            layer.eval()(torch.randn(2, 100))
+        if merged:
+            layer.merge()
+        x = torch.randn(3, 100)
+        y = layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), y)
+            assert other.merged == merged
+            places = {p.data_ptr() for p in layer.parameters()}
+            assert not places & {p.data_ptr() for p in other.parameters()}
+            if merged:
+                other.unmerge()
+            other.train()(x).sum().backward()
+            with torch.no_grad():
+                other.lora_b.zero_()
+            assert torch.equal(layer(x), y)
+
+    @pytest.mark.parametrize("make_base", BASES)
+    def test_chunked_and_transposed_gradients(self, make_base):
+        """However x and its gradient lie in memory, and in however many pieces they come."""
+        layer = lora_pair(make_base())
+        layer.base_layer.requires_grad_(False)
+        x, dy = torch.randn(6, 4, 100), torch.randn(6, 4, 70)
+        weight = dense_weight(layer.base_layer) + layer.scaling * layer.lora_b @ layer.lora_a
+        expected = (dy @ weight).detach()
+
+        def gradients(change):
+            layer.zero_grad()
+            given = x.clone().requires_grad_()
+            change(given)
+            return given.grad, layer.lora_a.grad, layer.lora_b.grad
+
+        whole = gradients(lambda x: layer(x).backward(dy))
+        torch.testing.assert_close(whole[0], expected, rtol=1e-4, atol=1e-4)
+        ways = {
+            "chunks": lambda x: torch.cat([layer(part) for part in x.chunk(3)]).backward(dy),
+            "chunks of one dimension": lambda x: torch.cat(
+                [layer(part) for part in x.chunk(2, dim=1)], dim=1
+            ).backward(dy),
+            "transposed": lambda x: layer(x.transpose(0, 1)).transpose(0, 1).backward(dy),
+            "transposed gradient": lambda x: layer(x).backward(
+                dy.transpose(0, 1).contiguous().transpose(0, 1)
+            ),
+            "gradient of columns": lambda x: layer(x).mT.backward(dy.mT),
+            "every second row": lambda x: (layer(x).repeat_interleave(2, 0)[::2]).backward(dy),
+        }
+        for name, way in ways.items():
+            for one, other in zip(gradients(way), whole, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=name)
+
     def test_state_dict_round_trip(self):
         layer = lora_pair(quantized_linear())
         other = qnn.LoRALinear(qnn.Linear4bit(100, 70), 8, 16)
@@ -696,6 +812,28 @@ class TestEmbedding4bit:
         with pytest.raises(ValueError, match="codebook: got 15 elements; takes 16"):
             layer(ids)
 
+    @pytest.mark.parametrize(("rows", "dim"), [(50, 128), (37, 33), (3, 5), (1, 1)])
+    @pytest.mark.parametrize(("block_size", "double_quant"), [(64, True), (64, False), (128, True)])
+    def test_size_of_what_is_held(self, rows, dim, block_size, double_quant):
+        """Whole blocks of packed codes and a scale for each, and no byte more."""
+        layer = qnn.Embedding4bit.from_embedding(
+            nn.Embedding(rows, dim), block_size=block_size, double_quant=double_quant
+        )
+        blocks = -(-rows * dim // block_size)
+        expected = {
+            "weight": blocks * block_size // 2,
+            "absmax": blocks * (1 if double_quant else 4),
+        }
+        if double_quant:
+            expected |= {"nested_absmax": 4 * -(-blocks // 256), "nested_offset": 4}
+        found = dict(layer.named_parameters())
+        assert {n: p.nbytes for n, p in found.items() if n != "quant_meta"} == expected
+        for name, size in expected.items():
+            assert found[name].untyped_storage().nbytes() == size, name
+        assert not list(layer.buffers())
+        # What `quantized` shows is without the padding.
+        assert layer.quantized.packed.numel() == -(-rows * dim // 2)
+
     def test_max_norm_is_refused(self):
         with pytest.raises(ValueError, match="max_norm"):
             qnn.Embedding4bit.from_embedding(nn.Embedding(10, 64, max_norm=1.0))
@@ -780,8 +918,10 @@ class TestQuantizeModel:
         ("skip", "count"), [((), 15), (["down_proj"], 13), (["layers.0"], 8), (["mlp"], 9)]
     )
     def test_skip(self, skip, count):
+        """``count`` linear layers are not named; the head among them stays dense all the same."""
         model = qnn.quantize_model(tiny_llama(), skip=skip)
-        assert sum(isinstance(m, qnn.Linear4bit) for m in model.modules()) == count
+        assert type(model.lm_head) is nn.Linear
+        assert sum(isinstance(m, qnn.Linear4bit) for m in model.modules()) == count - 1
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -789,7 +929,11 @@ class TestQuantizeModel:
             ({"targets": ["q_proj", "oops"]}, ValueError, "'oops' matches no .* has .*down_proj"),
             ({"targets": ["proj"]}, ValueError, "'proj' matches no linear layer"),
             ({"targets": "q_proj"}, ValueError, "matches no linear layer"),
-            ({"targets": ["lm_head"]}, ValueError, "lm_head, which is in skip"),
+            (
+                {"targets": ["lm_head"], "skip": ["lm_head"]},
+                ValueError,
+                "lm_head, which is in skip",
+            ),
             ({"targets": ["self_attn"]}, TypeError, "self_attn is a LlamaAttention"),
             ({"skip": "lm_head"}, TypeError, "skip: got the string"),
             ({"skip": ["model", "lm_head"]}, ValueError, "no nn.Linear outside skip"),
@@ -984,6 +1128,9 @@ class TestTraining:
         assert model.model.layers[0].gradient_checkpointing
         with pytest.raises(ValueError, match="add LoRA first"):
             qnn.prepare_for_training(qnn.quantize_model(tiny_llama()))
+        qnn.merge_lora(model)
+        with pytest.raises(ValueError, match=r"model: the adapter at model.* is merged"):
+            qnn.prepare_for_training(model)
         with pytest.raises(TypeError, match="gradient_checkpointing_enable"):
             qnn.prepare_for_training(nn.Sequential(lora_pair(quantized_linear())))
 

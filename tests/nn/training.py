@@ -45,24 +45,30 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, checkpointed: bool) -> None:
+    def __init__(self, checkpointed: bool, reentrant: bool = False) -> None:
         super().__init__()
         self.table = nn.Embedding(37, 65)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(65, 3)
-        self.checkpointed = checkpointed
+        self.checkpointed, self.reentrant = checkpointed, reentrant
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
+        if self.reentrant:
+            x.requires_grad_()  # else torch's older way gives no gradients
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=self.reentrant)
+                if self.checkpointed
+                else block(x)
+            )
         return self.head(x)
 
 
 def model(mode: str, codebook: Tensor | None = None) -> Model:
     """4-bit blocks and table, adapters that do something, a dense head; all else frozen."""
     torch.manual_seed(0)
-    net = Model(checkpointed="checkpointed" in mode)
+    net = Model("checkpointed" in mode, "reentrant" in mode)
     format = "nf4" if codebook is None else "custom"
     qnn.quantize_model(
         net, format, codebook=codebook, skip=["head"], lora=qnn.LoRAConfig(r=4, alpha=8)
@@ -195,6 +201,18 @@ def ddp(rank: int, folder: Path, _: str) -> dict[str, Any]:
     return result | {"kept": torch.equal(weight, own), "broadcasts": len(broadcasts)}
 
 
+DDP_MODES = ("float32-checkpointed", "float32-checkpointed-reentrant")
+
+
+def ddp_checkpointed(rank: int, folder: Path, _: str) -> dict[str, Any]:
+    """Activations are recomputed in backward, in either of torch's ways."""
+    found: dict[str, Any] = {}
+    for mode in DDP_MODES:
+        net = nn.parallel.DistributedDataParallel(model(mode))
+        found[mode] = {"losses": train(net, rank), "state": state(net.module)}
+    return found
+
+
 def fsdp(rank: int, folder: Path, _: str) -> dict[str, Any]:
     return {mode: train_sharded(mode, rank, folder) for mode in MODES}
 
@@ -258,7 +276,7 @@ def fsdp_reload(rank: int, folder: Path, _: str) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (ddp, fsdp, fsdp_reload)}
+SCENARIOS = {f.__name__: f for f in (ddp, ddp_checkpointed, fsdp, fsdp_reload)}
 
 
 if __name__ == "__main__":

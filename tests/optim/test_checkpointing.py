@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lab.fake_gpu import FakeGpu
 from qkern import testing
@@ -21,6 +24,7 @@ from tests.optim.compare import assert_same, assert_same_state, close_to_fused, 
 from tests.optim.pagers import Made
 from tests.optim.params import SHAPES, make_params, train
 
+Change = Callable[[dict[str, Any]], None]
 KINDS = [(pager, bits) for pager in ("none", "mmap", "unified") for bits in (32, 8)]
 
 
@@ -245,6 +249,98 @@ def test_states_that_are_refused_change_nothing(make: Made, change: str, message
         optimizer.load_state_dict(foreign_state(change))
     assert_same_state(optimizer.state_dict(), kept)
     assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def changed(key: str, change: Callable[[Any], Any], parameter: int = 4) -> Change:
+    def apply(state: dict[str, Any]) -> None:
+        state["state"][parameter][key] = change(state["state"][parameter][key])
+
+    return apply
+
+
+def with_first(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda moment: moment.index_fill(0, torch.tensor(0), value)
+
+
+def option(name: str, value: Any) -> Change:
+    return lambda state: state["param_groups"][0].__setitem__(name, value)
+
+
+JUNK: dict[str, tuple[Change, str]] = {
+    **{
+        f"step {junk}": (changed("step", lambda _, junk=junk: junk), r"\[4\].step: got .*takes")
+        for junk in (-1, 1.5, math.nan, math.inf, True, "1", None, 1 << 54, torch.ones(2), 1j)
+    },
+    "step of truth": (changed("step", lambda _: torch.tensor(True)), r"\[4\].step: got True"),
+    "step on meta": (changed("step", lambda _: torch.ones((), device="meta")), "step: got shape"),
+    **{
+        f"{key} {kind}": (
+            changed(key, lambda moment, kind=kind: moment.to(kind)),
+            rf"\[4\].{key}: got {kind}; takes floats",
+        )
+        for key in ("exp_avg", "exp_avg_sq")
+        for kind in (torch.int64, torch.int8, torch.bool, torch.complex64)
+    },
+    **{
+        f"{key} {value}": (
+            changed(key, with_first(value)),
+            rf"\[4\].{key}: got (infinities or NaN; takes finite|values below 0; takes 0)",
+        )
+        for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+        for value in (math.nan, math.inf, -math.inf, -1.0)
+        if (key, value) != ("exp_avg", -1.0)
+    },
+    "too large": (changed("exp_avg", lambda m: m.double() + 1e300), "exp_avg: got infinities"),
+    "mixed": (changed("exp_avg_sq", lambda m: m.byte()), "exp_avg_sq: got torch.uint8; takes"),
+    "sparse": (changed("exp_avg", Tensor.to_sparse), "exp_avg: got torch.sparse"),
+    "meta": (changed("exp_avg", lambda m: m.to("meta")), "exp_avg: got .* on meta; takes"),
+    "no tensor": (changed("exp_avg", lambda m: m.tolist()), "exp_avg: got list; takes a tensor"),
+    "whole scales": (
+        changed("exp_avg_absmax", lambda m: m.int()),
+        "exp_avg_absmax: got torch.int32 on cpu; takes floats",
+    ),
+    "list of scales": (changed("exp_avg_absmax", lambda m: m.tolist()), "absmax: got none; takes"),
+    "lr": (option("lr", math.nan), r"param_groups\[0\].lr: got nan"),
+    "eps": (option("eps", "1e-8"), r"param_groups\[0\].eps: got str; takes a real number"),
+    "betas": (option("betas", (0.9, 2.0)), r"param_groups\[0\].betas: got \(0.9, 2.0\)"),
+    "maximize": (option("maximize", "no"), r"param_groups\[0\].maximize: got 'no'; takes True or"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), JUNK.values(), ids=JUNK)
+def test_junk_in_a_state_is_refused_and_changes_nothing(
+    make: Made, change: Change, message: str
+) -> None:
+    params, others = make_params(), make_params()
+    optimizer = make(params)
+    train(optimizer, params, 1)
+    kept = copy.deepcopy(optimizer.state_dict())
+    # Where there are scales, of 8 bits.
+    other = PagedAdamW(others, bits=8 if "absmax" in message or "scales" in message else 32)
+    train(other, others, 1)
+    state = copy.deepcopy(other.state_dict())
+    change(state)
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer.load_state_dict(state)
+    assert_same_state(optimizer.state_dict(), kept)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_moments_of_other_floats_are_taken(make: Made, dtype: torch.dtype) -> None:
+    params, others = make_params(), make_params()
+    optimizer, other = make(params), PagedAdamW(others)
+    train(other, others, 1)
+    state = copy.deepcopy(other.state_dict())
+    for of_it in state["state"].values():
+        of_it |= {key: of_it[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
+        of_it["step"] = np.int64(1)
+    optimizer.load_state_dict(state)
+    found = optimizer.state_dict()["state"]
+    for index, of_it in state["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            testing.assert_bitwise(found[index][key], of_it[key].float())
+        assert found[index]["step"] == 1
 
 
 def test_amsgrad_is_refused_without_a_state_too() -> None:

@@ -200,6 +200,7 @@ def test_two_creators(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError, match="in use"):
             create(tmp_path / "state")
         assert partial.read_bytes() == b"being made" * 10_000
+    partial.write_bytes(b"QKCHUNKS" + b"being made" * 10_000)
     create(tmp_path / "state").close()  # what a dead creator left does not show
     assert reopened(tmp_path / "state") == (0, version(0))
 

@@ -55,11 +55,11 @@ def test_the_format_is_as_documented(tmp_path: Path) -> None:
 def test_the_checksum_of_a_long_chunk(tmp_path: Path) -> None:
     sizes = ((2 << 20) + 5, 1 << 20)
     with create(tmp_path / "state", sizes) as file:
-        assert file._committed.checksums == [
+        assert file.draft.committed.checksums == [
             documented_checksum(chunk) for chunk in version(0, sizes)
         ]
         take_step(file, 1)
-        assert file._committed.checksums == [
+        assert file.draft.committed.checksums == [
             documented_checksum(chunk) for chunk in version(1, sizes)
         ]
     assert reopened(tmp_path / "state") == (1, version(1, sizes))

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lab.processes import environment
 from qkern import testing
-from qkern.optim import ChunkFileError, PagedAdamW
+from qkern.optim import ChunkFileError, PagedAdamW, _updates
 from qkern.optim._moments import Moments
 from tests.optim.compare import assert_same, assert_same_state
 from tests.optim.pagers import LEAST_BUDGET
 from tests.optim.params import SHAPES, make_params, set_grads, train
+from tests.optim.system import exit_status, in_child
 
 
 @pytest.mark.parametrize("budget", [LEAST_BUDGET, 3 * LEAST_BUDGET, 16 << 20])
@@ -335,13 +338,55 @@ def test_a_forked_child_leaves_the_file_alone(tmp_path: Path) -> None:
     if pid == 0:
         status = 1
         try:
-            optimizer._pager.step((), lambda pieces: None)
+            optimizer._pager.step((), lambda pieces: None, lambda: None)
         except ValueError:
             status = 42
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     train(optimizer, params, 1, 1)
+    whole = make_params()
+    train(PagedAdamW(whole), whole, 2)
+    assert_same(params, whole)
+
+
+def test_a_child_forked_while_chunks_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has none of the threads, and neither waits for them nor touches the file."""
+    params = make_params()
+    optimizer = PagedAdamW(params, path=tmp_path / "state", budget_bytes=4 * LEAST_BUDGET)
+    write, run = os.pwritev, _updates.Calls.run
+    under_way, goes_on = threading.Event(), threading.Event()
+    parent, runs, children = os.getpid(), 0, []
+
+    def close() -> None:
+        assert os.getpid() != parent
+        with pytest.raises(ValueError, match="closed, or opened by the process this one forked"):
+            optimizer.state_dict()
+        optimizer.close()
+
+    def pwritev(*args: Any) -> int:
+        under_way.set()
+        assert goes_on.wait(60)
+        return write(*args)
+
+    def run_and_fork(calls: Any) -> None:
+        nonlocal runs
+        run(calls)
+        runs += 1
+        if runs == 2:  # of the first chunk the write has been asked for
+            assert under_way.wait(60)
+            children.append(in_child(close))
+            goes_on.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", pwritev)
+        patch.setattr(_updates.Calls, "run", run_and_fork)
+        set_grads(params, 0)
+        optimizer.step()
+    train(optimizer, params, 1, 1)
+    assert exit_status(children[0]) == 0
     whole = make_params()
     train(PagedAdamW(whole), whole, 2)
     assert_same(params, whole)
@@ -360,7 +405,7 @@ def test_a_flattened_state_does_not_load(tmp_path: Path, flat: bool) -> None:
     state = get_optimizer_state_dict(net, optimizers[0], options=options)
     set_optimizer_state_dict(net, optimizers[2], dict(state), options=options)
     if flat:
-        with pytest.raises(ValueError, match=r"state\[0.weight\]: got no exp_avg"):
+        with pytest.raises(ValueError, match=r"state\[0.weight\]: got no exp_avg.* not flattened"):
             set_optimizer_state_dict(net, optimizers[1], state, options=options)
         optimizers.pop(1)
     else:

@@ -193,7 +193,7 @@ def test_each_device_has_its_own_budget(use: Use, monkeypatch: pytest.MonkeyPatc
     pager = optimizer._pager
     pager.close()
     pager._numels.clear()
-    pager.add([MomentSpec(d, tuple(p.shape), 32) for d, p in zip(devices, params, strict=True)])
+    pager.add(0, [MomentSpec(d, tuple(p.shape), 32) for d, p in zip(devices, params, strict=True)])
     pools = list(pager._pools.values())
     found = trained(optimizer, params, 3)
     gpu.finish()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkern import testing
+from qkern import ops, testing
 from qkern.optim import PagedAdamW, PagedAdamW8bit, _updates
 from tests.optim.compare import assert_same, assert_same_state, close_to_fused, fused
 from tests.optim.pagers import Made
 from tests.optim.params import LOW_DTYPES, SHAPES, Params, make_params, set_grads, train
+from tests.optim.system import Crash
 
 
 def test_1000_steps_as_torch() -> None:
@@ -328,3 +330,103 @@ def test_an_interrupt_in_a_step_says_what_is_half_done(
     whole = make_params()
     train(PagedAdamW(whole, pager="none"), whole, 2)
     assert_same(params, whole)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if request.param == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_dtype(before)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.usefixtures("_defaults")
+def test_torchs_default_dtype_and_device_change_nothing(make: Made, bits: int) -> None:
+    options = {"bits": bits, "max_grad_norm": 0.1, "lr": 1e-2}
+    defaults = torch.get_default_dtype(), torch.get_default_device()
+
+    def trained(optimizer: PagedAdamW, params: Params) -> dict[str, Any]:
+        for step in range(4):
+            for param, grad in zip(params, grads[step], strict=True):
+                param.grad = grad
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return optimizer.state_dict()
+
+    found = []
+    for cls, as_it_is in ((make, True), (PagedAdamW, False)):
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        params = make_params()
+        grads = []
+        for step in range(4):
+            set_grads(params, step)
+            grads.append([param.grad for param in params])
+        if as_it_is:
+            torch.set_default_dtype(defaults[0])
+            torch.set_default_device(defaults[1])
+        found.append((params, trained(cls(params, **options), params)))
+    (params, state), (others, other) = found
+    assert_same(params, others)
+    assert_same_state(state, other)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_step_that_fails_does_not_count(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Parameters of one width may have it, when the call for the others fails."""
+    params, whole = make_params(), make_params()
+    optimizer, other = (PagedAdamW(p, bits=8) for p in (params, whole))
+    train(optimizer, params, 2)
+    train(other, whole, 2)
+    real = ops.adamw_step
+    made = 0
+
+    def fails(*args: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > calls:
+            raise Crash
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "adamw_step", fails)
+        with pytest.raises(Crash):
+            train(optimizer, params, 1, 2)
+    steps = [int(optimizer.state[param]["step"]) for param in params if param.numel()]
+    assert set(steps) == ({2} if calls == 0 else {2, 3})
+    # What does not count has not changed, and goes on as if nothing had been.
+    for param, of_whole in zip(params, whole, strict=True):
+        if int(optimizer.state[param]["step"]) == 2:
+            assert_same([param], [of_whole])
+    set_grads(params, 2)
+    for param in params:
+        if int(optimizer.state[param]["step"]) == 3:
+            param.grad = None
+    optimizer.step()
+    train(other, whole, 1, 2)
+    assert_same(params, whole)
+    assert_same_state(optimizer.state_dict(), other.state_dict())
+
+
+def test_a_scaler_that_finds_infinities_counts_no_step(make: Made) -> None:
+    params = make_params(SHAPES[:5])
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    kept = [param.detach().clone() for param in params]
+    state = copy.deepcopy(optimizer.state_dict())
+    set_grads(params, 2)
+    params[1].grad[0] = math.inf
+    optimizer.grad_scale = torch.tensor(1.0)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert_same(params, kept)
+    assert_same_state(optimizer.state_dict(), state)
+    del optimizer.grad_scale, optimizer.found_inf
+    train(optimizer, params, 1, 2)
+    assert {int(s["step"]) for s in optimizer.state_dict()["state"].values()} == {3}

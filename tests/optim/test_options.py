@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ import qkern
 from qkern.optim import PagedAdamW
 from tests.optim.compare import assert_same
 from tests.optim.pagers import LEAST_BUDGET, Made
-from tests.optim.params import SHAPES, make_params, set_grads
+from tests.optim.params import SHAPES, make_params, set_grads, train
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,55 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group({"params": make_params(SHAPES[2:3])} | group)
         assert len(optimizer.param_groups) == 1
+
+
+WRONG_TYPES = [
+    *[(name, junk) for name in ("lr", "eps", "weight_decay") for junk in (True, "1e-3", None, 1j)],
+    *[("betas", junk) for junk in (0.9, "ab", None, {0.5: 1, 0.9: 2})],
+    *[("betas", junk) for junk in ((0.9, "0.9"), (True, 0.9), (0.9, torch.tensor(0.9)), (1j, 0))],
+    *[("lr", torch.tensor(junk)) for junk in (True, 1j)],
+    ("lr", torch.ones((), device="meta")),
+    ("eps", torch.tensor(1e-8)),
+    ("weight_decay", torch.tensor(0.1)),
+    *[("maximize", junk) for junk in (1, 0, "False", None)],
+    *[("max_grad_norm", junk) for junk in (True, "1", torch.tensor(1.0))],
+    *[("stochastic_rounding", junk) for junk in (1, "False", None)],
+    *[(name, junk) for name in ("resume", "durable") for junk in (1, "no", None)],
+    *[("budget_bytes", junk) for junk in (True, 1e6, "1", torch.tensor(1 << 20))],
+]
+
+
+@pytest.mark.parametrize(("name", "junk"), WRONG_TYPES, ids=str)
+def test_arguments_of_other_types(tmp_path: Path, name: str, junk: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: got .*; takes "):
+        PagedAdamW(make_params(SHAPES[:2]), path=tmp_path / "state", **{name: junk})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "junk"),
+    [
+        *[("amsgrad", junk) for junk in (1, "False", 0)],
+        *[("bits", junk) for junk in (True, 8.0, torch.tensor(8))],
+        *[("seed", junk) for junk in (True, "0", None)],
+        *[("min_8bit_size", junk) for junk in (-1, True, 0.5, "4096", None)],
+    ],
+)
+def test_values_of_other_kinds(name: str, junk: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got .*; takes "):
+        PagedAdamW(make_params(SHAPES[:2]), **{name: junk})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    ours, theirs = make_params(), make_params()
+    options = {"lr": 0.5, "eps": 0.25, "weight_decay": 0.125, "betas": (0.5, 0.75)}
+    given = {k: np.float32(v) for k, v in options.items() if k != "betas"}
+    given |= {"betas": [np.float32(0.5), np.float64(0.75)], "bits": np.int64(8)}
+    given |= {"min_8bit_size": np.int32(1), "seed": np.int64(3), "max_grad_norm": np.float32(1)}
+    train(PagedAdamW(ours, **given), ours, 3)
+    others = {"bits": 8, "min_8bit_size": 1, "max_grad_norm": 1.0}
+    train(PagedAdamW(theirs, **options, **others), theirs, 3)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("budget", [0, -1, LEAST_BUDGET - 1])

@@ -117,6 +117,36 @@ def test_32_bits_stay_as_they_are() -> None:
     assert moments.to_reversible() is moments
 
 
+def test_a_negative_largest_beside_a_positive_of_its_magnitude() -> None:
+    """Both decode to the same magnitude, below the scale; only the negative one has that scale."""
+    code = float(formats.map_tensor("signed")[-2])  # the greatest below 1, as -code is the lowest
+    for largest in (-1.0, -3.0e-20, -1.7e30):
+        for first in ("positive", "negative"):
+            values = torch.zeros(300)
+            values[7 if first == "positive" else 90] = -code * largest
+            values[90 if first == "positive" else 7] = largest
+            values[270] = -0.5 * largest
+            moments = Moments(values, values.abs()).to_bits(8)
+            wide = moments.to_reversible()
+            assert wide.exp_avg.min() == largest
+            assert wide.exp_avg.max() < -largest
+            for a, b in zip(wide.to_bits(8), moments, strict=True):
+                testing.assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_there_and_back_changes_no_code(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** (4 * seed - 40)
+    for n in (1, 255, 256, 257, 20_000):
+        values = torch.randn(n, generator=generator) * scale
+        if seed % 3 == 0:  # few values, so that many share a code and a magnitude
+            values = (values / scale * 3).round() * scale
+        moments = Moments(values, values.abs()).to_bits(8)
+        for a, b in zip(moments.to_reversible().to_bits(8), moments, strict=True):
+            testing.assert_bitwise(a, b)
+
+
 # Training.
 
 

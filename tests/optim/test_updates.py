@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qkern import reference
+from qkern import backends, ops, reference
 from qkern.backends import cpu
 
 
@@ -57,3 +57,53 @@ def test_the_op_refuses(change: dict[str, Any], error: type[Exception], text: st
     arguments |= {"factors": torch.zeros(2, 10)} | change
     with pytest.raises(error, match=text):
         torch.ops.qkern.adamw_step(**arguments)
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_factors_are_float32_whatever_torchs_default_is(
+    in_tensors: bool, dtype: torch.dtype
+) -> None:
+    given = [torch.tensor(v) if in_tensors else v for v in (1e-3, 0.5)]
+    steps = torch.tensor([1.0, 7.0])
+    arguments = (steps, given[0], 0.9, 0.999, 1e-8, 0.01, given[1])
+    expected = reference.adamw_factors(*arguments)
+    torch.set_default_dtype(dtype)
+    try:
+        found = reference.adamw_factors(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("how", ["op", "call without the op", "reference"])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.skipif(cpu.missing_reason() is not None, reason=str(cpu.missing_reason()))
+def test_what_a_step_writes_counts_as_changed_and_nothing_else(bits: int, how: str) -> None:
+    """autograd and views know by ``_version`` what has changed under them."""
+    params = [torch.randn(512), torch.randn(300)]
+    dtype = torch.float32 if bits == 32 else torch.uint8
+    moments = [[torch.zeros(p.shape, dtype=dtype) for p in params] for _ in range(2)]
+    scales = [[torch.ones(-(-p.numel() // 256)) for p in params if bits == 8] for _ in range(2)]
+    grads = [torch.randn(p.shape) for p in params]
+    factors = reference.adamw_factors(torch.ones(2), 0.1, 0.9, 0.999, 1e-8, 0.01)
+    written = [*params, *moments[0], *moments[1], *scales[0], *scales[1]]
+    read = [*grads, factors]
+    before = [(t._version, t.clone()) for t in (*written, *read)]
+    arguments = (params, grads, *moments, *scales, factors, None, [0, 1], [0, 0])
+    if how == "op":
+        torch.ops.qkern.adamw_step(*arguments)
+    elif how == "call without the op":
+        ops.adamw_step(*arguments)
+    else:
+        with backends.use("reference"):
+            torch.ops.qkern.adamw_step(*arguments)
+    for number, (tensor, (version, value)) in enumerate(
+        zip([*written, *read], before, strict=True)
+    ):
+        if number < len(written):
+            assert tensor._version > version
+        else:
+            assert tensor._version == version
+            assert torch.equal(tensor, value)

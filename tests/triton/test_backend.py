@@ -228,6 +228,24 @@ def test_tuning_measures_once_and_keeps_the_choice(
     assert len(started) == 2 * measured
 
 
+@needs_triton
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 3}', '{"a": [1, 2, 3]}', None])
+def test_a_file_that_has_no_tiles_is_named(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkern.triton_kernels import launch, tune
+
+    file = tmp_path / "tiles.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    monkeypatch.setenv("QKERN_TRITON_TUNE", str(file))
+    target, problem = launch.Target("cuda", 90, 132), (torch.bfloat16, 5, 512, 1024, False)
+    with pytest.raises(ValueError, match=rf"^QKERN_TRITON_TUNE: got '{file}', which .*; takes"):
+        tune.matmul("op", lambda _: None, target, *problem)
+
+
 VERSIONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 _COMPILE = """
 import sys

@@ -175,7 +175,7 @@ class FakeGpu:
     # How it works.
 
     def _new(self, nbytes: int) -> Tensor:
-        memory = torch.full((nbytes,), 255, dtype=torch.uint8)
+        memory = torch.full((nbytes,), 255, dtype=torch.uint8, device="cpu")
         self._memories.append(memory)  # so that no address comes again
         return memory
 

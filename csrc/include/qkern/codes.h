@@ -49,6 +49,7 @@ inline constexpr int kMinBlockSize = 32;
 inline constexpr int kMaxBlockSize = 4096;
 inline constexpr int kNestedBlockSize = 256;
 inline constexpr int kStateBlockSize = 256;
+inline constexpr float kMaxGradient = 0x1p+63f;
 
 // Value of each NF4 code, ascending.
 inline constexpr float kNf4Codes[16] = {

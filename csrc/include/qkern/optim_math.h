@@ -26,15 +26,42 @@ struct PlainMath {
   static float sqrt(float a) { return __builtin_sqrtf(a); }
 };
 
-// Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2:
-// the decay comes before the update and does not pass through the moments.
+constexpr float kLargestFloat = 0x1.fffffep127f;
+
+// A finite gradient of kMaxGradient at most, so that its square is finite. By bits, which compilers
+// make vectors of; an infinity and a NaN stay what they are.
+QKERN_MATH float bounded_gradient(float grad) {
+  constexpr std::int32_t kBound = 0x5f000000;
+  constexpr std::int32_t kInfinity = 0x7f800000;
+  static_assert(kMaxGradient == 0x1p+63f, "kBound has its bits");
+  std::int32_t bits;
+  std::memcpy(&bits, &grad, sizeof(bits));
+  const std::int32_t magnitude = bits & 0x7fffffff;
+  const bool beyond = (magnitude > kBound) & (magnitude < kInfinity);
+  bits = beyond ? (bits ^ magnitude) | kBound : bits;
+  std::memcpy(&grad, &bits, sizeof(grad));
+  return grad;
+}
+
+// A gradient's share of the second moment. Where the square alone would be infinite it is
+// multiplied the other way about, as torch does always.
 template <typename Math>
-QKERN_MATH void adamw_element(const AdamWFactors& s, float grad, float* param, float* exp_avg,
+QKERN_MATH float square_share(const AdamWFactors& s, float g) {
+  const float square = Math::mul(g, g);
+  const float other = Math::mul(Math::mul(s.beta2_complement, g), g);
+  return square > kLargestFloat ? other : Math::mul(square, s.beta2_complement);
+}
+
+// Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2:
+// the decay comes before the update and does not pass through the moments. g is the gradient times
+// grad_scale. kCodes: it is bounded, for an infinite moment would make its block of codes NaN.
+template <typename Math, bool kCodes>
+QKERN_MATH void adamw_element(const AdamWFactors& s, float g, float* param, float* exp_avg,
                               float* exp_avg_sq) {
-  const float g = Math::mul(grad, s.grad_scale);
   const float m = Math::add(*exp_avg, Math::mul(Math::sub(g, *exp_avg), s.beta1_complement));
-  const float v =
-      Math::add(Math::mul(*exp_avg_sq, s.beta2), Math::mul(Math::mul(g, g), s.beta2_complement));
+  const float share =
+      kCodes ? Math::mul(Math::mul(g, g), s.beta2_complement) : square_share<Math>(s, g);
+  const float v = Math::add(Math::mul(*exp_avg_sq, s.beta2), share);
   const float denominator = Math::add(Math::mul(Math::sqrt(v), s.root_bias2_inverse), s.eps);
   const float update = Math::div(Math::mul(m, s.step_size), denominator);
   *param = Math::sub(Math::mul(*param, s.decay), update);

@@ -22,6 +22,7 @@ def _cases() -> tuple[Case, ...]:
         for values in ("special", "zeros", "constant", "nonfinite")
     ]
     cases += [Case((n,), values="negative") for n in (1, 300)]
+    cases += [Case((n,), values="uneven") for n in (5000, 70_001)]
     cases += [Case((n,), values="halfway") for n in HALFWAY_TAILS]
     cases += [Case((300,), layout=layout) for layout in ("offset", "step")]
     return tuple(cases)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qkern import backends, formats, reference
 from qkern.backends import CpuBackend
@@ -20,7 +21,7 @@ from . import build
 NAME = "neon_emulated"
 ISAS = ("scalar", "neon")
 _ITEM_SIZE = (4, 2, 2)  # of the kernels' dtype numbers
-_NO_SEED = -(1 << 63)  # kNone of csrc/binding/arguments.h
+_NONE = -(1 << 63)  # kNone of csrc/binding/arguments.h
 
 
 class ServerError(RuntimeError):
@@ -38,15 +39,15 @@ class _Buffer:
 
 
 def _in(address: int | None, nbytes: int) -> _Buffer | int:
-    return _Buffer(address, nbytes) if address else 0
+    return _Buffer(address, nbytes) if address is not None else _NONE
 
 
 def _out(address: int, nbytes: int) -> _Buffer:
     return _Buffer(address, nbytes, written=True, read=False)
 
 
-def _changed(address: int, nbytes: int) -> _Buffer | int:
-    return _Buffer(address, nbytes, written=True) if address else 0
+def _changed(address: int | None, nbytes: int) -> _Buffer | int:
+    return _Buffer(address, nbytes, written=True) if address is not None else _NONE
 
 
 class Server:
@@ -110,7 +111,7 @@ def _weight(fields: Sequence[int | None], numel: int) -> tuple[_Buffer | int | N
     *addresses, format_id, block_size = fields
     blocks = formats.num_blocks(numel, block_size or 1)
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
-    scale = 1 if addresses[2] else 4
+    scale = 4 if addresses[2] is None else 1
     nbytes = formats.packed_size(numel), scale * blocks, 4 * groups, 4, 4 * 16
     return (*map(_in, addresses, nbytes), format_id, block_size)
 
@@ -129,7 +130,7 @@ class Library:
         x: int,
         dtype: int,
         n: int,
-        codebook: int,
+        codebook: int | None,
         format_id: int,
         block_size: int,
         packed: int,
@@ -205,7 +206,7 @@ class Library:
 
     def adamw_step(
         self,
-        pieces: Sequence[tuple[int, ...]],
+        pieces: Sequence[tuple[Any, ...]],
         seed: int | None,
         threads: int,
     ) -> None:
@@ -222,13 +223,13 @@ class Library:
             n,
             *place,
         ) in pieces:
-            item, state = _ITEM_SIZE[dtype], 1 if absmax else 4
+            item, state = _ITEM_SIZE[dtype], 4 if absmax is None else 1
             blocks = formats.num_blocks(n, formats.STATE_BLOCK_SIZE)
             arguments += [_changed(param, n * item), _in(grad, n * item)]
             arguments += [_changed(exp_avg, n * state), _changed(exp_avg_sq, n * state)]
             arguments += [_changed(absmax, 4 * blocks), _changed(sq_absmax, 4 * blocks)]
             arguments += [_in(factors, 4 * reference.ADAMW_FACTORS), dtype, n, *place]
-        self._call("adamw_step", *arguments, _NO_SEED if seed is None else seed, threads)
+        self._call("adamw_step", *arguments, _NONE if seed is None else seed, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments

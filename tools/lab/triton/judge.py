@@ -43,13 +43,18 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "quantize_8bit": ("quantize_8bit", (Case((257,), FLOAT, 256),)),
     "quantize_absmax": (
         "quantize_absmax",
-        (*(Case((n,), values="halfway") for n in testing.HALFWAY_TAILS), Case((300,))),
+        (
+            *(Case((n,), values="halfway") for n in testing.HALFWAY_TAILS),
+            Case((300,)),
+            Case((5000,), values="uneven"),
+        ),
     ),
     "adamw_step": (
         "adamw_step",
         (
             Case((5, 515), FLOAT, 256, bits=32),
             Case((700,), BFLOAT, 256, bits=8, stochastic_rounding=True),
+            Case((700,), FLOAT, 256, bits=8, values="huge"),
         ),
     ),
     "linear_4bit": (

@@ -102,6 +102,15 @@ MUTANTS = (
         "quantize_absmax",
         "race",
     ),
+    Mutant(
+        "scales_restored_below_zero",
+        "quantize_8bit.py",
+        "codes = tl.maximum(codes, least[:, None])",
+        "codes = tl.maximum(codes, 0 * least[:, None])",
+        "quantize_absmax",
+        "numbers",
+        quick=True,
+    ),
     # Decoding.
     Mutant(
         "nibbles_exchanged",
@@ -201,6 +210,14 @@ MUTANTS = (
         "mask = inside[:, None]",
         "adamw_step",
         "bounds",
+    ),
+    Mutant(
+        "squares_of_gradients_overflow",
+        "adamw_step.py",
+        "g = _bounded(g)",
+        "g = g * 1.0",
+        "adamw_step",
+        "numbers",
     ),
     Mutant(
         "moments_that_do_not_exist_count",

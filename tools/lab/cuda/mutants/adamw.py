@@ -142,6 +142,15 @@ ADAMW = (
         "address",
     ),
     Mutant(
+        "squares_of_gradients_overflow",
+        _ADAMW,
+        "    if (beyond) {",
+        "    if (false) {",
+        "adamw_step",
+        "poison",
+        quick=True,
+    ),
+    Mutant(
         "division_by_a_reciprocal",
         _ADAMW,
         "return __fdiv_rn(a, b);",

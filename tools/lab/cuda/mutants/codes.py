@@ -91,6 +91,23 @@ CODES = (
         "quantize_absmax",
         "numbers",
     ),
+    Mutant(
+        "scales_restored_below_zero",
+        _ABSMAX,
+        "bytes.store_from(least_code(absmax, offset), start",
+        "bytes.store_from(0, start",
+        "quantize_absmax",
+        "numbers",
+        quick=True,
+    ),
+    Mutant(
+        "zero_taken_for_a_negative_scale",
+        _ABSMAX,
+        "nested_absmax), offset) < 0.0f;",
+        "nested_absmax), offset) <= 0.0f;",
+        "quantize_absmax",
+        "numbers",
+    ),
     # Fragments, codes, scales.
     Mutant(
         "nibbles_swapped",

@@ -1,0 +1,268 @@
+"""Which dense layers another may stand in for, and what hangs on them that must come along.
+
+A layer is taken only where its class is known to compute what its weight says. Any other class,
+and anything that would be lost with the layer, is refused or left alone, never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+SAME_AS_LINEAR = frozenset(
+    {
+        "torch.nn.modules.linear.Linear",
+        "qkern.nn.dense.FrozenLinear",
+        # x @ weight.T + bias, written out.
+        "transformers.models.falcon.modeling_falcon.FalconLinear",
+    }
+)
+"""Classes that compute ``x Wᵀ + b``; by name, since their libraries need not be imported."""
+
+LEFT_DENSE = frozenset(
+    {
+        # nn.MultiheadAttention computes with its weight instead of calling it.
+        "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+        # Small, with a forward of their own that returns scores and choices.
+        "transformers.models.llama4.modeling_llama4.Llama4Router",
+        "transformers.models.phimoe.modeling_phimoe.PhimoeTopKRouter",
+    }
+)
+"""Subclasses of ``nn.Linear`` that ``"all-linear"`` passes over; of others it raises."""
+
+_HOOKS = (
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_backward_hooks",),
+    ("_backward_pre_hooks",),
+)
+"""Hooks on a module's call: of each kind the dictionary, and those that say how to call them."""
+
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_OF_EVERY_LAYER = frozenset(
+    name
+    for layer in (nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta"))
+    for name in vars(layer)
+)
+_OF_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
+
+
+def class_name(module: nn.Module) -> str:
+    """Where its class is defined, and its name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether its class is known to compute ``x Wᵀ + b``."""
+    return type(module) is nn.Linear or class_name(module) in SAME_AS_LINEAR
+
+
+def has_scale(module: nn.Module) -> bool:
+    """Whether it is an embedding of transformers that multiplies its rows by ``embed_scale``."""
+    library, _, name = class_name(module).rpartition(".")
+    return (
+        library.startswith("transformers.models.")
+        and name.endswith("ScaledWordEmbedding")
+        and not name.startswith("T5Gemma2")  # has rows that it puts in for one token
+    )
+
+
+def check_layer(argument: str, layer: nn.Module, kind: str) -> None:
+    """TypeError, naming the class, unless ``layer`` can be replaced; ``kind`` says by what class.
+
+    ValueError where it is of a class that can, but carries what would be lost.
+    """
+    known = is_linear(layer) if kind == "nn.Linear" else _is_embedding(layer)
+    if not known:
+        raise TypeError(
+            f"{argument}: got {type(layer).__name__}; takes exactly {kind}, "
+            "for a subclass may compute something else"
+        )
+    reason = would_lose(layer)
+    if reason is not None:
+        raise ValueError(f"{argument}: {reason}")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding or has_scale(module)
+
+
+def would_lose(layer: nn.Module) -> str | None:
+    """What a replacement of ``layer`` would lose, as the end of a message; None for nothing.
+
+    Hooks on forward and backward, attributes, and accelerate's hooks that do not offload are
+    carried over by `carry_over`.
+    """
+    reason = strange_parameters(layer)
+    if reason is not None:
+        return reason
+    held = vars(layer)
+    if "_hf_hook" in held:
+        if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+            return "is offloaded by accelerate; quantise before offloading"
+        if "_old_forward" not in held or not _is_own_method(layer, "_old_forward", "forward"):
+            return "has a forward of its own below accelerate's hooks, which would be lost"
+    for name in held:
+        if name == "forward" and ("_hf_hook" in held or _is_own_method(layer, name, name)):
+            continue
+        if hasattr(type(layer), name):
+            return f"has a {name} of its own, which would be lost; remove it, or skip the layer"
+    if any(held.get(name) for name in _STATE_HOOKS):
+        return "has hooks on its state dict, which would be lost; remove them, or skip the layer"
+    return None
+
+
+def strange_parameters(layer: nn.Module) -> str | None:
+    """Why its parameters are not simply a weight and a bias; None where they are.
+
+    So they are not under weight norm, pruning or a parametrisation, where the weight is computed
+    anew for each call, and where it is a tensor of another kind (a DTensor, or quantised already).
+    """
+    held = layer._parameters
+    if "weight" not in held or set(held) - {"weight", "bias"}:
+        names = ", ".join(sorted(held))
+        return (
+            f"has the parameters {names}, so its weight is computed (weight norm, pruning?); "
+            "make it permanent first, or skip the layer"
+        )
+    for name, parameter in held.items():
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"has a {name} that is a {type(parameter).__name__}; takes a plain nn.Parameter"
+    own = {"embed_scale"} if has_scale(layer) else set()
+    for held_too in (layer._buffers, layer._modules):
+        if extra := set(held_too) - own:
+            return f"holds {', '.join(sorted(extra))} too, which would be lost; skip the layer"
+    return None
+
+
+def _is_own_method(module: nn.Module, name: str, method: str) -> bool:
+    """Whether the attribute is but its class's method, as accelerate leaves when it goes."""
+    found = vars(module)[name]
+    function = getattr(found, "__func__", None)
+    return getattr(found, "__self__", None) is module and function is getattr(type(module), method)
+
+
+def carry_over(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the hooks, attributes and mode of ``source``.
+
+    The hooks' dictionaries are shared, so that handles given out before still remove their hooks.
+    """
+    for kind in _HOOKS:
+        if getattr(source, kind[0]):
+            vars(target).update((name, vars(source)[name]) for name in kind)
+    target._is_full_backward_hook = source._is_full_backward_hook
+    for name, value in vars(source).items():
+        if name not in _OF_EVERY_LAYER | _OF_ACCELERATE and name not in vars(target):
+            vars(target)[name] = value
+    if "_hf_hook" in vars(source):
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+        add_hook_to_module(target, source._hf_hook)
+    target.train(source.training)
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` have the hooks of ``source``, those to come too."""
+    for kind in _HOOKS:
+        vars(target).update((name, vars(source)[name]) for name in kind)
+    target._is_full_backward_hook = source._is_full_backward_hook
+
+
+def execution_device(layer: nn.Module) -> torch.device | str | int | None:
+    """Where accelerate computes a layer that it offloads; None for any other layer."""
+    hook = vars(layer).get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        device: torch.device | str | int | None = getattr(one, "execution_device", None)
+        if device is not None:
+            return device
+    return None
+
+
+def check_held_elsewhere(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """ValueError where a module keeps one of ``layers`` in a list or the like of its own.
+
+    It would go on calling the old layer there, and an adapter would be passed by.
+    """
+    ids = {id(layer) for layer in layers}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name == "_modules" or not isinstance(value, dict | list | tuple | set):
+                continue
+            for held in value.values() if isinstance(value, dict) else value:
+                if id(held) in ids:
+                    where = f"{path}.{name}" if path else name
+                    raise ValueError(
+                        f"model: {where} is a {type(value).__name__} that holds a layer to be "
+                        "replaced, and would keep it; use nn.ModuleList or nn.ModuleDict, or skip "
+                        "the layer"
+                    )
+
+
+_COUNTED = ("DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: nn.Module) -> None:
+    """ValueError for a model that would fail later, or that others have taken into account."""
+    for path, module in model.named_modules():
+        kinds = type(module).__mro__
+        where = path or "it"
+        if any(k.__module__.startswith("peft.") for k in kinds):
+            raise ValueError(
+                f"model: {where} is PEFT's ({type(module).__name__}); quantise before PEFT adds "
+                "its adapters, and use one library's adapters"
+            )
+        if any(kind.__name__ in _COUNTED for kind in kinds):
+            raise ValueError(
+                f"model: {where} is a {type(module).__name__}, which has counted its parameters "
+                "already; wrap it afterwards"
+            )
+    check_tensors(model)
+
+
+def check_tensors(model: nn.Module) -> None:
+    """ValueError for parameters made under inference mode, or left on the meta device.
+
+    A model whole on the meta device is taken, and what accelerate brings there between calls.
+    """
+    bare, real = None, None
+    for name, parameter, owner in _parameters(model):
+        if nn.parameter.is_lazy(parameter):
+            kind = type(owner).__name__
+            raise ValueError(f"model: {name} ({kind}) has no shape yet; call the model once first")
+        if parameter.is_inference():
+            raise ValueError(
+                f"model: {name} was made under torch.inference_mode, so nothing can be trained "
+                "with it; make the model outside, or under torch.no_grad"
+            )
+        if not parameter.is_meta:
+            real = real or name
+        elif "_hf_hook" not in vars(owner):
+            bare = bare or name
+    if bare is not None and real is not None:
+        raise ValueError(
+            f"model: {bare} is on the meta device and {real} is not; load all weights first, or "
+            "make the whole model on meta for its structure alone"
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """ValueError for parameters on the meta device that a training step would need."""
+    for name, parameter, owner in _parameters(model):
+        if parameter.is_meta and ("_hf_hook" not in vars(owner) or parameter.requires_grad):
+            raise ValueError(
+                f"model: {name} is on the meta device; load the weights first. What accelerate "
+                "offloads cannot be trained"
+            )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield (f"{path}.{name}" if path else name), parameter, module

@@ -1,0 +1,183 @@
+"""Which layers of a model targets and ``skip`` mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from qkern.nn import _sources
+from qkern.nn._heads import find_heads
+from qkern.nn._module import QuantizedModule
+from qkern.nn._names import plain_paths
+from qkern.nn.linear import Linear4bit
+
+Targets = str | Sequence[str]
+
+_READ = {
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+"""Layers of transformers with whose weight their module computes itself, some with a GPU's kernels
+only: 4-bit codes would fail there, and an adapter would be passed by."""
+
+
+def _read_by_parent(model: nn.Module) -> dict[int, str]:
+    """Ids and paths of layers that are not always called."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for name in _READ.get(type(module).__name__, ()):
+            if isinstance(child := getattr(module, name, None), nn.Module):
+                found[id(child)] = f"{path}.{name}" if path else name
+    return found
+
+
+def select(
+    model: nn.Module,
+    targets: Targets,
+    skip: tuple[str, ...],
+    argument: str,
+    *,
+    quantized: bool,
+) -> tuple[list[list[str]], list[str]]:
+    """Paths of the chosen linear layers, all paths of one layer together.
+
+    Of those in 4 bits too if ``quantized``; else these are the second result, a path for each.
+    """
+    layers: dict[int, list[str]] = {}
+    done: dict[int, list[str]] = {}
+    others: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not path:
+            continue
+        if _sources.is_linear(module) or (quantized and type(module) is Linear4bit):
+            layers.setdefault(id(module), []).append(path)
+        elif type(module) is Linear4bit:
+            done.setdefault(id(module), []).append(path)
+        else:
+            others[path] = module
+    names = _Names(model)
+    # One skipped place is enough: the layer is the same everywhere.
+    kept = {
+        key: paths
+        for key, paths in layers.items()
+        if not any(names.inside(path, skip) for path in paths)
+    }
+    heads = find_heads(model).spared
+    read = _read_by_parent(model)
+    if targets == "all-linear":
+        chosen = [paths for key, paths in kept.items() if key not in heads and key not in read]
+        already = [paths[0] for key, paths in done.items() if key not in heads]
+        outside = {p: m for p, m in others.items() if not names.inside(p, skip)}
+        unknown = {p: m for p, m in outside.items() if id(m) not in heads}
+        _check_passed_over(unknown, argument, alone=not (chosen or already), skip=skip)
+        if not chosen and not already:
+            raise ValueError(f"model: has no nn.Linear outside skip={list(skip)} and its heads")
+        return chosen, already
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    by_name = not isinstance(targets, str)
+    matches = names.is_or_ends_in if by_name else names.is_whole
+    found: dict[int, list[str]] = {}
+    found_done: dict[int, str] = {}
+    for pattern in patterns:
+        matched = {k: v for k, v in kept.items() if any(matches(pattern, path) for path in v)}
+        matched_done = {
+            k: v[0] for k, v in done.items() if any(matches(pattern, path) for path in v)
+        }
+        if not matched and not matched_done:
+            wrong = {path: m for path, m in others.items() if matches(pattern, path)}
+            skipped = [p for paths in layers.values() for p in paths if matches(pattern, p)]
+            raise _no_match(argument, pattern, wrong, skipped, list(kept.values()))
+        if by_name:
+            # A head that happens to be called like layers of the body is not meant.
+            body = {k: v for k, v in matched.items() if k not in heads}
+            matched = matched if not body and not matched_done.keys() - heads else body
+        if wrong_keys := matched.keys() & read.keys():
+            path = read[next(iter(wrong_keys))]
+            raise ValueError(
+                f"{argument}: {path} is read by its module, which computes with the weight itself; "
+                "skip it"
+            )
+        found.update(matched)
+        found_done.update(matched_done)
+    return list(found.values()), list(found_done.values())
+
+
+def _check_passed_over(
+    others: dict[str, nn.Module], argument: str, *, alone: bool, skip: tuple[str, ...]
+) -> None:
+    """TypeError for a layer that "all-linear" means and that is not of a class that is taken.
+
+    ValueError for transformers' Conv1D in a model that has nothing else.
+    """
+    for path, module in others.items():
+        kind = type(module).__name__
+        if kind == "Conv1D" and not isinstance(module, nn.Conv1d):
+            if alone:
+                raise ValueError(
+                    f"model: has no nn.Linear outside skip={list(skip)} and its heads (its Conv1D "
+                    "layers are not supported)"
+                )
+        elif (
+            not isinstance(module, nn.Linear)
+            or (isinstance(module, QuantizedModule) and argument == "targets")
+            or _sources.class_name(module) in _sources.LEFT_DENSE
+        ):
+            continue
+        raise TypeError(
+            f"{argument}: {path} is a {kind}; takes exactly nn.Linear, for a subclass may compute "
+            f"something else; skip=[{path.rpartition('.')[2]!r}] leaves it as it is"
+        )
+
+
+def _no_match(
+    argument: str,
+    pattern: str,
+    wrong: dict[str, nn.Module],
+    skipped: list[str],
+    kept: list[list[str]],
+) -> Exception:
+    if skipped:
+        return ValueError(f"{argument}: {pattern!r} matches {skipped[0]}, which is in skip")
+    if wrong:
+        path, module = next(iter(wrong.items()))
+        kind = type(module).__name__
+        why = ", whose weight is transposed" if kind == "Conv1D" else ""
+        return TypeError(f"{argument}: {path} is a {kind}{why}; takes exactly nn.Linear")
+    names = sorted({paths[0].rpartition(".")[2] for paths in kept})
+    return ValueError(
+        f"{argument}: {pattern!r} matches no linear layer; the model has {', '.join(names[:20])}"
+    )
+
+
+class _Names:
+    """Paths as the model has them, and without wrappers: a pattern may mean either."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._plain = plain_paths(model)
+
+    def is_whole(self, pattern: str, path: str) -> bool:
+        """Whether the regular expression matches all of it."""
+        return any(re.fullmatch(pattern, p) for p in (path, self._plain[path]))
+
+    def is_or_ends_in(self, name: str, path: str) -> bool:
+        """Whether its last components are ``name``."""
+        return any(f".{p}".endswith(f".{name}") for p in (path, self._plain[path]))
+
+    def inside(self, path: str, names: tuple[str, ...]) -> bool:
+        """Whether one of ``names`` is the path or a run of whole components of it."""
+        both = (path, self._plain[path])
+        return any(f".{name}." in f".{p}." for name in names for p in both)
