@@ -47,7 +47,8 @@ class Proof:
     """
     case: str = ""
     """What tells it from another launch of the same kernel."""
-    timeout_s: int = 240
+    timeout_s: int = 1200
+    """What the prover may take: minutes at most on a quiet machine, several times that on another."""
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.case}" if self.case else self.kernel
