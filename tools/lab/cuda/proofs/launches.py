@@ -48,7 +48,7 @@ class Proof:
     case: str = ""
     """What tells it from another launch of the same kernel."""
     timeout_s: int = 1200
-    """What the prover may take: minutes at most on a quiet machine, several times that on another."""
+    """Of the prover: minutes at most on a quiet machine, several times that on a loaded one."""
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.case}" if self.case else self.kernel
