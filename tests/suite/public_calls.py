@@ -241,6 +241,20 @@ def a_layer_multiplies_by_its_weight() -> None:
     assert qnn.Linear4bit(64, 32, double_quant=False).quantized.shape == (32, 64)
 
 
+@checks("qkern.nn.Linear4bit.take_over")
+def a_layer_stands_in_for_another_with_its_hooks() -> None:
+    linear, _ = linear_layer()
+    seen: list[nn.Module] = []
+    linear.register_forward_hook(lambda module, *_: seen.append(module))
+    linear.note = "kept"
+    layer = qnn.Linear4bit.from_quantized(weight())
+    layer.take_over(linear.eval())
+    layer(drawn(5, 64))
+    assert seen == [layer]
+    assert layer.note == "kept"
+    assert not layer.training
+
+
 @checks(*(f"qkern.nn.QuantizedModule.{name}" for name in ("register_parameter", "requires_grad_")))
 def a_4_bit_weight_stays_frozen_and_whole() -> None:
     linear, layer = linear_layer()

@@ -47,7 +47,8 @@ class Proof:
     """
     case: str = ""
     """What tells it from another launch of the same kernel."""
-    timeout_s: int = 240
+    timeout_s: int = 1200
+    """Of the prover: minutes at most on a quiet machine, several times that on a loaded one."""
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.case}" if self.case else self.kernel
