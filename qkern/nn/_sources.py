@@ -7,6 +7,7 @@ and anything that would be lost with the layer, is refused or left alone, never 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,17 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_OF_EVERY_LAYER = frozenset(
-    name
-    for layer in (nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta"))
-    for name in vars(layer)
-)
 _OF_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
+
+
+@cache
+def _of_every_layer() -> frozenset[str]:
+    """The attributes that each dense layer has.
+
+    Not made at import: the first module on meta brings torch's compiler.
+    """
+    layers = nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta")
+    return frozenset(name for layer in layers for name in vars(layer))
 
 
 def class_name(module: nn.Module) -> str:
@@ -159,7 +165,7 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
             vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
     for name, value in vars(source).items():
-        if name not in _OF_EVERY_LAYER | _OF_ACCELERATE and name not in vars(target):
+        if name not in _of_every_layer() | _OF_ACCELERATE and name not in vars(target):
             vars(target)[name] = value
     if "_hf_hook" in vars(source):
         from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
