@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
+from qkern.functional import _check_memory
 from qkern.nn import _sources
-from qkern.nn._module import QuantizedModule, quantized_weight
+from qkern.nn._layouts import PARAMETERS
+from qkern.nn._module import QuantizedModule, parameter, quantized_weight
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -92,7 +94,15 @@ class Embedding4bit(QuantizedModule):
             return values * values.new_full((), self._embed_scale)
         return values * self._embed_scale
 
+    def _check_all_there(self) -> None:
+        """ValueError where a storage was freed: of some of them torch would read at address 0."""
+        for name in PARAMETERS:
+            held = parameter(self, name)
+            if held is not None:
+                _check_memory(name, held)
+
     def _without_padding(self, packed: Tensor) -> Tensor:
+        _check_memory("weight", packed)
         return packed[: formats.packed_size(math.prod(self._weight_shape))]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -101,6 +111,7 @@ class Embedding4bit(QuantizedModule):
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"ids: got {ids.dtype}; takes integers")
         rows = self._checked(ids.reshape(-1).long())
+        self._check_all_there()
         table = self.as_operand().canonical()
         self._check_table(table)
         dim, block_size = self.embedding_dim, self._block_size

@@ -846,6 +846,28 @@ class TestEmbedding4bit:
         allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
         assert 0 < allocated < 20000
 
+    @pytest.mark.parametrize("format", ["nf4", "custom"])
+    def test_a_freed_storage_is_refused_by_name(self, format: str) -> None:
+        """Frameworks free what they gathered. At address 0 torch would read, and end the process."""
+        codebook = torch.linspace(-1, 1, 16) if format == "custom" else None
+        for double_quant in (True, False):
+            table = qnn.Embedding4bit.from_embedding(
+                nn.Embedding(50, 33), format, double_quant=double_quant, codebook=codebook
+            )
+            for name, parameter in table.named_parameters():
+                if name == "quant_meta":
+                    continue
+                freed = copy.deepcopy(table)
+                freed.get_parameter(name).untyped_storage().resize_(0)
+                takes = (
+                    rf"^{name}: got a tensor whose storage has 0 bytes.*{parameter.nbytes} bytes"
+                )
+                with pytest.raises(ValueError, match=takes):
+                    freed(torch.tensor([1]))
+                if name == "weight":
+                    with pytest.raises(ValueError, match=takes):
+                        _ = freed.quantized
+
 
 class Counted:
     """Counts the dense weights of a model that are alive, through weak references."""
