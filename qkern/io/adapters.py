@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -389,10 +389,10 @@ def load_adapter(
         with torch.no_grad():
             layer.lora_a.copy_(a)
             layer.lora_b.copy_(b)
-    for slot, value in values:
+    for slot, value, trained in values:
         with torch.no_grad():
             slot.copy_(value)
-        if isinstance(slot, nn.Parameter) and slot.is_floating_point():
+        if trained and isinstance(slot, nn.Parameter) and slot.is_floating_point():
             slot.requires_grad_(True)
     return model
 
@@ -418,7 +418,13 @@ def _read(directory: Path, dtype: torch.dtype | None) -> _Adapter:
     return _Adapter(config, modules, of_task, fields.get("bias", "none"), ties, lora, others)
 
 
-def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+class _Value(NamedTuple):
+    slot: Tensor
+    value: Tensor
+    trained: bool
+
+
+def _values(adapter: _Adapter, model: nn.Module) -> list[_Value]:
     """The model's tensors that the file has besides A and B, and their values; all checked."""
     contents = _Contents.of(model)
     slots = contents.tensors
@@ -426,6 +432,8 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     named = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_to_save)}
     of_task = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_of_task)}
     found: dict[str, Tensor] = {}
+    # PEFT writes the weight of an output head on which there is an adapter.
+    bases: dict[str, Tensor] = {}
     for key, tensor in adapter.others.items():
         name = key.removeprefix(_peft.PREFIX)
         path, _, last = name.rpartition(".")
@@ -433,6 +441,9 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
             path = path.removesuffix(".base_layer")
             if last == "bias" and adapter.bias != "none":
                 found[f"{path}.bias"] = tensor
+                continue
+            if path in embeddings:
+                bases[f"{path}.{last}"] = tensor
                 continue
         owner = next((p for p in named | of_task if name.startswith(f"{p}.")), None)
         if owner is not None or path in embeddings:
@@ -442,7 +453,11 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
                     f"{key}: the adapter holds {owner or path} whole and dense, and in the model "
                     f"it is {why}"
                 )
-        elif not (last == "bias" and adapter.bias == "all"):
+            if owner and adapter.bias == "all" and _is_second_copy(name, owner, slots):
+                continue
+        elif last != "bias" or not (
+            adapter.bias == "all" or (adapter.bias == "lora_only" and path in adapter.lora)
+        ):
             raise ValueError(
                 f"unknown key {key}; takes {_peft.PREFIX}<layer>.lora_A.weight, lora_B, and what "
                 "modules_to_save and bias of the configuration name"
@@ -453,25 +468,60 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         raise ValueError(f"has no {some(missing)}, of modules_to_save")
     if not adapter.ties:
         _check_alone(found, slots)
-    return _checked(found, slots, embeddings)
+    _check_bases(bases, slots)
+    return _checked(found | bases, slots, embeddings, bases)
 
 
-def _check_alone(found: Iterable[str], slots: Mapping[str, Tensor]) -> None:
-    """PEFT gives each module a weight of its own, tied or not; a model's tied ones are one."""
+def _is_second_copy(name: str, owner: str, slots: Mapping[str, Tensor]) -> bool:
+    """Whether it is what PEFT's ``bias="all"`` writes of its wrapper around a whole module."""
+    inside = name.removeprefix(f"{owner}.")
+    return name not in slots and inside.startswith(("modules_to_save.", "original_module."))
+
+
+def _check_alone(found: dict[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """PEFT gives each module a weight of its own, tied or not; a model's tied ones are one.
+
+    Takes those out of ``found`` that are as the model's: they came along with their module.
+    """
     names: dict[int, set[str]] = {}
     for name, slot in slots.items():
         names.setdefault(id(slot), set()).add(name)
-    for name in set(found) & slots.keys():
-        if others := names[id(slots[name])] - set(found):
+    for name in sorted(set(found) & slots.keys()):
+        slot = slots[name]
+        if others := names[id(slot)] - set(found):
+            _check_has_values(name, slot)
+            if torch.equal(found[name].to(slot.device, slot.dtype), slot):
+                continue
             raise ValueError(
                 f"{name}: was trained apart from {some(others)}, to which the model ties it; "
                 "untie them first"
             )
+    for tied in names.values():
+        if not tied <= set(found):
+            for name in tied & set(found):
+                del found[name]
+
+
+def _check_bases(bases: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+    """A head's own weight below its adapter may come in other values, but not in 4 bits."""
+    for name, tensor in bases.items():
+        slot = slots.get(name)
+        if slot is None or slot.is_floating_point():
+            continue
+        _check_has_values(name, slot)
+        if tensor.dtype != slot.dtype or not torch.equal(tensor.to(slot.device), slot):
+            raise ValueError(
+                f"{name}: the adapter comes with another weight of its layer than the model has, "
+                "where it is in 4 bits"
+            )
 
 
 def _checked(
-    found: Mapping[str, Tensor], slots: Mapping[str, Tensor], embeddings: Iterable[str]
-) -> list[tuple[Tensor, Tensor]]:
+    found: Mapping[str, Tensor],
+    slots: Mapping[str, Tensor],
+    embeddings: Iterable[str],
+    frozen: Container[str],
+) -> list[_Value]:
     of_slot: dict[int, str] = {}
     for name, tensor in found.items():
         if name not in slots:
@@ -490,7 +540,7 @@ def _checked(
         first = of_slot.setdefault(id(slot), name)
         if not torch.equal(found[first], tensor):
             raise ValueError(f"{first}: differs from {name}, which the model ties to it")
-    return [(slots[name], tensor) for name, tensor in found.items()]
+    return [_Value(slots[name], tensor, name not in frozen) for name, tensor in found.items()]
 
 
 def _embeddings(contents: _Contents, model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qkern import io
@@ -64,6 +64,17 @@ def make_classifier() -> transformers.LlamaForSequenceClassification:
     config.num_labels, config.pad_token_id = 3, 0
     torch.manual_seed(0)
     return transformers.LlamaForSequenceClassification(config).eval()
+
+
+def tiny_bert(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+    return kind(config).eval()
+
+
+def make_bert_classifier() -> nn.Module:
+    return tiny_bert(transformers.BertForSequenceClassification)
 
 
 def weights(*names: str):
@@ -170,11 +181,13 @@ def test_everything_trained_comes_back(case: str, tmp_path: Path) -> None:
         (make_qwen, {"bias": "all"}),
         (make_qwen, {"bias": "lora_only"}),
         (make_classifier, {"task_type": "SEQ_CLS"}),
+        (make_bert_classifier, {"task_type": "SEQ_CLS", "bias": "all"}),
     ],
-    ids=["modules", "several by one name", "all biases", "biases under adapters", "task"],
+    ids=["modules", "several by one name", "all biases", "biases under adapters", "task", "both"],
 )
 def test_reads_what_peft_trained(make, options, tmp_path):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **options)
+    targets = ["q_proj", "up_proj", "query"]
+    config = peft.LoraConfig(r=4, target_modules=targets, **options)
     theirs = peft.get_peft_model(make(), config).eval()
     torch.manual_seed(3)
     with torch.no_grad():
@@ -186,6 +199,67 @@ def test_reads_what_peft_trained(make, options, tmp_path):
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_reads_biases_of_layers_with_adapters_as_old_versions_of_peft_name_them(tmp_path):
+    model = lora_qwen = qnn.add_lora(make_qwen(), qnn.LoRAConfig(r=4, targets=["q_proj"]))
+    biases_under_adapters(randomised(lora_qwen))
+    io.save_adapter(model, tmp_path)
+    config, tensors = files(tmp_path)
+    renamed = {name.replace(".base_layer.bias", ".bias"): t for name, t in tensors.items()}
+    assert config["bias"] == "lora_only"
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / io.adapters.WEIGHTS_FILE)
+    assert torch.equal(logits(io.load_adapter(make_qwen(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("in_4_bits", [True, False])
+def test_reads_an_adapter_of_peft_on_the_head(in_4_bits, tmp_path):
+    """PEFT writes the weight of the head too, which was not trained."""
+
+    def make() -> nn.Module:
+        return qnn.quantize_model(make_llama(), targets=["lm_head"]) if in_4_bits else make_llama()
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(make(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    name = "base_model.model.lm_head.base_layer.weight"
+    weight = files(tmp_path)[1][name]
+    model = io.load_adapter(make(), tmp_path)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert all("lora_" in name for name in trained(model))
+    # The file's counts, as after a vocabulary that was resized, unless it is of codes.
+    other = files(tmp_path)[1] | {name: weight + 1}
+    save_file(other, tmp_path / io.adapters.WEIGHTS_FILE)
+    if in_4_bits:
+        with pytest.raises(ValueError, match=r"lm_head.weight: the adapter comes with another"):
+            io.load_adapter(make(), tmp_path)
+    else:
+        loaded = io.load_adapter(model, tmp_path).lm_head.base_layer.weight
+        assert torch.equal(loaded, weight + 1)
+        assert not loaded.requires_grad
+
+
+def test_a_frozen_weight_of_a_trained_module_may_be_tied_to_another(tmp_path):
+    """The decoder of BERT's head is the table of its embeddings."""
+
+    def make() -> nn.Module:
+        return qnn.quantize_model(tiny_bert(transformers.BertForMaskedLM))
+
+    model = randomised(qnn.add_lora(make(), qnn.LoRAConfig(r=4)))
+    head = model.cls.predictions
+    train(head.bias, *head.transform.parameters())
+    io.save_adapter(model, tmp_path)
+    loaded = io.load_adapter(make(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert trained(loaded) == trained(model)
+    theirs = through_peft(make(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        head.decoder.weight.add_(1)
+    io.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"decoder.weight: was trained apart from bert.embeddings"):
+        io.load_adapter(make(), tmp_path)
 
 
 @pytest.mark.parametrize("tied_again", [True, False])
