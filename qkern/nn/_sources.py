@@ -192,23 +192,37 @@ def execution_device(layer: nn.Module) -> torch.device | str | int | None:
 
 
 def check_held_elsewhere(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """ValueError where a module keeps one of ``layers`` in a list or the like of its own.
+    """ValueError where a module keeps one of ``layers`` in an attribute that is no submodule.
 
     It would go on calling the old layer there, and an adapter would be passed by.
     """
     ids = {id(layer) for layer in layers}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name == "_modules" or not isinstance(value, dict | list | tuple | set):
-                continue
-            for held in value.values() if isinstance(value, dict) else value:
-                if id(held) in ids:
-                    where = f"{path}.{name}" if path else name
-                    raise ValueError(
-                        f"model: {where} is a {type(value).__name__} that holds a layer to be "
-                        "replaced, and would keep it; use nn.ModuleList or nn.ModuleDict, or skip "
-                        "the layer"
-                    )
+            if name != "_modules" and _holds(value, ids):
+                where = f"{path}.{name}" if path else name
+                what = f"is a {type(value).__name__} that holds a layer"
+                if isinstance(value, nn.Module):
+                    what = "is no submodule, but it is a layer"
+                raise ValueError(
+                    f"model: {where} {what} to be replaced, and would keep it; use nn.ModuleList "
+                    "or nn.ModuleDict, or skip the layer"
+                )
+
+
+_MAX_LOOKED_AT = 100_000
+"""Containers of more are data. It ends the search in such that hold themselves, too."""
+
+
+def _holds(value: object, ids: set[int]) -> bool:
+    """Whether it is one of the modules ``ids``, or has one in containers within one another."""
+    found = [value]
+    for one in found:
+        if id(one) in ids:
+            return True
+        if isinstance(one, dict | list | tuple | set) and len(found) < _MAX_LOOKED_AT:
+            found.extend(one.values() if isinstance(one, dict) else one)
+    return False
 
 
 _COUNTED = ("DistributedDataParallel", "FullyShardedDataParallel")

@@ -504,7 +504,10 @@ def test_a_model_with_adapters_is_not_quantised() -> None:
     assert all(p.requires_grad for p in qnn.lora_parameters(model))
 
 
-@pytest.mark.parametrize("hold", [lambda m: [m], lambda m: (m, 1), lambda m: {"a": m}])
+@pytest.mark.parametrize(
+    "hold",
+    [lambda m: [m], lambda m: (m, 1), lambda m: {"a": m}, lambda m: [1, {"a": ("b", [m])}]],
+)
 def test_a_layer_that_a_module_keeps_in_a_list_is_refused(hold: Callable[[nn.Module], Any]) -> None:
     """It would go on calling the dense layer, and an adapter would never be trained."""
 
@@ -521,6 +524,17 @@ def test_a_layer_that_a_module_keeps_in_a_list_is_refused(hold: Callable[[nn.Mod
         assert untouched(model)
     qnn.quantize_model(model, skip=["looped"], lora=CONFIG)
     assert isinstance(model["plain"], qnn.LoRALinear)
+
+
+def test_a_layer_that_a_module_keeps_past_its_submodules_is_refused() -> None:
+    model = nn.ModuleDict({"plain": dense(), "odd": nn.Sequential(dense())})
+    vars(model["odd"])["first"] = model["odd"][0]
+    for change in (qnn.quantize_model, lambda m: qnn.add_lora(m, CONFIG)):
+        with pytest.raises(
+            ValueError, match=r"model: odd.first is no submodule, but it is a layer"
+        ):
+            change(model)
+        assert untouched(model)
 
 
 def test_a_checkpoint_of_bitsandbytes_takes_the_place_of_the_same_layers(tmp_path: Path) -> None:
