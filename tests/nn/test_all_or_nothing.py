@@ -210,6 +210,13 @@ def test_finite_weights_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     qnn.quantize_model(model)
     assert calls == ["meta", "cpu"]
     calls.clear()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = nn.Sequential(nn.Linear(64, 64).to(dtype))
+        with torch.no_grad():
+            model[0].weight[3, 5] = -6e4
+        qnn.quantize_model(model, double_quant=False)
+    assert calls == ["meta", "cpu"] * 3
+    calls.clear()
     model = net()
     model[3].weight.data[0, 0] = float("nan")
     qnn.quantize_model(model, check_finite=False)
