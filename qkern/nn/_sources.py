@@ -167,10 +167,7 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
     for name, value in vars(source).items():
         if name not in _of_every_layer() | _OF_ACCELERATE and name not in vars(target):
             vars(target)[name] = value
-    if "_hf_hook" in vars(source):
-        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
-
-        add_hook_to_module(target, source._hf_hook)
+    share_placement(source, target)
     target.train(source.training)
 
 
@@ -179,6 +176,35 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
     for kind in _HOOKS:
         vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
+
+
+def is_only_placed(layer: nn.Module) -> bool:
+    """Whether accelerate calls it where it lies, as of a model spread over devices."""
+    held = vars(layer)
+    return (
+        {"_hf_hook", "_old_forward"} <= held.keys()
+        and _is_own_method(layer, "_old_forward", "forward")
+        and not any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+    )
+
+
+def share_placement(source: nn.Module, target: nn.Module) -> None:
+    """Let accelerate call ``target`` as it calls ``source``, where it does."""
+    if "_hf_hook" in vars(source):
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+        add_hook_to_module(target, source._hf_hook)
+
+
+def follows_placement(source: nn.Module, target: nn.Module) -> bool:
+    """Whether accelerate calls ``target`` as it calls ``source``; removes a hook that is older."""
+    hook, own = vars(source).get("_hf_hook"), vars(target).get("_hf_hook")
+    if own is not None and own is not hook:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(target)
+        own = None
+    return own is hook
 
 
 def execution_device(layer: nn.Module) -> torch.device | str | int | None:

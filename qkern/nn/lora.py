@@ -254,7 +254,8 @@ class LoRALinear(nn.Module):
     def _call_merged(self, x: Tensor) -> Tensor:
         assert self._merged is not None
         merged, base = self._merged[0], self.base_layer
-        if _has_own_forward(base):
+        placed = _sources.follows_placement(base, merged)
+        if _has_own_forward(base) and not (placed and "_hf_hook" in vars(base)):
             raise RuntimeError(
                 "base_layer: its forward was replaced after merging, as accelerate does, so the "
                 "merged weight would not be used; unmerge first"
@@ -317,18 +318,20 @@ class LoRALinear(nn.Module):
         """Use merged weights in the forward from now on; memory grows by one weight.
 
         Later changes of A and B show only after :meth:`unmerge`. Raises RuntimeError when merged,
-        and where the base's ``forward`` was replaced, as accelerate does; errors of
-        :meth:`to_merged`.
+        and where the base's ``forward`` was replaced, as accelerate does where it offloads; errors
+        of :meth:`to_merged`.
         """
         if self._merged is not None:
             raise RuntimeError("the adapter is merged already")
-        if _has_own_forward(self.base_layer):
+        if _has_own_forward(self.base_layer) and not _sources.is_only_placed(self.base_layer):
             raise RuntimeError(
-                "base_layer: its forward was replaced, as accelerate does, so a merged weight "
-                "would not be used; remove accelerate's hooks first (remove_hook_from_module)"
+                "base_layer: its forward was replaced, as accelerate does where it offloads, so a "
+                "merged weight would not be used; remove accelerate's hooks first "
+                "(remove_hook_from_module)"
             )
         merged = self.to_merged()
         _sources.share_hooks(self.base_layer, merged)
+        _sources.share_placement(self.base_layer, merged)
         self._merged = (merged,)
 
     def unmerge(self) -> None:

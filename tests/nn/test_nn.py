@@ -848,7 +848,7 @@ class TestEmbedding4bit:
 
     @pytest.mark.parametrize("format", ["nf4", "custom"])
     def test_a_freed_storage_is_refused_by_name(self, format: str) -> None:
-        """Frameworks free what they gathered. At address 0 torch would read, and end the process."""
+        """Frameworks free what they gathered. torch would read at address 0, and crash."""
         codebook = torch.linspace(-1, 1, 16) if format == "custom" else None
         for double_quant in (True, False):
             table = qnn.Embedding4bit.from_embedding(

@@ -460,12 +460,36 @@ def test_adapters_on_layers_that_are_offloaded(four_bit: bool, way: str) -> None
     torch.testing.assert_close(model(X), twin(X))
     for one, other in zip(qnn.lora_parameters(model), qnn.lora_parameters(twin), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    with pytest.raises(RuntimeError, match="forward was replaced"):
+    qnn.merge_lora(twin)
+    if way == "dispatch":  # which leaves all where they are
         qnn.merge_lora(model)
+        testing.assert_bitwise(model(X), twin(X))
+        qnn.unmerge_lora(model)
+    else:
+        with pytest.raises(RuntimeError, match="forward was replaced"):
+            qnn.merge_lora(model)
     remove_hook_from_submodules(model)
     qnn.merge_lora(model)
-    qnn.merge_lora(twin)
     torch.testing.assert_close(model(X), twin(X))
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_merged_layer_has_the_hooks_of_accelerate(four_bit: bool) -> None:
+    """Those of a model spread over devices, which a layer needs to be called there."""
+    base = qnn.Linear4bit.from_linear(dense()) if four_bit else dense()
+    layer = qnn.LoRALinear(base, 4, 8)
+    nn.init.normal_(layer.lora_b)
+    layer.merge()
+    expected = layer(X)
+    layer.unmerge()
+    add_hook_to_module(layer.base_layer, Negated())
+    layer.merge()
+    testing.assert_bitwise(layer(X), -expected)
+    remove_hook_from_submodules(layer)
+    testing.assert_bitwise(layer(X), expected)
+    layer.base_layer.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="replaced after merging"):
+        layer(X)
 
 
 def test_a_merged_layer_refuses_hooks_of_accelerate() -> None:
