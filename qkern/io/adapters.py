@@ -28,6 +28,7 @@ from qkern.io._common import (
     whole,
 )
 from qkern.io._files import commit, locked, staged
+from qkern.nn import _statistics
 from qkern.nn._module import QuantizedModule, is_sharded
 from qkern.nn._names import plain_name, plain_paths, unwrapped
 from qkern.nn.embedding import Embedding4bit
@@ -93,7 +94,8 @@ def save_adapter(
 
     That is A and B of the LoRA layers, merged or not, and every other parameter that requires grad:
     as whole modules (PEFT's ``modules_to_save``), or as the biases of layers with adapters or with
-    4-bit weights (PEFT's ``bias``). Tensors keep their dtype; sharded ones are gathered, so all
+    4-bit weights (PEFT's ``bias``). Batch norms whose running statistics moved since the adapters
+    were added are such modules too. Tensors keep their dtype; sharded ones are gathered, so all
     processes have to call this. Wrappers such as DDP's leave no trace in the names.
 
     ``directory`` (made if missing) gets ``adapter_model.safetensors`` and ``adapter_config.json``.
@@ -293,6 +295,7 @@ def _whole_modules(
                 f"modules, and {path or 'its owner'} is {why}; freeze it, or save a state dict"
             )
         wanted.add(path)
+    wanted |= {path for path, module in contents.modules.items() if _statistics.moved(module)}
     # A task's head that is of several layers is saved as one module, as PEFT takes it.
     heads = _peft.modules_of_task(task_type)
     wanted |= {
@@ -349,8 +352,9 @@ def load_adapter(
     is frozen; the new A and B are trainable, in ``dtype`` or as :class:`~qkern.nn.LoRALinear`
     chooses. A model with LoRA must carry it on exactly those layers with the same rank and
     scaling, and keeps its dtype and dropout. Modules that the file holds whole (PEFT's
-    ``modules_to_save``, resized embeddings) and biases are copied into the model's own, in its
-    dtype, and become trainable too. ``model`` is changed only after all checks passed, and nothing
+    ``modules_to_save``) and biases are copied into the model's own, in its dtype, and become
+    trainable too. Resized embeddings, and the weight of a head below its adapter, are copied and
+    stay as frozen as they are. ``model`` is changed only after all checks passed, and nothing
     stays mapped to the file.
 
     Returns ``model``. Raises FileNotFoundError for a missing file; ValueError for a configuration
@@ -380,6 +384,7 @@ def load_adapter(
         _check_has_values(f"{file}: {path}", adapters[path].lora_a)
     if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
         inner.requires_grad_(False)
+        _statistics.remember(inner)
         for layer in adapters.values():
             layer.requires_grad_(True).base_layer.requires_grad_(False)
     for path, (a, b) in adapter.lora.items():
@@ -432,7 +437,8 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[_Value]:
     named = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_to_save)}
     of_task = {p for p in contents.modules if _peft.is_saved_whole(p, adapter.modules_of_task)}
     found: dict[str, Tensor] = {}
-    # PEFT writes the weight of an output head on which there is an adapter.
+    # PEFT writes the weight of an output head on which there is an adapter, and that of a resized
+    # vocabulary; they were not trained.
     bases: dict[str, Tensor] = {}
     for key, tensor in adapter.others.items():
         name = key.removeprefix(_peft.PREFIX)
@@ -455,6 +461,9 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[_Value]:
                 )
             if owner and adapter.bias == "all" and _is_second_copy(name, owner, slots):
                 continue
+            if owner is None:
+                bases[name] = tensor
+                continue
         elif last != "bias" or not (
             adapter.bias == "all" or (adapter.bias == "lora_only" and path in adapter.lora)
         ):
@@ -467,7 +476,7 @@ def _values(adapter: _Adapter, model: nn.Module) -> list[_Value]:
     if missing := {name for name in slots if name.startswith(inside) and name not in found}:
         raise ValueError(f"has no {some(missing)}, of modules_to_save")
     if not adapter.ties:
-        _check_alone(found, slots)
+        _check_alone(found, bases, slots)
     _check_bases(bases, slots)
     return _checked(found | bases, slots, embeddings, bases)
 
@@ -478,7 +487,9 @@ def _is_second_copy(name: str, owner: str, slots: Mapping[str, Tensor]) -> bool:
     return name not in slots and inside.startswith(("modules_to_save.", "original_module."))
 
 
-def _check_alone(found: dict[str, Tensor], slots: Mapping[str, Tensor]) -> None:
+def _check_alone(
+    found: dict[str, Tensor], bases: Container[str], slots: Mapping[str, Tensor]
+) -> None:
     """PEFT gives each module a weight of its own, tied or not; a model's tied ones are one.
 
     Takes those out of ``found`` that are as the model's: they came along with their module.
@@ -488,7 +499,7 @@ def _check_alone(found: dict[str, Tensor], slots: Mapping[str, Tensor]) -> None:
         names.setdefault(id(slot), set()).add(name)
     for name in sorted(set(found) & slots.keys()):
         slot = slots[name]
-        if others := names[id(slot)] - set(found):
+        if others := {n for n in names[id(slot)] if n not in found and n not in bases}:
             _check_has_values(name, slot)
             if torch.equal(found[name].to(slot.device, slot.dtype), slot):
                 continue
@@ -497,13 +508,13 @@ def _check_alone(found: dict[str, Tensor], slots: Mapping[str, Tensor]) -> None:
                 "untie them first"
             )
     for tied in names.values():
-        if not tied <= set(found):
+        if any(name not in found and name not in bases for name in tied):
             for name in tied & set(found):
                 del found[name]
 
 
 def _check_bases(bases: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """A head's own weight below its adapter may come in other values, but not in 4 bits."""
+    """What was not trained may come in other values, but not in 4 bits."""
     for name, tensor in bases.items():
         slot = slots.get(name)
         if slot is None or slot.is_floating_point():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.functional import quantize_4bit
-from qkern.nn import _sources
+from qkern.nn import _sources, _statistics
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
 from qkern.nn._names import plain_paths
@@ -308,6 +308,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
         assert isinstance(base, nn.Linear)
         made.append((layer_paths, LoRALinear.from_config(base, config, names[layer_paths[0]])))
     _freeze(model)
+    _statistics.remember(model)
     for layer_paths, layer in made:
         replace_module(model, layer_paths, layer)
     return model

@@ -305,8 +305,66 @@ def test_reads_a_resized_vocabulary(tmp_path):
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     model = io.load_adapter(make(140), tmp_path)
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert all("lora_" in name for name in trained(model))
     with pytest.raises(ValueError, match=r"got shape \[140, 64\].*another vocabulary: resize"):
         io.load_adapter(tiny_llama(), tmp_path)
+
+
+def test_reads_a_vocabulary_that_more_modules_are_tied_to(tmp_path):
+    """Of T5's one table PEFT writes two names, and the model has four."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 96, "d_kv": 16}
+        config = transformers.T5Config(
+            **sizes, num_layers=1, num_heads=4, decoder_start_token_id=0, tie_word_embeddings=True
+        )
+        return transformers.T5ForConditionalGeneration(config).eval()
+
+    config = peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False)
+    theirs = peft.get_peft_model(make(), config).eval()
+    with torch.no_grad():
+        theirs.base_model.model.shared.weight.mul_(2)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = io.load_adapter(make(), tmp_path)
+    ids = torch.arange(16).view(2, 8)
+    ours, expected = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, theirs))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_come_back_where_they_moved(tmp_path):
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.moved, self.still = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Module()
+            self.still.norm = nn.BatchNorm1d(64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.still.norm(self.moved(self.fc(x)))
+
+    def make() -> nn.Module:
+        return qnn.quantize_model(Norms())
+
+    model = randomised(qnn.add_lora(make(), qnn.LoRAConfig(r=4))).train()
+    model.still.eval()
+    x = torch.randn(32, 64)
+    for _ in range(3):
+        model(3 * x + 1)
+    io.save_adapter(model.eval(), tmp_path)
+    assert files(tmp_path)[0]["modules_to_save"] == ["moved"]
+    expected = model(x)
+    loaded = io.load_adapter(make().eval(), tmp_path)
+    assert torch.equal(loaded(x), expected)
+    theirs = through_peft(dense_of(make(), Norms()), tmp_path)
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-4, atol=1e-5)
+    # What took the norm's place since then has not seen the count before.
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    io.save_adapter(other, tmp_path / "other")
+    assert "moved" in files(tmp_path / "other")[0]["modules_to_save"]
+    # Also where nothing moved since it was loaded.
+    io.save_adapter(loaded, tmp_path / "again")
+    assert files(tmp_path / "again")[0]["modules_to_save"] == ["moved"]
 
 
 class Net(nn.Module):
