@@ -123,6 +123,7 @@ def _check_passed_over(
 
     ValueError for transformers' Conv1D in a model that has nothing else.
     """
+    refused: list[str] = []
     for path, module in others.items():
         kind = type(module).__name__
         if kind == "Conv1D" and not isinstance(module, nn.Conv1d):
@@ -137,9 +138,13 @@ def _check_passed_over(
             or _sources.class_name(module) in _sources.LEFT_DENSE
         ):
             continue
+        refused.append(path)
+    if refused:
+        names = sorted({path.rpartition(".")[2] for path in refused})
+        them = "it as it is" if len(refused) == 1 else "all such layers as they are"
         raise TypeError(
-            f"{argument}: {path} is a {kind}; takes exactly nn.Linear, for a subclass may compute "
-            f"something else; skip=[{path.rpartition('.')[2]!r}] leaves it as it is"
+            f"{argument}: {refused[0]} is a {type(others[refused[0]]).__name__}; takes exactly "
+            f"nn.Linear, for another class may compute something else; skip={names} leaves {them}"
         )
 
 

@@ -220,6 +220,12 @@ def test_a_conv1d_among_linear_layers_is_refused() -> None:
         qnn.quantize_model(model)
     assert untouched(model)
     assert isinstance(qnn.quantize_model(model, skip=["odd"])["plain"], qnn.Linear4bit)
+    # The advice is enough where there are several.
+    model = nn.ModuleDict({"plain": dense(), "a": model_of(Conv1D(64, 64))})
+    model["a"]["more"] = Conv1D(64, 64)
+    with pytest.raises(TypeError, match=r"skip=\['more', 'odd'\] leaves all such layers"):
+        qnn.quantize_model(model)
+    qnn.quantize_model(model, skip=["more", "odd"])
     # Torch's convolution of one dimension is no linear layer.
     qnn.quantize_model(model_of(nn.Conv1d(4, 4, 1)))
 
