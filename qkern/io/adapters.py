@@ -221,8 +221,10 @@ class _Contents(NamedTuple):
             if not isinstance(modules.get(plain[path]), LoRALinear):
                 modules[plain[path]] = module
         lora: dict[str, LoRALinear] = {}
+        seen: set[int] = set()
         for path, module in modules.items():
-            if isinstance(module, LoRALinear) and all(module is not la for la in lora.values()):
+            if isinstance(module, LoRALinear) and id(module) not in seen:
+                seen.add(id(module))
                 lora[path] = module
         of_lora = {id(t) for layer in lora.values() for t in (layer.lora_a, layer.lora_b)}
         # Not of the state dict, which some frameworks fill with gathered copies.

@@ -7,7 +7,6 @@ and anything that would be lost with the layer, is refused or left alone, never 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +49,11 @@ _STATE_HOOKS = (
 _OF_ACCELERATE = frozenset({"_hf_hook", "_old_forward", "forward"})
 
 
-@cache
-def _of_every_layer() -> frozenset[str]:
-    """The attributes that each dense layer has.
-
-    Not made at import: the first module on meta brings torch's compiler.
-    """
-    layers = nn.Linear(1, 1, device="meta"), nn.Embedding(1, 1, device="meta")
-    return frozenset(name for layer in layers for name in vars(layer))
+# The attributes that each dense layer has. Said by its class, since making one would draw from the
+# random generator, and on meta bring torch's compiler, which takes a second.
+_OF_EVERY_LAYER = frozenset(
+    (*vars(nn.Module()), *nn.Linear.__constants__, *nn.Embedding.__constants__)
+)
 
 
 def class_name(module: nn.Module) -> str:
@@ -165,7 +161,7 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
             vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
     for name, value in vars(source).items():
-        if name not in _of_every_layer() | _OF_ACCELERATE and name not in vars(target):
+        if name not in _OF_EVERY_LAYER | _OF_ACCELERATE and name not in vars(target):
             vars(target)[name] = value
     share_placement(source, target)
     target.train(source.training)

@@ -6,6 +6,8 @@ import copy
 import functools
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -599,3 +601,14 @@ def test_an_adapter_of_falcon_goes_back_on_the_dense_model(tmp_path: Path) -> No
     io.load_adapter(other, tmp_path)
     ids = torch.arange(8).view(1, 8)
     torch.testing.assert_close(other(ids).logits, model(ids).logits)
+
+
+def test_quantising_does_not_bring_the_compiler() -> None:
+    """It takes longer than quantising a small model; a layer on meta brings it."""
+    code = (
+        "import sys; from torch import nn; import qkern.nn as qnn\n"
+        "model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))\n"
+        "qnn.quantize_model(model, lora=qnn.LoRAConfig(r=2))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
