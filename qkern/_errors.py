@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qkern import formats
+from qkern.weight import Weight
 
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
@@ -60,40 +61,21 @@ def check_device(name: str, value: Tensor, device: torch.device, owner: str) -> 
         )
 
 
-def check_memory(name: str, value: Tensor) -> None:
-    """``ValueError`` unless the storage of a dense tensor has all its elements.
-
-    Frameworks free or shrink the storage of a tensor that lives on, as FSDP does between layers.
-    Of a traced tensor nothing is asked.
-    """
-    # Of what need not be contiguous, elements may overlap or lie apart.
-    first, numel = value.storage_offset(), value.numel()
-    if numel and not value.is_contiguous():
-        steps = zip(value.shape, value.stride(), strict=True)
-        numel = sum((size - 1) * stride for size, stride in steps) + 1
-    takes = (first + numel) * value.itemsize
-    got = value.untyped_storage().nbytes()
-    if got < takes and numel:
-        raise ValueError(
-            f"{name}: got a tensor whose storage has {got} bytes, as after resize_(); takes one of "
-            f"{takes} bytes or more"
-        )
-
-
-def check_apart(name: str, value: Tensor, others: dict[str, Tensor]) -> None:
-    """``ValueError`` where a tensor shares memory with one of others, in part too.
+def check_apart(name: str, value: Tensor, others: Weight) -> None:
+    """``ValueError`` where a tensor shares memory with one of a weight's, in part too.
 
     All are contiguous: others are refused elsewhere. Those on meta have no memory.
     """
-    if value.is_meta:
-        return
     begin = value.data_ptr()
     end = begin + value.nbytes
-    for other_name, other in others.items():
+    for place, other in enumerate(others.tensors):
+        if other is None:
+            continue
         first = other.data_ptr()
-        if first < end and begin < first + other.nbytes:
+        if first < end and begin < first + other.nbytes and not value.is_meta:
             raise ValueError(
-                f"{name}: got a tensor that shares memory with {other_name}; takes one of its own"
+                f"{name}: got a tensor that shares memory with {others._fields[place]}; takes one"
+                " of its own"
             )
 
 

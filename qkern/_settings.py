@@ -11,8 +11,11 @@ import torch
 
 T = TypeVar("T")
 
-_entered: ContextVar[tuple[tuple[Setting[Any], Any], ...]] = ContextVar("qkern", default=())
-"""The blocks that the running code is in, with what each sets, the innermost last."""
+_Blocks = tuple[list[Any], ...]
+"""Of each block the setting and what it sets that to, the innermost last."""
+
+_entered: ContextVar[_Blocks] = ContextVar("qkern", default=())
+"""The blocks that the running code is in."""
 
 _open: list[None] = []
 """One item for each block that is open anywhere: without any, nobody looks further."""
@@ -37,7 +40,10 @@ class Setting(Generic[T]):
 
     def get(self) -> T | None:
         """The value in force."""
-        for setting, value in reversed(_read() or _of_backward()):
+        blocks = _read()
+        if not blocks and _open:
+            blocks = _of_backward()
+        for setting, value in reversed(blocks):
             if setting is self:
                 found: T = value
                 return found
@@ -46,25 +52,31 @@ class Setting(Generic[T]):
     @contextmanager
     def held(self, value: T) -> Iterator[None]:
         """Set ``value`` inside the block."""
-        mine = (self, value)
+        mine = [self, value]
         _open.append(None)
         _entered.set((*_read(), mine))
         try:
             yield
         finally:
-            _entered.set(tuple(block for block in _read() if block is not mine))
+            entered = _read()
+            left = tuple(block for block in entered if block is not mine)
+            if len(left) == len(entered):
+                # A generator was entered in one thread or task and ended in another: where it was
+                # entered its block cannot be taken out, but set nothing.
+                mine[0] = None
+            _entered.set(left)
             _open.pop()
 
 
-def _of_backward() -> tuple[tuple[Setting[Any], Any], ...]:
+def _of_backward() -> _Blocks:
     """The blocks that the caller of ``backward`` is in, in a thread of autograd's own.
 
     There a checkpoint's function runs again. torch keeps the caller's context for it.
     """
-    if not _open or not _is_kept(_TORCHS_KEY):
+    if not _is_kept(_TORCHS_KEY):
         return ()
     context: Any = torch._C._get_obj_in_tls(_TORCHS_KEY)
-    found: tuple[tuple[Setting[Any], Any], ...] = context.get(_entered, ()) if context else ()
+    found: _Blocks = context.get(_entered, ()) if context else ()
     return found
 
 

@@ -108,10 +108,18 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def _input_gradient(ctx: Any, dy: Tensor, tensors: Sequence[Any]) -> Tensor:
     weight = _saved_weight(ctx, tensors)
     in_features, batch_invariant = ctx.static
+    if ctx.forced is None:  # a block costs as much as the kernel
+        return _linear_4bit_dx(dy, weight, in_features, batch_invariant)
     with holding(ctx.forced):
-        if _is_differentiated():
-            return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
-        return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
+        return _linear_4bit_dx(dy, weight, in_features, batch_invariant)
+
+
+def _linear_4bit_dx(
+    dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool | None
+) -> Tensor:
+    if _is_differentiated():
+        return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
+    return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
 
 
 def _is_differentiated() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +21,13 @@ from qkern.autograd import (
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
-from qkern.backends import has_cpu_matmul, num_threads
+from qkern.backends import check_memory, has_cpu_matmul, num_threads
 from qkern.ops import assume, call, forward_derivatives, is_watched, undispatched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 _traced_batch_invariant: bool | None = None
 """In code that a compiler traces, what a block there sets. None: the op asks when it runs."""
@@ -63,7 +63,7 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
 
 def _batch_invariant() -> bool | None:
     """Whether rows must not depend on one another here."""
-    if torch.compiler.is_dynamo_compiling():
+    if _is_dynamo_compiling():
         return _traced_batch_invariant
     return not none_set() and (batch_invariance.get() or False)
 
@@ -133,6 +133,9 @@ def quantize_4bit(
     return quantized
 
 
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in _errors.FLOAT_DTYPES}
+
+
 def _is_surely_finite(qw: QuantizedTensor) -> bool:
     """Whether no value can dequantise to a NaN or an infinity, by the largest scales alone."""
     if qw.numel() == 0:
@@ -141,10 +144,11 @@ def _is_surely_finite(qw: QuantizedTensor) -> bool:
         largest = qw.absmax.max()
     else:
         # The last entry of the map is 1, and rounding keeps an order. NaN where any scale is.
-        largest = qw.nested_absmax.max() + qw.nested_offset
+        groups = qw.nested_absmax
+        largest = (groups if groups.numel() == 1 else groups.max()) + qw.nested_offset
     if qw.codebook is not None:
         largest = largest * qw.codebook.abs().max()
-    return math.isfinite(largest.to(qw.dtype).item())
+    return largest.item() <= _LARGEST[qw.dtype]
 
 
 def _raise_not_finite(absmax: Tensor, block_size: int, n: int) -> None:
@@ -209,9 +213,9 @@ def dequantize_4bit(
 
 
 def _check_memory(name: str, value: Tensor) -> None:
-    """`_errors.check_memory` of what torch will read; of what is traced nothing is asked."""
+    """`check_memory` of what torch will read; of what is traced nothing is asked."""
     if not is_watched():
-        _errors.check_memory(name, value)
+        check_memory(name, value)
 
 
 def _check_quantized(name: str, value: Any) -> None:
@@ -297,20 +301,24 @@ def linear_by_weight(
     x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """`linear_4bit` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
-    y = _by_kernel_alone(x, weight, shape, bias)
+    invariant = _batch_invariant()
+    y = _by_kernel_alone(x, weight, shape, bias, invariant)
     if y is None:
-        invariant = _batch_invariant()
         x, bias = _checked_input(x, weight, shape, bias)
         if _is_recorded(x, bias):
             return recorded_linear_4bit(x, bias, shape[0], invariant, *weight)
         return _linear_4bit(x, *weight, shape[0], bias, invariant)
     if _is_recorded(x, bias):
-        return record_known_linear_4bit(x, bias, weight, _batch_invariant(), (y,))
+        return record_known_linear_4bit(x, bias, weight, invariant, (y,))
     return y
 
 
 def _by_kernel_alone(
-    x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
+    x: Tensor,
+    weight: Weight,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    batch_invariant: bool | None,
 ) -> Tensor | None:
     """The product by the kernel alone, without a graph.
 
@@ -322,8 +330,7 @@ def _by_kernel_alone(
     kernel = backend.fast.get("linear_4bit")
     if kernel is None:
         return None
-    invariant = not none_set() and (batch_invariance.get() or False)
-    return kernel(x, weight, shape[0], bias, invariant, num_threads(), shape[1])
+    return kernel(x, weight, shape[0], bias, batch_invariant, num_threads(), shape[1])
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
@@ -451,7 +458,7 @@ def lora_by_weight(
 ) -> Tensor:
     """`lora_linear` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
     invariant = _batch_invariant()
-    y = _by_kernel_alone(x, weight, shape, bias)
+    y = _by_kernel_alone(x, weight, shape, bias, invariant)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
     out_features, in_features = shape
@@ -506,4 +513,4 @@ def _check_adapter(
     if not (value.is_cpu and x.is_cpu):  # two devices take longer to compare
         _errors.check_device(name, value, x.device, "x")
     if read or not is_watched():
-        _errors.check_memory(name, value)
+        check_memory(name, value)

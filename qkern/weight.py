@@ -33,7 +33,8 @@ class Weight(NamedTuple):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The tensors that exist, by field."""
-        return dict(tensors_of("weight", self))
+        named = zip(Weight._fields, self[:5], strict=False)
+        return {field: tensor for field, tensor in named if tensor is not None}
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,10 @@ import triton
 from qkern.triton_kernels import launch
 
 _CHOICES: dict[Path, dict[str, list[int]]] = {}
-"""What was read from or written to each file: problem to tile."""
+"""What was read from or written to each file: problem to tile. Replaced, never changed."""
+
+_MEASURING = threading.Lock()
+"""Of two threads that measure at once, each would measure the other too."""
 
 
 def milliseconds(start: Callable[[], None]) -> float:
@@ -66,24 +70,42 @@ def matmul(
     if not path or batch_invariant:
         return launch.matmul(target, dtype, rows, out, depth, batch_invariant)
     file = Path(path)
-    choices = _CHOICES.get(file)
-    if choices is None:
-        choices = _CHOICES[file] = _read(file)
     # Numbers of rows between two powers of two have the same best tile, nearly.
     problem = (
         f"{op} {target.kind} {target.arch} {dtype} {1 << (rows - 1).bit_length()} {out} {depth}"
     )
-    tile = choices.get(problem)
+    tile = _choices(file).get(problem)
     if tile is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return launch.matmul(target, dtype, rows, out, depth)
-        times: dict[launch.Tile, float] = {}
-        for candidate in launch.tiles(target, dtype):
-            config = launch.matmul_of(target, dtype, candidate, rows, out, depth)
-            times[candidate] = milliseconds(functools.partial(start, config))
-        tile = choices[problem] = list(min(times.items(), key=lambda item: item[1])[0])
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", "utf-8")
-        partial.replace(file)
+        with _MEASURING:
+            tile = _choices(file).get(problem)
+            if tile is None:
+                times: dict[launch.Tile, float] = {}
+                for candidate in launch.tiles(target, dtype):
+                    config = launch.matmul_of(target, dtype, candidate, rows, out, depth)
+                    times[candidate] = milliseconds(functools.partial(start, config))
+                fastest = min(times.items(), key=lambda item: item[1])[0]
+                tile = _kept(file, problem, list(fastest))
     a, b, c, d = tile
     return launch.matmul_of(target, dtype, (a, b, c, d), rows, out, depth)
+
+
+def _choices(file: Path) -> dict[str, list[int]]:
+    choices = _CHOICES.get(file)
+    if choices is None:
+        choices = _CHOICES.setdefault(file, _read(file))
+    return choices
+
+
+def _kept(file: Path, problem: str, tile: list[int]) -> list[int]:
+    """The tile that the file has for a problem from now on: ``tile``, or what it got meanwhile."""
+    from qkern.io import _files  # not for those that tune nothing
+
+    with _files.locked(file.parent):
+        # Other processes may have added theirs.
+        found = {problem: tile} | _choices(file) | _read(file)
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        _files.write_file(file, lambda part: part.write_text(text, "utf-8"))
+    _CHOICES[file] = found
+    return found[problem]

@@ -34,13 +34,17 @@ class PlainTensor {
  public:
   // False where `object` is no such tensor.
   bool read(PyObject* object) {
+    return read_anywhere(object) && tensor_.device_type == dlpack::kCpu;
+  }
+
+  // As read(), in the memory of any device.
+  bool read_anywhere(PyObject* object) {
     if (Py_TYPE(object) != library.tensor && Py_TYPE(object) != library.parameter) return false;
     if (library.read(object, &tensor_) != 0) {
       PyErr_Clear();
       return false;
     }
-    return tensor_.device_type == dlpack::kCpu && tensor_.dtype.lanes == 1 &&
-           tensor_.byte_offset == 0 && tensor_.data != nullptr &&
+    return tensor_.dtype.lanes == 1 && tensor_.byte_offset == 0 && tensor_.data != nullptr &&
            (tensor_.ndim == 0 || (tensor_.shape != nullptr && tensor_.strides != nullptr)) &&
            fits_storage(object);
   }

@@ -209,6 +209,32 @@ PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
                 {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None});
 }
 
+// (tensor, kind, numel): whether it is plain, though on any device, and contiguous, has so many
+// elements, one or more, and a storage with all of them. `kind` is its dtype as DLPack has it, the
+// code times 256 plus the bits.
+PyObject* tensor_holds(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "tensor_holds: takes 3 arguments");
+    return nullptr;
+  }
+  PlainTensor tensor;
+  Size kind = 0, numel = 0;
+  return PyBool_FromLong(read_size(given[1], &kind) && read_size(given[2], &numel) &&
+                         tensor.read_anywhere(given[0]) &&
+                         tensor.is(static_cast<int>(kind / 256), static_cast<int>(kind % 256)) &&
+                         tensor.contiguous_numel() == numel);
+}
+
+// (tensor): whether it is plain, though on any device and not contiguous perhaps, and its storage
+// has all of its elements.
+PyObject* tensor_has_memory(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 1) {
+    PyErr_SetString(PyExc_TypeError, "tensor_has_memory: takes 1 argument");
+    return nullptr;
+  }
+  return PyBool_FromLong(PlainTensor().read_anywhere(given[0]));
+}
+
 // The bytes from each of `probes`, tensors, to its at::Tensor, which holds the address that torch
 // tells of as `_cdata`; 0 where they differ or there is none.
 std::size_t find_at_tensor(const py::list& probes) {
@@ -258,6 +284,8 @@ PyMethodDef methods[] = {
     method("linear_4bit_on_tensors", linear_4bit),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
     method("adamw_step_on_tensors", adamw_step_on_tensors),
+    method("tensor_holds", tensor_holds),
+    method("tensor_has_memory", tensor_has_memory),
     {nullptr, nullptr, 0, nullptr},
 };
 

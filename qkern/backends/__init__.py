@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from qkern._settings import Setting, forced_backend
-from qkern.backends._args import num_threads
+from qkern._settings import Setting, forced_backend, none_set
+from qkern.backends._args import check_memory, num_threads
 from qkern.backends._backend import Backend, Reference
 from qkern.backends._cpu import CpuBackend
 from qkern.backends._cuda import CudaBackend
@@ -33,6 +33,7 @@ __all__ = [
     "CudaBackend",
     "TritonBackend",
     "available",
+    "check_memory",
     "cpu",
     "cuda",
     "forced",
@@ -79,7 +80,7 @@ _forced: Setting[Forced] = forced_backend
 
 def forced() -> Forced | None:
     """What `use` forces here, for `holding`; None in code that a compiler traces."""
-    return None if torch.compiler.is_dynamo_compiling() else _forced.get()
+    return None if torch.compiler.is_dynamo_compiling() or none_set() else _forced.get()
 
 
 def available(device_type: str = "cpu") -> dict[str, str | None]:
@@ -104,7 +105,7 @@ def select(device: torch.device) -> Backend:
     Raises ``ValueError`` when ``QKERN_BACKEND`` is not a backend's name, ``RuntimeError`` when the
     forced backend is missing or does not take such tensors.
     """
-    use = _forced.get()
+    use = None if none_set() else _forced.get()
     known = selected if use is None else use.selected
     backend = known.get(device)
     if backend is None:

@@ -6,13 +6,14 @@ to memory is checked here: dtype, device, layout and number of elements of each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkern import _errors, formats
+from qkern.backends import _library
 from qkern.reference import ADAMW_FACTORS
 from qkern.weight import Weight
 
@@ -22,15 +23,55 @@ _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
 
 CPU = torch.device("cpu")
 
-check_memory = _errors.check_memory
-
 num_threads = torch.get_num_threads
 """How many threads a kernel takes: always torch's own setting."""
+
+
+_KINDS = {
+    torch.float32: 0x220,
+    torch.float16: 0x210,
+    torch.bfloat16: 0x410,
+    torch.uint8: 0x108,
+}
+"""Dtypes as the library's ``tensor_holds`` takes them."""
+
+
+def _unknown(*tensor: object) -> bool:
+    """In place of the library's answers where there is no library: never yes."""
+    return False
+
+
+# One call in place of several of Python's, for which a small tensor would wait. Where they do not
+# say yes, nothing is known.
+_holds: Callable[..., bool] = getattr(_library.library, "tensor_holds", _unknown)
+_has_memory: Callable[[Tensor], bool] = getattr(_library.library, "tensor_has_memory", _unknown)
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:
     # Comparing devices takes three times as long.
     return tensor.is_cpu if device is CPU else tensor.device == device
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """``ValueError`` unless the storage of a dense tensor has all its elements.
+
+    Frameworks free or shrink the storage of a tensor that lives on, as FSDP does between layers.
+    Of a traced tensor nothing is asked.
+    """
+    if _has_memory(value):
+        return
+    # Of what need not be contiguous, elements may overlap or lie apart.
+    first, numel = value.storage_offset(), value.numel()
+    if numel and not value.is_contiguous():
+        steps = zip(value.shape, value.stride(), strict=True)
+        numel = sum((size - 1) * stride for size, stride in steps) + 1
+    takes = (first + numel) * value.itemsize
+    got = value.untyped_storage().nbytes()
+    if got < takes and numel:
+        raise ValueError(
+            f"{name}: got a tensor whose storage has {got} bytes, as after resize_(); takes one of "
+            f"{takes} bytes or more"
+        )
 
 
 def check(
@@ -41,16 +82,7 @@ def check(
     Its storage must have all of them, too. Raises ``TypeError`` for another dtype, otherwise
     ``ValueError``.
     """
-    if (
-        tensor.dtype is dtype
-        and _is_on(tensor, device)
-        and tensor.numel() == numel
-        and tensor.is_contiguous()
-    ):
-        # Before the rest of check_memory, which takes longer.
-        size = (tensor.storage_offset() + numel) * dtype.itemsize
-        if tensor.untyped_storage().nbytes() < size:
-            check_memory(name, tensor)
+    if _holds(tensor, _KINDS.get(dtype), numel) and _is_on(tensor, device):
         return
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: got {tensor.dtype}; takes {dtype}")
@@ -58,7 +90,9 @@ def check(
         raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
     if tensor.numel() != numel:
         raise ValueError(f"{name}: got {tensor.numel()} elements; takes {numel}")
-    raise ValueError(f"{name}: got strides {list(tensor.stride())}; takes a contiguous tensor")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: got strides {list(tensor.stride())}; takes a contiguous tensor")
+    check_memory(name, tensor)
 
 
 def pointer(

@@ -156,7 +156,7 @@ class KernelBackend(Backend):
         _args.dtype_id("out", out.dtype)
         _args.check("out", out, out.dtype, n, device)
         if given:
-            _errors.check_apart("out", out, weight.named_tensors())
+            _errors.check_apart("out", out, weight)
         if n:
             self._launch("dequantize_4bit", device, weight, Elements(out))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkern import formats
 
@@ -159,6 +159,9 @@ def to_state(moments: Moments) -> dict[str, Tensor]:
     return {name: value for name, value in moments._asdict().items() if value is not None}
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which a shard is here."""
     return hasattr(tensor, "to_local")
@@ -166,5 +169,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that is here; other tensors as they are."""
+    if type(tensor) in _PLAIN:  # faster than to look for what is not there
+        return tensor
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -92,7 +92,7 @@ def factors(
         skip: 1 where nothing is to change, else 0.
         device: Where the parameters are.
     """
-    none = number(0, next(iter(steps.values())).device)
+    any_step = next(iter(steps.values()))  # for rows that nobody reads
     tables = []
     first = 0
     for group in groups:
@@ -102,7 +102,7 @@ def factors(
             lr = group["lr"]
             tables.append(
                 reference.adamw_factors(
-                    torch.stack([steps.get(number, none) for number in numbers]),
+                    torch.stack([steps.get(number, any_step) for number in numbers]),
                     lr if isinstance(lr, Tensor) else _finite("lr", lr),
                     _finite("betas", group["betas"][0]),
                     _finite("betas", group["betas"][1]),
@@ -112,7 +112,7 @@ def factors(
                     skip,
                 )
             )
-    return torch.cat(tables).to(device)
+    return (tables[0] if len(tables) == 1 else torch.cat(tables)).to(device)
 
 
 def _finite(name: str, value: float) -> float:

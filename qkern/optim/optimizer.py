@@ -219,52 +219,43 @@ class PagedAdamW(Optimizer):
         self, updates: Sequence[Update], scale: float | Tensor, found_inf: Tensor | None
     ) -> None:
         for device, mine in by_device(updates).items():
-            moments = [self._moments(param, group) for _, group, param, _ in mine]
-            before = [self.state[param]["step"] for _, _, param, _ in mine]
+            # Looked up once: torch makes a dictionary wait for the hash of a tensor.
+            states = [self._state(param, group) for _, group, param, _ in mine]
+            before = [state["step"] for state in states]
             skip = _updates.skipped(found_inf, device)
             after = dict(zip((index for index, *_ in mine), counted(before, skip), strict=True))
             factors = _updates.factors(self.param_groups, after, scale, skip, device)
-            self._step_device(mine, moments, after, factors)
+            self._step_device(mine, states, after, factors)
 
     def _step_device(
         self,
         updates: Sequence[Update],
-        moments: Sequence[Moments],
+        states: Sequence[dict[str, Any]],
         after: Mapping[int, Tensor],
         factors: Tensor,
     ) -> None:
         """The updates of one device, with the step counters that they have afterwards."""
-        params = {index: param for index, _, param, _ in updates}
+        of_index = {index: state for (index, *_), state in zip(updates, states, strict=True)}
         copies: dict[int, tuple[Tensor, Tensor]] = {}
-        left = set(params)
+        left = set(of_index)
 
         def done(numbers: Collection[int]) -> None:
             # A step counts once its parameters have it, so that one that fails does not.
-            for index in copies.keys() & numbers:
+            for index in copies.keys() & numbers if copies else ():
                 copies[index][0].copy_(copies[index][1])
-            self._count({index: params[index] for index in numbers}, after)
+            _count({index: of_index[index] for index in numbers}, after)
             left.difference_update(numbers)
 
         calls = Calls({factors.device: factors}, self._seed, done)
-        for (index, _, param, grad), of_param in zip(updates, moments, strict=True):
+        for (index, _, param, grad), state in zip(updates, states, strict=True):
             data = local(param)
             if not data.is_contiguous():
                 copies[index] = data, data.contiguous()
                 data = copies[index][1]
-            calls.add(index, 0, data, local(grad), of_param)
+            calls.add(index, 0, data, local(grad), _moments(state))
         calls.run()
         if left:  # of what no elements are here
             done(list(left))
-
-    def _count(self, params: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> None:
-        """Set the step counters of parameters of one device."""
-        if next(iter(after.values())).device.type == "cuda":
-            # In place, where a CUDA graph finds them again.
-            before = [self.state[param]["step"] for param in params.values()]
-            torch._foreach_copy_(before, [after[index] for index in params])
-        else:
-            for index, param in params.items():
-                self.state[param]["step"] = after[index]
 
     def _step_paged(
         self,
@@ -332,19 +323,18 @@ class PagedAdamW(Optimizer):
                 self.state.pop(param, None)
         self._steps_seen = steps
 
-    def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
-        """The parameter's moments in memory, made of zeros at its first step."""
-        state = self.state.get(param, {})
+    def _state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's state in memory, its moments made of zeros at its first step."""
+        state: dict[str, Any] = self.state.get(param, {})
         if "exp_avg" not in state:
             none = _updates.number(0, self._device_of_steps(param.device))
             state = {"step": none} | state | to_state(of_zeros(param, self._bits(param, group)))
             self.state[param] = state
-        return Moments(
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            state.get("exp_avg_absmax"),
-            state.get("exp_avg_sq_absmax"),
-        )
+        return state
+
+    def _moments(self, param: Tensor, group: dict[str, Any]) -> Moments:
+        """The parameter's moments in memory."""
+        return _moments(self._state(param, group))
 
     def _bits(self, param: Tensor, group: dict[str, Any]) -> int:
         narrow = group["bits"] == 8 and not is_integer(param)
@@ -444,6 +434,26 @@ class PagedAdamW8bit(PagedAdamW):
 
     def __init__(self, params: Iterable[Any], *args: Any, **options: Any) -> None:
         super().__init__(params, *args, **{"bits": 8} | options)
+
+
+def _moments(state: Mapping[str, Any]) -> Moments:
+    return Moments(
+        local(state["exp_avg"]),
+        local(state["exp_avg_sq"]),
+        state.get("exp_avg_absmax"),
+        state.get("exp_avg_sq_absmax"),
+    )
+
+
+def _count(states: Mapping[int, dict[str, Any]], after: Mapping[int, Tensor]) -> None:
+    """Set the step counters in states of one device's parameters."""
+    if next(iter(after.values())).device.type == "cuda":
+        # In place, where a CUDA graph finds them again.
+        before = [state["step"] for state in states.values()]
+        torch._foreach_copy_(before, [after[index] for index in states])
+    else:
+        for index, state in states.items():
+            state["step"] = after[index]
 
 
 def _add_moments(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

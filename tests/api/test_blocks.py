@@ -166,11 +166,13 @@ def test_blocks_that_end_out_of_order(block: Block, inside: tuple[bool, str]) ->
 
 @blocks
 def test_a_block_that_ends_in_another_thread(block: Block, inside: tuple[bool, str]) -> None:
-    held = ExitStack()
-    contextvars.copy_context().run(held.enter_context, block())
+    held, entered = ExitStack(), contextvars.copy_context()
+    entered.run(held.enter_context, block())
     assert in_force() == BEFORE
+    assert entered.run(in_force) == inside
     in_thread(held.close)
     assert in_force() == BEFORE
+    assert entered.run(in_force) == BEFORE
 
 
 @blocks

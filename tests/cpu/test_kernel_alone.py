@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import qkern
 from qkern import QuantizedTensor, backends, reference, testing
-from qkern.backends import cpu
+from qkern.backends import _args, cpu
 from qkern.testing import OPS
 from qkern.weight import Weight
 from tests.observers import Functions, Ops
@@ -781,3 +781,76 @@ def test_tensors_in_lists_are_looked_at() -> None:
     assert qkern.ops._are_plain(([plain], weight().weight, 64, None))
     assert not qkern.ops._are_plain(([plain, other], 64))
     assert not qkern.ops._are_plain((weight().weight._replace(absmax=other),))
+
+
+def shortened(tensor: Tensor, nbytes: int) -> Tensor:
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+class Subclass(Tensor):
+    pass
+
+
+TOLD: dict[str, tuple[Callable[[], Any], bool, bool]] = {
+    "whole": (lambda: torch.ones(4, 8), True, True),
+    "parameter": (lambda: nn.Parameter(torch.ones(4, 8)), True, True),
+    "a_view_at_the_end": (lambda: torch.ones(40)[8:], True, True),
+    "short_by_a_byte": (lambda: shortened(torch.ones(4, 8), 127), False, False),
+    "a_view_past_the_end": (lambda: shortened(torch.ones(40)[8:], 159), False, False),
+    "freed": (lambda: shortened(torch.ones(4, 8), 0), False, False),
+    "another_dtype": (lambda: torch.ones(4, 8).int(), False, True),
+    "another_size": (lambda: torch.ones(31), False, True),
+    "transposed": (lambda: torch.ones(8, 4).t(), False, True),
+    "transposed_and_short": (lambda: shortened(torch.ones(8, 4).t(), 127), False, False),
+    "subclass": (lambda: torch.ones(4, 8).as_subclass(Subclass), False, False),
+    "on_meta": (lambda: torch.ones(4, 8, device="meta"), False, False),
+    "sparse": (lambda: torch.ones(4, 8).to_sparse(), False, False),
+    "no_tensor": (lambda: None, False, False),
+}
+
+
+@pytest.mark.parametrize(("tensor", "holds", "has_memory"), TOLD.values(), ids=list(TOLD))
+def test_what_the_library_tells_of_a_tensor(
+    tensor: Callable[[], Any], holds: bool, has_memory: bool
+) -> None:
+    library, float32 = cpu.library(), _args._KINDS[torch.float32]
+    assert library.tensor_holds(tensor(), float32, 32) is holds
+    assert library.tensor_has_memory(tensor()) is has_memory
+
+
+def test_the_library_tells_dtypes_apart() -> None:
+    holds = cpu.library().tensor_holds
+    for dtype in _args._KINDS:
+        tensor = torch.ones(32, dtype=dtype)
+        assert [found for found, kind in _args._KINDS.items() if holds(tensor, kind, 32)] == [dtype]
+        assert not holds(tensor, None, 32)
+    with pytest.raises(TypeError, match="takes 3 arguments"):
+        holds(torch.ones(32))
+    with pytest.raises(TypeError, match="takes 1 argument"):
+        cpu.library().tensor_has_memory()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_checks_are_the_same_where_the_library_tells_nothing(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:
+        monkeypatch.setattr(_args, "_holds", _args._unknown)
+        monkeypatch.setattr(_args, "_has_memory", _args._unknown)
+    _args.check("x", torch.ones(4, 8), torch.float32, 32)
+    _args.check("x", torch.ones(0), torch.float32, 0)
+    _args.check("x", torch.ones(32, dtype=torch.int16), torch.int16, 32)
+    _args.check_memory("x", torch.ones(8, 4).t())
+    for bad, error in {
+        TOLD["another_dtype"][0]: "x: got torch.int32",
+        TOLD["another_size"][0]: "x: got 31 elements",
+        TOLD["transposed"][0]: "x: got strides",
+        TOLD["on_meta"][0]: "x: got a tensor on meta",
+        TOLD["short_by_a_byte"][0]: "x: got a tensor whose storage has 127 bytes",
+        TOLD["a_view_past_the_end"][0]: "x: got a tensor whose storage has 159 bytes",
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=error):
+            _args.check("x", bad(), torch.float32, 32)
+    with pytest.raises(ValueError, match="x: got a tensor whose storage has 127 bytes"):
+        _args.check_memory("x", TOLD["transposed_and_short"][0]())

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,42 @@ def test_tuning_measures_once_and_keeps_the_choice(
     assert list(json.loads(file.read_text())) == ["op cuda 90 torch.bfloat16 8 512 1024"]
     choose(9)
     assert len(started) == 2 * measured
+
+
+@needs_triton
+def test_tiles_that_others_choose_meanwhile_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qkern.triton_kernels import launch, tune
+
+    target, file = launch.Target("cuda", 90, 132), tmp_path / "tiles.json"
+    most = launch.tiles(target, torch.bfloat16)[0]
+    of_others = {"of another process": [1, 2, 3, 4]}
+    measuring, most_measuring = 0, 0
+
+    def milliseconds(start: object) -> float:
+        nonlocal measuring, most_measuring
+        measuring += 1
+        most_measuring = max(most_measuring, measuring)
+        if not file.exists():
+            file.write_text(json.dumps(of_others))
+        time.sleep(0.0005)
+        measuring -= 1
+        return 1.0
+
+    def choose(depth: int) -> launch.Matmul:
+        return tune.matmul("op", lambda _: None, target, torch.bfloat16, 5, 512, depth, False)
+
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "_CHOICES", {})
+    monkeypatch.setenv("QKERN_TRITON_TUNE", str(file))
+    depths = [64 * (1 + i // 2) for i in range(8)]
+    with ThreadPoolExecutor(len(depths)) as threads:
+        list(threads.map(choose, depths))
+    assert most_measuring == 1
+    mine = {f"op cuda 90 torch.bfloat16 8 512 {depth}": list(most) for depth in depths}
+    assert json.loads(file.read_text()) == of_others | mine
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @needs_triton
