@@ -185,8 +185,8 @@ def test_a_test_that_fails_anyway_notices_nothing(miniature: Path) -> None:
     assert "fails without a bug: tests/test_it.py::test_double" in output
 
 
-@pytest.mark.parametrize(("target", "runs"), [("test-all", True), ("test-slow", False)])
-def test_all_tests_include_it_and_slow_ones_do_not(target: str, runs: bool) -> None:
-    command = ["make", "--dry-run", target, f"VENV={ROOT / 'none'}"]
+@pytest.mark.parametrize(("goal", "runs"), [("test-all", True), ("test-slow", False)])
+def test_all_tests_include_it_and_slow_ones_do_not(goal: str, runs: bool) -> None:
+    command = ["make", "--dry-run", goal, f"VENV={ROOT / 'none'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ("-m tools.mutation" in done.stdout) == runs
