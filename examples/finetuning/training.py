@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .loss import TargetLoss
-from .output import DamagedError, OutputDirectory, atomic_directory, check_whole
+from .output import DamagedError, OutputDirectory, atomic_directory, check_whole, disk_errors
 from .report import current_memory
 from .sequences import Batch, Example, collate, epoch_batches
 
@@ -230,6 +230,11 @@ class Trainer:
                 "--dtype float32 or bfloat16 usually helps"
             )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+        if not math.isfinite(norm):  # clipped by it, gradients are zero or NaN
+            raise UserError(
+                f"the gradient's norm is {norm} at step {history.step + 1}; a lower "
+                "--learning-rate or --dtype float32 or bfloat16 usually helps"
+            )
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -269,15 +274,14 @@ class Trainer:
         work = self.output.work
         target = new_checkpoint_path(self.checkpoint_root, self.history.step)
         with atomic_directory(target, work) as path:
-            qkern.io.save_adapter(self.model, path, self.config.model)
-            torch.save(
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "rng": rng_state(),
-                },
-                path / _TRAINING_STATE,
-            )
+            rest = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "rng": rng_state(),
+            }
+            with disk_errors(target):
+                qkern.io.save_adapter(self.model, path, self.config.model)
+                torch.save(rest, path / _TRAINING_STATE)
             state = {
                 "fingerprint": self.fingerprint,
                 "began": self.began,
