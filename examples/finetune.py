@@ -32,9 +32,9 @@ from finetuning.model import (
     vocabulary_rows,
     weights_digest,
 )
-from finetuning.output import OutputDirectory, atomic_directory, disk_errors
+from finetuning.output import OutputDirectory, atomic_directory
 from finetuning.report import environment, held, peak_memory, plot_losses, write_json
-from finetuning.training import Trainer
+from finetuning.training import Trainer, disk_errors
 from transformers.utils import logging as transformers_logging
 
 import qkern.io

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
-from safetensors import SafetensorError
 
 from . import UserError
 from .strict_json import loads
@@ -165,17 +163,6 @@ def atomic_file(target: Path, work: Path | None = None) -> Iterator[Path]:
         _fsync(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Let a full disk be an ``OSError`` where torch or safetensors writes, too."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot be written, is the disk full? {error}") from error
 
 
 def write_atomic(target: Path, text: str, work: Path | None = None) -> None:

@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .loss import TargetLoss
-from .output import DamagedError, OutputDirectory, atomic_directory, check_whole, disk_errors
+from .output import DamagedError, OutputDirectory, atomic_directory, check_whole
 from .report import current_memory
 from .sequences import Batch, Example, collate, epoch_batches
 
@@ -352,6 +352,17 @@ class Trainer:
             raise
         except _UNREADABLE as error:
             raise DamagedError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Let a full disk be an ``OSError`` where torch or safetensors writes, too."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written, is the disk full? {error}") from error
 
 
 @contextmanager

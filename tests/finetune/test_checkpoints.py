@@ -296,6 +296,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(
     monkeypatch.setattr(trainer, "config", parse_args(["--keep-checkpoints", str(keep)]))
 
     seen = set()
+    resumed: dict[str, int] = {}  # by what is in the checkpoints: most kills leave the same
     for state in _every_kill(trainer.save, out):
         root = state / "checkpoints"
         left = _names(root)
@@ -303,7 +304,12 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(
         assert len(left) >= keep
         for path in checkpoints(root):
             check_whole(path)
-        assert _step_to_go_on_from(trainer, root) == 2
+        content = "".join(
+            f"{path.name} {(path / MANIFEST).read_text()}" for path in checkpoints(root)
+        )
+        if content not in resumed:
+            resumed[content] = _step_to_go_on_from(trainer, root)
+        assert resumed[content] == 2
         with OutputDirectory(state).locked():
             assert [path.name for path in (state / ".finetune").iterdir()] == ["lock"]
         assert (root / "notes.txt").exists()

@@ -381,14 +381,14 @@ def test_a_full_disk_is_one_line(
         write(*args, **options)
 
     monkeypatch.setattr(place, name, full_disk)
-    command = ["finetune.py", *arguments, "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", command)
+    command = [*arguments, "--save-steps", "1", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
     assert finetune.program() == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("finetune.py: error: ")
     assert " ".join(str(error).split()) in line
     assert [path.name for path in checkpoints(tmp_path / "out/checkpoints")] == [
-        "checkpoint-000003"
+        "checkpoint-000001"
     ]
     assert [path.name for path in (tmp_path / "out/.finetune").iterdir()] == ["lock"]
 
