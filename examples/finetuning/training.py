@@ -151,15 +151,18 @@ class Trainer:
             self._state_file = options["path"] = self.output.optimizer_state
         if config.budget is not None:
             options["budget_bytes"] = config.budget << 20
-        self.optimizer = qkern.optim.PagedAdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=0.0,
-            bits=config.optim_bits,
-            pager=config.pager,
-            **options,
-        )
+        try:
+            self.optimizer = qkern.optim.PagedAdamW(
+                self.parameters,
+                lr=config.learning_rate,
+                betas=(0.9, config.adam_beta2),
+                weight_decay=0.0,
+                bits=config.optim_bits,
+                pager=config.pager,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(f"--pager {config.pager}: {error}") from None
         warmup = max(1, self.history.warmup_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / warmup)

@@ -465,6 +465,8 @@ def test_resuming_with_other_settings_is_refused(
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--resume"], "has no checkpoint"),
         (["--device", "warp"], "--device warp: "),
+        (["--device", "meta"], "--device meta: it holds no values"),
+        (["--pager", "unified"], '--pager unified: pager: got "unified" with a parameter on cpu'),
         (["--block-size", "48"], "block_size: got 48"),
         (["--lora-targets", "nothing"], "'nothing' matches no linear layer"),
         (["--output", "/dev/null/out"], "--output /dev/null/out: Not a directory"),
@@ -529,6 +531,15 @@ def test_damaged_model_files_are_named(
         return
     with pytest.raises(UserError, match=f"--model {broken}: "):
         load_model(config)
+
+
+def test_a_tokenizer_of_another_kind_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """The library says so by a plain Exception."""
+    shutil.copytree(tiny_model, tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": {"type": "Other"}}))
+    with pytest.raises(UserError, match="other: cannot be read: Exception: "):
+        load_model(parse_args(["--model", str(tmp_path / "other")]))
 
 
 def test_code_in_a_model_directory_does_not_run(tiny_model: Path, tmp_path: Path) -> None:
