@@ -42,7 +42,7 @@ test: setup lint  ## run the linters and all tests that are not slow
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: setup  ## run the slow tests only; SHARD=2/8: the second of eight parts of them
-	$(PYTEST) -n $(WORKERS) -m slow $(if $(SHARD),--shard $(SHARD)) $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) -m slow $(if $(SHARD),--shard=$(SHARD)) $(PYTEST_ARGS)
 
 # No part of CI: a change of the code draws other bugs, and their fault is not the change's.
 mutants: setup  ## plant small bugs in qkern's Python: quick tests must notice 97 % (half an hour)

@@ -15,9 +15,10 @@ from lab import ROOT
 SHARDS = 24
 MAKE = """#!/usr/bin/env bash
 echo "$1 ${SHARD:-}" >> calls
+echo "${PYTEST_ARGS:-}" >> arguments
 if [[ "$1 ${SHARD:-}" == "${FAILS:-}" ]]; then exit 2; fi
 if [[ "$1 ${SHARD:-}" == "${HANGS_AFTER:-}" ]]; then
-  echo "test_x.py::test_y" >> "${PYTEST_ARGS##*--failures }"
+  echo "test_x.py::test_y" >> "${PYTEST_ARGS##*--failures=}"
   exit 124
 fi
 if [[ "$1 ${SHARD:-}" == "${HANGS:-}" ]]; then exit 124; fi
@@ -71,6 +72,10 @@ def test_the_commit_chooses_the_first_shard_and_all_follow(repository: Path) -> 
     first = int(commit(repository)[:8], 16) % SHARDS
     order = [(first + i) % SHARDS + 1 for i in range(SHARDS)]
     assert calls[2:] == [f"test-slow {i}/{SHARDS}" for i in order]
+    # pytest would take the value alone for a test's path, and for the place of its configuration.
+    arguments = (repository / "arguments").read_text().split()
+    assert len(arguments) == 1 + 2 * SHARDS
+    assert all(re.match(r"--\w+=", argument) for argument in arguments)
     named = re.findall(r"slow tests that had a turn: (.*)", output)
     assert named == [" ".join(f"{i}/{SHARDS}" for i in order)]
 

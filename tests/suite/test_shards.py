@@ -142,6 +142,17 @@ def test_a_failure_counts_though_time_is_out(suite: pytest.Pytester) -> None:
     assert done.ret == 1
 
 
+def test_the_list_of_failures_may_be_anywhere(
+    suite: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    noted = tmp_path_factory.mktemp("elsewhere") / "failures"
+    noted.touch()
+    suite.makepyfile(test_it=SUITE.format(right=False))
+    done = suite.runpytest_inprocess(f"--failures={noted}")
+    done.assert_outcomes(passed=10, failed=1)
+    assert noted.read_text().startswith("test_it.py::test_wrong, call\n")
+
+
 HANGING = """
 import time
 
