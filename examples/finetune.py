@@ -7,6 +7,7 @@ five minutes of training on two CPU cores. ``--help`` lists the settings, README
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 import textwrap
@@ -33,13 +34,30 @@ from finetuning.model import (
 )
 from finetuning.output import OutputDirectory, atomic_directory
 from finetuning.report import environment, held, peak_memory, plot_losses, write_json
-from finetuning.training import Trainer
+from finetuning.training import Trainer, disk_errors
 from transformers.utils import logging as transformers_logging
 
 import qkern.io
 
+EXIT_SYSTEM_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report SIGINT
+
+
+def program() -> int:
+    """As `main`; what the system refuses, say a full disk, is one line too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # which may take fewer letters than models know
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return main()
+    except OSError as error:
+        return _failed(error, EXIT_SYSTEM_ERROR)
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"finetune.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(config)
     except UserError as error:
-        print(f"finetune.py: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _failed(error, EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -130,7 +147,8 @@ def _run(config: Config, output: OutputDirectory) -> int:
     training_seconds = sum(record.seconds for record in history.steps)
     tokens_per_second = sum(record.tokens for record in history.steps) / training_seconds
     check_results(config, output)  # again: training took its time
-    with atomic_directory(config.output / "adapter", output.work) as path:
+    adapter = config.output / "adapter"
+    with atomic_directory(adapter, output.work) as path, disk_errors(adapter):
         qkern.io.save_adapter(model, path, name, task_type="CAUSAL_LM")
     title = f"{name}, {config.format}, LoRA rank {config.lora_r}"
     plot_losses(config.output / "loss.png", history, title, output.work)
@@ -208,4 +226,4 @@ def _indented(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

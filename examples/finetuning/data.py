@@ -245,6 +245,8 @@ def read_text(path: Path) -> str:
 
 
 def _lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
+    if path.is_fifo():
+        raise UserError(f"{path}: got a pipe; takes a file, for it is read more than once")
     try:
         file = path.open("rb")
     except OSError as error:

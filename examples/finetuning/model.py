@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from smollm2 import MODEL_NAME, smollm2_dir
 from torch import nn
 from transformers import (
@@ -25,10 +23,6 @@ import qkern.nn
 from . import UserError
 from .config import BUNDLED_MODEL, Config
 
-# What transformers and the libraries under it raise for files that are damaged or do not fit.
-_UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, EOFError)
-_UNREADABLE += (SafetensorError, UnpicklingError)
-
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """Where and in what to compute. Raises `UserError` for a device that is not there."""
@@ -39,6 +33,8 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise UserError(f"--device {config.device}: it holds no values; takes one that computes")
     if config.dtype != "auto":
         return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     # Where bfloat16 is emulated, on most CPUs and on GPUs before Ampere, float32 is faster.
@@ -69,9 +65,9 @@ def load_model(config: Config) -> tuple[str, PreTrainedModel, PreTrainedTokenize
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # noqa: BLE001 (tokenizers raises it as such)
         raise UserError(
             f"--model {path}: cannot be read: {type(error).__name__}: {error}"
         ) from None

@@ -30,6 +30,8 @@ _MARKED_BYTES = 4096  # a file of the program names it within its first bytes
 _ASIDE = "replaced-"
 _SCRATCH = "scratch-"
 _WORK = (_SCRATCH, _ASIDE, "lock")
+# What network file systems answer that know no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DamagedError(Exception):
@@ -52,11 +54,11 @@ class OutputDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._make_work()
-            lock = filelock.FileLock(self.work / "lock", timeout=0)
-            lock.acquire()
-        except filelock.Timeout:
+            lock = _locked(self.work / "lock")
+        except filelock.Timeout as held:
             raise UserError(
-                f"--output {self.path}: another run is writing there; wait for it, or name another"
+                f"--output {self.path}: another run is writing there; wait for it"
+                f"{_hint(held.lock_file)}, or name another"
             ) from None
         except OSError as error:
             raise UserError(f"--output {self.path}: {error.strerror or error}") from None
@@ -99,6 +101,26 @@ class OutputDirectory:
         """A place for the moments of this run, removed when it ends or before the next begins."""
         self.work.mkdir(parents=True, exist_ok=True)
         return _scratch(self.work, "optimizer.state")
+
+
+def _locked(path: Path) -> filelock.BaseFileLock:
+    """A lock that is held. Where the file system has none, the file itself is the lock."""
+    lock: filelock.BaseFileLock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        # It names the process: one that died on this machine does not hold it any more.
+        lock = filelock.SoftFileLock(path.with_name("lock.soft"), timeout=0)
+        lock.acquire()
+    return lock
+
+
+def _hint(lock: str) -> str:
+    """What to do about a lock that is a file, which says whose it is; others are empty."""
+    path = Path(lock)
+    return f", or remove {path} if it died" if path.exists() and path.stat().st_size else ""
 
 
 @contextmanager
@@ -280,18 +302,14 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths in one step. False where the system or the file system cannot."""
+    """Swap two paths in one step. False where that fails, be it that the system cannot."""
     at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    if renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(number, os.strerror(number), str(b))
+    # File systems and sandboxes say in many ways that they cannot; two renames tell all else.
+    return renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
 
 
 def _replace(target: Path, new: Path, aside: Path) -> None:
@@ -309,5 +327,9 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync no directories.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -118,10 +118,19 @@ def _is_table(text: str) -> bool:
     for delimiter in ",\t;|":
         if len(lines) < 2 or delimiter not in lines[0] or f"{delimiter} " in lines[0]:
             continue
-        header, *rows = csv.reader(lines, delimiter=delimiter)
+        header, *rows = _rows(lines, delimiter)
         # The last may go on in a line that was not looked at.
         if all(map(_HEADER_CELL.fullmatch, header)) and all(
             len(row) == len(header) for row in (rows[:-1] or rows)
         ):
             return True
     return False
+
+
+def _rows(lines: list[str], delimiter: str) -> list[list[str]]:
+    """The cells of lines, however long: the reader's own limit is 131,072 characters."""
+    before = csv.field_size_limit(sum(map(len, lines)) + len(lines))
+    try:
+        return list(csv.reader(lines, delimiter=delimiter))
+    finally:
+        csv.field_size_limit(before)

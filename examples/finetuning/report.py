@@ -83,7 +83,8 @@ def plot_losses(path: Path, history: History, title: str, work: Path | None = No
         color="tab:orange",
         label="held out",
     )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
+    axes.set_title(title, parse_math=False)  # a path may hold dollars
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_file(path, work) as unfinished:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import random
 import re
@@ -21,6 +20,8 @@ from . import UserError
 from .data import Conversation, Turn
 
 IGNORE = -100  # the label torch's cross entropy leaves out
+# What a template raises, which is a program, too.
+_REFUSED = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def _render_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as the chat template writes it, whole, and where its targets are."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    template = _dated(tokenizer.get_chat_template(), now)
+    try:
+        template = _dated(tokenizer.get_chat_template(), now)
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from None
     targets = [i for i, turn in enumerate(turns) if turn.is_target]
 
     def apply(messages: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
@@ -105,7 +109,7 @@ def _render_template(
                 add_generation_prompt=generation_prompt,
                 chat_template=template,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except _REFUSED as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
         assert isinstance(rendered, str)
         return rendered
@@ -164,7 +168,7 @@ def _generation_blocks(
             add_generation_prompt=ask,
             **tokenizer.special_tokens_map,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except _REFUSED as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     return texts[0], spans[0]
 
@@ -198,8 +202,8 @@ def _dated(template: str, now: datetime | None) -> str:
     """
     if now is None or "strftime_now" not in template:
         return template
-    literals = {text for _, kind, text in Environment().lex(template) if kind == "string"}
-    strings = [ast.literal_eval(literal) for literal in sorted(literals)]
+    tokens = Environment().lexer.tokenize(template)
+    strings = sorted({str(token.value) for token in tokens if token.type == "string"})
     dates = {string: now.strftime(string) for string in strings if "%" in string}
     unknown = "raise_exception('strftime_now: its format is not written in the template')"
     return (

@@ -151,15 +151,18 @@ class Trainer:
             self._state_file = options["path"] = self.output.optimizer_state
         if config.budget is not None:
             options["budget_bytes"] = config.budget << 20
-        self.optimizer = qkern.optim.PagedAdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=0.0,
-            bits=config.optim_bits,
-            pager=config.pager,
-            **options,
-        )
+        try:
+            self.optimizer = qkern.optim.PagedAdamW(
+                self.parameters,
+                lr=config.learning_rate,
+                betas=(0.9, config.adam_beta2),
+                weight_decay=0.0,
+                bits=config.optim_bits,
+                pager=config.pager,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(f"--pager {config.pager}: {error}") from None
         warmup = max(1, self.history.warmup_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / warmup)
@@ -230,6 +233,11 @@ class Trainer:
                 "--dtype float32 or bfloat16 usually helps"
             )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm).item()
+        if not math.isfinite(norm):  # clipped by it, gradients are zero or NaN
+            raise UserError(
+                f"the gradient's norm is {norm} at step {history.step + 1}; a lower "
+                "--learning-rate or --dtype float32 or bfloat16 usually helps"
+            )
         learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -269,15 +277,14 @@ class Trainer:
         work = self.output.work
         target = new_checkpoint_path(self.checkpoint_root, self.history.step)
         with atomic_directory(target, work) as path:
-            qkern.io.save_adapter(self.model, path, self.config.model)
-            torch.save(
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "rng": rng_state(),
-                },
-                path / _TRAINING_STATE,
-            )
+            rest = {
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "rng": rng_state(),
+            }
+            with disk_errors(target):
+                qkern.io.save_adapter(self.model, path, self.config.model)
+                torch.save(rest, path / _TRAINING_STATE)
             state = {
                 "fingerprint": self.fingerprint,
                 "began": self.began,
@@ -348,6 +355,17 @@ class Trainer:
             raise
         except _UNREADABLE as error:
             raise DamagedError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Let a full disk be an ``OSError`` where torch or safetensors writes, too."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written, is the disk full? {error}") from error
 
 
 @contextmanager

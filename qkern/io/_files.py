@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -51,7 +52,12 @@ def commit(files: Mapping[str, Path], directory: Path) -> None:
     """Rename what was `staged` into ``directory``, one after the other in the order given."""
     for name, path in files.items():
         path.replace(directory / name)
-    _sync(directory)
+    try:
+        _sync(directory)
+    except OSError as error:
+        # Some network filesystems sync no directories.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
 
 
 @contextlib.contextmanager

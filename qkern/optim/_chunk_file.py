@@ -429,8 +429,14 @@ class ChunkFile:
 def _open_partial(path: Path, partial: Path) -> LockedFile:
     """Open the file that is to become ``path``, new or left by a killed process, and lock it."""
     # Through a link it would be some other file that is emptied.
+    flags = os.O_CREAT | os.O_NOFOLLOW
+    is_new = True
     try:
-        file = LockedFile(path, partial, os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            file = LockedFile(path, partial, flags | os.O_EXCL)
+        except FileExistsError:
+            is_new = False
+            file = LockedFile(path, partial, flags)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -447,7 +453,8 @@ def _open_partial(path: Path, partial: Path) -> LockedFile:
             start = file.read(0, min(status.st_size, len(_file_layout.MAGIC)))
             if not _file_layout.MAGIC.startswith(start):
                 raise _not_ours(path, partial, f"a file that begins with {start!r}")
-            if status.st_nlink > 1 or status.st_uid != os.geteuid():
+            # Some network filesystems give all files, new ones too, to one user.
+            if not is_new and (status.st_nlink > 1 or status.st_uid != os.geteuid()):
                 raise _not_ours(path, partial, "a file with another name too, or of another user")
             if os.path.lexists(path):
                 partial.unlink()

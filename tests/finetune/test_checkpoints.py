@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import finetune
@@ -291,6 +296,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(
     monkeypatch.setattr(trainer, "config", parse_args(["--keep-checkpoints", str(keep)]))
 
     seen = set()
+    resumed: dict[str, int] = {}  # by what is in the checkpoints: most kills leave the same
     for state in _every_kill(trainer.save, out):
         root = state / "checkpoints"
         left = _names(root)
@@ -298,7 +304,12 @@ def test_a_kill_at_any_call_of_a_save_leaves_a_whole_checkpoint(
         assert len(left) >= keep
         for path in checkpoints(root):
             check_whole(path)
-        assert _step_to_go_on_from(trainer, root) == 2
+        content = "".join(
+            f"{path.name} {(path / MANIFEST).read_text()}" for path in checkpoints(root)
+        )
+        if content not in resumed:
+            resumed[content] = _step_to_go_on_from(trainer, root)
+        assert resumed[content] == 2
         with OutputDirectory(state).locked():
             assert [path.name for path in (state / ".finetune").iterdir()] == ["lock"]
         assert (root / "notes.txt").exists()
@@ -346,6 +357,61 @@ def test_a_kill_at_any_call_of_a_replacement_leaves_the_old_or_the_new(
     assert seen == {"old", "new"}
     assert (absent == 0) == exchange
     assert (out / "adapter/file").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [-1, errno.EINVAL, errno.EPERM])
+def test_a_replacement_where_directories_cannot_be_exchanged(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library(*_: object, **__: object) -> SimpleNamespace:
+        ctypes.set_errno(number)
+        return SimpleNamespace() if number < 0 else SimpleNamespace(renameat2=lambda *_: -1)
+
+    monkeypatch.setattr(output.ctypes, "CDLL", library)
+    for content in ("old", "new"):
+        with atomic_directory(tmp_path / "adapter", tmp_path / "work") as path:
+            (path / content).write_text(content)
+    assert (tmp_path / "adapter/new").exists()
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_directories_that_cannot_be_synced_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_fault = [False]  # whether it is a directory
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == at_fault[-1]:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    def write() -> None:
+        with atomic_directory(tmp_path / "adapter") as path:
+            (path / "file").write_text("x")
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        write()
+    at_fault.append(True)
+    write()
+    check_whole(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_is_the_lock_where_the_file_system_has_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with OutputDirectory(tmp_path).locked():
+        held = re.escape(f"remove {tmp_path}/.finetune/lock")
+        with pytest.raises(UserError, match=held), OutputDirectory(tmp_path).locked():
+            pass
+    with OutputDirectory(tmp_path).locked():
+        pass
 
 
 def test_a_failed_replacement_puts_the_old_one_back(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,7 @@ PROSE = {
     "one line of commas": "a,b,c\n",
     "words": "alpha\nbeta\ngamma\n",
     "less than": "a < b and b > c\n",
+    "long line": "Yes,but\n" + "x" * 200_000 + "\n",
 }
 
 
@@ -244,6 +246,7 @@ NOT_PROSE: dict[str, tuple[str | bytes, str]] = {
     "cut object": ('{"a": {"b": [1, 2', "JSON, not prose"),
     "lines of strings": ('"just a string"\n"another"\n', "JSON, not prose"),
     "csv": ("id,text\n1,hello\n2,there\n", "a table, not prose"),
+    "csv with a long cell": ("id,text\n1," + "x" * 200_000 + "\n2,y\n", "a table, not prose"),
     "quoted csv": ('"id","text"\n1,"hello, you"\n2,there\n', "a table, not prose"),
     "tsv": ("id\ttext\n1\thello, you\n", "a table, not prose"),
     "semicolons": ("id;text\n1;hello\n", "a table, not prose"),
@@ -288,6 +291,13 @@ def test_what_is_no_prose_by_name_is_refused(name: str, content: bytes, tmp_path
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"prose|text|archive"):
         read_text(path)
+
+
+def test_a_pipe_is_not_read_in_parts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (detect_format, read_text, lambda path: read_conversations(path, "alpaca")):
+        with pytest.raises(UserError, match="got a pipe; takes a file"):
+            read(tmp_path / "pipe")
 
 
 FORMS_OF_OTHERS = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
+import math
 import os
 import random
 import shutil
@@ -26,8 +28,10 @@ from finetuning.config import parse_args
 from finetuning.loss import TargetLoss
 from finetuning.model import held_bytes, load_model, quantize
 from finetuning.output import atomic_directory, write_atomic
+from finetuning.report import plot_losses
 from finetuning.sequences import IGNORE, Batch
-from finetuning.training import Trainer, _stop_request
+from finetuning.training import History, Trainer, _stop_request
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
@@ -37,6 +41,7 @@ from transformers import (
 )
 
 import qkern
+import qkern.io
 from tests.models import tiny_llama
 
 Finetune = Callable[..., int]
@@ -348,6 +353,82 @@ def test_a_failed_save_leaves_the_checkpoint_before(
     assert not list(root.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "error"),
+    [
+        (torch, "save", RuntimeError("[enforce fail] unexpected pos 7 vs 8\nin a file")),
+        (torch, "save", OSError(28, "No space left on device", "state")),
+        (qkern.io, "save_adapter", SafetensorError("I/O error: No space left on device")),
+    ],
+    ids=["torch", "system", "safetensors"],
+)
+def test_a_full_disk_is_one_line(
+    place: object,
+    name: str,
+    error: Exception,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = getattr(place, name)
+    calls = []
+
+    def full_disk(*args: object, **options: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        write(*args, **options)
+
+    monkeypatch.setattr(place, name, full_disk)
+    command = [*arguments, "--save-steps", "1", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *command])
+    assert finetune.program() == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("finetune.py: error: ")
+    assert " ".join(str(error).split()) in line
+    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints")] == [
+        "checkpoint-000001"
+    ]
+    assert [path.name for path in (tmp_path / "out/.finetune").iterdir()] == ["lock"]
+
+
+def test_a_screen_without_a_letter_shows_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(finetune, "main", lambda: print("né"))
+    finetune.program()
+    screen.flush()
+    assert screen.buffer.getvalue() == b"n\\xe9\n"
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_an_infinite_gradient_ends_the_run_before_it_is_used(
+    norm: float,
+    run: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clip, clipped = torch.nn.utils.clip_grad_norm_, []
+
+    def counting(*args: Any) -> torch.Tensor:
+        clipped.append(1)
+        return torch.tensor(norm) if len(clipped) == 4 else clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counting)
+    assert run("out") == 2
+    assert f"the gradient's norm is {norm} at step 4" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints")] == [
+        "checkpoint-000003"
+    ]
+
+
+def test_a_title_with_dollars_is_no_formula(tmp_path: Path) -> None:
+    plot_losses(tmp_path / "loss.png", History(1), "of m$x_{y$z")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def test_resuming_with_other_settings_is_refused(
     run: Finetune,
     tmp_path: Path,
@@ -384,6 +465,8 @@ def test_resuming_with_other_settings_is_refused(
         (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--resume"], "has no checkpoint"),
         (["--device", "warp"], "--device warp: "),
+        (["--device", "meta"], "--device meta: it holds no values"),
+        (["--pager", "unified"], '--pager unified: pager: got "unified" with a parameter on cpu'),
         (["--block-size", "48"], "block_size: got 48"),
         (["--lora-targets", "nothing"], "'nothing' matches no linear layer"),
         (["--output", "/dev/null/out"], "--output /dev/null/out: Not a directory"),
@@ -448,6 +531,15 @@ def test_damaged_model_files_are_named(
         return
     with pytest.raises(UserError, match=f"--model {broken}: "):
         load_model(config)
+
+
+def test_a_tokenizer_of_another_kind_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """The library says so by a plain Exception."""
+    shutil.copytree(tiny_model, tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": {"type": "Other"}}))
+    with pytest.raises(UserError, match="other: cannot be read: Exception: "):
+        load_model(parse_args(["--model", str(tmp_path / "other")]))
 
 
 def test_code_in_a_model_directory_does_not_run(tiny_model: Path, tmp_path: Path) -> None:

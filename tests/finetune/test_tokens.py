@@ -379,6 +379,7 @@ def test_a_prompt_that_the_template_refuses_is_an_error() -> None:
     [
         "{{ strftime_now('%d %b %Y') }}",
         '{% set form = "%d %b %Y" %}{{ strftime_now(form) }}',
+        "{{ 'two\nlines'[:0] }}{{ strftime_now('%d %b %Y') }}",
         "{%- if not date is defined %}{% if strftime_now is defined %}"
         "{%- set date = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date }}",
         "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ today() }}",
@@ -394,6 +395,25 @@ def test_a_date_can_be_given(template: str) -> None:
     }
     assert sorted(text[:11] for text in texts) == ["26 Jul 2024", "27 Jul 2024"]
     assert render(ONE, tokenizer)[0][0][:11] == datetime.now().strftime("%d %b %Y")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'no end }}",
+        "{% for %}",
+        "{{ 1 // 0 }}",
+        "{{ messages.nothing.at.all }}",
+        "{{ [][1] + 1 }}",
+    ],
+)
+@pytest.mark.parametrize("dated", ["", "{{ strftime_now('%d') }}"])
+def test_a_template_that_fails_is_a_mistake_of_the_model(template: str, dated: str) -> None:
+    tokenizer = byte_level(trim_offsets=True)
+    tokenizer.chat_template = dated + template + (TEMPLATES["zephyr"] or "")
+    conversation = Conversation(ONE, "data.jsonl:3")
+    with pytest.raises(UserError, match=r"data\.jsonl:3: the chat template"):
+        encode(conversation, tokenizer, 64, 64, Truncation(), now=datetime(2024, 7, 26))
 
 
 def test_a_format_made_up_by_the_template_is_refused() -> None:

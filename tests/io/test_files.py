@@ -238,3 +238,23 @@ def test_the_weights_say_what_they_were_saved_with(tmp_path):
     saved = json.loads(metadata[adapters._CONFIG_KEY])
     assert saved == json.loads((tmp_path / "adapter_config.json").read_text())
     assert load_file(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_directories_that_cannot_be_synced_do_not_matter(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def without_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", without_directories)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            io.save_adapter(make(alpha=4.0), tmp_path)
+    else:
+        io.save_adapter(make(alpha=4.0), tmp_path)
+        assert names(tmp_path) == NAMES

@@ -6,11 +6,13 @@ Their checksums are right, since whoever makes a file can make those too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
 import signal
+import stat
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -297,6 +299,35 @@ def test_creation_leaves_what_is_not_its_own(tmp_path: Path, what: str) -> None:
         assert (after[name].st_ino, after[name].st_size) == (status.st_ino, status.st_size)
     if other.exists() and what != "second name":
         assert other.read_bytes() == b"precious"
+
+
+def test_a_new_file_is_ones_own_whosever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network filesystems give all files to one user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    create(tmp_path / "state").close()
+    (tmp_path / "other.partial").touch()
+    with pytest.raises(FileExistsError, match="of another user"):
+        create(tmp_path / "other")
+    assert reopened(tmp_path / "state") == (0, version(0))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_directories_that_cannot_be_synced_do_not_matter(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="state"):
+            create(tmp_path / "state", durable=True)
+    else:
+        create(tmp_path / "state", durable=True).close()
+        assert reopened(tmp_path / "state") == (0, version(0))
 
 
 def test_creation_goes_through_no_link(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 `--shard i/n` runs the i-th of n shards. Shards are complete and disjoint, the same in every run on
 the same tests, and alike in their time as far as it is known. `--seconds S` starts no test after S
-seconds and says how many were left; that is no failure. `--record-seconds FILE` writes how long
-tests took, for the shards of later runs.
+seconds and says how many were left; that is no failure. `--failures FILE` adds each failure to a
+file at once, for whoever may have to end the run before it reports. `--record-seconds FILE` writes
+how long tests took, for the shards of later runs.
 """
 
 from __future__ import annotations
@@ -50,9 +51,18 @@ def shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def limit(text: str) -> float:
+    """Seconds of the command line."""
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a number above 0")
+    return seconds
+
+
 def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--shard", type=shard, metavar="i/n", help="run the i-th of n shards")
-    parser.addoption("--seconds", type=float, help="start no test after so many seconds")
+    parser.addoption("--seconds", type=limit, help="start no test after so many seconds")
+    parser.addoption("--failures", type=Path, help="add each failure to this file at once")
     parser.addoption("--record-seconds", type=Path, help="write how long tests took to this file")
 
 
@@ -62,12 +72,13 @@ class Shards:
     def __init__(self, config: pytest.Config) -> None:
         self.shard: tuple[int, int] | None = config.getoption("--shard")
         self.end = clock() + (config.getoption("--seconds") or float("inf"))
+        self.failures: Path | None = config.getoption("--failures")
         self.record: Path | None = config.getoption("--record-seconds")
         # Workers count from the start of the run, as the process that started them does.
         inputs = getattr(config, "workerinput", None)
         if inputs is not None:
             self.end = inputs["shards_end"]
-            self.record = None
+            self.failures = self.record = None
         self.reports = inputs is None
         self.left: set[str] = set()
         self.done: set[str] = set()
@@ -105,6 +116,9 @@ class Shards:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.left.discard(report.nodeid)
         self.done.add(report.nodeid)
+        if self.failures and report.failed:
+            with self.failures.open("a") as file:
+                file.write(f"{report.nodeid}, {report.when}\n{report.longreprtext}\n\n")
         if report.when == "call" and report.passed:
             self.took[function(report.nodeid)].append(report.duration)
 

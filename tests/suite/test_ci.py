@@ -15,7 +15,12 @@ from lab import ROOT
 SHARDS = 24
 MAKE = """#!/usr/bin/env bash
 echo "$1 ${SHARD:-}" >> calls
+echo "${PYTEST_ARGS:-}" >> arguments
 if [[ "$1 ${SHARD:-}" == "${FAILS:-}" ]]; then exit 2; fi
+if [[ "$1 ${SHARD:-}" == "${HANGS_AFTER:-}" ]]; then
+  echo "test_x.py::test_y" >> "${PYTEST_ARGS##*--failures=}"
+  exit 124
+fi
 if [[ "$1 ${SHARD:-}" == "${HANGS:-}" ]]; then exit 124; fi
 """
 """Stands for make; 124 is what `timeout` gives for a command that it had to end."""
@@ -67,6 +72,10 @@ def test_the_commit_chooses_the_first_shard_and_all_follow(repository: Path) -> 
     first = int(commit(repository)[:8], 16) % SHARDS
     order = [(first + i) % SHARDS + 1 for i in range(SHARDS)]
     assert calls[2:] == [f"test-slow {i}/{SHARDS}" for i in order]
+    # pytest would take the value alone for a test's path, and for the place of its configuration.
+    arguments = (repository / "arguments").read_text().split()
+    assert len(arguments) == 1 + 2 * SHARDS
+    assert all(re.match(r"--\w+=", argument) for argument in arguments)
     named = re.findall(r"slow tests that had a turn: (.*)", output)
     assert named == [" ".join(f"{i}/{SHARDS}" for i in order)]
 
@@ -84,6 +93,15 @@ def test_a_failure_is_ones_own(repository: Path, fails: str) -> None:
     status, _, calls = run(repository, FAILS=fails)
     assert status == 2
     assert calls[-1] == fails
+
+
+@pytest.mark.parametrize("hangs", ["test-asan ", f"test-slow 7/{SHARDS}"])
+def test_a_failure_before_the_cut_counts(repository: Path, hangs: str) -> None:
+    status, output, calls = run(repository, HANGS_AFTER=hangs, TMPDIR=str(repository))
+    assert status == 1
+    assert calls[-1] == hangs
+    assert "what had failed before:\ntest_x.py::test_y" in output
+    assert not list(repository.glob("tmp*")), "the list of failures is left"
 
 
 def test_what_is_cut_short_is_no_failure(repository: Path) -> None:

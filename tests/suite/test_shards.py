@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from argparse import ArgumentTypeError
 
 import pytest
@@ -51,6 +56,7 @@ def test_other():
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A folder with eleven tests, whose clock goes on by a second a test."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # hypothesis starts slowly
     monkeypatch.setattr(shards, "clock", shards.clock)
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_it=SUITE.format(right=True))
@@ -95,6 +101,13 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
     assert shards.shard("4/12") == (4, 12)
 
 
+@pytest.mark.parametrize("text", ["0", "-3", "nan"])
+def test_what_is_no_time_limit_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="takes a number above 0"):
+        shards.limit(text)
+    assert shards.limit("2.5") == 2.5
+
+
 def test_the_option_runs_each_test_in_one_shard(suite: pytest.Pytester) -> None:
     seen = []
     for i in range(1, 4):
@@ -113,7 +126,7 @@ def test_being_out_of_time_is_said_and_no_failure(suite: pytest.Pytester) -> Non
 
 
 def test_workers_share_a_shard_and_its_time(suite: pytest.Pytester) -> None:
-    done = suite.runpytest_subprocess("-n2", "--shard", "1/2", "--seconds", "4")
+    done = suite.runpytest_subprocess("-p", "xdist", "-n2", "--shard", "1/2", "--seconds", "4")
     assert done.ret == 0
     (found,) = re.findall(r"out of time: (\d+) tests run, (\d+) not", done.stdout.str())
     run, left = map(int, found)
@@ -127,6 +140,44 @@ def test_a_failure_counts_though_time_is_out(suite: pytest.Pytester) -> None:
     done = suite.runpytest_inprocess("--seconds", "3")
     done.assert_outcomes(passed=2, failed=1)
     assert done.ret == 1
+
+
+def test_the_list_of_failures_may_be_anywhere(
+    suite: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    noted = tmp_path_factory.mktemp("elsewhere") / "failures"
+    noted.touch()
+    suite.makepyfile(test_it=SUITE.format(right=False))
+    done = suite.runpytest_inprocess(f"--failures={noted}")
+    done.assert_outcomes(passed=10, failed=1)
+    assert noted.read_text().startswith("test_it.py::test_wrong, call\n")
+
+
+HANGING = """
+import time
+
+def test_wrong():
+    assert 1 == 2
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+def test_a_failure_is_noted_before_the_end_of_the_run(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_it=HANGING)
+    noted = suite.path / "failures"
+    command = [sys.executable, "-m", "pytest", *("-p", "xdist", "-n1"), "--failures", str(noted)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            end = time.monotonic() + 120
+            while not noted.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+    text = noted.read_text()
+    assert text.startswith("test_it.py::test_wrong, call\n")
+    assert "assert 1 == 2" in text
 
 
 def test_seconds_are_recorded_by_function(suite: pytest.Pytester) -> None:
