@@ -280,17 +280,21 @@ def _parts(words: Iterable[str]) -> set[str]:
 
 
 @cache
-def _tests(root: Path) -> dict[str, tuple[int, frozenset[str]]]:
-    """The quick tests by name, with the length of their text and the words in it."""
-    return {
-        f"{path.relative_to(root).as_posix()}::{test}": (
-            len(text),
-            frozenset(_parts(re.findall(r"\w+", f"{path.stem} {text}"))),
-        )
-        for path in sorted((root / "tests").glob("*/test_*.py"))
-        for test, text in _functions(path)
-        if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text
-    }
+def _tests(root: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """The words of each quick test, and those of what it names in its file: tables, helpers."""
+    found = {}
+    for path in sorted((root / "tests").glob("*/test_*.py")):
+        texts = dict(_functions(path))
+        words = {name: set(re.findall(r"\w+", text)) for name, text in texts.items()}
+        for test, text in texts.items():
+            if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text:
+                within, done = set(words[test]), {test}
+                while todo := within & words.keys() - done:
+                    within |= set().union(*(words[name] for name in todo))
+                    done |= todo
+                own = _parts({path.stem, *words[test]})
+                found[f"{path.relative_to(root).as_posix()}::{test}"] = own, _parts(within) - own
+    return found
 
 
 def near_and_all(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
@@ -302,7 +306,7 @@ def near_and_all(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
     rooms = next(rooms for start, rooms in ROOMS.items() if bug.path.startswith(start))
     tests = _tests(root)
     stem = Path(bug.path).stem.strip("_")
-    common = Counter(word for _, words in tests.values() for word in words)
+    common = Counter(word for own, _ in tests.values() for word in own)
     named = [_parts([name]) for name in _callers(bug)]
     changed = _parts([stem, *re.findall(r"[A-Za-z_]\w{3,}", bug.before)])
     value: Counter[str] = Counter()
@@ -311,12 +315,13 @@ def near_and_all(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
             rarity = math.log(len(tests) / common[word])
             value[word] = max(value[word], rarity / (1 + rank / 3))
     near, of_file = [], Counter[str]()
-    for test, (length, words) in tests.items():
+    for test, (own, further) in tests.items():
         file = test.partition("::")[0]
         if file.startswith(tuple(f"{room}/" for room in rooms)):
-            worth = sum(value[word] for word in words & value.keys())
-            near.append((-worth / math.log(200 + length), test))
-            of_file[file] = max(of_file[file], worth)
+            said = sum(value[word] for word in own & value.keys())
+            said += sum(value[word] for word in further & value.keys()) / 2
+            near.append((-said / math.log(50 + len(own)), test))
+            of_file[file] = max(of_file[file], said)
     near.sort()
     files = {
         path.relative_to(root).as_posix()
