@@ -144,7 +144,8 @@ def _of_expression(node: ast.expr) -> Iterator[str]:
         case ast.IfExp(test=test):
             yield _changed(node, test=ast.UnaryOp(ast.Not(), test))
         case ast.Call(args=[first, second, *rest]):
-            if not any(isinstance(argument, ast.Starred) for argument in (first, second)):
+            starred = any(isinstance(argument, ast.Starred) for argument in (first, second))
+            if not starred and ast.unparse(first) != ast.unparse(second):
                 yield _changed(node, args=[second, first, *rest])
 
 
