@@ -22,6 +22,7 @@ import contextlib
 import copy
 import hashlib
 import importlib
+import math
 import os
 import re
 import shutil
@@ -146,7 +147,8 @@ def _of_expression(node: ast.expr) -> Iterator[str]:
         case ast.IfExp(test=test):
             yield _changed(node, test=ast.UnaryOp(ast.Not(), test))
         case ast.Call(args=[first, second, *rest]):
-            if not any(isinstance(argument, ast.Starred) for argument in (first, second)):
+            starred = any(isinstance(argument, ast.Starred) for argument in (first, second))
+            if not starred and ast.unparse(first) != ast.unparse(second):
                 yield _changed(node, args=[second, first, *rest])
 
 
@@ -275,22 +277,63 @@ def _callers(bug: Bug) -> list[str]:
     return names
 
 
+def _parts(words: Iterable[str]) -> set[str]:
+    """Names, and the words that they are made of."""
+    found = set(words)
+    return found | {part for word in found for part in word.split("_") if len(part) > 3}
+
+
+@cache
+def _tests(root: Path) -> dict[str, tuple[set[str], set[str]]]:
+    """The words of each quick test, and those of what it names in its file: tables, helpers."""
+    found = {}
+    for path in sorted((root / "tests").glob("*/test_*.py")):
+        texts = dict(_functions(path))
+        words = {name: set(re.findall(r"\w+", text)) for name, text in texts.items()}
+        for test, text in texts.items():
+            if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text:
+                within, done = set(words[test]), {test}
+                while todo := within & words.keys() - done:
+                    within |= set().union(*(words[name] for name in todo))
+                    done |= todo
+                own = _parts({path.stem, *words[test]})
+                found[f"{path.relative_to(root).as_posix()}::{test}"] = own, _parts(within) - own
+    return found
+
+
 def near_and_all(bug: Bug, root: Path = ROOT) -> tuple[list[str], list[str]]:
-    """Tests that name what the bug is in or changes, and the files of all that are for it."""
+    """Tests that have words in common with the bug, and the files of all that are for it.
+
+    The rarer a word is in tests, the more it says; and the nearer a caller is. Of the files those
+    come first that are called like the bug's own, then those with the most of the former tests.
+    """
     rooms = next(rooms for start, rooms in ROOMS.items() if bug.path.startswith(start))
-    names, changed = _callers(bug), set(re.findall(r"[A-Za-z_]\w{4,}", bug.before))
-    near, files = [], []
-    for place, room in enumerate(rooms):
-        for path in sorted((root / room).glob("test_*.py")):
-            files.append(path.relative_to(root).as_posix())
-            for test, text in _functions(path):
-                if test.rpartition("::")[2].startswith("test_") and "mark.slow" not in text:
-                    ranks = (i for i, name in enumerate(names) if _words([name]).search(text))
-                    rank = next(ranks, 99)
-                    shared = len(changed & set(re.findall(r"\w+", text)))
-                    if rank < 99 or shared:
-                        near.append((rank - 4 * shared, place, len(text), f"{files[-1]}::{test}"))
-    return [test for *_, test in sorted(near)[:MOST_NEAR]], files
+    tests = _tests(root)
+    stem = Path(bug.path).stem.strip("_")
+    common = Counter(word for own, _ in tests.values() for word in own)
+    named = [_parts([name]) for name in _callers(bug)]
+    changed = _parts([stem, *re.findall(r"[A-Za-z_]\w{3,}", bug.before)])
+    value: Counter[str] = Counter()
+    for rank, words in enumerate([changed, *named]):
+        for word in words & common.keys():
+            rarity = math.log(len(tests) / common[word])
+            value[word] = max(value[word], rarity / (1 + rank / 3))
+    near, of_file = [], Counter[str]()
+    for test, (own, further) in tests.items():
+        file = test.partition("::")[0]
+        if file.startswith(tuple(f"{room}/" for room in rooms)):
+            said = sum(value[word] for word in own & value.keys())
+            said += sum(value[word] for word in further & value.keys()) / 2
+            near.append((-said / math.log(50 + len(own)), test))
+            of_file[file] = max(of_file[file], said)
+    near.sort()
+    files = {
+        path.relative_to(root).as_posix()
+        for room in rooms
+        for path in (root / room).glob("test_*.py")
+    }
+    first = sorted(files, key=lambda file: (f"/test_{stem}" not in file, -of_file[file], file))
+    return [test for _, test in near[:MOST_NEAR]], first
 
 
 class Tree:
@@ -388,7 +431,7 @@ def _try_out(bug: Bug, tree: Tree) -> Outcome:
     path.write_bytes(bug.planted(source))
     near, rooms = near_and_all(bug, tree.root)
     try:
-        noticed_by = tree.test(EVERY_NAME) or (near and tree.test(*near)) or tree.test(*rooms)
+        noticed_by = tree.test(EVERY_NAME, *near) or tree.test(*rooms)
     finally:
         path.write_bytes(source)
     return Outcome(bug, noticed_by, time.monotonic() - start)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import qkern
 from qkern import QuantizedTensor, backends, ops, reference, testing
-from qkern.backends import CudaBackend, TritonBackend, _args, cpu
+from qkern.backends import CpuBackend, CudaBackend, TritonBackend, _args, cpu
 from qkern.testing import Case
 from qkern.weight import Weight
 
@@ -283,9 +283,12 @@ def test_activations_of_any_strides_need_the_memory_that_they_reach(
             run(op, inputs | {main: x})
 
 
-def gpu_reader(kind: str) -> Any:
-    """A backend for a GPU that takes CPU tensors for its own, up to where a kernel starts."""
-    stub = CudaBackend("cuda") if kind == "cuda" else TritonBackend("triton")
+READERS = {"cpu": CpuBackend, "cuda": CudaBackend, "triton": TritonBackend}
+
+
+def reader(kind: str) -> Any:
+    """A backend up to where a kernel starts; one for a GPU takes CPU tensors for its own."""
+    stub = READERS[kind](kind)
 
     def stop(*_: Any) -> Any:
         raise LaunchedError
@@ -300,7 +303,7 @@ gpu_readers = pytest.mark.parametrize("kind", ["cuda", "triton"])
 @gpu_readers
 @all_ops
 def test_readers_for_a_gpu_refuse_a_tensor_without_its_memory(op: str, kind: str) -> None:
-    function = getattr(gpu_reader(kind), op)
+    function = getattr(reader(kind), op)
     with pytest.raises(LaunchedError):
         function(*arguments(op, inputs_of(op)))
     assert not wrongly_refused(op, lambda bad: function(*arguments(op, bad)))
@@ -312,7 +315,7 @@ def test_readers_for_a_gpu_refuse_a_tensor_elsewhere(
     op: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is on the CPU has an address that a GPU cannot read; meta stands for the GPU."""
-    function = getattr(gpu_reader(kind), op)
+    function = getattr(reader(kind), op)
     # Tensors on meta have no memory to ask for.
     monkeypatch.setattr(_args, "check_memory", lambda *_: None)
     monkeypatch.setattr(Tensor, "untyped_storage", lambda self: _Ample())
@@ -332,6 +335,36 @@ def test_readers_for_a_gpu_refuse_a_tensor_elsewhere(
         if not re.match(expected, error):
             wrong.append(f"{place}: {error}")
     assert not wrong
+
+
+@all_ops
+def test_the_reader_for_a_cpu_refuses_a_tensor_elsewhere(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on a GPU has an address that no kernel here can read; meta stands for the GPU."""
+    function = getattr(reader("cpu"), op)
+    with pytest.raises(LaunchedError):
+        function(*arguments(op, inputs_of(op)))
+    monkeypatch.setattr(_args, "check_memory", lambda *_: None)
+    monkeypatch.setattr(Tensor, "untyped_storage", lambda self: _Ample())
+    wrong = []
+    for place in places_of(op):
+        inputs = place.inputs()
+        bad = place.replaced(inputs, on_meta(place.of(inputs)))
+        error = error_of(lambda inputs: function(*arguments(op, inputs)), bad)
+        if not re.match(rf"{place.name}: got a tensor on meta; takes one on cpu", error):
+            wrong.append(f"{place}: {error}")
+    assert not wrong
+
+
+@needs_native
+def test_kernels_that_read_tensors_leave_those_elsewhere_to_others() -> None:
+    for op, kernel in cpu.fast.items():
+        for place in places_of(op):
+            inputs = place.inputs()
+            bad = place.replaced(inputs, on_meta(place.of(inputs)))
+            assert kernel(*arguments(op, bad), 1) is None, place
+            assert kernel(*arguments(op, inputs), 1) is not None, place
 
 
 def on_meta(value: Any) -> Any:
@@ -379,7 +412,7 @@ def test_one_of_the_nested_tensors_alone_is_refused(op: str, way: str, field: st
         run(op, bad)
     for kind in ("cuda", "triton"):
         with pytest.raises(ValueError, match=f"^{message}$"):
-            getattr(gpu_reader(kind), op)(*arguments(op, bad))
+            getattr(reader(kind), op)(*arguments(op, bad))
 
 
 @ways
@@ -399,6 +432,14 @@ def test_what_is_written_has_its_version_counted_and_nothing_else(
             assert (tensor._version > version) is written, name
             if not written:
                 testing.assert_bitwise(tensor, old, name)
+        # Nor does the schema say so of what stays as it is, such as gradients.
+        pairs = list(zip(flat(value), before[name], strict=True))
+        changed = any(not bits_of(tensor).equal(bits_of(old)) for tensor, old in pairs)
+        assert changed is written or not pairs, name
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:

@@ -868,6 +868,22 @@ class TestEmbedding4bit:
                     with pytest.raises(ValueError, match=takes):
                         _ = freed.quantized
 
+    @pytest.mark.parametrize(("dim", "block_size"), [(64, 64), (100, 64), (48, 64), (32, 256)])
+    def test_a_lookup_decodes_as_many_blocks_as_a_row_may_touch(self, dim, block_size, monkeypatch):
+        layer = qnn.Embedding4bit.from_embedding(nn.Embedding(64, dim), block_size=block_size)
+        sizes = []
+        dequantize = qkern.QuantizedTensor.dequantize
+
+        def recorded(qw, *args, **kwargs):
+            sizes.append(qw.numel())
+            return dequantize(qw, *args, **kwargs)
+
+        monkeypatch.setattr(qkern.QuantizedTensor, "dequantize", recorded)
+        layer(torch.tensor([5]))
+        starts = range(0, 64 * dim, dim)
+        touched = max((start + dim - 1) // block_size - start // block_size + 1 for start in starts)
+        assert sizes == [touched * block_size]
+
 
 class Counted:
     """Counts the dense weights of a model that are alive, through weak references."""
