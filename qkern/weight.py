@@ -81,8 +81,7 @@ def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Weight):
-        for field, tensor in zip(Weight._fields, value.tensors, strict=False):
-            yield from tensors_of(field, tensor)
+        yield from value.named_tensors().items()
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from tensors_of(f"{name}[{index}]", item)

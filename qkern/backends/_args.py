@@ -128,12 +128,6 @@ def block_size_arg(block_size: int) -> int:
     return block_size
 
 
-def check_nested(weight: Weight) -> None:
-    """Raise where only one of the tensors of nested scales is there."""
-    if (weight.nested_absmax is None) != (weight.nested_offset is None):
-        raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
-
-
 def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None:
     """Raise unless ``weight`` has ``numel`` elements, with the scales that they need."""
     packed, absmax, nested_absmax, nested_offset, codebook, format, block_size = weight
@@ -141,7 +135,8 @@ def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
     check("packed", packed, torch.uint8, formats.packed_size(numel), device)
     if nested_absmax is None or nested_offset is None:
-        check_nested(weight)
+        if nested_absmax is not nested_offset:
+            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
         check("absmax", absmax, torch.float32, blocks, device)
         return
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)

@@ -52,8 +52,13 @@ def commit(files: Mapping[str, Path], directory: Path) -> None:
     """Rename what was `staged` into ``directory``, one after the other in the order given."""
     for name, path in files.items():
         path.replace(directory / name)
+    sync_directory(directory)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the disk has the names in a directory."""
     try:
-        _sync(directory)
+        _sync(path)
     except OSError as error:
         # Some network filesystems sync no directories.
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
@@ -119,7 +124,7 @@ def _mode(existing: Path, *, otherwise: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
     finally:

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qkern.io._files import sync_directory
 from qkern.optim import _file_layout
 from qkern.optim._file_layout import (
     ChunkFileError,
@@ -41,7 +42,7 @@ from qkern.optim._file_layout import (
     FileLayout,
     Record,
 )
-from qkern.optim._locked_file import LockedFile, sync_directory
+from qkern.optim._locked_file import LockedFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
