@@ -103,7 +103,12 @@ def _slices_by_gemm(
         )
         part = workspace[: width * other].view(region[2], region[3])
         part = part if call.dx else part.t()
-        if bias is None:
-            torch.mm(x, part, out=out[:, begin:end])
-        else:
-            torch.addmm(bias.detach()[begin:end], x, part, out=out[:, begin:end])
+        multiply(x, part, None if bias is None else bias.detach()[begin:end], out[:, begin:end])
+
+
+def multiply(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The vendor's GEMM: ``out = x part (+ bias)``."""
+    if bias is None:
+        torch.mm(x, part, out=out)
+    else:
+        torch.addmm(bias, x, part, out=out)

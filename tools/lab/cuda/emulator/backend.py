@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from qkern import backends
-from qkern.backends import CudaBackend
+from qkern.backends import CudaBackend, _cuda_matmul
 from qkern.backends._cuda_paths import Matmul
 from qkern.testing import Target
 
@@ -76,5 +77,25 @@ class EmulatedTarget(Target):
         self.library.set_schedule(
             schedule.order, schedule.seed, schedule.late_copies, schedule.capability
         )
-        with backends.use(self.module):
+        with backends.use(self.module), _gemm_in_float32():
             yield
+
+
+@contextlib.contextmanager
+def _gemm_in_float32() -> Iterator[None]:
+    """Put a GEMM of our own in the vendor's place.
+
+    torch's 16-bit GEMM for CPUs is other code on each processor, and on one of them NaNs came out
+    of finite operands in poisoned memory. No CPU's GEMM is under test here.
+    """
+
+    def multiply(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        product = x.float().contiguous() @ part.float()
+        out.copy_(product if bias is None else product + bias.float())
+
+    vendors = _cuda_matmul.multiply
+    _cuda_matmul.multiply = multiply
+    try:
+        yield
+    finally:
+        _cuda_matmul.multiply = vendors
