@@ -170,7 +170,12 @@ def test_paged_adamw_takes_what_is_trained() -> None:
     assert_same_codes(model, before)
 
 
-@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.Muon])
+def lbfgs(params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    """It searches along its direction, or a step may raise the loss."""
+    return torch.optim.LBFGS(params, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize("make", [lbfgs, torch.optim.Muon])
 def test_optimizers_that_need_what_is_trained(make: Callable[..., torch.optim.Optimizer]) -> None:
     """Of all parameters, one makes a float vector and the other wants matrices only."""
     model = lora_model()
