@@ -44,6 +44,8 @@ class Side:
 
     name: str
     said: list[str] = field(default_factory=list)
+    doing: str = ""
+    """The stage of a long test, which the table says before an error."""
 
     @property
     def is_qkern(self) -> bool:
@@ -92,6 +94,19 @@ class Side:
         kwargs.setdefault("device_map", "cpu")
         config = self.config(**options or {})
         return auto.from_pretrained(path, quantization_config=config, **kwargs).eval()
+
+    def reload(self, path: str | Path, *, auto: Any = None, **kwargs: Any) -> Any:
+        """A model that was saved in 4 bits, in evaluation mode.
+
+        A directory in bitsandbytes' format says so, so qkern has to be asked for.
+        """
+        if self.is_qkern:
+            return self.load(path, auto=auto, **kwargs)
+        if auto is None:
+            import transformers
+
+            auto = transformers.AutoModelForCausalLM
+        return auto.from_pretrained(path, **{"device_map": "cpu"} | kwargs).eval()
 
     @property
     def linear(self) -> type[torch.nn.Module]:
@@ -169,8 +184,8 @@ class Recorder:
         works = call.excinfo is None
         text = ". ".join(side.said)
         if not works:
-            error = first_line(call.excinfo.value)
-            text = f"{text}. {error}" if text else error
+            text = first_line(call.excinfo.value)
+            text = f"{side.doing}: {text}" if side.doing else text
         if not works and side.name == PEER:
             report.outcome, report.wasxfail = "skipped", f"{PEER}: {text}"
         if works or side.name == PEER:
