@@ -1,4 +1,4 @@
-"""A small language model and a tokenizer, made offline, a layer of bitsandbytes', and what it keeps, changed."""
+"""A small language model and a tokenizer, made offline; layers of bitsandbytes', changed files."""
 
 from __future__ import annotations
 

@@ -23,8 +23,14 @@ SMALL = {
 GROUPED = SMALL | {"num_key_value_heads": 2}
 HEADS = GROUPED | {"head_dim": 16}
 GPT2 = {
-    **{"vocab_size": 96, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "vocab_size": 96,
+    "n_positions": 64,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 TWO_STACKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 BART = TWO_STACKS | {
@@ -38,7 +44,12 @@ BART = TWO_STACKS | {
     "decoder_ffn_dim": 128,
 }
 T5 = TWO_STACKS | {
-    **{"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    "vocab_size": 96,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 1,
+    "num_heads": 4,
 }
 FRAMES, BINS, PIXELS = 16, 8, 8
 
@@ -114,7 +125,12 @@ ARCHITECTURES = {
         BART | {"num_mel_bins": BINS, "max_source_positions": FRAMES, "max_target_positions": 32},
         "AUDIO",
     ),
-    "Mamba": Architecture("MambaForCausalLM", "MambaConfig", SMALL | {"state_size": 8}),
+    "Mamba": Architecture(
+        "MambaForCausalLM",
+        "MambaConfig",
+        SMALL | {"state_size": 8},
+        targets=["in_proj", "x_proj"],  # PEFT takes no out_proj of Mamba's
+    ),
     "Phi": Architecture("PhiForCausalLM", "PhiConfig", SMALL),
     "OLMo 2": Architecture("Olmo2ForCausalLM", "Olmo2Config", GROUPED),
     "Granite": Architecture("GraniteForCausalLM", "GraniteConfig", GROUPED),

@@ -108,6 +108,24 @@ class Side:
             auto = transformers.AutoModelForCausalLM
         return auto.from_pretrained(path, **{"device_map": "cpu"} | kwargs).eval()
 
+    def registered(self) -> None:
+        """Make PEFT know qkern's layers, on qkern's side."""
+        if self.is_qkern:
+            from qkern.integrations.peft import register
+
+            register()
+
+    def adapt(self, model: Any, config: Any = None, **options: Any) -> Any:
+        """The model with an adapter of PEFT's, by default LoRA of rank 4 on all linear layers.
+
+        ``config`` is PEFT's, else ``options`` are those of `LoraConfig`.
+        """
+        import peft
+
+        self.registered()
+        given = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+        return peft.get_peft_model(model, config or peft.LoraConfig(**given))
+
     @property
     def linear(self) -> type[torch.nn.Module]:
         """The class of its 4-bit layers."""

@@ -41,9 +41,7 @@ def layers(model: Any, side: Side) -> list[str]:
     },
     argument="options",
 )
-def test_options(
-    side: Side, options: dict[str, Any], dense_llama: Path, tmp_path: Path
-) -> None:
+def test_options(side: Side, options: dict[str, Any], dense_llama: Path, tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(dense_llama, dtype=torch.float32)
     model = side.load(dense_llama, options=options)
     names = layers(model, side)
@@ -112,9 +110,7 @@ def test_compiled_generation(side: Side, dense_llama: Path) -> None:
     check_generation(side, dense_llama, cache_implementation="static", compiled=True)
 
 
-def check_generation(
-    side: Side, path: Path, compiled: bool = False, **options: Any
-) -> None:
+def check_generation(side: Side, path: Path, compiled: bool = False, **options: Any) -> None:
     """The tokens are those of the dense model with the 4-bit weights' values."""
     model = side.load(path)
     dense = side.load(path)
