@@ -36,6 +36,10 @@ class Feature(NamedTuple):
 
 REGISTERED: list[Feature] = []
 """Those of all test modules that were imported, in their order."""
+REFUSED: set[Feature] = set()
+"""Those of them that qkern refuses."""
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+"""Errors by which something is refused."""
 
 
 @dataclass(eq=False)
@@ -147,17 +151,22 @@ def cases(
     names: Mapping[str, object],
     argument: str | None = None,
     slow: tuple[str, ...] = (),
+    refused: bool = False,
 ) -> Callable[[Any], Any]:
-    """Several rows by one test: ``names`` has each row's name and the value of ``argument``."""
+    """Several rows by one test: ``names`` has each row's name and the value of ``argument``.
+
+    What is ``refused`` has to raise one of `REFUSALS` on qkern's side.
+    """
     rows = [Feature(group, name) for name in names]
     repeated = [row for row in rows if row in REGISTERED]
     if repeated:
         raise ValueError(f"names: {repeated[0]} is registered already")
     REGISTERED.extend(rows)
+    REFUSED.update(rows if refused else ())
     values = []
     for row, value in zip(rows, names.values(), strict=True):
         for side in (QKERN, PEER):
-            marks = [getattr(pytest.mark, MARK)(*row, side)]
+            marks = [getattr(pytest.mark, MARK)(*row, side, refused=refused)]
             marks += [pytest.mark.slow] if row.name in slow else []
             given = (side, value) if argument else (side,)
             label = side if len(rows) == 1 and not argument else f"{row.name}-{side}"
@@ -186,7 +195,7 @@ class Recorder:
         self.path: Path | None = config.getoption("--record-features")
         self.rows: dict[tuple[str, str, str], features.Outcome] = {}
         config.addinivalue_line(
-            "markers", f"{MARK}(group, name, side): a row of a table in docs/frameworks.md"
+            "markers", f"{MARK}(group, name, side, refused): a row of a table in docs/frameworks.md"
         )
 
     @pytest.hookimpl(wrapper=True)
@@ -204,9 +213,14 @@ class Recorder:
         if not works:
             text = first_line(call.excinfo.value)
             text = f"{side.doing}: {text}" if side.doing else text
+        refused = side.is_qkern and mark.kwargs["refused"]
         if not works and side.name == PEER:
             report.outcome, report.wasxfail = "skipped", f"{PEER}: {text}"
-        if works or side.name == PEER:
+        elif refused and works:
+            report.outcome, report.longrepr = "failed", "it is not refused any more"
+        elif refused and isinstance(call.excinfo.value, REFUSALS):
+            report.outcome, report.longrepr = "passed", None
+        if report.outcome == "passed" or side.name == PEER:
             item.user_properties.append((MARK, [*mark.args, works, text]))
             report.user_properties = list(item.user_properties)
         return report

@@ -43,6 +43,16 @@ def test_cases(side, number):
     assert side.is_qkern, f"{number} is too large"
 """
 
+REFUSED = """
+from tests.integrations.record import cases
+
+@cases(group="Three", names={"refused": ValueError, "not": None, "broken": RuntimeError},
+       argument="error", refused=True)
+def test_refused(side, error):
+    if error is not None:
+        raise error("not of codes")
+"""
+
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
@@ -87,6 +97,14 @@ def test_qkern_may_not_fail(suite: pytest.Pytester) -> None:
     result, found = run(suite, SUITE.replace("not side.is_qkern", "side.is_qkern"))
     result.assert_outcomes(passed=5, failed=1, xfailed=2)
     assert ("One", "on one side", "qkern") not in found.rows
+
+
+def test_what_qkern_refuses_is_a_row_too(suite: pytest.Pytester) -> None:
+    result, found = run(suite, REFUSED)
+    result.assert_outcomes(passed=2, failed=2, xfailed=2)
+    assert found.rows["Three", "refused", "qkern"] == (False, "ValueError: not of codes")
+    assert ("Three", "not", "qkern") not in found.rows
+    assert ("Three", "broken", "qkern") not in found.rows
 
 
 def test_a_part_of_the_features_keeps_the_others(suite: pytest.Pytester) -> None:
