@@ -259,7 +259,7 @@ def is_only_placed(layer: nn.Module) -> bool:
 def share_placement(source: nn.Module, target: nn.Module) -> None:
     """Let accelerate call ``target`` as it calls ``source``, where it does."""
     if "_hf_hook" in vars(source):
-        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+        from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(target, source._hf_hook)
 
