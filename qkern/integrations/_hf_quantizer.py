@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
+from qkern.integrations._peft_auto import register_where_installed
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +103,7 @@ class QKernQuantizer(HfQuantizer):
             model._weight_conversions = [c for c in conversions if not isinstance(c, Converter)]
         self._loading = None
         model.is_loaded_in_4bit = True
+        register_where_installed()
         self._describe(model)
         return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
 from qkern.integrations._peft_loftq import replace_lora_weights_loftq
-from qkern.nn import Embedding4bit, Linear4bit
+from qkern.nn import Embedding4bit, Linear4bit, count_parameters
 from qkern.nn._module import TENSORS, QuantizedModule
 
 _MARK = "_qkern_original"
@@ -159,15 +158,9 @@ def _check_wrapped(
 
 def _count(original: Callable[..., Any], model: nn.Module) -> Any:
     """What is trained, and all elements: of a 4-bit weight those that it stands for."""
-    trained, total = original(model)
-    seen: set[int] = set()
-    for layer in _quantized_layers(model):
-        held = {id(p): p for name in TENSORS if (p := layer._parameters.get(name)) is not None}
-        if not held.keys() <= seen:
-            total += math.prod(layer._weight_shape)
-            total -= sum(p.numel() for key, p in held.items() if key not in seen)
-        seen |= held.keys()
-    return trained, total
+    if not _quantized_layers(model):
+        return original(model)
+    return count_parameters(model, trainable_only=True), count_parameters(model)
 
 
 def _loftq(original: Callable[..., Any], peft_model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qkern.functional import lora_by_weight
+from qkern.autograd import as_dtype
+from qkern.functional import as_input, lora_by_weight
 from qkern.integrations import _peft_originals as originals
 from qkern.integrations._peft_dora import Dora, DoraLayer
 from qkern.integrations._peft_inits import check_loftq, dense_base, loftq, requantize
@@ -191,15 +192,17 @@ class QKernLinear(_Merging, Linear):
                     return None
         elif type(dropout) is not nn.Identity:
             return None
-        bias = base.bias_for(x)
+        dtype = base.compute_dtype
+        cast = x if dtype is None else as_input(x, dtype)
+        bias = base.bias_for(cast)
         own_bias = b._parameters["bias"]
         if own_bias is not None:
-            own_bias = (own_bias * scaling).to(x.dtype)
+            own_bias = (own_bias * scaling).to(cast.dtype)
             bias = own_bias if bias is None else bias + own_bias
         weight, shape = base.as_operand(), base._weight_shape
-        return lora_by_weight(
-            x, weight, shape, a._parameters["weight"], b._parameters["weight"], scaling, bias, p
-        )
+        lora_a, lora_b = a._parameters["weight"], b._parameters["weight"]
+        y = lora_by_weight(cast, weight, shape, lora_a, lora_b, scaling, bias, p)
+        return y if dtype is None else as_dtype(y, x.dtype)
 
     def _fused_several(self, x: Tensor, base: Any, names: list[str]) -> Tensor | None:
         """Several adapters as one, of the sum of their ranks; None with dropout or variants."""
@@ -221,8 +224,11 @@ class QKernLinear(_Merging, Linear):
             return base(x)
         lora_a = torch.cat([a for a, _ in parts])
         lora_b = torch.cat([b for _, b in parts], 1)
-        weight, shape = base.as_operand(), base._weight_shape
-        return lora_by_weight(x, weight, shape, lora_a, lora_b, 1.0, base.bias_for(x), 0.0)
+        dtype = base.compute_dtype
+        cast = x if dtype is None else as_input(x, dtype)
+        weight, shape, bias = base.as_operand(), base._weight_shape, base.bias_for(cast)
+        y = lora_by_weight(cast, weight, shape, lora_a, lora_b, 1.0, bias, 0.0)
+        return y if dtype is None else as_dtype(y, x.dtype)
 
     # Merging.
 

@@ -132,6 +132,22 @@ def test_it_computes_the_bits_of_qkerns_own_layer() -> None:
             assert torch.equal(layer(x), own(x))
 
 
+@pytest.mark.parametrize("names", [["default"], ["default", "second"]])
+def test_a_compute_dtype_is_that_of_the_whole_sum(names: list[str]) -> None:
+    torch.manual_seed(0)
+    base = Linear4bit.from_linear(nn.Linear(64, 96), compute_dtype=torch.bfloat16)
+    model = adapted(nn.Sequential(base), target_modules=["0"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"]))
+    layer = shake(model).base_model.model[0]
+    layer.set_adapter(names)
+    x = torch.randn(5, 64)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    base.compute_dtype = None
+    assert torch.equal(y, layer(x.bfloat16()).float())
+    assert 1e-4 < error(y, layer(x)) < 0.01
+
+
 def test_dropout_is_of_training_alone() -> None:
     layer = one_layer(lora_dropout=0.5)
     x = torch.randn(64, 64, requires_grad=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qkern.nn import Embedding4bit, Linear4bit
+from qkern.nn import Embedding4bit, Linear4bit, dequantize_model, quantize_model
 from tests.integrations.twins import IDS, dense, error, linears, quantized, shake
 
 peft = pytest.importorskip("peft")
@@ -69,6 +69,47 @@ def test_merged_weights_are_the_sum_quantised_once(name: str) -> None:
         assert error(got, expected.quantized.dequantize(torch.float32)) < 1e-3
         # The error of NF4 of a Gaussian matrix is 0.092.
         assert error(got, wanted.get_submodule(path).weight) < 0.1
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_dequantised_first_nothing_is_rounded_to_four_bits(name: str) -> None:
+    model = adapted(**OPTIONS[name])
+    logits = model(IDS).logits
+    dequantize_model(model)
+    assert not any(isinstance(m, Linear4bit) for m in model.modules())
+    assert error(model(IDS).logits, logits) < 1e-5
+    merged = model.merge_and_unload()
+    assert error(merged(IDS).logits, logits) < 1e-5
+    assert {type(m) for n, m in merged.named_modules() if n.endswith("_proj")} == {nn.Linear}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_layers_that_were_transposed(name: str) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 128, "n_positions": 32}
+    model = quantize_model(GPT2LMHeadModel(GPT2Config(**sizes)).eval())
+    twin = dequantize_model(copy.deepcopy(model))
+    assert isinstance(twin.transformer.h[0].attn.c_attn, Conv1D)
+    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True} | OPTIONS[name]
+    both = adapted(model, **options), adapted(twin, **options)
+    logits = both[0](IDS).logits
+    assert error(logits, both[1](IDS).logits) < 1e-5
+    both[0].merge_adapter()
+    both[0].unmerge_adapter()
+    dequantize_model(both[0])
+    assert error(both[0](IDS).logits, logits) < 1e-5
+    assert error(both[0].merge_and_unload()(IDS).logits, logits) < 1e-5
+
+
+def test_dequantised_while_merged_it_cannot_go_back() -> None:
+    model = adapted()
+    model.merge_adapter()
+    dequantize_model(model)
+    with pytest.raises(RuntimeError, match="base_layer: is a Linear now"):
+        model.unmerge_adapter()
 
 
 def test_what_is_lost_of_a_small_update() -> None:
