@@ -83,7 +83,7 @@ def quantize_4bit(
     ``format``
         ``"nf4"``, ``"fp4"``, or ``"custom"`` with a ``codebook``.
     ``block_size``
-        a power of two from 32 to 4096. It need not divide a row: blocks run across rows.
+        a power of two from 32 to 16384. It need not divide a row: blocks run across rows.
     ``double_quant``
         quantise the scales to 8 bits: 4.127 bits a weight rather than 4.5 at block size 64.
     ``codebook``
@@ -242,7 +242,7 @@ def quantize_8bit(
 
     ``x`` is float32, bfloat16 or float16; ``map`` is ``"signed"``, ``"unsigned"`` (the dynamic
     maps) or an ascending float32 tensor ``[256]``; ``block_size`` is a power of two from 32 to
-    4096. The code is the nearest entry to ``x / absmax``, a tie going to the lower one. A block
+    16384. The code is the nearest entry to ``x / absmax``, a tie going to the lower one. A block
     that holds a NaN or an infinity gets the absmax NaN. Raises ``TypeError`` or ``ValueError``.
     """
     _errors.check_float_tensor("x", x)

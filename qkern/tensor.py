@@ -33,7 +33,7 @@ class QuantizedTensor:
     ``format``
         ``"nf4"``, ``"fp4"`` or ``"custom"``.
     ``block_size``
-        elements that share a scale: a power of two from 32 to 4096.
+        elements that share a scale: a power of two from 32 to 16384.
     ``shape``
         the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
     ``dtype``

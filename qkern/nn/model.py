@@ -71,7 +71,7 @@ def quantize_model(
     Args:
         model: any module that contains such layers.
         format: ``"nf4"``, ``"fp4"`` or ``"custom"``.
-        block_size: elements that share a scale: a power of two from 32 to 4096.
+        block_size: elements that share a scale: a power of two from 32 to 16384.
         double_quant: whether the scales are quantised to 8 bits.
         codebook: the 16 values of the format ``"custom"``.
         targets: ``"all-linear"``, which leaves out heads, and layers of transformers' models whose
