@@ -92,8 +92,10 @@ def quantize_structure(
     _say_what_stays(model)
 
 
-def quantize_like_bitsandbytes(model: Any, plan: Plan, skip: Iterable[str] | None) -> None:
-    """Replace the layers that transformers replaces by bitsandbytes'."""
+def quantize_like_bitsandbytes(
+    model: Any, plan: Plan, skip: Iterable[str] | None, more: Iterable[str] = ()
+) -> None:
+    """Replace the layers that transformers replaces by bitsandbytes', but for ``more``."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -101,6 +103,7 @@ def quantize_like_bitsandbytes(model: Any, plan: Plan, skip: Iterable[str] | Non
     spared = HfQuantizer.get_modules_to_not_convert(
         model, None if skip is None else list(skip), model._keep_in_fp32_modules
     )
+    spared = [*spared, *more]
     read = _read_by_parent(model)
     chosen: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

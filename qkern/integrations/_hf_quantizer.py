@@ -25,17 +25,30 @@ class QKernQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading: Loading | None = None
+        self._device_map: dict[str, Any] | None = None
         self._storage = torch.uint8
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Leave it as it was asked for."""
         return dtype
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Note where modules go; transformers asks once more when it has worked that out."""
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+
+    def _on_disk(self, name: str) -> bool:
+        """Whether the tensor of this name is offloaded to a file."""
+        from transformers.integrations.accelerate import get_device
+
+        places = self._device_map or {}
+        return "disk" in places.values() and get_device(places, name) == "disk"
+
     # ---- before the weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan(model)
-        self._loading = Loading(plan)
+        self._loading = Loading(plan, self._on_disk)
         self._quantize_structure(model, plan)
         _hf_checks.watch(model, self._loading)
         return model
@@ -96,6 +109,7 @@ class QKernQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._loading is not None
         _hf_checks.unwatch(model)
+        self._loading.name_offloaded(model)
         _hf_checks.check_described(self._loading)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:

@@ -60,9 +60,6 @@ def as_bitsandbytes(model: Any) -> list[str] | None:
         return None
     if any(not _taken_there(layer) for layer in layers.values()):
         return None
-    shared = [id(layer._parameters["weight"]) for layer in set(layers.values())]
-    if len(set(shared)) != len(shared):
-        return None  # layers that are tied keep but one of their states
     return _skipped(model, layers)
 
 
@@ -111,6 +108,7 @@ def plain(fields: dict[str, Any]) -> dict[str, Any]:
 def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) -> dict[str, Tensor]:
     """The tensors of ``model`` by the names they are saved under."""
     tensors: dict[str, Tensor] = model.state_dict()
+    done: set[int] = set()
     for path, layer in quantized_modules(model).items():
         held = _held(model, path, layer)
         names = {f"{path}.{name}": name for name in TENSORS if layer._parameters[name] is not None}
@@ -121,9 +119,12 @@ def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) ->
         for full in names:
             del tensors[full]
         qw = _with(layer, held).quantized
+        # Of tied layers each has its own: a state without its weight could not be read.
+        again = id(layer._parameters["weight"]) in done
+        done.add(id(layer._parameters["weight"]))
         for suffix, tensor in _layouts.to_bnb(path, qw).items():
             # Code tables are kept in one place for all, which safetensors would refuse.
-            own = tensor.clone() if suffix.endswith("_map") else tensor
+            own = tensor.clone() if again or suffix.endswith("_map") else tensor
             tensors[f"{path}.weight{suffix}"] = own
         if storage is not torch.uint8:
             packed = tensors[f"{path}.weight"].reshape(-1)
