@@ -1,0 +1,1 @@
+"""What joins qkern to other libraries, a module each, imported only where it is asked for."""
