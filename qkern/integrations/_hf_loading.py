@@ -114,17 +114,12 @@ class Quantize(_Op):
         layer = plan.paths.get(path)
         if layer is None:
             return {name: dense}  # one of several that a converter of the model's gives
-        if is_transposed(layer):
+        if isinstance(layer, Linear4bit) and _sources.is_conv1d(layer.source_class):
             dense = dense.T
         if tuple(dense.shape) != layer._weight_shape:
             raise ValueError(f"got shape {list(dense.shape)}; takes {list(layer._weight_shape)}")
         qw = quantize_4bit(dense.contiguous(), plan.format, plan.block_size, plan.double_quant)
         return parts(path, layer, qw)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the dense layer that it stands in for has its weight as ``[in, out]``."""
-    return getattr(layer, "source_class", nn.Linear).__name__ == "Conv1D"
 
 
 def parts(path: str, layer: QuantizedModule, qw: QuantizedTensor) -> dict[str, Tensor]:
@@ -181,8 +176,8 @@ class ReadBitsAndBytes(_Op):
         if isinstance(module, Linear4bit):
             shape, dtype = module._weight_shape, module._weight_dtype
         else:
-            _sources.check_layer("the module", module, "nn.Linear")
-            shape, dtype = tuple(module.weight.shape), module.weight.dtype
+            _sources.check_layer("the module", module, _sources.LINEAR_OR_CONV1D)
+            shape, dtype = tuple(_sources.matrix(module).shape), module.weight.dtype
         if qw.shape != shape:
             raise ValueError(f"got shape {list(qw.shape)}; takes {list(shape)}")
         qw = qw.to(dtype)

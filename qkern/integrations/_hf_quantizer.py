@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
-
-logger = logging.get_logger(__name__)
+from qkern.nn import dequantize_model
 
 
 class QKernQuantizer(HfQuantizer):
@@ -67,14 +65,14 @@ class QKernQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.read_from is not None:
             skip = config.read_from.get("llm_int8_skip_modules")
-            _hf_plan.quantize_like_bitsandbytes(model, plan, skip)
+            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True)
         else:
             embeddings = config.quantize_embeddings
             _hf_plan.quantize_structure(model, plan, config.skip, embeddings=embeddings)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the dense tensor of this name is to be one of a 4-bit module."""
-        if self._loading is None or not param_name.endswith(".weight"):
+        if self._loading is None or self.pre_quantized or not param_name.endswith(".weight"):
             return False
         return self._loading.plan.owner(param_name) is not None
 
@@ -141,7 +139,8 @@ class QKernQuantizer(HfQuantizer):
         return tensors, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        _hf_saving.dequantize(model, dtype)
+        dequantize_model(model, dtype)
+        _hf_plan.untie_parts(model)
         model.is_loaded_in_4bit = False
         return model
 

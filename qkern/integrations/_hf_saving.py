@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qkern.nn import _layouts
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
-from qkern.nn.model import replace_module
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """That bitsandbytes' kernels take."""
@@ -50,11 +49,10 @@ def as_bitsandbytes(model: Any) -> list[str] | None:
     They make transformers put bitsandbytes' layers exactly where 4-bit ones are.
     """
     layers = quantized_modules(model)
-    formats = {(m._format, m._block_size) for m in layers.values()}
-    if len(formats) != 1:
+    kinds = {(m._format, m._double_quant()) for m in layers.values()}
+    if len(kinds) > 1 or any(kind == "custom" for kind, _ in kinds):
         return None
-    kind, block_size = formats.pop()
-    if kind not in ("nf4", "fp4") or block_size not in _BLOCK_SIZES:
+    if any(layer._block_size not in _BLOCK_SIZES for layer in layers.values()):
         return None
     if not all(type(layer) is Linear4bit for layer in layers.values()):
         return None
@@ -155,24 +153,3 @@ def _with(layer: QuantizedModule, held: dict[str, Tensor | None]) -> Any:
     found = copy.copy(layer)
     found._parameters = {k: held.get(k, v) for k, v in layer._parameters.items()}  # type: ignore[misc]
     return found
-
-
-def dequantize(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Make the 4-bit modules dense ones again, in place."""
-    groups: dict[int, list[str]] = {}
-    layers = quantized_modules(model)
-    for path, layer in layers.items():
-        groups.setdefault(id(layer), []).append(path)
-    for paths in groups.values():
-        layer = layers[paths[0]]
-        weight = layer.quantized.dequantize(dtype)
-        dense: Any = nn.Module()
-        if isinstance(layer, Linear4bit):
-            dense = nn.Linear(1, 1, bias=layer.bias is not None, device="meta")
-            dense.out_features, dense.in_features = weight.shape
-            dense.bias = layer.bias
-        else:
-            dense = nn.Embedding(1, 1, device="meta")
-            dense.num_embeddings, dense.embedding_dim = weight.shape
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        replace_module(model, paths, dense.train(layer.training))

@@ -23,7 +23,7 @@ _original: Any = None
 class BitsAndBytesQuantizer(QKernQuantizer):
     """Loads with a ``BitsAndBytesConfig(load_in_4bit=True)``, as bitsandbytes would.
 
-    The same layers are in 4 bits, with the same codes and scales, and compute in the same dtype.
+    The same layers are in 4 bits, in the same format, and compute in the same dtype.
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -49,7 +49,9 @@ class BitsAndBytesQuantizer(QKernQuantizer):
 
     def _quantize_structure(self, model: Any, plan: _hf_plan.Plan) -> None:
         skip = self.quantization_config.llm_int8_skip_modules
-        _hf_plan.quantize_like_bitsandbytes(model, plan, skip, self._dense_off_the_gpu())
+        _hf_plan.quantize_like_bitsandbytes(
+            model, plan, skip, self._dense_off_the_gpu(), spare_heads=self.pre_quantized
+        )
 
     def _dense_off_the_gpu(self) -> Iterable[str]:
         """What ``llm_int8_enable_fp32_cpu_offload`` leaves dense."""
@@ -66,8 +68,9 @@ class BitsAndBytesQuantizer(QKernQuantizer):
         if skipped is None:
             raise ValueError("model: its 4-bit layers are not all such as bitsandbytes can save")
         config = self.quantization_config
-        kind, _, double_quant = _hf_saving.common_format(model)
-        config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = kind, double_quant
+        if _hf_saving.quantized_modules(model):
+            kind, _, double_quant = _hf_saving.common_format(model)
+            config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant = kind, double_quant
         config.llm_int8_skip_modules = skipped
         return True
 
@@ -77,7 +80,8 @@ def take_over_bitsandbytes() -> None:
 
     A script with ``BitsAndBytesConfig(load_in_4bit=True)`` stays as it is, and so does one that
     loads a directory in bitsandbytes' 4 bits. bitsandbytes need not be installed. The same layers
-    are in 4 bits as with bitsandbytes, with the same codes and scales. Of its config
+    are in 4 bits as with bitsandbytes, and a directory's weights have the same values; of dense
+    weights a code may differ where a value lies between two. Of its config
 
     - ``bnb_4bit_quant_type``, ``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``,
       ``llm_int8_skip_modules`` and ``llm_int8_enable_fp32_cpu_offload`` mean what they do there;

@@ -98,7 +98,7 @@ def test_what_does_not_fit_raises(tmp_path: Path, change: Change, message: str) 
             lambda held: held.update(
                 {NAME: torch.zeros(4, 1, dtype=torch.uint8)},
             ),
-            "got shape \\[4, 1\\]",
+            f"^{NAME}: got shape \\[4, 1\\]",
         ),
         (
             lambda held: held.update(
