@@ -18,21 +18,39 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM
 
-from qkern import nn as qnn
 from qkern import optim
 from qkern.integrations.accelerate import enable_fsdp_on_cpu
+from qkern.integrations.transformers import QKernConfig
 from tests.models import tiny_llama
 
 STEPS = 4
 VOCABULARY = 128
 
 
-def make_model(tied: bool = False) -> peft.PeftModel:
-    """Adapters that do something on 4-bit layers; the head stays dense."""
-    model = tiny_llama(tie_word_embeddings=tied)
-    qnn.quantize_model(model)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def save_dense(folder: Path) -> None:
+    """The models that the processes load, before anything is quantised."""
+    for name, config in MODELS.items():
+        tiny_llama(**config).save_pretrained(folder / name)
+
+
+def make_model(folder: Path, kind: str = "untied") -> peft.PeftModel:
+    """Adapters that do something, on a model that is quantised while it is loaded.
+
+    Of ``"tied_in_4_bits"`` table and head are one 4-bit weight.
+    """
+    options = QKernConfig(quantize_embeddings=kind == "tied_in_4_bits")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / kind.partition("_")[0], quantization_config=options, dtype=torch.float32
+    )
+    config = peft.LoraConfig(r=4, target_modules=r".*_proj", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -41,10 +59,11 @@ def make_model(tied: bool = False) -> peft.PeftModel:
     return model
 
 
-def make_optimizer(model: nn.Module, paged: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, bits: int | None = None) -> torch.optim.Optimizer:
+    """qkern's with ``bits``, else torch's."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if paged:
-        return optim.PagedAdamW(trained, lr=1e-2, bits=8, min_8bit_size=0)
+    if bits is not None:
+        return optim.PagedAdamW(trained, lr=1e-2, bits=bits, min_8bit_size=0)
     return torch.optim.AdamW(trained, lr=1e-2, foreach=False)
 
 
@@ -57,7 +76,7 @@ def batches(first: int, steps: int) -> Iterator[Tensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -114,28 +133,30 @@ DDP = {
 def ddp(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, options in DDP.items():
-        accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**options)])
-        model = spoiled(make_model(), accelerator.process_index)
+        accelerator = Accelerator(
+            cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**options)]
+        )
+        model = spoiled(make_model(folder), accelerator.process_index)
         model, optimizer = accelerator.prepare(model, make_optimizer(model))
         found[name] = {"losses": train(accelerator, model, optimizer), "state": state(model)}
         if name == "plain":
-            found[name] |= saved(accelerator, model, folder / name)
+            found[name] |= saved(accelerator, model, folder / "ddp")
             train(accelerator, model, optimizer, STEPS)
             found["further"] = state(model)
         forget()
-    found["accumulated"] = accumulated()
+    found["accumulated"] = accumulated(folder)
     return found
 
 
-def accumulated() -> dict[str, Any]:
+def accumulated(folder: Path) -> dict[str, Any]:
     """Two steps' batches in one step: DDP sends gradients with the second only."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = make_model()
+    model = make_model(folder)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     sent = 0
     if isinstance(model, nn.parallel.DistributedDataParallel):
 
-        def counted(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        def counted(_, bucket):  # torch looks at annotations
             nonlocal sent
             sent += 1
             future = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
@@ -178,15 +199,16 @@ FSDP: dict[str, dict[str, Any]] = {
     "checkpointed": {"activation_checkpointing": True, "reshard_after_forward": False},
     "bfloat16": {},
     "tied": {},
+    "tied_in_4_bits": {},
     "paged": {},
+    "paged_8bit": {},
 }
 """Options of the plugin, besides those of the configuration."""
 
-AS_ONE_PROCESS = ("as_launched", "full", "checkpointed", "tied")
-"""Those that compute what a program without accelerate does, bit for bit."""
+PAGED = {"paged": 32, "paged_8bit": 8}
 
 
-def fsdp_parts(name: str) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
+def fsdp_parts(folder: Path, name: str) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer]:
     enable_fsdp_on_cpu()
     options = dict(FSDP[name])
     if name == "bfloat16":
@@ -196,10 +218,10 @@ def fsdp_parts(name: str) -> tuple[Accelerator, nn.Module, torch.optim.Optimizer
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision=mixed)
     assert accelerator.is_fsdp2
     efficient = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-    model = make_model(tied=name == "tied")
+    model = make_model(folder, name if "tied" in name else "untied")
     if efficient:
         spoiled(model, accelerator.process_index)
-    return accelerator, *accelerator.prepare(model, make_optimizer(model, name == "paged"))
+    return accelerator, *accelerator.prepare(model, make_optimizer(model, PAGED.get(name)))
 
 
 def local_bytes(model: nn.Module) -> tuple[int, int]:
@@ -216,11 +238,11 @@ def local_bytes(model: nn.Module) -> tuple[int, int]:
 def fsdp(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in FSDP:
-        accelerator, model, optimizer = fsdp_parts(name)
+        accelerator, model, optimizer = fsdp_parts(folder, name)
         result: dict[str, Any] = {"bytes": local_bytes(model)}
         result["losses"] = train(accelerator, model, optimizer)
         result["state"] = state(model)
-        result |= saved(accelerator, model, folder / name)
+        result |= saved(accelerator, model, folder / "fsdp" / name)
         result["further_losses"] = train(accelerator, model, optimizer, STEPS)
         result["further"] = state(model)
         found[name] = result
@@ -231,13 +253,13 @@ def fsdp(folder: Path) -> dict[str, Any]:
 def fsdp_resumed(folder: Path) -> dict[str, Any]:
     """Go on from what other processes saved, however many they were."""
     found: dict[str, Any] = {}
-    for name in ("as_launched", "full", "paged", "bfloat16"):
-        accelerator, model, optimizer = fsdp_parts(name)
+    for name in ("as_launched", "full", "paged", "paged_8bit", "bfloat16"):
+        accelerator, model, optimizer = fsdp_parts(folder, name)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
-        accelerator.load_state(str(folder / name / "state"))
+        accelerator.load_state(str(folder / "fsdp" / name / "state"))
         loaded = state(model)
         losses = train(accelerator, model, optimizer, STEPS)
         found[name] = {"loaded": loaded, "further_losses": losses, "further": state(model)}
@@ -247,9 +269,9 @@ def fsdp_resumed(folder: Path) -> dict[str, Any]:
 
 def ddp_resumed(folder: Path) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
-    model = make_model()
+    model = make_model(folder)
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
-    accelerator.load_state(str(folder / "plain" / "state"))
+    accelerator.load_state(str(folder / "ddp" / "state"))
     loaded = state(model)
     train(accelerator, model, optimizer, STEPS)
     return {"loaded": loaded, "further": state(model)}
@@ -264,11 +286,13 @@ def main() -> None:
     """Be one of the processes: ``-m tests.integrations.launched FOLDER RESULTS SCENARIO...``."""
     folder, results, scenarios = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
-    found = {scenario: SCENARIOS[scenario](folder / scenario.split("_")[0]) for scenario in scenarios}
-    rank = torch.distributed.get_rank()
+    found = {scenario: SCENARIOS[scenario](folder) for scenario in scenarios}
+    started = torch.distributed.is_initialized()  # not by accelerate for one process alone
+    rank = torch.distributed.get_rank() if started else 0
     torch.save(found, results / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if started:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lab.processes import environment
+from tests.integrations import launched
 
 FSDP2: dict[str, Any] = {
     "distributed_type": "FSDP",
@@ -24,17 +25,25 @@ FSDP2: dict[str, Any] = {
 }
 DDP: dict[str, Any] = {"distributed_type": "MULTI_GPU"}
 """On CPUs too: with ``MULTI_CPU`` the launcher starts one process only, and wants MPI for more."""
+ALONE: dict[str, Any] = {"distributed_type": "NO"}
 
 
-def launch(
-    config: dict[str, Any],
-    processes: int,
-    program: str,
-    *args: str,
-    folder: Path,
-    fails: bool = False,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m PROGRAM ARGS`` by a configuration; fails with its output where it fails."""
+def cli(*args: str) -> None:
+    """Run ``accelerate ARGS``; fails with its output where it fails."""
+    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *args],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launch(config: dict[str, Any], processes: int, program: str, *args: str, folder: Path) -> None:
+    """Run ``python -m PROGRAM ARGS`` in processes, by a configuration kept in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     common = {
@@ -45,25 +54,20 @@ def launch(
         "use_cpu": True,
     }
     file.write_text(yaml.safe_dump(common | config))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(file), "--main_process_port", "0", "-m", program, *args]
-    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(
-        command,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-    assert fails == (done.returncode != 0), done.stdout + done.stderr
-    return done
+    places = ("--config_file", str(file), "--main_process_port", "0")
+    cli("launch", *places, "-m", program, *args)
 
 
 def run(
     config: dict[str, Any], processes: int, folder: Path, *scenarios: str, at: Path
 ) -> list[dict[str, Any]]:
-    """What each rank found in scenarios of ``launched``, which keep their files in ``at``."""
+    """What each rank found in scenarios of ``launched``, whose files are in ``at``.
+
+    Models are made there first, if there are none. A scenario of what is resumed takes the state
+    that one of its kind saved there.
+    """
+    if not (at / "untied").is_dir():
+        launched.save_dense(at)
     program = "tests.integrations.launched"
     launch(config, processes, program, str(at), str(folder), *scenarios, folder=folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]

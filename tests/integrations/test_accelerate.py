@@ -1,0 +1,107 @@
+"""FSDP by accelerate on CPUs: what is asked for is used, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from qkern.integrations import _launch
+from qkern.integrations.accelerate import enable_fsdp_on_cpu
+
+
+class Plugin(SimpleNamespace):
+    """What is asked of accelerate's."""
+
+    def set_mixed_precision(self, dtype: str) -> None:
+        self.dtype = dtype
+
+
+@pytest.fixture
+def as_in_processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """accelerate's state, as it is where processes run on CPUs, without any; the shared one."""
+    shared: dict[str, Any] = {}
+
+    def init(self: Any, mixed_precision: str = "no", fsdp_plugin: Any = None, **_: Any) -> None:
+        self.__dict__ = shared
+        self.distributed_type = PartialState._shared_state["distributed_type"]
+        self._mixed_precision = mixed_precision
+
+    monkeypatch.setattr(AcceleratorState, "__init__", init)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", shared)
+    partial = {"distributed_type": DistributedType.MULTI_CPU}
+    monkeypatch.setattr(PartialState, "_shared_state", partial)
+    return shared
+
+
+def test_a_plugin_is_used_on_cpus(as_in_processes: dict[str, Any]) -> None:
+    plugin = Plugin(fsdp_version=2)
+    before = AcceleratorState(fsdp_plugin=plugin)
+    assert before.distributed_type == DistributedType.MULTI_CPU  # accelerate itself ignores it
+    enable_fsdp_on_cpu()
+    enable_fsdp_on_cpu()
+    state = AcceleratorState(fsdp_plugin=plugin, mixed_precision="bf16")
+    assert state.distributed_type == DistributedType.FSDP
+    assert state.is_fsdp2
+    assert state.fsdp_plugin is plugin
+    assert plugin.dtype == "bf16"
+    again = AcceleratorState()  # as accelerate's optimizers ask
+    assert again.distributed_type == DistributedType.FSDP
+
+
+def test_nothing_changes_without_a_plugin_and_elsewhere(as_in_processes: dict[str, Any]) -> None:
+    enable_fsdp_on_cpu()
+    assert AcceleratorState().distributed_type == DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    state = AcceleratorState(fsdp_plugin=Plugin(fsdp_version=1))
+    assert state.distributed_type == DistributedType.MULTI_GPU
+
+
+def test_fsdp1_is_refused_on_cpus(as_in_processes: dict[str, Any]) -> None:
+    enable_fsdp_on_cpu()
+    with pytest.raises(ValueError, match="fsdp_version: got 1; takes 2"):
+        AcceleratorState(fsdp_plugin=Plugin(fsdp_version=1))
+    assert not as_in_processes  # the next one may have another plugin
+
+
+def test_it_must_come_before_the_first_accelerator(
+    as_in_processes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState()
+    enable_fsdp_on_cpu()  # DDP was asked for
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(
+        AcceleratorState, "_shared_state", {"distributed_type": DistributedType.MULTI_CPU}
+    )
+    with pytest.raises(RuntimeError, match="before the first Accelerator"):
+        enable_fsdp_on_cpu()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["accelerate", "no_accelerate"])
+def test_fsdp1_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    if not known:
+        monkeypatch.delitem(sys.modules, "accelerate.state")
+    _launch.refuse_fsdp1()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    _launch.refuse_fsdp1()  # a plugin of the program, not made yet
+    for version in (2, 1):
+        monkeypatch.setenv("FSDP_VERSION", str(version))
+        if version == 2:
+            _launch.refuse_fsdp1()
+            continue
+        with pytest.raises(ValueError, match="fsdp_version: got 1; 4-bit weights take 2"):
+            _launch.refuse_fsdp1()
+    if known:
+        AcceleratorState._shared_state["fsdp_plugin"] = Plugin(fsdp_version=2)
+        _launch.refuse_fsdp1()
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        AcceleratorState._shared_state["fsdp_plugin"] = Plugin(fsdp_version=1)
+        with pytest.raises(ValueError, match="fsdp_version: got 1"):
+            _launch.refuse_fsdp1()
