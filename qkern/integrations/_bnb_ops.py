@@ -89,6 +89,11 @@ def _check_matrix(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: got {list(shape)}; takes two sizes, [out_features, in_features]")
 
 
+def _check_input(name: str, x: Tensor, features: int) -> None:
+    if not x.dim() or x.shape[-1] != features:
+        raise ValueError(f"{name}: got shape {list(x.shape)}; takes [..., {features}]")
+
+
 def codes(stored: Tensor) -> Tensor:
     """The bytes of a packed weight, whatever dtype they are stored as, in the same memory."""
     if stored.dtype is torch.uint8:
@@ -221,6 +226,7 @@ def gemv_4bit(
     ``B`` may be packed for CPU inference, as its scales of two dimensions say.
     """
     _check_matrix("shapeB", shapeB)
+    _check_input("A", A, shapeB[1])
     _check("nf4", blocksize)
     if absmax.dim() == 2:
         B = unpacked_codes(B, shapeB)
@@ -260,6 +266,7 @@ def gemm_4bit(
 ) -> Tensor:
     """``A @ W.T + bias`` for ``A`` of ``[..., in_features]``, in ``A``'s dtype."""
     _check_matrix("shapeB", shapeB)
+    _check_input("A", A, shapeB[1])
     nested = absmax_8bit, absmax_code, absmax_offset
     found = weight(B, absmax, blocksize, quant_type, *nested, shapeB)
     return call("linear_4bit", A, found, shapeB[0], bias, _is_batch_invariant())
@@ -278,6 +285,7 @@ def gemm_4bit_dx(
 ) -> Tensor:
     """``dy @ W`` for ``dy`` of ``[..., out_features]``: the gradient of `gemm_4bit`'s ``A``."""
     _check_matrix("shapeB", shapeB)
+    _check_input("dy", dy, shapeB[0])
     nested = absmax_8bit, absmax_code, absmax_offset
     found = weight(B, absmax, blocksize, quant_type, *nested, shapeB)
     return call("linear_4bit_dx", dy, found, shapeB[1], _is_batch_invariant())

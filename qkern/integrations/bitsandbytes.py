@@ -269,7 +269,7 @@ def _registered(dispatch_key: str) -> torch.library.Library:
 
 def _replace_functions(bitsandbytes: Any) -> None:
     functions = bitsandbytes.autograd._functions
-    if not hasattr(_bnb_matmul, "own_matmul_4bit"):
+    if _bnb_matmul.own_matmul_4bit is None:
         _bnb_matmul.own_matmul_4bit = functions.matmul_4bit
         _bnb_matmul.own_function = functions.MatMul4Bit
     _on_any.put(bitsandbytes, "matmul_4bit", _bnb_matmul.matmul_4bit)
