@@ -17,9 +17,9 @@ from qkern.nn._targets import _read_by_parent, select
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import (
+    Options,
     _by_weight,
     _check_layers,
-    _Options,
     _stays_dense,
     _use_padded_batches,
     replace_module,
@@ -72,7 +72,7 @@ def quantize_structure(
     """
     skip = tuple(skip)
     fields = plan.format, plan.block_size, plan.double_quant
-    options = _Options(*fields, None, True, plan.compute_dtype)
+    options = Options(*fields, None, True, plan.compute_dtype)
     ties = _ties(model)
     tables = _tables(model, skip, ties) if embeddings else {}
     dense = _stays_dense(model)

@@ -114,10 +114,8 @@ def test_loftq(side: Side, dense_llama: Path) -> None:
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             base = layer.base_layer
-            if side.is_qkern:
-                held = base.quantized.dequantize()
-            else:
-                held = dequantize_module_weight(base)
+            theirs = dequantize_module_weight
+            held = base.quantized.dequantize() if side.is_qkern else theirs(base)
             rest = dense[f"{name}.weight"] - held
             ratios.append(distance(layer.get_delta_weight("default"), rest))
     mean = sum(ratios) / len(ratios)
