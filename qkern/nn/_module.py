@@ -73,7 +73,7 @@ class QuantizedModule(nn.Module):
     codebook: nn.Parameter | None
     quant_meta: nn.Parameter
 
-    # transformers draws the weights of modules anew that do not say so.
+    # transformers draws the weights of modules and parameters anew that do not say so.
     _is_hf_initialized = True
 
     def _set_quantized(self, qw: QuantizedTensor) -> None:
@@ -331,7 +331,10 @@ def require_grad(module: nn.Module, requires_grad: bool) -> None:
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not require grad, in the memory of ``tensor``."""
-    return nn.Parameter(tensor, requires_grad=False)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # So that transformers' own `_init_weights` leaves it alone: see QuantizedModule.
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -72,6 +72,20 @@ def test_a_model_there_and_back() -> None:
     assert {type(model.get_submodule(name)) for name in layers} == {Conv1D}
 
 
+def test_transformers_does_not_draw_the_weights_anew() -> None:
+    model = qnn.quantize_model(gpt2())
+    before = {n: p.clone() for n, p in model.named_parameters() if p.dtype != torch.float32}
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.bias.data.fill_(3.0)
+    model._initialize_weights(layer)
+    model.init_weights()
+    assert layer.bias.eq(3.0).all()
+    model.apply(model._init_weights)  # of what is asked so, the dense parameters
+    assert before
+    for name, tensor in before.items():
+        testing.assert_bitwise(model.get_parameter(name).detach(), tensor)
+
+
 def test_targets_and_skip() -> None:
     model = qnn.quantize_model(gpt2(), targets=["c_attn"])
     assert type(model.transformer.h[0].attn.c_attn) is qnn.Linear4bit
