@@ -1,5 +1,6 @@
 """Modules on 4-bit weights, LoRA, and whole models made of them."""
 
+from qkern.nn._from_bnb import from_bnb
 from qkern.nn.counting import count_parameters
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.dequantize import dequantize_model
@@ -26,6 +27,7 @@ __all__ = [
     "count_parameters",
     "dequantize_model",
     "disable_lora",
+    "from_bnb",
     "lora_layers",
     "lora_parameters",
     "merge_lora",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qkern import _errors
+from qkern import _bnb, _errors
 from qkern.functional import quantize_4bit
 from qkern.nn import _layouts
 from qkern.nn._layouts import PARAMETERS
@@ -58,10 +58,12 @@ class QuantizedModule(nn.Module):
 
     ``load_state_dict`` takes the parameters' own names, bitsandbytes' keys
     (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4``, ...) and state dicts of version
-    0.1.0. A checkpoint of another format, block size or shape is refused rather than read as the
-    wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes' ``quant_state``. As
-    with other modules the dtype is the module's own and is not loaded; only with ``assign=True``
-    it becomes the one in bitsandbytes' state.
+    0.1.0. Scales of bitsandbytes that were rounded elsewhere, by a map of 256 values computed on
+    another processor or to bfloat16, are restored exactly and held in float32: a double-quantised
+    module is not one any more then. A checkpoint of another format, block size or shape is refused
+    rather than read as the wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes'
+    ``quant_state``. As with other modules the dtype is the module's own and is not loaded; only
+    with ``assign=True`` it becomes the one in bitsandbytes' state.
     """
 
     weight: Tensor
@@ -71,7 +73,7 @@ class QuantizedModule(nn.Module):
     codebook: nn.Parameter | None
     quant_meta: nn.Parameter
 
-    # transformers draws the weights of modules anew that do not say so.
+    # transformers draws the weights of modules and parameters anew that do not say so.
     _is_hf_initialized = True
 
     def _set_quantized(self, qw: QuantizedTensor) -> None:
@@ -263,13 +265,30 @@ class QuantizedModule(nn.Module):
             raise ValueError(
                 f"{name}: got {found}; takes one {name}.quant_state.bitsandbytes__nf4 or __fp4"
             )
-        qw = _layouts.from_bnb(name, state_keys[0], state)
-        for key in _layouts.bnb_names(name, state_keys[0]):
+        qw = _bnb.read(name, state_keys[0], state)
+        if not qw.double_quant and f"{name}.nested_absmax" in state:
+            self._hold_restored_scales(name, qw)
+        for key in _bnb.names(name, state_keys[0]):
             state.pop(key, None)
         for part, tensor in self._own_layout(qw).items():
             if tensor is not None:
                 state[prefix + part] = tensor
         return qw.dtype
+
+    def _hold_restored_scales(self, name: str, qw: QuantizedTensor) -> None:
+        """Make room for scales in float32, where those of a file cannot stay in 8 bits.
+
+        In place, so that a layer which shares the parameters has them too.
+        """
+        own = self._format, self._block_size, self._weight_shape
+        if not self._double_quant() or own != (qw.format, qw.block_size, qw.shape):
+            return
+        absmax, meta = parameter(self, "absmax"), parameter(self, "quant_meta")
+        if is_sharded(absmax):
+            raise ValueError(f"{name}: is sharded; load it before fully_shard")
+        absmax.data = torch.zeros(qw.absmax.shape, dtype=torch.int32, device=absmax.device)
+        self._parameters.update(nested_absmax=None, nested_offset=None)
+        meta.data = _encoded(self._meta(), meta.device)
 
     def _check_state(self, state: dict[str, Any], prefix: str) -> None:
         """ValueError where ``state``, in this module's layout, does not hold its weight."""
@@ -312,7 +331,10 @@ def require_grad(module: nn.Module, requires_grad: bool) -> None:
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not require grad, in the memory of ``tensor``."""
-    return nn.Parameter(tensor, requires_grad=False)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # So that transformers' own `_init_weights` leaves it alone: see QuantizedModule.
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -75,6 +75,11 @@ _OF_QUANTIZED = frozenset(
     }
 )
 
+# And what bitsandbytes' have, of which a new layer takes what it needs.
+_OF_BITSANDBYTES = frozenset(
+    {"quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"}
+)
+
 
 def class_name(module: nn.Module) -> str:
     """Where its class is defined, and its name."""
@@ -158,9 +163,11 @@ def would_lose(layer: nn.Module) -> str | None:
     Hooks on forward and backward, attributes, and accelerate's hooks that do not offload are
     carried over by `carry_over`.
     """
-    reason = strange_parameters(layer)
-    if reason is not None:
-        return reason
+    return strange_parameters(layer) or strange_call(layer)
+
+
+def strange_call(layer: nn.Module) -> str | None:
+    """What `would_lose` says beside the layer's tensors: of its forward, methods and hooks."""
     held = vars(layer)
     if "_hf_hook" in held:
         if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
@@ -216,7 +223,7 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
         if getattr(source, kind[0]):
             vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
-    not_carried = _OF_EVERY_LAYER | _OF_ACCELERATE | _OF_QUANTIZED
+    not_carried = _OF_EVERY_LAYER | _OF_ACCELERATE | _OF_QUANTIZED | _OF_BITSANDBYTES
     for name, value in vars(source).items():
         if name not in not_carried and name not in vars(target):
             vars(target)[name] = value

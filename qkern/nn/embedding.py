@@ -109,7 +109,7 @@ class Embedding4bit(QuantizedModule):
         )
         assert isinstance(table, nn.Embedding)
         if self._scale_is_rounded:
-            scale = torch.tensor(self._embed_scale, device=weight.device)
+            scale = torch.tensor(self._embed_scale, dtype=torch.float32, device=weight.device)
             table.register_buffer("embed_scale", scale, persistent=False)
         return table
 

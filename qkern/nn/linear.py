@@ -186,7 +186,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
         ``compute_dtype``.
         """
         if isinstance(linear, Linear4bit):
-            self.take_settings(linear)
+            self._take_settings(linear)
         elif (kind := _sources.source_class(linear)) is not nn.Linear:
             self.source_class = kind
         _sources.carry_over(linear, self)
@@ -195,7 +195,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
             # empty.
             self.register_forward_pre_hook(_no_change)
 
-    def take_settings(self, other: Linear4bit) -> None:
+    def _take_settings(self, other: Linear4bit) -> None:
         """Compute in the dtype that ``other`` does, and be of its ``source_class``."""
         self.compute_dtype, self.source_class = other.compute_dtype, other.source_class
 
@@ -238,7 +238,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
         Raises ValueError where the bias does not fit.
         """
         layer = type(self).from_quantized(self.quantized, bias).train(self.training)
-        layer.take_settings(self)
+        layer._take_settings(self)
         layer._parameters.update((name, self._parameters[name]) for name in TENSORS)
         return layer
 

@@ -326,7 +326,7 @@ class LoRALinear(nn.Module):
                 codebook=qw.codebook,
             ).to(dtype=qw.dtype)
             quantized = Linear4bit.from_quantized(merged, base.bias)
-            quantized.take_settings(base)
+            quantized._take_settings(base)
             layer: nn.Linear = quantized
         else:
             dense = (base.weight.to(wide) + delta).to(base.weight.dtype)

@@ -78,7 +78,8 @@ def test_with_an_adapter_the_whole_sum_is(compute: torch.dtype, hooked: bool) ->
     else:
         testing.assert_bitwise(y, expected.to(given))
     layer.merge()
-    assert layer._merged is not None and layer._merged[0].compute_dtype == compute
+    assert layer._merged is not None
+    assert layer._merged[0].compute_dtype == compute
     plain.merge()
     testing.assert_bitwise(layer(x), plain(x.to(compute)).to(given))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -43,7 +44,8 @@ def test_a_layer_there_and_back() -> None:
     assert type(back) is Conv1D
     assert (back.nf, back.nx, back.noted) == (96, 64, "kept")
     assert back.bias is dense.bias
-    assert back.weight.is_contiguous() and not back.weight.requires_grad
+    assert back.weight.is_contiguous()
+    assert not back.weight.requires_grad
     testing.assert_bitwise(back.weight.detach(), expected.dequantize().T.contiguous())
     x = torch.randn(3, 64)
     torch.testing.assert_close(back(x), layer(x))
@@ -70,6 +72,20 @@ def test_a_model_there_and_back() -> None:
     assert {type(model.get_submodule(name)) for name in layers} == {Conv1D}
 
 
+def test_transformers_does_not_draw_the_weights_anew() -> None:
+    model = qnn.quantize_model(gpt2())
+    before = {n: p.clone() for n, p in model.named_parameters() if p.dtype != torch.float32}
+    layer = model.transformer.h[0].mlp.c_fc
+    layer.bias.data.fill_(3.0)
+    model._initialize_weights(layer)
+    model.init_weights()
+    assert layer.bias.eq(3.0).all()
+    model.apply(model._init_weights)  # of what is asked so, the dense parameters
+    assert before
+    for name, tensor in before.items():
+        testing.assert_bitwise(model.get_parameter(name).detach(), tensor)
+
+
 def test_targets_and_skip() -> None:
     model = qnn.quantize_model(gpt2(), targets=["c_attn"])
     assert type(model.transformer.h[0].attn.c_attn) is qnn.Linear4bit
@@ -85,7 +101,8 @@ def test_a_weight_shared_by_two_layers_is_one() -> None:
     b.weight = a.weight
     model = qnn.quantize_model(nn.ModuleDict({"a": a, "b": b}))
     assert model["a"].weight is model["b"].weight
-    assert model["b"].source_class is Conv1D and model["b"].bias is b.bias
+    assert model["b"].source_class is Conv1D
+    assert model["b"].bias is b.bias
     qnn.dequantize_model(model)
     assert model["a"].weight is model["b"].weight
     assert type(model["b"]) is Conv1D
@@ -96,9 +113,10 @@ def test_a_weight_read_both_ways_is_refused() -> None:
     conv, linear = Conv1D(64, 64), nn.Linear(64, 64)
     linear.weight = conv.weight
     model = nn.ModuleDict({"conv": conv, "linear": linear})
-    with pytest.raises(ValueError, match="weight of linear is also that of conv.*transposed"):
+    with pytest.raises(ValueError, match=r"weight of linear is also that of conv.*transposed"):
         qnn.quantize_model(model)
-    assert model["conv"] is conv and model["linear"] is linear
+    assert model["conv"] is conv
+    assert model["linear"] is linear
 
 
 def test_adapters() -> None:
@@ -140,3 +158,9 @@ def test_a_checkpoint_of_bitsandbytes(tmp_path: Path) -> None:
     with torch.no_grad():
         testing.assert_bitwise(read(IDS).logits, model(IDS).logits)
     assert read.transformer.h[0].attn.c_attn.source_class is Conv1D
+    # A weight that is the other way round is not read as if it were this one.
+    small = nn.ModuleDict({"fc": qnn.Linear4bit.from_linear(nn.Linear(64, 32, bias=False))})
+    tensors = small["fc"].quantized.to_bnb("fc.weight")
+    save_file(tensors | {"fc.bias": torch.zeros(64)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"fc.weight: got shape \(32, 64\); takes \(64, 32\)"):
+        io.load_bnb(nn.ModuleDict({"fc": Conv1D(64, 32)}), tmp_path / "other.safetensors")

@@ -218,7 +218,7 @@ def test_a_class_called_conv1d_is_refused() -> None:
     """Transformers' own is known; one of that name may compute anything."""
     kind = type("Conv1D", (nn.Module,), {})
     model = model_of(kind())
-    with pytest.raises(TypeError, match="odd is a Conv1D; takes exactly nn.Linear"):
+    with pytest.raises(TypeError, match=r"odd is a Conv1D; takes exactly nn.Linear"):
         qnn.quantize_model(model)
     assert untouched(model)
     assert isinstance(qnn.quantize_model(model, skip=["odd"])["plain"], qnn.Linear4bit)
