@@ -195,6 +195,21 @@ def test_loftq_is_nearer_than_quantising_and_never_worse_with_time(format: str) 
         last = now
 
 
+def test_loftq_brings_back_what_a_trained_weight_lost() -> None:
+    import loftq as script
+
+    try:
+        path = script.weights_file()
+    except ImportError as error:
+        pytest.skip(str(error))
+    weights = [weight for _, weight in zip(range(2), script.linear_weights(path), strict=False)]
+    alone = script.relative_error([w for _, w in weights], 0, 0)
+    assert 0.08 < alone < 0.11
+    once, often = (script.relative_error([w for _, w in weights], 16, n) for n in (1, 4))
+    assert once < 0.95 * alone
+    assert often < once
+
+
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_loftq_of_a_model(iterations: int, qkern_peft: Any, tmp_path: Path) -> None:
     dense = tiny_llama(num_hidden_layers=1)

@@ -510,6 +510,14 @@ def steps_are_those_of_adamw() -> None:
     assert qkern.optim.PagedAdamW([param]).step(lambda: 3.5) == 3.5
 
 
+@checks("qkern.optim.parameter_groups")
+def groups_have_their_options() -> None:
+    model = nn.Linear(4, 3)
+    groups = qkern.optim.parameter_groups(model, {"bias": {"bits": 8}})
+    assert [group.get("bits") for group in groups] == [None, 8]
+    assert groups[1]["params"][0] is model.bias
+
+
 @checks(
     *(
         f"qkern.optim.PagedAdamW.{name}"
