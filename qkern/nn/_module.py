@@ -299,7 +299,9 @@ class QuantizedModule(nn.Module):
                 f"{name}: the checkpoint holds a dense weight; load it before quantising, "
                 "or load a state dict saved from a quantised module"
             )
-        if meta is not None and not meta.is_meta:
+        # ZeRO-3 has empty tensors in place of all parameters, here and in its state dicts.
+        partitioned = meta is not None and meta.numel() == self.quant_meta.numel() == 0
+        if meta is not None and not meta.is_meta and not partitioned:
             whole = meta.full_tensor() if is_sharded(meta) else meta
             try:
                 found = json.loads(bytes(whole.tolist()).decode())

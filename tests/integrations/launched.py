@@ -51,8 +51,8 @@ def make_model(folder: Path, kind: str = "untied") -> peft.PeftModel:
         folder / kind.partition("_")[0], quantization_config=options, dtype=torch.float32
     )
     config = peft.LoraConfig(r=4, target_modules=r".*_proj", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
     torch.manual_seed(1)
+    model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -41,7 +41,7 @@ def main() -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         max_steps=steps,
-        save_steps=4,
+        save_steps=2,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         report_to=[],

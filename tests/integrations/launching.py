@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from lab.processes import environment
-from tests.integrations import launched
 
 FSDP2: dict[str, Any] = {
     "distributed_type": "FSDP",
@@ -63,11 +62,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """What each rank found in scenarios of ``launched``, whose files are in ``at``.
 
-    Models are made there first, if there are none. A scenario of what is resumed takes the state
-    that one of its kind saved there.
+    The models must be there (``launched.save_dense``), and for a scenario of what is resumed the
+    state that one of its kind saved.
     """
-    if not (at / "untied").is_dir():
-        launched.save_dense(at)
     program = "tests.integrations.launched"
     launch(config, processes, program, str(at), str(folder), *scenarios, folder=folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]

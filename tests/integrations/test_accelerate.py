@@ -1,17 +1,27 @@
-"""FSDP by accelerate on CPUs: what is asked for is used, and what cannot be is refused."""
+"""FSDP by accelerate on CPUs: what is asked for is used, and what cannot be is refused.
+
+Larger programs are launched in ``test_distributed.py``.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from qkern import nn as qnn
+from qkern import testing
 from qkern.integrations import _launch
 from qkern.integrations.accelerate import enable_fsdp_on_cpu
+from tests.integrations import launched_small
+from tests.integrations.launching import FSDP2, launch
 
 
 class Plugin(SimpleNamespace):
@@ -105,3 +115,28 @@ def test_fsdp1_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch, known:
         AcceleratorState._shared_state["fsdp_plugin"] = Plugin(fsdp_version=1)
         with pytest.raises(ValueError, match="fsdp_version: got 1"):
             _launch.refuse_fsdp1()
+
+
+def test_accelerate_launch_shards_4_bit_layers(tmp_path: Path) -> None:
+    config = copy.deepcopy(FSDP2)
+    config["fsdp_config"]["fsdp_auto_wrap_policy"] = "NO_WRAP"  # the model is no transformer
+    program = "tests.integrations.launched_small"
+    launch(config, 2, program, str(tmp_path), folder=tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = launched_small.make_model()
+        optimizer = torch.optim.SGD(qnn.lora_parameters(model), lr=0.1)
+        for x in launched_small.inputs():
+            (model(x).square().mean() / 2).backward()
+        optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    expected = model.state_dict()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["fsdp2"]
+        assert found["held"] == 64 * 96 // 4
+        assert found["state"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            testing.assert_bitwise(found["state"][name], tensor, name)
