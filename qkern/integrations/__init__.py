@@ -1,1 +1,5 @@
-"""What joins qkern to other libraries, a module each, imported only where it is asked for."""
+"""qkern within other libraries, a module for each, which imports that library.
+
+Nothing here is imported by ``import qkern``. A module named like a library joins qkern to it:
+``qkern.integrations.transformers`` to transformers.
+"""

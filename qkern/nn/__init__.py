@@ -1,6 +1,8 @@
 """Modules on 4-bit weights, LoRA, and whole models made of them."""
 
+from qkern.nn.counting import count_parameters
 from qkern.nn.dense import FrozenLinear
+from qkern.nn.dequantize import dequantize_model
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import (
@@ -21,6 +23,8 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "add_lora",
+    "count_parameters",
+    "dequantize_model",
     "disable_lora",
     "lora_layers",
     "lora_parameters",

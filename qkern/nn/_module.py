@@ -71,6 +71,9 @@ class QuantizedModule(nn.Module):
     codebook: nn.Parameter | None
     quant_meta: nn.Parameter
 
+    # transformers draws the weights of modules anew that do not say so.
+    _is_hf_initialized = True
+
     def _set_quantized(self, qw: QuantizedTensor) -> None:
         self._format = qw.format
         self._block_size = qw.block_size
@@ -97,6 +100,19 @@ class QuantizedModule(nn.Module):
         weight = weight.canonical()
         weight = weight._replace(packed=self._without_padding(weight.packed))
         return QuantizedTensor(*weight, self._weight_shape, self._weight_dtype)
+
+    def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense weight in ``dtype``, by default that of `quantized`, to be trained with or not.
+
+        RuntimeError where accelerate offloads it or it is sharded, TypeError for another dtype.
+        """
+        if "_hf_hook" in vars(self) and parameter(self, "weight").is_meta:
+            raise RuntimeError(
+                "weight: is offloaded by accelerate; takes it where it is computed, or remove the "
+                "hooks (remove_hook_from_module)"
+            )
+        with torch.inference_mode(False):
+            return self.quantized.dequantize(dtype)
 
     def as_operand(self) -> Weight:
         """The weight as the ops take it: the parameters themselves.
@@ -338,16 +354,16 @@ def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
 
 
 def quantized_weight(
-    dense: nn.Linear | nn.Embedding,
+    dense: Tensor,
     format: str,
     block_size: int,
     double_quant: bool,
     codebook: Tensor | None,
     check_finite: bool,
 ) -> QuantizedTensor:
-    """The weight of ``dense`` in 4 bits; the options are those of `quantize_4bit`."""
+    """A dense weight in 4 bits; the options are those of `quantize_4bit`."""
     return quantize_4bit(
-        dense.weight.detach(),
+        dense.detach(),
         format,
         block_size,
         double_quant,
