@@ -102,20 +102,25 @@ def codes(stored: Tensor) -> Tensor:
 
 
 def flat_scales(absmax: Tensor, shape: Sequence[int], blocksize: int) -> Tensor:
-    """The scales ``[blocks]`` of a weight in float32.
+    """The scales ``[blocks]`` of a weight in float32, in whatever shape they are given.
 
     Where bitsandbytes undid its packing for CPU inference, scales without double quantisation stay
     as they were packed: ``[in_features / blocksize, out_features]`` in bfloat16.
     """
-    if absmax.dim() == 2 and len(shape) == 2:
+    if is_packed(absmax) and len(shape) == 2:
         packed = [shape[1] // blocksize, shape[0]]
         if list(absmax.shape) != packed:
             raise ValueError(
-                f"absmax: got shape {list(absmax.shape)}; takes one dimension, or {packed} as "
-                "packed for CPU inference"
+                f"absmax: got {absmax.dtype} {list(absmax.shape)}; takes one dimension, or "
+                f"{packed} as packed for CPU inference"
             )
-        absmax = absmax.t().reshape(-1)
-    return absmax.float()
+        absmax = absmax.t()
+    return absmax.float().contiguous().view(-1)
+
+
+def is_packed(absmax: Tensor) -> bool:
+    """Whether the scales are those of a weight that is, or was, packed for CPU inference."""
+    return absmax.dim() == 2 and absmax.dtype == torch.bfloat16
 
 
 def plain_weight(
@@ -223,12 +228,12 @@ def gemv_4bit(
 ) -> Tensor:
     """``A @ W.T`` for ``A`` of ``[..., in_features]``: of any number of rows, despite its name.
 
-    ``B`` may be packed for CPU inference, as its scales of two dimensions say.
+    ``B`` may be packed for CPU inference, as its scales of two dimensions in bfloat16 say.
     """
     _check_matrix("shapeB", shapeB)
     _check_input("A", A, shapeB[1])
     _check("nf4", blocksize)
-    if absmax.dim() == 2:
+    if is_packed(absmax):
         B = unpacked_codes(B, shapeB)
     scales = flat_scales(absmax, shapeB, blocksize)
     table = _table_of(code)

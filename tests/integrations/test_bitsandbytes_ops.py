@@ -140,6 +140,20 @@ class TestDequantize:
             functional.dequantize_4bit(packed.t(), state), oracle(packed, state).float().t()
         )
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_scales_of_any_shape_and_dtype(self, dtype):
+        packed, state = quantized((128, 128))
+        w = oracle(packed, state)
+        absmax = state.absmax.to(dtype)
+        spread = state.absmax.repeat_interleave(64).view(128, 128)
+        values = (w / spread).float() * absmax.float().repeat_interleave(64).view(128, 128)
+        shapes = [absmax, absmax.repeat_interleave(2)[::2]]
+        if dtype != torch.bfloat16:  # in which two dimensions are those of a packed weight
+            shapes.append(absmax.view(128, 2))
+        for given in shapes:
+            found = ops.dequantize_4bit(packed, given, 64, "nf4", (128, 128), torch.float32)
+            assert torch.equal(found, values)
+
     def test_out_is_written_whatever_its_strides(self):
         packed, state = quantized((64, 96))
         for out in (torch.full((64, 96), torch.nan), torch.full((96, 64), torch.nan).t()):
