@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qkern import _bnb, _errors
+from qkern import _errors
 from qkern.functional import quantize_4bit
 from qkern.nn import _layouts
 from qkern.nn._layouts import PARAMETERS
@@ -265,10 +265,10 @@ class QuantizedModule(nn.Module):
             raise ValueError(
                 f"{name}: got {found}; takes one {name}.quant_state.bitsandbytes__nf4 or __fp4"
             )
-        qw = _bnb.read(name, state_keys[0], state)
+        qw = _layouts.from_bnb(name, state_keys[0], state)
         if not qw.double_quant and f"{name}.nested_absmax" in state:
             self._hold_restored_scales(name, qw)
-        for key in _bnb.names(name, state_keys[0]):
+        for key in _layouts.bnb_names(name, state_keys[0]):
             state.pop(key, None)
         for part, tensor in self._own_layout(qw).items():
             if tensor is not None:

@@ -105,7 +105,7 @@ def quantize_model(
     _check_no_lora(model)
     if compute_dtype is not None:
         _errors.check_float_dtype("compute_dtype", compute_dtype)
-    options = Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
+    options = _Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
     dense = _stays_dense(model) if targets == "all-linear" else ()
     paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False)
     if targets != "all-linear" or not paths:
@@ -125,7 +125,7 @@ def quantize_model(
     return model
 
 
-class Options(NamedTuple):
+class _Options(NamedTuple):
     """How layers are quantised: the arguments of `quantize_4bit` after the weight, then another."""
 
     format: str
@@ -162,7 +162,7 @@ def _check_no_lora(model: nn.Module) -> None:
         raise ValueError(f"model: has LoRA already, at {name}; quantise first")
 
 
-def _check_done(model: nn.Module, done: list[str], options: Options) -> None:
+def _check_done(model: nn.Module, done: list[str], options: _Options) -> None:
     """ValueError unless all of ``done``, in 4 bits already, are as this call would make them."""
     for path in done:
         layer = model.get_submodule(path)
@@ -173,7 +173,7 @@ def _check_done(model: nn.Module, done: list[str], options: Options) -> None:
             )
 
 
-def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: Options) -> None:
+def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
     """All that can be wrong with a layer, before the first is changed."""
     chosen = (model.get_submodule(paths[0]) for group in groups for paths in group)
     _sources.check_held_elsewhere(model, chosen)
@@ -191,14 +191,14 @@ def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: Opti
                 options.quantize(torch.empty_like(weight, device="meta"))
                 fine.add((weight.shape, weight.dtype))
             if options.check_finite:
-                check_finite(weight, options)
+                _check_finite(weight, options)
 
 
 _SURELY_FINE = 2.0**14
 """Of weights up to here, no scale and no sum of scales overflows in any dtype or format."""
 
 
-def check_finite(weight: Tensor, options: Options) -> None:
+def _check_finite(weight: Tensor, options: _Options) -> None:
     """Raise as `quantize_4bit` would, which is called for suspects only."""
     if weight.is_meta or weight.numel() == 0:
         return
@@ -213,7 +213,7 @@ def check_finite(weight: Tensor, options: Options) -> None:
         options.quantize(weight)
 
 
-def _quantize(model: nn.Module, groups: list[list[list[str]]], options: Options) -> None:
+def _quantize(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
     taken, total = 0, sum(map(len, groups))
     try:
         for group in groups:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from qkern import nn as qnn
 from qkern import quantize_4bit, testing
+from tests.models import tiny_llama
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -37,6 +40,13 @@ def storages(module: nn.Module) -> set[int]:
 
 def values_of(theirs: Any) -> Tensor:
     return bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 16}
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0))
 
 
 X = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -247,3 +257,26 @@ def test_a_packed_weight_answers_as_that_of_bitsandbytes() -> None:
                 product(weight)
         weight.data = weight.data.clone()
     assert getattr(ours.weight, "quant_state", None) is None
+
+
+@pytest.mark.parametrize("made", [tiny_gpt2, tiny_llama])
+def test_a_model_that_transformers_loaded(made: Callable[[], Any], tmp_path: Path) -> None:
+    """Its layers say of what class they were made; a ``Conv1D`` comes back as one."""
+    made().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    ids = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        logits = model.train()(ids).logits  # not in eval mode, which may repack the weights
+    memory = {m.weight.data_ptr() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    qnn.from_bnb(model)
+    layers = [m for m in model.modules() if isinstance(m, qnn.Linear4bit)]
+    assert {layer.weight.data_ptr() for layer in layers} == memory
+    assert {layer.compute_dtype for layer in layers} == {F32}
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-3, atol=1e-3)
+    assert qnn.count_parameters(model) == qnn.count_parameters(made())
+    qnn.dequantize_model(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in made().modules()]
