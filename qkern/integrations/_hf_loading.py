@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from qkern import _bnb, quantize_4bit
+from qkern import quantize_4bit
+from qkern.integrations._hf_pages import release
 from qkern.integrations._hf_plan import Plan
+from qkern.integrations._hf_versions import hold_codes
 from qkern.nn import _sources
+from qkern.nn._layouts import BNB_PARTS, from_bnb
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import replace_module
 from qkern.tensor import QuantizedTensor
 
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
-BNB_NAMES = ("weight", *(f"weight.{part}" for part in _bnb.PARTS), *STATES)
-"""All that bitsandbytes may keep of a weight, from its module on."""
+BNB_NAMES = (*(f"weight.{part}" for part in BNB_PARTS), *STATES, "weight")
+"""All that bitsandbytes may keep of a weight, from its module on; the first that fits counts."""
 
 
 class Loading:
@@ -32,6 +35,8 @@ class Loading:
         self.on_disk = on_disk
         """Whether the tensor of a name is to be offloaded to a file."""
         self.error: Exception | None = None
+        self.from_files = False
+        """Whether transformers reads the tensors from files, so that nobody has changed them."""
         self.packed: set[str] = set()
         """Names of weights that the files have in 4 bits."""
 
@@ -118,6 +123,8 @@ class Quantize(_Op):
         if tuple(dense.shape) != layer._weight_shape:
             raise ValueError(f"got shape {list(dense.shape)}; takes {list(layer._weight_shape)}")
         qw = quantize_4bit(dense.contiguous(), plan.format, plan.block_size, plan.double_quant)
+        if self.loading.from_files:
+            release(dense)
         return parts(path, layer, qw)
 
 
@@ -125,6 +132,8 @@ def parts(path: str, layer: QuantizedModule, qw: QuantizedTensor) -> dict[str, T
     """The tensors of ``qw`` as ``layer`` holds them, by full name."""
     layer._weight_dtype = qw.dtype
     own = layer._own_layout(qw)
+    assert own["weight"] is not None
+    hold_codes(layer, own["weight"])
     return {f"{path}.{name}": part for name in TENSORS if (part := own.get(name)) is not None}
 
 
@@ -171,7 +180,7 @@ class ReadBitsAndBytes(_Op):
         states = [state for state in STATES if state in tensors]
         if len(states) != 1:
             raise ValueError(f"got {', '.join(sorted(tensors))}; takes one of {', '.join(STATES)}")
-        qw = _bnb.read("weight", states[0], tensors)
+        qw = from_bnb("weight", states[0], tensors)
         if isinstance(module, Linear4bit):
             shape, dtype = module._weight_shape, module._weight_dtype
         else:
@@ -182,6 +191,8 @@ class ReadBitsAndBytes(_Op):
         qw = qw.to(dtype)
         # What safetensors gives may be mapped to the file, which can change or go.
         qw = replace(qw, **{name: tensor.clone() for name, tensor in qw.tensors().items()})  # type: ignore[arg-type]
+        if self.loading.from_files:
+            release(tensors["weight"])
         return parts(path, self._fitted(model, path, module, qw), qw)
 
     def _fitted(self, model: Any, path: str, module: Any, qw: QuantizedTensor) -> QuantizedModule:
@@ -226,7 +237,11 @@ class Converter(WeightConverter):
     __slots__ = ()
 
     def __init__(self, loading: Loading) -> None:
-        super().__init__(list(BNB_NAMES), "weight", [ReadBitsAndBytes(loading)])
+        super().__init__(
+            source_patterns=list(BNB_NAMES),
+            target_patterns="weight",
+            operations=[ReadBitsAndBytes(loading)],
+        )
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """As every converter of transformers: the key in the model, and what matched."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from qkern.integrations._hf_versions import hold_as
 from qkern.nn import _sources
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule
@@ -17,9 +18,9 @@ from qkern.nn._targets import _read_by_parent, select
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import (
-    Options,
     _by_weight,
     _check_layers,
+    _Options,
     _stays_dense,
     _use_padded_batches,
     replace_module,
@@ -72,7 +73,7 @@ def quantize_structure(
     """
     skip = tuple(skip)
     fields = plan.format, plan.block_size, plan.double_quant
-    options = Options(*fields, None, True, plan.compute_dtype)
+    options = _Options(*fields, None, True, plan.compute_dtype)
     ties = _ties(model)
     tables = _tables(model, skip, ties) if embeddings else {}
     dense = _stays_dense(model)
@@ -227,6 +228,14 @@ def _tie_in_4_bits(model: Any, plan: Plan, ties: Mapping[str, str]) -> None:
         model.all_tied_weights_keys = {**ties, **mine}
         # It is what saving goes by, and `tie_weights()` of a user.
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **mine}
+
+
+def hold_codes_as(model: Any, plan: Plan, dtype: torch.dtype) -> None:
+    """See `_hf_versions.hold_as`; not of weights that will be those of others."""
+    ties = _ties(model)
+    layers = {id(m): m for path, m in plan.paths.items() if f"{path}.weight" not in ties}
+    for layer in layers.values():
+        hold_as(layer, dtype)
 
 
 def untie_parts(model: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import _bnb
+from qkern.nn import _layouts
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
 
@@ -120,10 +120,10 @@ def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) ->
         # Of tied layers each has its own: a state without its weight could not be read.
         again = id(layer._parameters["weight"]) in done
         done.add(id(layer._parameters["weight"]))
-        for name, tensor in _bnb.to_bnb(f"{path}.weight", qw).items():
+        for suffix, tensor in _layouts.to_bnb(path, qw).items():
             # Code tables are kept in one place for all, which safetensors would refuse.
-            own = tensor.clone() if again or name.endswith("_map") else tensor
-            tensors[name] = own
+            own = tensor.clone() if again or suffix.endswith("_map") else tensor
+            tensors[f"{path}.weight{suffix}"] = own
         if storage is not torch.uint8:
             packed = tensors[f"{path}.weight"].reshape(-1)
             if packed.numel() % storage.itemsize:

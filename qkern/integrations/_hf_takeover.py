@@ -42,6 +42,9 @@ class BitsAndBytesQuantizer(QKernQuantizer):
             device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
 
+    def _stored_as(self) -> torch.dtype:
+        return self._storage
+
     def _plan(self, model: Any) -> _hf_plan.Plan:
         config = self.quantization_config
         fields = config.bnb_4bit_quant_type, _BLOCK_SIZE, config.bnb_4bit_use_double_quant
