@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,10 @@ BNB_NAMES = ("weight", *(f"weight.{part}" for part in BNB_PARTS), *STATES)
 class Loading:
     """One model's loading: what is to be in 4 bits, and the first thing that went wrong."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, on_disk: Callable[[str], bool]) -> None:
         self.plan = plan
+        self.on_disk = on_disk
+        """Whether the tensor of a name is to be offloaded to a file."""
         self.error: Exception | None = None
         self.packed: set[str] = set()
         """Names of weights that the files have in 4 bits."""
@@ -43,6 +45,43 @@ class Loading:
                 self.error = type(error)(f"{name}: {error}")
                 self.error.__cause__ = error
             raise
+
+    def offloaded(self, made: dict[str, Tensor], missing_keys: Any) -> dict[str, Tensor]:
+        """``made``, with the codes under another name where they are to be offloaded.
+
+        transformers has the name of the weight down for the dense one in the file that it read,
+        and would not write the codes anywhere.
+        """
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in made.items():
+            if self.plan.owner(name) is not None and self.on_disk(name):
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+                if name.endswith(".weight"):
+                    name = f"{name}{_CODES}"
+            renamed[name] = tensor
+        return renamed
+
+    def name_offloaded(self, model: nn.Module) -> None:
+        """Tell accelerate's hooks where the codes of offloaded weights are."""
+        for index in {id(found): found for found in _offload_indices(model)}.values():
+            for name in [name for name in index if name.endswith(_CODES)]:
+                index[name.removesuffix(_CODES)] = index.pop(name)
+
+
+_CODES = "-codes"
+
+
+def _offload_indices(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What accelerate's hooks know of files, by the names of tensors."""
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            found = getattr(one, "weights_map", None)
+            while found is not None and not hasattr(found, "index"):
+                found = getattr(found, "dataset", None)
+            if found is not None:
+                yield found.index
 
 
 class _Op(ConversionOps):
@@ -67,7 +106,7 @@ class Quantize(_Op):
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             made |= self.loading.attempt(name, lambda n=name, d=dense: self._quantized(n, d))  # type: ignore[misc]
-        return made
+        return self.loading.offloaded(made, missing_keys)
 
     def _quantized(self, name: str, dense: Tensor) -> dict[str, Tensor]:
         plan = self.loading.plan
@@ -75,17 +114,12 @@ class Quantize(_Op):
         layer = plan.paths.get(path)
         if layer is None:
             return {name: dense}  # one of several that a converter of the model's gives
-        if is_transposed(layer):
+        if isinstance(layer, Linear4bit) and _sources.is_conv1d(layer.source_class):
             dense = dense.T
         if tuple(dense.shape) != layer._weight_shape:
             raise ValueError(f"got shape {list(dense.shape)}; takes {list(layer._weight_shape)}")
         qw = quantize_4bit(dense.contiguous(), plan.format, plan.block_size, plan.double_quant)
         return parts(path, layer, qw)
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the dense layer that it stands in for has its weight as ``[in, out]``."""
-    return getattr(layer, "source_class", nn.Linear).__name__ == "Conv1D"
 
 
 def parts(path: str, layer: QuantizedModule, qw: QuantizedTensor) -> dict[str, Tensor]:
@@ -142,8 +176,8 @@ class ReadBitsAndBytes(_Op):
         if isinstance(module, Linear4bit):
             shape, dtype = module._weight_shape, module._weight_dtype
         else:
-            _sources.check_layer("the module", module, "nn.Linear")
-            shape, dtype = tuple(module.weight.shape), module.weight.dtype
+            _sources.check_layer("the module", module, _sources.LINEAR_OR_CONV1D)
+            shape, dtype = tuple(_sources.matrix(module).shape), module.weight.dtype
         if qw.shape != shape:
             raise ValueError(f"got shape {list(qw.shape)}; takes {list(shape)}")
         qw = qw.to(dtype)

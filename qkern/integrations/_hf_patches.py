@@ -15,37 +15,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from qkern.integrations._hf_config import METHOD, QKernConfig
-from qkern.nn._module import TENSORS, QuantizedModule
+from qkern.nn import count_parameters
+from qkern.nn._module import QuantizedModule
 
 logger = logging.get_logger(__name__)
-
-
-def count_parameters(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
-    """Elements of all parameters, a 4-bit weight's as before quantisation, its scales not."""
-    total = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        if exclude_embeddings and _is_table(module):
-            seen.update(id(p) for p in module.parameters(recurse=False))
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if only_trainable and not parameter.requires_grad:
-                continue
-            if isinstance(module, QuantizedModule) and name in TENSORS:
-                rows, columns = module._weight_shape
-                total += rows * columns if name == "weight" else 0
-            else:
-                total += parameter.numel()
-    return total
-
-
-def _is_table(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or (
-        isinstance(module, QuantizedModule) and not isinstance(module, nn.Linear)
-    )
 
 
 def _has_4_bit(model: nn.Module) -> bool:
@@ -59,7 +32,7 @@ def _num_parameters(original: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         if not _has_4_bit(self):
             return original(self, only_trainable, exclude_embeddings)
-        return count_parameters(self, only_trainable, exclude_embeddings)
+        return count_parameters(self, only_trainable, exclude_embeddings=exclude_embeddings)
 
     return num_parameters
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from qkern.nn import _sources
+from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn._targets import _read_by_parent, select
 from qkern.nn.embedding import Embedding4bit
@@ -43,14 +44,12 @@ class Plan:
     def add(self, model: nn.Module, paths: list[str]) -> QuantizedModule:
         """Put a 4-bit module of meta tensors at ``paths``, where one dense module is."""
         dense: Any = model.get_submodule(paths[0])
-        make = (
-            Embedding4bit.from_embedding
-            if isinstance(dense, nn.Embedding)
-            else Linear4bit.from_linear
-        )
-        layer = make(dense, self.format, self.block_size, self.double_quant)
-        if isinstance(layer, Linear4bit):
-            layer.compute_dtype = self.compute_dtype
+        fields = self.format, self.block_size, self.double_quant
+        layer: QuantizedModule
+        if isinstance(dense, nn.Embedding):
+            layer = Embedding4bit.from_embedding(dense, *fields)
+        else:
+            layer = Linear4bit.from_linear(dense, *fields, compute_dtype=self.compute_dtype)
         # transformers would initialise what it finds no flag on.
         layer._is_hf_initialized = True
         replace_module(model, paths, layer)
@@ -72,7 +71,8 @@ def quantize_structure(
     Its checks come first, and its errors, before anything is changed.
     """
     skip = tuple(skip)
-    options = _Options(plan.format, plan.block_size, plan.double_quant, None, True)
+    fields = plan.format, plan.block_size, plan.double_quant
+    options = _Options(*fields, None, True, plan.compute_dtype)
     ties = _ties(model)
     tables = _tables(model, skip, ties) if embeddings else {}
     dense = _stays_dense(model)
@@ -92,8 +92,19 @@ def quantize_structure(
     _say_what_stays(model)
 
 
-def quantize_like_bitsandbytes(model: Any, plan: Plan, skip: Iterable[str] | None) -> None:
-    """Replace the layers that transformers replaces by bitsandbytes'."""
+def quantize_like_bitsandbytes(
+    model: Any,
+    plan: Plan,
+    skip: Iterable[str] | None,
+    more: Iterable[str] = (),
+    *,
+    spare_heads: bool,
+) -> None:
+    """Replace the layers that transformers replaces by bitsandbytes', but for ``more``.
+
+    ``spare_heads`` leaves heads dense that ``skip`` does not name: for a directory, which may have
+    none for a new task's head, and has one in 4 bits where it is.
+    """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -101,7 +112,8 @@ def quantize_like_bitsandbytes(model: Any, plan: Plan, skip: Iterable[str] | Non
     spared = HfQuantizer.get_modules_to_not_convert(
         model, None if skip is None else list(skip), model._keep_in_fp32_modules
     )
-    read = _read_by_parent(model)
+    spared = [*spared, *more]
+    read: set[int] = {*_read_by_parent(model), *(find_heads(model).spared if spare_heads else ())}
     chosen: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
@@ -186,7 +198,7 @@ def _inside(path: str, names: Iterable[str]) -> bool:
 def _check_table(paths: list[str], module: Any, plan: Plan) -> None:
     """Its class is known, nothing of it would be lost, and a head can have the same weight."""
     try:
-        kind = "nn.Embedding" if isinstance(module, nn.Embedding) else "nn.Linear"
+        kind = _sources.EMBEDDING if isinstance(module, nn.Embedding) else _sources.LINEAR
         _sources.check_layer(paths[0], module, kind)
     except (TypeError, ValueError) as error:
         raise type(error)(f"quantize_embeddings: {error}") from error
@@ -215,6 +227,17 @@ def _tie_in_4_bits(model: Any, plan: Plan, ties: Mapping[str, str]) -> None:
         model.all_tied_weights_keys = {**ties, **mine}
         # It is what saving goes by, and `tie_weights()` of a user.
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **mine}
+
+
+def untie_parts(model: Any) -> None:
+    """Forget what `_tie_in_4_bits` added, of a model that is dense again."""
+
+    def rest(ties: Mapping[str, str]) -> dict[str, str]:
+        return {k: v for k, v in ties.items() if k.rpartition(".")[2] not in TENSORS[1:]}
+
+    model.all_tied_weights_keys = rest(_ties(model))
+    if model._tied_weights_keys:
+        model._tied_weights_keys = rest(model._tied_weights_keys)
 
 
 def _say_what_stays(model: nn.Module) -> None:

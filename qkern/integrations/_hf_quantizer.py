@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
 from qkern.integrations._peft_auto import register_where_installed
-
-logger = logging.get_logger(__name__)
+from qkern.nn import dequantize_model
 
 
 class QKernQuantizer(HfQuantizer):
@@ -25,17 +23,30 @@ class QKernQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading: Loading | None = None
+        self._device_map: dict[str, Any] | None = None
         self._storage = torch.uint8
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Leave it as it was asked for."""
         return dtype
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Note where modules go; transformers asks once more when it has worked that out."""
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+
+    def _on_disk(self, name: str) -> bool:
+        """Whether the tensor of this name is offloaded to a file."""
+        from transformers.integrations.accelerate import get_device
+
+        places = self._device_map or {}
+        return "disk" in places.values() and get_device(places, name) == "disk"
+
     # ---- before the weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan(model)
-        self._loading = Loading(plan)
+        self._loading = Loading(plan, self._on_disk)
         self._quantize_structure(model, plan)
         _hf_checks.watch(model, self._loading)
         return model
@@ -55,14 +66,14 @@ class QKernQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.read_from is not None:
             skip = config.read_from.get("llm_int8_skip_modules")
-            _hf_plan.quantize_like_bitsandbytes(model, plan, skip)
+            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True)
         else:
             embeddings = config.quantize_embeddings
             _hf_plan.quantize_structure(model, plan, config.skip, embeddings=embeddings)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the dense tensor of this name is to be one of a 4-bit module."""
-        if self._loading is None or not param_name.endswith(".weight"):
+        if self._loading is None or self.pre_quantized or not param_name.endswith(".weight"):
             return False
         return self._loading.plan.owner(param_name) is not None
 
@@ -96,6 +107,7 @@ class QKernQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._loading is not None
         _hf_checks.unwatch(model)
+        self._loading.name_offloaded(model)
         _hf_checks.check_described(self._loading)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
@@ -129,7 +141,8 @@ class QKernQuantizer(HfQuantizer):
         return tensors, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        _hf_saving.dequantize(model, dtype)
+        dequantize_model(model, dtype)
+        _hf_plan.untie_parts(model)
         model.is_loaded_in_4bit = False
         return model
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qkern.nn import _layouts
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
-from qkern.nn.model import replace_module
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """That bitsandbytes' kernels take."""
@@ -50,19 +49,15 @@ def as_bitsandbytes(model: Any) -> list[str] | None:
     They make transformers put bitsandbytes' layers exactly where 4-bit ones are.
     """
     layers = quantized_modules(model)
-    formats = {(m._format, m._block_size) for m in layers.values()}
-    if len(formats) != 1:
+    kinds = {(m._format, m._double_quant()) for m in layers.values()}
+    if len(kinds) > 1 or any(kind == "custom" for kind, _ in kinds):
         return None
-    kind, block_size = formats.pop()
-    if kind not in ("nf4", "fp4") or block_size not in _BLOCK_SIZES:
+    if any(layer._block_size not in _BLOCK_SIZES for layer in layers.values()):
         return None
     if not all(type(layer) is Linear4bit for layer in layers.values()):
         return None
     if any(not _taken_there(layer) for layer in layers.values()):
         return None
-    shared = [id(layer._parameters["weight"]) for layer in set(layers.values())]
-    if len(set(shared)) != len(shared):
-        return None  # layers that are tied keep but one of their states
     return _skipped(model, layers)
 
 
@@ -111,6 +106,7 @@ def plain(fields: dict[str, Any]) -> dict[str, Any]:
 def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) -> dict[str, Tensor]:
     """The tensors of ``model`` by the names they are saved under."""
     tensors: dict[str, Tensor] = model.state_dict()
+    done: set[int] = set()
     for path, layer in quantized_modules(model).items():
         held = _held(model, path, layer)
         names = {f"{path}.{name}": name for name in TENSORS if layer._parameters[name] is not None}
@@ -121,9 +117,12 @@ def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) ->
         for full in names:
             del tensors[full]
         qw = _with(layer, held).quantized
+        # Of tied layers each has its own: a state without its weight could not be read.
+        again = id(layer._parameters["weight"]) in done
+        done.add(id(layer._parameters["weight"]))
         for suffix, tensor in _layouts.to_bnb(path, qw).items():
             # Code tables are kept in one place for all, which safetensors would refuse.
-            own = tensor.clone() if suffix.endswith("_map") else tensor
+            own = tensor.clone() if again or suffix.endswith("_map") else tensor
             tensors[f"{path}.weight{suffix}"] = own
         if storage is not torch.uint8:
             packed = tensors[f"{path}.weight"].reshape(-1)
@@ -154,24 +153,3 @@ def _with(layer: QuantizedModule, held: dict[str, Tensor | None]) -> Any:
     found = copy.copy(layer)
     found._parameters = {k: held.get(k, v) for k, v in layer._parameters.items()}  # type: ignore[misc]
     return found
-
-
-def dequantize(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Make the 4-bit modules dense ones again, in place."""
-    groups: dict[int, list[str]] = {}
-    layers = quantized_modules(model)
-    for path, layer in layers.items():
-        groups.setdefault(id(layer), []).append(path)
-    for paths in groups.values():
-        layer = layers[paths[0]]
-        weight = layer.quantized.dequantize(dtype)
-        dense: Any = nn.Module()
-        if isinstance(layer, Linear4bit):
-            dense = nn.Linear(1, 1, bias=layer.bias is not None, device="meta")
-            dense.out_features, dense.in_features = weight.shape
-            dense.bias = layer.bias
-        else:
-            dense = nn.Embedding(1, 1, device="meta")
-            dense.num_embeddings, dense.embedding_dim = weight.shape
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        replace_module(model, paths, dense.train(layer.training))

@@ -11,8 +11,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from qkern.integrations import _hf_patches
 from qkern.integrations._hf_config import METHOD, QKernConfig
 from qkern.integrations._hf_quantizer import QKernQuantizer
+from qkern.integrations._hf_takeover import give_back_bitsandbytes, take_over_bitsandbytes
 
-__all__ = ["QKernConfig"]
+__all__ = ["QKernConfig", "give_back_bitsandbytes", "take_over_bitsandbytes"]
 
 # Assigned, for transformers' functions refuse a name that is there, as after a reload.
 AUTO_QUANTIZATION_CONFIG_MAPPING[str(METHOD)] = QKernConfig
