@@ -42,7 +42,7 @@ def save_dense(folder: Path) -> None:
 
 
 def make_model(folder: Path, kind: str = "untied") -> peft.PeftModel:
-    """Adapters that do something, on a model that is quantised while it is loaded.
+    """One that is quantised while it is loaded, with adapters.
 
     Of ``"tied_in_4_bits"`` table and head are one 4-bit weight.
     """
@@ -50,6 +50,11 @@ def make_model(folder: Path, kind: str = "untied") -> peft.PeftModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder / kind.partition("_")[0], quantization_config=options, dtype=torch.float32
     )
+    return adapted(model)
+
+
+def adapted(model: nn.Module) -> peft.PeftModel:
+    """``model`` with adapters that do something, always the same."""
     config = peft.LoraConfig(r=4, target_modules=r".*_proj", task_type="CAUSAL_LM")
     torch.manual_seed(1)
     model = peft.get_peft_model(model, config)

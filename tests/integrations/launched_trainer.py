@@ -64,6 +64,9 @@ def main() -> None:
         "state": launched.state(trainer.model),
         "fsdp2": accelerator.is_fsdp2,
     }
+    if accelerator.is_fsdp2:
+        # Of shards the Trainer writes no adapter's file.
+        accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(results / "adapter"))
     torch.save(found, results / f"{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -20,8 +21,10 @@ from qkern import nn as qnn
 from qkern import testing
 from qkern.integrations import _launch
 from qkern.integrations.accelerate import enable_fsdp_on_cpu
-from tests.integrations import launched_small
+from tests.integrations import launched, launched_small
 from tests.integrations.launching import FSDP2, launch
+from tests.integrations.models_of_transformers import IDS, load
+from tests.models import tiny_llama
 
 
 class Plugin(SimpleNamespace):
@@ -140,3 +143,30 @@ def test_accelerate_launch_shards_4_bit_layers(tmp_path: Path) -> None:
         assert found["state"].keys() == expected.keys()
         for name, tensor in expected.items():
             testing.assert_bitwise(found["state"][name], tensor, name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def test_from_pretrained_refuses_fsdp1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version: got 1; 4-bit weights take 2"):
+        load(folder)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert isinstance(load(folder).model.layers[0].mlp.up_proj, qnn.Linear4bit)
+
+
+def test_a_model_on_a_device_map_trains_without_bitsandbytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "is_bitsandbytes_multi_backend_available", lambda: False)
+    model = launched.adapted(load(folder, device_map={"": "cpu"}))
+    prepared = Accelerator(cpu=True).prepare_model(model)
+    prepared(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
