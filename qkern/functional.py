@@ -381,6 +381,14 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, bias
 
 
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; what `linear_by_weight` refuses as it is, so that it does."""
+    if not isinstance(x, Tensor) or x.dtype not in _errors.FLOAT_DTYPES:
+        return x
+    _check_memory("x", x)
+    return as_dtype(x, dtype)
+
+
 def _raise_for_input(x: Tensor, weight: Weight, shape: Sequence[int]) -> None:
     _errors.check_float_tensor("x", x)
     if len(shape) != 2:
