@@ -39,10 +39,16 @@ def names(name: str, state_key: str) -> list[str]:
 def to_bnb(name: str, qw: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of one weight as bitsandbytes keeps them, in the memory of ``qw``.
 
-    Raises ValueError, naming the weight, for a custom codebook and on the meta device.
+    Raises ValueError, naming the weight, for what bitsandbytes could not decode, a custom codebook
+    or a long block, and on the meta device.
     """
     if qw.format == "custom":
         raise ValueError(f"{name}: bitsandbytes has no file layout for a custom codebook")
+    if qw.block_size not in formats.BNB_BLOCK_SIZES:
+        raise ValueError(
+            f"{name}: block_size: got {qw.block_size}; bitsandbytes decodes blocks of up to "
+            f"{formats.BNB_BLOCK_SIZES[-1]}"
+        )
     if qw.packed.is_meta:
         raise ValueError(f"{name}: is on the meta device; takes a weight with values")
     state: dict[str, Any] = {

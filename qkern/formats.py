@@ -56,8 +56,8 @@ MIN_BLOCK_SIZE = 32
 MAX_BLOCK_SIZE = 16384
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Numbers of elements that may share a scale: the powers of two between both ends."""
-BNB_BLOCK_SIZES = BLOCK_SIZES[:8]
-"""Those, up to 4096, that bitsandbytes takes for 4 bits: it decodes no file with others."""
+BNB_BLOCK_SIZES = tuple(size for size in BLOCK_SIZES if size <= 4096)
+"""Those of them that bitsandbytes takes for 4 bits: it decodes no file with others."""
 NESTED_BLOCK_SIZE = 256
 """Number of absmax values that share one second-level scale in double quantisation."""
 STATE_BLOCK_SIZE = 256

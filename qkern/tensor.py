@@ -188,8 +188,8 @@ class QuantizedTensor:
         memory. ``bitsandbytes.functional.QuantState.from_dict`` takes all but the first, and a
         ``Linear4bit`` of either library loads them with ``load_state_dict``.
 
-        Raises ``ValueError`` for a custom codebook, which bitsandbytes has no layout for, and on
-        the meta device.
+        Raises ``ValueError`` for a custom codebook, which bitsandbytes has no layout for, for a
+        block size above 4096, which it does not decode, and on the meta device.
         """
         from qkern import _bnb  # it imports this module
 

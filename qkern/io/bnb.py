@@ -45,7 +45,7 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises ValueError for an adapter that is neither merged nor off nor still zero, which
     :func:`qkern.io.save_adapter` writes; and for 4-bit weights that bitsandbytes has no layout
-    for: custom codebooks and embeddings.
+    for: custom codebooks, blocks of more than 4096 and embeddings.
     """
     from safetensors.torch import save_file
 

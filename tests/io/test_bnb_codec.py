@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qkern
-from qkern import QuantizedTensor, io, testing
+from qkern import QuantizedTensor, formats, io, testing
 from qkern import nn as qnn
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -112,6 +112,11 @@ def test_what_bitsandbytes_has_no_layout_for() -> None:
     custom = qkern.quantize_4bit(drawn(64), "custom", codebook=codebook)
     with pytest.raises(ValueError, match=r"w: .* custom codebook"):
         custom.to_bnb("w")
+    assert qkern.quantize_4bit(drawn(64), block_size=formats.BNB_BLOCK_SIZES[-1]).to_bnb()
+    for block_size in (8192, 16384):
+        long = qkern.quantize_4bit(drawn(64), block_size=block_size)
+        with pytest.raises(ValueError, match=f"w: block_size: got {block_size}; .* up to 4096"):
+            long.to_bnb("w")
     with pytest.raises(ValueError, match="weight: is on the meta device"):
         qkern.quantize_4bit(torch.empty(64, device="meta")).to_bnb()
 
