@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
-from qkern.integrations import _hf_checks, _hf_plan, _hf_saving
+from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
 from qkern.integrations._peft_auto import register_where_installed
 from qkern.nn import dequantize_model
@@ -47,9 +47,21 @@ class QKernQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan(model)
         self._loading = Loading(plan, self._on_disk)
+        self._loading.from_files = bool(kwargs.get("checkpoint_files"))
         self._quantize_structure(model, plan)
+        if _hf_versions.CASTS_TO_PLACEHOLDERS:
+            comes = self._stored_as() if self.pre_quantized else model.dtype
+            if comes.is_floating_point:
+                _hf_plan.hold_codes_as(model, plan, comes)
         _hf_checks.watch(model, self._loading)
         return model
+
+    def _stored_as(self) -> torch.dtype:
+        """The dtype that codes have in the directory."""
+        fields = self.quantization_config.read_from or {}
+        name = str(fields.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+        found: torch.dtype = getattr(torch, name)
+        return found
 
     def _plan(self, model: Any) -> _hf_plan.Plan:
         config = self.quantization_config
@@ -100,7 +112,8 @@ class QKernQuantizer(HfQuantizer):
             if isinstance(op, ReadBitsAndBytes):
                 op.dtype = dtype if dtype is not None and dtype.is_floating_point else op.dtype
                 return None
-        return super().get_new_dtype(converter, param, dtype)
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
 
     # ---- after them
 
