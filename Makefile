@@ -25,7 +25,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon test-gpu \
-    mutants triton-versions support bench lint format clean
+    mutants triton-versions support features bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -93,6 +93,12 @@ support: setup  ## run the op table and write the tables of what passed into the
 	QKERN_TRITON_EVERY_CASE=1 $(PYTEST) -n $(WORKERS) -k test_op tests/triton/test_on_cpu.py \
 	    --record-support tests/docs/support_triton.json
 	$(RUN) tools/support.py --write
+
+# What docs/frameworks.md says of features, beside bitsandbytes.
+features: setup  ## run the features' tests, slow ones too, and write the tables into docs/frameworks.md
+	rm -f tests/docs/features.json
+	$(PYTEST) -n $(WORKERS) tests/integrations --record-features tests/docs/features.json
+	$(RUN) tools/features.py --write
 
 # Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
 test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-sanitizer

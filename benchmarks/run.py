@@ -55,8 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=list(STANDARD_OPS),
         help="comma-separated: "
         + ", ".join(STANDARD_OPS)
-        + "; adamw_in_file, which writes gigabytes to the disk; or an op of qkern.testing.OPS, "
-        "without peers",
+        + "; adamw_in_file, which writes gigabytes to the disk; enabled_forward and "
+        "enabled_forward_backward, bitsandbytes' layer on its own code and on qkern's kernels; or "
+        "an op of qkern.testing.OPS, without peers",
     )
     add(
         "--peer",

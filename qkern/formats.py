@@ -53,8 +53,11 @@ ADAMW_FACTORS = {
 """The float32 numbers that a parameter's step ``t`` of AdamW takes, in their order in memory."""
 
 MIN_BLOCK_SIZE = 32
-MAX_BLOCK_SIZE = 4096
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+MAX_BLOCK_SIZE = 16384
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Numbers of elements that may share a scale: the powers of two between both ends."""
+BNB_BLOCK_SIZES = tuple(size for size in BLOCK_SIZES if size <= 4096)
+"""Those of them that bitsandbytes takes for 4 bits: it decodes no file with others."""
 NESTED_BLOCK_SIZE = 256
 """Number of absmax values that share one second-level scale in double quantisation."""
 STATE_BLOCK_SIZE = 256
@@ -311,6 +314,8 @@ def header() -> str:
         "",
         f"inline constexpr int kMinBlockSize = {MIN_BLOCK_SIZE};",
         f"inline constexpr int kMaxBlockSize = {MAX_BLOCK_SIZE};",
+        "inline constexpr const char* kBlockSizes = "
+        f'"a power of two from {MIN_BLOCK_SIZE} to {MAX_BLOCK_SIZE}";',
         f"inline constexpr int kNestedBlockSize = {NESTED_BLOCK_SIZE};",
         f"inline constexpr int kStateBlockSize = {STATE_BLOCK_SIZE};",
         f"inline constexpr float kMaxGradient = {_float_literal(MAX_GRADIENT)};",

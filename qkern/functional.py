@@ -83,7 +83,7 @@ def quantize_4bit(
     ``format``
         ``"nf4"``, ``"fp4"``, or ``"custom"`` with a ``codebook``.
     ``block_size``
-        a power of two from 32 to 4096. It need not divide a row: blocks run across rows.
+        a power of two from 32 to 16384. It need not divide a row: blocks run across rows.
     ``double_quant``
         quantise the scales to 8 bits: 4.127 bits a weight rather than 4.5 at block size 64.
     ``codebook``
@@ -242,7 +242,7 @@ def quantize_8bit(
 
     ``x`` is float32, bfloat16 or float16; ``map`` is ``"signed"``, ``"unsigned"`` (the dynamic
     maps) or an ascending float32 tensor ``[256]``; ``block_size`` is a power of two from 32 to
-    4096. The code is the nearest entry to ``x / absmax``, a tie going to the lower one. A block
+    16384. The code is the nearest entry to ``x / absmax``, a tie going to the lower one. A block
     that holds a NaN or an infinity gets the absmax NaN. Raises ``TypeError`` or ``ValueError``.
     """
     _errors.check_float_tensor("x", x)
@@ -379,6 +379,14 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         _check_memory("bias", bias)
         bias = bias.to(dtype)
     return x, bias
+
+
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``; what `linear_by_weight` refuses as it is, so that it does."""
+    if not isinstance(x, Tensor) or x.dtype not in _errors.FLOAT_DTYPES:
+        return x
+    _check_memory("x", x)
+    return as_dtype(x, dtype)
 
 
 def _raise_for_input(x: Tensor, weight: Weight, shape: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ class QuantizedTensor:
     ``format``
         ``"nf4"``, ``"fp4"`` or ``"custom"``.
     ``block_size``
-        elements that share a scale: a power of two from 32 to 4096.
+        elements that share a scale: a power of two from 32 to 16384.
     ``shape``
         the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
     ``dtype``
@@ -176,6 +177,42 @@ class QuantizedTensor:
             raise ValueError("out: got a tensor that requires grad; takes one that does not")
         call("dequantize_4bit_out", self.weight, out)
         return out
+
+    def to_bnb(self, name: str = "weight") -> dict[str, Tensor]:
+        """The tensors that bitsandbytes keeps of this weight in a state dict, by name.
+
+        ``name`` has the packed codes, uint8 ``[ceil(n / 2), 1]``; ``name.absmax`` the scales;
+        ``name.quant_map`` float32 ``[16]``; with double quantisation ``name.nested_absmax`` and
+        ``name.nested_quant_map`` float32 ``[256]``; and ``name.quant_state.bitsandbytes__nf4`` (or
+        ``__fp4``) the rest as JSON in uint8, on the CPU. Codes and scales are this weight's own
+        memory. ``bitsandbytes.functional.QuantState.from_dict`` takes all but the first, and a
+        ``Linear4bit`` of either library loads them with ``load_state_dict``.
+
+        Raises ``ValueError`` for a custom codebook, which bitsandbytes has no layout for, for a
+        block size above 4096, which it does not decode, and on the meta device.
+        """
+        from qkern import _bnb  # it imports this module
+
+        return _bnb.to_bnb(name, self)
+
+    @classmethod
+    def from_bnb(cls, tensors: Mapping[str, Tensor], name: str = "weight") -> QuantizedTensor:
+        """The weight ``name`` of a state dict that bitsandbytes wrote, or :meth:`to_bnb`.
+
+        ``tensors`` may hold others beside it. Packed codes of any ``quant_storage`` are taken.
+        Codes and scales stay in the memory they are in, unless the scales have to be restored to be
+        what bitsandbytes restores: by a ``nested_quant_map`` that another processor computed, or in
+        a 16-bit ``nested_dtype``, to which bitsandbytes rounds scales when it repacks weights for
+        inference. They are float32 then, and the weight is not ``double_quant``. A weight that is
+        repacked still is brought into the usual order.
+
+        Raises ``ValueError``, naming the key, for what is missing, left over under ``name``, of
+        another dtype or shape than it says, not finite, or by a table that is not
+        bitsandbytes' own.
+        """
+        from qkern import _bnb
+
+        return _bnb.from_bnb(name, tensors)
 
     @classmethod
     def __torch_function__(

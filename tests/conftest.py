@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from qkern import testing
+from tests.integrations import record
 from tests.suite import shards
 
 settings.register_profile(
@@ -50,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write which op passed how many cases on which backend in which dtype to this file",
     )
+    parser.addoption(
+        "--record-features",
+        type=Path,
+        help="write what each feature did on qkern and on bitsandbytes to this file",
+    )
     shards.add_options(parser)
 
 
@@ -58,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
     config.pluginmanager.register(shards.Shards(config), "shards")
+    config.pluginmanager.register(record.Recorder(config), "features")
 
 
 _passed: Counter[tuple[str, str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""A small language model, made offline, a layer of bitsandbytes', and what it keeps, changed."""
+"""A small language model and a tokenizer, made offline; layers of bitsandbytes', changed files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def tiny_llama(**config: Any) -> Any:
         "num_key_value_heads": 2,
     }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | config))
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, <end> after a turn, and a chat template that says who speaks."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
+    bpe = Tokenizer(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<end>",
+        chat_template=(
+            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>\n{% endfor %}"
+            "{% if add_generation_prompt %}a:{% endif %}"
+        ),
+    )
 
 
 def bnb_layer(

@@ -200,12 +200,26 @@ def decode_tile(
 
 
 @triton.jit
-def block_absmax(x):
-    """Float32 ``[R]``, the largest magnitude of each row of ``x``; NaN where one is not finite."""
-    # Magnitudes compare as integers, with a NaN above infinity, which a float maximum would lose.
-    bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS, axis=1)
+def magnitude_bits(x):
+    """Int32, the magnitudes of the float32 ``x`` as integers.
+
+    They compare as the magnitudes do, with a NaN above infinity, which a float maximum would lose.
+    """
+    return x.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
+
+
+@triton.jit
+def largest_magnitude(bits):
+    """Float32 ``[R]``, the largest of each row of `magnitude_bits`; NaN where one is not finite."""
+    bits = tl.max(bits, axis=1)
     bits = tl.where(bits >= _INF_BITS, _QUIET_NAN_BITS, bits)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_absmax(x):
+    """Float32 ``[R]``, the largest magnitude of each row of ``x``; NaN where one is not finite."""
+    return largest_magnitude(magnitude_bits(x))
 
 
 @triton.jit

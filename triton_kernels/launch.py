@@ -72,7 +72,7 @@ _THREAD_CODES = formats.MIN_BLOCK_SIZE
 
 
 def codes(target: Target) -> Elements:
-    """For the encoders and decoders; a block longer than this takes a whole program."""
+    """For the encoders and decoders. Encoders read a longer block twice, in pieces of so many."""
     num_warps = 4
     return Elements(num_warps, _THREAD_CODES * num_warps * target.warp_size)
 

@@ -1,4 +1,4 @@
-"""quantize_4bit: blocks of 32 to 4096 values to 4-bit codes and a float32 absmax each."""
+"""quantize_4bit: blocks of 32 to 16384 values to 4-bit codes and a float32 absmax each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern.triton_kernels import codec, launch
-from qkern.triton_kernels.codec import UNIT, block_absmax, block_reciprocal, count_below, look_up
+from qkern.triton_kernels.codec import (
+    UNIT,
+    block_reciprocal,
+    count_below,
+    largest_magnitude,
+    look_up,
+    magnitude_bits,
+)
+
+
+@triton.jit
+def _load_piece(
+    x_ptr,
+    block,
+    first,
+    n,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Float32 ``[len(block), PIECE]``, each block from its element ``first`` on; 0 outside."""
+    element = block[:, None] * BLOCK_SIZE + (first + tl.arange(0, PIECE))[None, :]
+    mask = (block * BLOCK_SIZE < n)[:, None] if WHOLE else element < n
+    return tl.load(x_ptr + element, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -20,30 +43,40 @@ def _quantize_4bit_kernel(
     n,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PIECE: tl.constexpr,
     SIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """``BLOCKS`` blocks a program.
+    """``BLOCKS`` blocks a program, ``PIECE`` elements of each at a time.
 
     ``SIGNED`` codes are a sign and a magnitude's code. ``WHOLE`` says that the last block is not
     short, so that masks leave accesses wide.
     """
-    tl.static_assert(BLOCK_SIZE // UNIT * UNIT == BLOCK_SIZE)
+    tl.static_assert(PIECE // UNIT * UNIT == PIECE)
+    tl.static_assert(BLOCK_SIZE // PIECE * PIECE == BLOCK_SIZE)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    first_byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, PIECE // 2)[None, :]
     inside = block * BLOCK_SIZE < n
-    x = tl.load(x_ptr + element, mask=inside[:, None] if WHOLE else element < n, other=0.0)
-    x = x.to(tl.float32)
-    absmax = block_absmax(x)
+    x = _load_piece(x_ptr, block, 0, n, BLOCK_SIZE, PIECE, WHOLE)
+    bits = magnitude_bits(x)
+    for first in range(PIECE, BLOCK_SIZE, PIECE):
+        piece = _load_piece(x_ptr, block, first, n, BLOCK_SIZE, PIECE, WHOLE)
+        bits = tl.maximum(bits, magnitude_bits(piece))
+    absmax = largest_magnitude(bits)
     tl.store(absmax_ptr + block, absmax, mask=inside)
-    t = x * block_reciprocal(absmax)[:, None]
-    codes = look_up(codes_ptr, count_below(thresholds_ptr, tl.abs(t) if SIGNED else t, 4), 16)
-    if SIGNED:
-        codes += tl.where(x < 0.0, 8, 0)
-    high, low = tl.split(tl.reshape(codes, (BLOCKS, BLOCK_SIZE // 2, 2)))
-    packed = (high * 16 + low).to(tl.uint8)
-    tl.store(packed_ptr + byte, packed, mask=inside[:, None] if WHOLE else byte < (n + 1) // 2)
+    reciprocal = block_reciprocal(absmax)[:, None]
+    for first in range(0, BLOCK_SIZE, PIECE):
+        # A long block is read again, from the cache, rather than held in registers.
+        if PIECE < BLOCK_SIZE:
+            x = _load_piece(x_ptr, block, first, n, BLOCK_SIZE, PIECE, WHOLE)
+        t = x * reciprocal
+        codes = look_up(codes_ptr, count_below(thresholds_ptr, tl.abs(t) if SIGNED else t, 4), 16)
+        if SIGNED:
+            codes += tl.where(x < 0.0, 8, 0)
+        high, low = tl.split(tl.reshape(codes, (BLOCKS, PIECE // 2, 2)))
+        packed = (high * 16 + low).to(tl.uint8)
+        byte = first_byte + first // 2
+        tl.store(packed_ptr + byte, packed, mask=inside[:, None] if WHOLE else byte < (n + 1) // 2)
 
 
 def quantize_4bit(
@@ -69,6 +102,7 @@ def quantize_4bit(
         n,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
+        PIECE=min(block_size, config.elements),
         SIGNED=format == "fp4",
         WHOLE=n % block_size == 0,
         **config.options,

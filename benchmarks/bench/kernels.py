@@ -19,7 +19,7 @@ import qkern
 from qkern import reference, testing
 from qkern.backends import cpu
 
-from . import matmul, mixed, optimizer, overhead, peers
+from . import enabled, matmul, mixed, optimizer, overhead, peers
 from .peers import Choice
 from .timing import Call, Candidate, Problem, SkippedError
 from .weights import BLOCK_SIZE, case, inputs, random_weight
@@ -27,6 +27,7 @@ from .weights import BLOCK_SIZE, case, inputs, random_weight
 CONTESTS = (
     *("quantize", "dequantize", "forward", "forward_backward", mixed.OP, overhead.OP),
     *(optimizer.OP, optimizer.IN_FILE),
+    *enabled.OPS,
 )
 
 _EQUAL_SHARE = 0.999  # of bitsandbytes' codes that must be qkern's: it rounds ties otherwise
@@ -35,7 +36,7 @@ _DEFAULT_SHAPES = {
     optimizer.OP: optimizer.SHAPES,
     optimizer.IN_FILE: optimizer.FILE_SHAPES,
 }
-_DEFAULT_ROWS = {"overhead": (1,), "mixed": (1, 64)}
+_DEFAULT_ROWS = {"overhead": (1,), "mixed": (1, 64)} | dict.fromkeys(enabled.OPS, enabled.ROWS)
 _SHAPES = ((4096, 4096),)
 _ROWS = (1, 4, 8, 64, 512)
 
@@ -47,7 +48,7 @@ def shapes(op: str, args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
 
 def rows(op: str, args: argparse.Namespace) -> tuple[int, ...]:
     """The rows of activations that it asks for; one value where they do not matter."""
-    if not op.startswith(("forward", "linear", "mixed", "overhead")):
+    if not op.startswith(("forward", "linear", "mixed", "overhead", "enabled")):
         return (1,)
     return tuple(args.m or _DEFAULT_ROWS.get(op, _ROWS))
 
@@ -68,6 +69,8 @@ def contest(
     without_rows = {"quantize": _quantize, "dequantize": _dequantize}
     if op in without_rows:
         return without_rows[op](shape, dtype, choice)
+    if op in enabled.OPS:
+        return enabled.contest(op, shape, m, dtype, choice)
     of_layers = {mixed.OP: mixed.contest, overhead.OP: overhead.contest}
     if op in of_layers:
         return of_layers[op](shape, m, dtype, choice)

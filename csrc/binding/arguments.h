@@ -99,7 +99,9 @@ class Arguments {
   }
   void read_one(BlockSize& size) {
     size.value = value();
-    require(is_block_size(size.value), "block_size: takes a power of two from 32 to 4096");
+    if (!is_block_size(size.value)) {
+      throw std::invalid_argument(std::string("block_size: takes ") + kBlockSizes);
+    }
   }
   void read_one(bool& flag) { flag = value() != 0; }
   void read_one(DType& dtype) {

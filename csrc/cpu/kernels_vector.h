@@ -14,6 +14,7 @@ namespace {
 constexpr int kMaxVectorRows = 8;
 constexpr std::int64_t kMaxStreams = 4;  // rows of W read side by side
 constexpr std::int64_t kVectorPanelFloats = std::int64_t{1} << 17;
+constexpr std::int64_t kSegmentUnit = 4096;  // segments are multiples of it
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
@@ -291,10 +292,12 @@ struct ForwardVectorBy {
   static Status run(const Linear4bitArgs& args, int num_threads) {
     using Task = VectorTask<T, kRows, Kernel>;
     const Weight4bit& weight = args.weight;
-    // Segments start on whole blocks and whole registers of words.
-    constexpr std::int64_t kSegment = kVectorPanelFloats / kRows / kMaxBlockSize * kMaxBlockSize;
-    static_assert(kSegment >= kMaxBlockSize && kMaxBlockSize % kChunk == 0, "segments are whole");
-    const std::int64_t segment_length = min64(kSegment, weight.cols);
+    // Segments start on whole blocks and whole registers of words. Both sizes are powers of two, so
+    // a mask rounds down to multiples of the larger one.
+    constexpr std::int64_t kMostSegment = kVectorPanelFloats / kRows;
+    static_assert(kMostSegment >= kMaxBlockSize && kSegmentUnit % kChunk == 0, "a unit fits");
+    const std::int64_t whole_segment = kMostSegment & -max64(kSegmentUnit, weight.block_size);
+    const std::int64_t segment_length = min64(whole_segment, weight.cols);
     const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
     const std::int64_t scale_floats =
         kMaxStreams * ceil_div(segment_length, weight.block_size) + kScalePadding;

@@ -13,7 +13,8 @@ constexpr std::int64_t kStripCols = 2048;  // columns of W that a thread sums at
 // Rows of W summed before the sums are added to the total; see multiply_tile.
 constexpr std::int64_t kChainRows = 256;
 
-static_assert(kStripCols % kChunk == 0 && kStripCols % kMinBlockSize == 0, "strips are whole");
+static_assert(kStripCols % kChunk == 0 && (kStripCols & (kStripCols - 1)) == 0,
+              "strips are whole, and a block is some of them or a part of one");
 
 // Sums are kept in the order in which steps expose the codes: [row][chunk][step][register][lane].
 struct DxScratch {
@@ -169,10 +170,11 @@ struct DxVector {
   static Status run(const Linear4bitArgs& args, int num_threads) {
     using Task = DxTask<T, kRows>;
     const Weight4bit& weight = args.weight;
-    // Strips start on whole blocks as well as whole registers of words.
-    const std::int64_t unit = weight.block_size > kChunk ? weight.block_size : kChunk;
-    const std::int64_t most = unit > kStripCols ? unit : kStripCols;
-    const std::int64_t strip = min64(round_up(ceil_div(weight.cols, num_threads), unit), most);
+    // Strips start on whole registers of words, and are whole blocks or lie within one: blocks are
+    // counted from where a strip starts.
+    const std::int64_t unit = min64(max64(weight.block_size, kChunk), kStripCols);
+    const std::int64_t share = round_up(ceil_div(weight.cols, num_threads), unit);
+    const std::int64_t strip = min64(share, kStripCols);
     const std::int64_t scale_stride = strip / kMinBlockSize + 1 + kScalePadding;
     const std::int64_t floats = 2 * kRows * strip + Task::kStreams * scale_stride;
     WorkQueue queue(ceil_div(weight.cols, strip), 1);

@@ -21,6 +21,8 @@ constexpr std::int64_t kLongestChain = 1 << 16;
 
 // Columns of W up to which a lane's offsets to its few rows fit 32 bits.
 constexpr std::int64_t kLongestRow = 1 << 29;
+static_assert(4 * kLongestRow + kNestedBlockSize * std::int64_t{kMaxBlockSize} < 1ll << 32,
+              "positions in a ScaleRun, which starts up to 256 blocks before, fit them too");
 
 // The paths. Each has the whole args and writes y; `split` is what its workspace was sized for.
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);

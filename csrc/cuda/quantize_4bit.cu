@@ -1,4 +1,4 @@
-// quantize_4bit: blocks of 32...4096 values to 4-bit codes and a float32 absmax each.
+// quantize_4bit: blocks of 32...16384 values to 4-bit codes and a float32 absmax each.
 #include "blockwise.cuh"
 
 namespace qkern::cuda {

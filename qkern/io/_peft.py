@@ -157,7 +157,7 @@ def computed_otherwise(
         conversion.convert_peft_config_for_transformers(
             read,
             model,
-            mapping.get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            mapping.get_model_conversion_mapping(model),
         )
         if (after := _targets(read)) != before:
             return f"{who}, rewrites the target modules to {after}"

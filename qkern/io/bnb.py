@@ -1,6 +1,6 @@
 """4-bit weights in the layout of bitsandbytes' safetensors checkpoints, bit for bit both ways.
 
-``qkern.nn._layouts`` says how a weight lies there. Such files are written by transformers for a
+``qkern._bnb`` says how a weight lies there. Such files are written by transformers for a
 model loaded with ``BitsAndBytesConfig(load_in_4bit=True)``.
 """
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from qkern import _json
-from qkern.io._common import Layer, check_fits, linear_layers, named_tensors, some, unshared
+from qkern.io._common import check_fits, layers_for_4bit, named_tensors, some, unshared
 from qkern.io._files import write_file
 from qkern.nn._layouts import bnb_names, from_bnb, to_bnb
 from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
-from qkern.nn._sources import would_lose
+from qkern.nn._sources import matrix, would_lose
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear, lora_layers
@@ -45,7 +45,7 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises ValueError for an adapter that is neither merged nor off nor still zero, which
     :func:`qkern.io.save_adapter` writes; and for 4-bit weights that bitsandbytes has no layout
-    for: custom codebooks and embeddings.
+    for: custom codebooks, blocks of more than 4096 and embeddings.
     """
     from safetensors.torch import save_file
 
@@ -106,10 +106,13 @@ def _check_untied(path: str, layer: LoRALinear, tensors: Mapping[str, Tensor]) -
 def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Read a bitsandbytes 4-bit checkpoint into ``model``, in place, and freeze it.
 
-    Linear layers whose weight is 4-bit in the file become :class:`~qkern.nn.Linear4bit` with the
-    very same codes and scales, on the layer's device; the other tensors are copied. Parameters on
-    the meta device get tensors on the CPU, so the dense model never has to exist. Nothing stays
-    mapped to the file, which may change or go afterwards.
+    Linear layers whose weight is 4-bit in the file, those of class ``Conv1D`` of transformers too,
+    become :class:`~qkern.nn.Linear4bit` with the very same codes and scales, on the layer's device;
+    the other tensors are copied. Scales that only the file's own map of 256 values restores, or
+    that bitsandbytes rounded to 16 bits for inference, are restored and kept in float32, see
+    :meth:`qkern.QuantizedTensor.from_bnb`. Parameters on the meta device get tensors on the CPU, so
+    the dense model never has to exist. Nothing stays mapped to the file, which may change or go
+    afterwards.
 
     Args:
         model: the architecture, with dense or 4-bit linear layers and without LoRA.
@@ -137,7 +140,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             quantized[match["path"]] = match[0]
         if not quantized:
             raise ValueError(f"{path}: holds no weight that bitsandbytes quantised to 4 bits")
-        layers = linear_layers(inner)
+        layers = layers_for_4bit(inner)
         if unknown := quantized.keys() - layers.keys():
             raise ValueError(f"{path}: the model has no linear layer {some(unknown)}")
         rest = tensors.keys() - {
@@ -154,8 +157,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 if reason is not None and not isinstance(layers[layer][0], Linear4bit):
                     raise ValueError(f"{layer} {reason}")
                 qw = from_bnb(f"{layer}.weight", state, tensors)
-                shape = (layers[layer][0].out_features, layers[layer][0].in_features)
-                if qw.shape != shape:
+                if qw.shape != (shape := _shape(layers[layer][0])):
                     raise ValueError(f"{layer}.weight: got shape {qw.shape}; takes {shape}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -164,8 +166,8 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         inner.requires_grad_(False)
         for layer, state in quantized.items():
             old, paths = layers[layer]
-            assert not isinstance(old, LoRALinear)
-            device = old.weight.device
+            bias: Any = old.bias
+            device = old._parameters["weight"].device  # type: ignore[union-attr]
             qw = from_bnb(f"{layer}.weight", state, tensors)
             # Copied, since what safetensors gives stays mapped to the file: whoever writes to it
             # would change the model.
@@ -174,14 +176,14 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 qw = replace(qw, **copies)
             else:
                 qw = qw.to(device)
-            new = Linear4bit.from_quantized(qw, old.bias)
+            new = Linear4bit.from_quantized(qw, bias)
             new.take_over(old)
             replace_module(inner, paths, new)
     return model
 
 
 def _dense_slots(
-    model: nn.Module, quantized: Mapping[str, tuple[Layer, list[str]]]
+    model: nn.Module, quantized: Mapping[str, tuple[nn.Module, list[str]]]
 ) -> dict[str, Tensor]:
     """What the file must fill besides the 4-bit weights, by plain name."""
     plain = plain_paths(model)
@@ -192,6 +194,11 @@ def _dense_slots(
         for name in TENSORS
     }
     return {k: tensor for k, tensor in named_tensors(model).items() if k not in replaced}
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """``[out, in]``, dense or in 4 bits."""
+    return layer._weight_shape if isinstance(layer, Linear4bit) else tuple(matrix(layer).shape)
 
 
 def _check_values(

@@ -1,6 +1,9 @@
 """Modules on 4-bit weights, LoRA, and whole models made of them."""
 
+from qkern.nn._from_bnb import from_bnb
+from qkern.nn.counting import count_parameters
 from qkern.nn.dense import FrozenLinear
+from qkern.nn.dequantize import dequantize_model
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import (
@@ -21,7 +24,10 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "add_lora",
+    "count_parameters",
+    "dequantize_model",
     "disable_lora",
+    "from_bnb",
     "lora_layers",
     "lora_parameters",
     "merge_lora",

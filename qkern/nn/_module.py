@@ -58,10 +58,12 @@ class QuantizedModule(nn.Module):
 
     ``load_state_dict`` takes the parameters' own names, bitsandbytes' keys
     (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4``, ...) and state dicts of version
-    0.1.0. A checkpoint of another format, block size or shape is refused rather than read as the
-    wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes' ``quant_state``. As
-    with other modules the dtype is the module's own and is not loaded; only with ``assign=True``
-    it becomes the one in bitsandbytes' state.
+    0.1.0. Scales of bitsandbytes that were rounded elsewhere, by a map of 256 values computed on
+    another processor or to bfloat16, are restored exactly and held in float32: a double-quantised
+    module is not one any more then. A checkpoint of another format, block size or shape is refused
+    rather than read as the wrong numbers, as far as it tells: by ``quant_meta`` or by bitsandbytes'
+    ``quant_state``. As with other modules the dtype is the module's own and is not loaded; only
+    with ``assign=True`` it becomes the one in bitsandbytes' state.
     """
 
     weight: Tensor
@@ -70,6 +72,9 @@ class QuantizedModule(nn.Module):
     nested_offset: nn.Parameter | None
     codebook: nn.Parameter | None
     quant_meta: nn.Parameter
+
+    # transformers draws the weights of modules and parameters anew that do not say so.
+    _is_hf_initialized = True
 
     def _set_quantized(self, qw: QuantizedTensor) -> None:
         self._format = qw.format
@@ -97,6 +102,19 @@ class QuantizedModule(nn.Module):
         weight = weight.canonical()
         weight = weight._replace(packed=self._without_padding(weight.packed))
         return QuantizedTensor(*weight, self._weight_shape, self._weight_dtype)
+
+    def _dequantized(self, dtype: torch.dtype | None) -> Tensor:
+        """The dense weight in ``dtype``, by default that of `quantized`, to be trained with or not.
+
+        RuntimeError where accelerate offloads it or it is sharded, TypeError for another dtype.
+        """
+        if "_hf_hook" in vars(self) and parameter(self, "weight").is_meta:
+            raise RuntimeError(
+                "weight: is offloaded by accelerate; takes it where it is computed, or remove the "
+                "hooks (remove_hook_from_module)"
+            )
+        with torch.inference_mode(False):
+            return self.quantized.dequantize(dtype)
 
     def as_operand(self) -> Weight:
         """The weight as the ops take it: the parameters themselves.
@@ -248,12 +266,29 @@ class QuantizedModule(nn.Module):
                 f"{name}: got {found}; takes one {name}.quant_state.bitsandbytes__nf4 or __fp4"
             )
         qw = _layouts.from_bnb(name, state_keys[0], state)
+        if not qw.double_quant and f"{name}.nested_absmax" in state:
+            self._hold_restored_scales(name, qw)
         for key in _layouts.bnb_names(name, state_keys[0]):
             state.pop(key, None)
         for part, tensor in self._own_layout(qw).items():
             if tensor is not None:
                 state[prefix + part] = tensor
         return qw.dtype
+
+    def _hold_restored_scales(self, name: str, qw: QuantizedTensor) -> None:
+        """Make room for scales in float32, where those of a file cannot stay in 8 bits.
+
+        In place, so that a layer which shares the parameters has them too.
+        """
+        own = self._format, self._block_size, self._weight_shape
+        if not self._double_quant() or own != (qw.format, qw.block_size, qw.shape):
+            return
+        absmax, meta = parameter(self, "absmax"), parameter(self, "quant_meta")
+        if is_sharded(absmax):
+            raise ValueError(f"{name}: is sharded; load it before fully_shard")
+        absmax.data = torch.zeros(qw.absmax.shape, dtype=torch.int32, device=absmax.device)
+        self._parameters.update(nested_absmax=None, nested_offset=None)
+        meta.data = _encoded(self._meta(), meta.device)
 
     def _check_state(self, state: dict[str, Any], prefix: str) -> None:
         """ValueError where ``state``, in this module's layout, does not hold its weight."""
@@ -264,7 +299,9 @@ class QuantizedModule(nn.Module):
                 f"{name}: the checkpoint holds a dense weight; load it before quantising, "
                 "or load a state dict saved from a quantised module"
             )
-        if meta is not None and not meta.is_meta:
+        # ZeRO-3 has empty tensors in place of all parameters, here and in its state dicts.
+        partitioned = meta is not None and meta.numel() == self.quant_meta.numel() == 0
+        if meta is not None and not meta.is_meta and not partitioned:
             whole = meta.full_tensor() if is_sharded(meta) else meta
             try:
                 found = json.loads(bytes(whole.tolist()).decode())
@@ -296,7 +333,10 @@ def require_grad(module: nn.Module, requires_grad: bool) -> None:
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not require grad, in the memory of ``tensor``."""
-    return nn.Parameter(tensor, requires_grad=False)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # So that transformers' own `_init_weights` leaves it alone: see QuantizedModule.
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -338,16 +378,16 @@ def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
 
 
 def quantized_weight(
-    dense: nn.Linear | nn.Embedding,
+    dense: Tensor,
     format: str,
     block_size: int,
     double_quant: bool,
     codebook: Tensor | None,
     check_finite: bool,
 ) -> QuantizedTensor:
-    """The weight of ``dense`` in 4 bits; the options are those of `quantize_4bit`."""
+    """A dense weight in 4 bits; the options are those of `quantize_4bit`."""
     return quantize_4bit(
-        dense.weight.detach(),
+        dense.detach(),
         format,
         block_size,
         double_quant,

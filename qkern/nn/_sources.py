@@ -6,15 +6,17 @@ and anything that would be lost with the layer, is refused or left alone, never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+_FROZEN = "qkern.nn.dense.FrozenLinear"
+
 SAME_AS_LINEAR = frozenset(
     {
         "torch.nn.modules.linear.Linear",
-        "qkern.nn.dense.FrozenLinear",
+        _FROZEN,
         # x @ weight.T + bias, written out.
         "transformers.models.falcon.modeling_falcon.FalconLinear",
     }
@@ -31,6 +33,9 @@ LEFT_DENSE = frozenset(
     }
 )
 """Subclasses of ``nn.Linear`` that ``"all-linear"`` passes over; of others it raises."""
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+"""Computes ``x W + b``, with W ``[in, out]``: the transposed one of ``nn.Linear``."""
 
 _HOOKS = (
     ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -56,6 +61,26 @@ _OF_EVERY_LAYER = frozenset(
 )
 
 
+# What layers with a 4-bit weight have for it.
+_OF_QUANTIZED = frozenset(
+    {
+        "_format",
+        "_block_size",
+        "_weight_shape",
+        "_weight_dtype",
+        "_embed_scale",
+        "_scale_is_rounded",
+        "compute_dtype",
+        "source_class",
+    }
+)
+
+# And what bitsandbytes' have, of which a new layer takes what it needs.
+_OF_BITSANDBYTES = frozenset(
+    {"quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"}
+)
+
+
 def class_name(module: nn.Module) -> str:
     """Where its class is defined, and its name."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
@@ -64,6 +89,33 @@ def class_name(module: nn.Module) -> str:
 def is_linear(module: nn.Module) -> bool:
     """Whether its class is known to compute ``x Wᵀ + b``."""
     return type(module) is nn.Linear or class_name(module) in SAME_AS_LINEAR
+
+
+def is_conv1d(kind: type[nn.Module]) -> bool:
+    """Whether it is the class ``Conv1D`` of transformers, whose weight is ``[in, out]``."""
+    return f"{kind.__module__}.{kind.__qualname__}" == _CONV1D
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is a ``Conv1D`` of transformers."""
+    return is_conv1d(type(module))
+
+
+def source_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of the layer that ``layer`` is or stands in for."""
+    kind: type[nn.Module] = getattr(layer, "source_class", type(layer))
+    return nn.Linear if class_name(layer) == _FROZEN else kind
+
+
+def can_be_quantized(module: nn.Module) -> bool:
+    """Whether a `Linear4bit` may stand in for it: a linear layer, its weight either way round."""
+    return is_linear(module) or is_transposed(module)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """Its weight as ``[out, in]``, detached, in the same memory."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.T if is_transposed(layer) else weight
 
 
 def has_scale(module: nn.Module) -> bool:
@@ -77,12 +129,11 @@ def has_scale(module: nn.Module) -> bool:
 
 
 def check_layer(argument: str, layer: nn.Module, kind: str) -> None:
-    """TypeError, naming the class, unless ``layer`` can be replaced; ``kind`` says by what class.
+    """TypeError, naming the class, unless ``layer`` is one of ``kind``, a key of ``_KNOWN``.
 
     ValueError where it is of a class that can, but carries what would be lost.
     """
-    known = is_linear(layer) if kind == "nn.Linear" else _is_embedding(layer)
-    if not known:
+    if not _KNOWN[kind](layer):
         raise TypeError(
             f"{argument}: got {type(layer).__name__}; takes exactly {kind}, "
             "for a subclass may compute something else"
@@ -96,15 +147,27 @@ def _is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding or has_scale(module)
 
 
+LINEAR = "nn.Linear"
+LINEAR_OR_CONV1D = "nn.Linear or Conv1D of transformers"
+EMBEDDING = "nn.Embedding"
+_KNOWN: dict[str, Callable[[nn.Module], bool]] = {
+    LINEAR: is_linear,
+    LINEAR_OR_CONV1D: can_be_quantized,
+    EMBEDDING: _is_embedding,
+}
+
+
 def would_lose(layer: nn.Module) -> str | None:
     """What a replacement of ``layer`` would lose, as the end of a message; None for nothing.
 
     Hooks on forward and backward, attributes, and accelerate's hooks that do not offload are
     carried over by `carry_over`.
     """
-    reason = strange_parameters(layer)
-    if reason is not None:
-        return reason
+    return strange_parameters(layer) or strange_call(layer)
+
+
+def strange_call(layer: nn.Module) -> str | None:
+    """What `would_lose` says beside the layer's tensors: of its forward, methods and hooks."""
     held = vars(layer)
     if "_hf_hook" in held:
         if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
@@ -160,11 +223,27 @@ def carry_over(source: nn.Module, target: nn.Module) -> None:
         if getattr(source, kind[0]):
             vars(target).update((name, vars(source)[name]) for name in kind)
     target._is_full_backward_hook = source._is_full_backward_hook
+    not_carried = _OF_EVERY_LAYER | _OF_ACCELERATE | _OF_QUANTIZED | _OF_BITSANDBYTES
     for name, value in vars(source).items():
-        if name not in _OF_EVERY_LAYER | _OF_ACCELERATE and name not in vars(target):
+        if name not in not_carried and name not in vars(target):
             vars(target)[name] = value
     share_placement(source, target)
     target.train(source.training)
+
+
+def dense_layer(source: nn.Module, weight: nn.Parameter, **attributes: object) -> nn.Module:
+    """A layer of the class that ``source`` stands in for, with all that it carries.
+
+    Without its class's constructor, which would allocate and draw a weight.
+    """
+    kind = source_class(source)
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.weight = weight
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    carry_over(source, layer)
+    return layer
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
@@ -187,7 +266,7 @@ def is_only_placed(layer: nn.Module) -> bool:
 def share_placement(source: nn.Module, target: nn.Module) -> None:
     """Let accelerate call ``target`` as it calls ``source``, where it does."""
     if "_hf_hook" in vars(source):
-        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+        from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(target, source._hf_hook)
 

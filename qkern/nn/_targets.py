@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -52,10 +52,13 @@ def select(
     argument: str,
     *,
     quantized: bool,
+    soon: Collection[int] = (),
 ) -> tuple[list[list[str]], list[str]]:
     """Paths of the chosen linear layers, all paths of one layer together.
 
     Of those in 4 bits too if ``quantized``; else these are the second result, a path for each.
+    With ``quantized`` a ``Conv1D`` is chosen only where it is one of ``soon``, the ids of layers
+    that will be in 4 bits when their adapters come.
     """
     layers: dict[int, list[str]] = {}
     done: dict[int, list[str]] = {}
@@ -63,7 +66,11 @@ def select(
     for path, module in model.named_modules(remove_duplicate=False):
         if not path:
             continue
-        if _sources.is_linear(module) or (quantized and type(module) is Linear4bit):
+        if (
+            _sources.is_linear(module)
+            or (quantized and type(module) is Linear4bit)
+            or (_sources.is_transposed(module) and (not quantized or id(module) in soon))
+        ):
             layers.setdefault(id(module), []).append(path)
         elif type(module) is Linear4bit:
             done.setdefault(id(module), []).append(path)
@@ -83,9 +90,9 @@ def select(
         already = [paths[0] for key, paths in done.items() if key not in heads]
         outside = {p: m for p, m in others.items() if not names.inside(p, skip)}
         unknown = {p: m for p, m in outside.items() if id(m) not in heads}
-        _check_passed_over(unknown, argument, alone=not (chosen or already), skip=skip)
+        _check_passed_over(unknown, argument)
         if not chosen and not already:
-            raise ValueError(f"model: has no nn.Linear outside skip={list(skip)} and its heads")
+            raise ValueError(f"model: has no linear layer outside skip={list(skip)} and its heads")
         return chosen, already
     patterns = [targets] if isinstance(targets, str) else list(targets)
     by_name = not isinstance(targets, str)
@@ -116,35 +123,23 @@ def select(
     return list(found.values()), list(found_done.values())
 
 
-def _check_passed_over(
-    others: dict[str, nn.Module], argument: str, *, alone: bool, skip: tuple[str, ...]
-) -> None:
-    """TypeError for a layer that "all-linear" means and that is not of a class that is taken.
-
-    ValueError for transformers' Conv1D in a model that has nothing else.
-    """
+def _check_passed_over(others: dict[str, nn.Module], argument: str) -> None:
+    """TypeError for a layer that "all-linear" means and that is not of a class that is taken."""
     refused: list[str] = []
     for path, module in others.items():
         kind = type(module).__name__
-        if kind == "Conv1D" and not isinstance(module, nn.Conv1d):
-            if alone:
-                raise ValueError(
-                    f"model: has no nn.Linear outside skip={list(skip)} and its heads (its Conv1D "
-                    "layers are not supported)"
-                )
-        elif (
-            not isinstance(module, nn.Linear)
-            or (isinstance(module, QuantizedModule) and argument == "targets")
-            or _sources.class_name(module) in _sources.LEFT_DENSE
+        if (kind == "Conv1D" and not isinstance(module, nn.Conv1d)) or (
+            isinstance(module, nn.Linear)
+            and not (isinstance(module, QuantizedModule) and argument == "targets")
+            and _sources.class_name(module) not in _sources.LEFT_DENSE
         ):
-            continue
-        refused.append(path)
+            refused.append(path)
     if refused:
         names = sorted({path.rpartition(".")[2] for path in refused})
         them = "it as it is" if len(refused) == 1 else "all such layers as they are"
         raise TypeError(
-            f"{argument}: {refused[0]} is a {type(others[refused[0]]).__name__}; takes exactly "
-            f"nn.Linear, for another class may compute something else; skip={names} leaves {them}"
+            f"{argument}: {refused[0]} is a {_wrong_class(others[refused[0]])}; "
+            f"skip={names} leaves {them}"
         )
 
 
@@ -159,13 +154,19 @@ def _no_match(
         return ValueError(f"{argument}: {pattern!r} matches {skipped[0]}, which is in skip")
     if wrong:
         path, module = next(iter(wrong.items()))
-        kind = type(module).__name__
-        why = ", whose weight is transposed" if kind == "Conv1D" else ""
-        return TypeError(f"{argument}: {path} is a {kind}{why}; takes exactly nn.Linear")
+        return TypeError(f"{argument}: {path} is a {_wrong_class(module)}")
     names = sorted({paths[0].rpartition(".")[2] for paths in kept})
     return ValueError(
         f"{argument}: {pattern!r} matches no linear layer; the model has {', '.join(names[:20])}"
     )
+
+
+def _wrong_class(module: nn.Module) -> str:
+    """Its class and what is taken, for a message."""
+    kind = type(module).__name__
+    if _sources.is_transposed(module):
+        return f"dense {kind}, whose weight is transposed; takes it in 4 bits (quantize_model)"
+    return f"{kind}; takes exactly nn.Linear, for another class may compute something else"
 
 
 class _Names:

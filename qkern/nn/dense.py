@@ -34,7 +34,7 @@ class FrozenLinear(nn.Linear):
         Raises ValueError if its weight requires grad, or something would be lost; TypeError for a
         subclass that is not known to compute the same.
         """
-        _sources.check_layer("linear", linear, "nn.Linear")
+        _sources.check_layer("linear", linear, _sources.LINEAR)
         if linear.weight.requires_grad:
             raise ValueError("linear: its weight requires grad; takes a frozen layer")
         layer = cls.__new__(cls)

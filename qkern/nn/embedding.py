@@ -13,7 +13,7 @@ from qkern import _errors, formats
 from qkern.functional import _check_memory
 from qkern.nn import _sources
 from qkern.nn._layouts import PARAMETERS
-from qkern.nn._module import QuantizedModule, parameter, quantized_weight
+from qkern.nn._module import QuantizedModule, frozen, parameter, quantized_weight
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
@@ -31,6 +31,9 @@ class Embedding4bit(QuantizedModule):
     A lookup reads whole blocks, so the parameter ``weight`` is padded to them where the size of
     the table is no multiple of the block size; ``quantized`` is without the padding.
     """
+
+    source_class: type[nn.Embedding] = nn.Embedding
+    """The class that :meth:`to_embedding` makes: the one of the table this was made of."""
 
     _embed_scale: float | None = None
     _scale_is_rounded = False
@@ -68,16 +71,47 @@ class Embedding4bit(QuantizedModule):
         are used, and where something would be lost (see :func:`quantize_model`); other errors are
         those of :func:`qkern.quantize_4bit`.
         """
-        _sources.check_layer("embedding", embedding, "nn.Embedding")
+        _sources.check_layer("embedding", embedding, _sources.EMBEDDING)
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
         options = format, block_size, double_quant, codebook, check_finite
         with torch.inference_mode(False):  # its tensors could not be trained with
-            layer = cls(quantized_weight(embedding, *options), embedding.padding_idx)
+            layer = cls(quantized_weight(embedding.weight, *options), embedding.padding_idx)
         if _sources.has_scale(embedding):
             layer._take_scale(embedding)
+            layer.source_class = type(embedding)
         _sources.carry_over(embedding, layer)
         return layer
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The dense table of class ``source_class``, with the dequantised weight, frozen.
+
+        It is in ``dtype`` (float32, bfloat16 or float16), by default that of ``quantized``. Hooks,
+        attributes and train/eval mode are the new table's too. Raises TypeError for another dtype,
+        RuntimeError where the weight is sharded or offloaded.
+        """
+        return self._dense_around(self._dense_weight(dtype))
+
+    def _dense_weight(self, dtype: torch.dtype | None) -> nn.Parameter:
+        return frozen(self._dequantized(dtype))
+
+    def _dense_around(self, weight: nn.Parameter) -> nn.Embedding:
+        table = _sources.dense_layer(
+            self,
+            weight,
+            num_embeddings=self.num_embeddings,
+            embedding_dim=self.embedding_dim,
+            padding_idx=self.padding_idx,
+            max_norm=None,
+            norm_type=2.0,
+            scale_grad_by_freq=False,
+            sparse=False,
+        )
+        assert isinstance(table, nn.Embedding)
+        if self._scale_is_rounded:
+            scale = torch.tensor(self._embed_scale, dtype=torch.float32, device=weight.device)
+            table.register_buffer("embed_scale", scale, persistent=False)
+        return table
 
     def _take_scale(self, embedding: nn.Module) -> None:
         """Multiply as it does: by a number, or by a buffer cast to the table's dtype first."""

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern.functional import linear_by_weight
+from qkern import _errors
+from qkern.autograd import as_dtype
+from qkern.functional import as_input, linear_by_weight
 from qkern.nn import _sources
 from qkern.nn._module import (
     TENSORS,
     QuantizedModule,
+    frozen,
     parameter,
     quantized_weight,
     zeros_quantized,
@@ -41,6 +44,13 @@ def _no_change(module: nn.Module, args: object) -> None:
     """A hook that stays when the others are removed: see ``_NamedHooks``."""
 
 
+def without_named_hooks(layer: nn.Module) -> None:
+    """Take ``_no_change`` from the hooks of a layer that is dense again."""
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _no_change]:
+        del hooks[key]
+
+
 class Linear4bit(QuantizedModule, nn.Linear):
     """``y = x Wᵀ + b`` with W frozen in 4 bits; the matmul works on the codes in both passes.
 
@@ -54,7 +64,20 @@ class Linear4bit(QuantizedModule, nn.Linear):
     parameter with the packed codes, uint8 ``[ceil(out * in / 2), 1]``, as in bitsandbytes' layer of
     the same name; :attr:`quantized` has the shape, and dequantises. Packed codes on another device
     may be assigned to ``weight``; a dense weight is refused.
+
+    ``compute_dtype``
+        float32, bfloat16 or float16: ``x`` and the bias are cast to it, the product is computed in
+        it, with an adapter (:class:`LoRALinear`) the whole sum, and the result is cast back to
+        ``x``'s dtype, as bitsandbytes does. None, the default, computes in ``x``'s. It may be
+        assigned at any time, is copied and pickled with the layer, and is not in state dicts.
+        Under autocast the product is in autocast's dtype, and the result still in ``x``'s.
+    ``source_class``
+        the class that :meth:`to_linear` makes: ``nn.Linear``, or the one the layer was made of, as
+        ``Conv1D`` of transformers.
     """
+
+    compute_dtype: torch.dtype | None = None
+    source_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -67,6 +90,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
         double_quant: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         with torch.inference_mode(False):  # its tensors could not be trained with
@@ -79,9 +103,11 @@ class Linear4bit(QuantizedModule, nn.Linear):
                 device=device,
             )
             own = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-            self._init_from(zeros, None if own is None else nn.Parameter(own))
+            self._init_from(zeros, None if own is None else nn.Parameter(own), compute_dtype)
 
-    def _init_from(self, qw: QuantizedTensor, bias: Tensor | None) -> None:
+    def _init_from(
+        self, qw: QuantizedTensor, bias: Tensor | None, compute_dtype: torch.dtype | None
+    ) -> None:
         # nn.Linear's own constructor would allocate the dense weight.
         nn.Module.__init__(self)
         self._forward_pre_hooks = _NamedHooks()
@@ -90,35 +116,52 @@ class Linear4bit(QuantizedModule, nn.Linear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
+        self.compute_dtype = compute_dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a ``compute_dtype`` that nothing can be computed in."""
+        if name == "compute_dtype" and value is not None:
+            _errors.check_float_dtype(name, value)
+        super().__setattr__(name, value)
 
     @classmethod
-    def from_quantized(cls, qw: QuantizedTensor, bias: Tensor | None = None) -> Linear4bit:
+    def from_quantized(
+        cls,
+        qw: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Linear4bit:
         """A layer around ``qw`` ``[out, in]`` (shared, not copied) and ``bias`` ``[out]``.
 
         A bias that is a Parameter is taken as it is; a tensor becomes a frozen one.
-        Raises ValueError where ``qw`` is not two-dimensional or the bias does not fit.
+        Raises ValueError where ``qw`` is not two-dimensional or the bias does not fit, TypeError
+        for a ``compute_dtype`` that is not float32, bfloat16 or float16.
         """
         if len(qw.shape) != 2:
             raise ValueError(f"qw: got shape {tuple(qw.shape)}; takes [out_features, in_features]")
         if bias is not None and tuple(bias.shape) != (qw.shape[0],):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}; takes [{qw.shape[0]}]")
         layer = cls.__new__(cls)
-        layer._init_from(qw, bias)
+        layer._init_from(qw, bias, compute_dtype)
         return layer
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         format: str = "nf4",
         block_size: int = 64,
         double_quant: bool = True,
         *,
         codebook: Tensor | None = None,
         check_finite: bool = True,
+        compute_dtype: torch.dtype | None = None,
     ) -> Linear4bit:
         """A 4-bit copy of ``linear``, with its bias (the same Parameter) and train/eval mode.
 
+        ``linear`` is an ``nn.Linear``, or transformers' ``Conv1D``, whose weight ``[in, out]`` is
+        transposed first: the 4-bit weight is ``[out, in]`` always, as bitsandbytes has it.
         Hooks (in the very same dictionaries) and attributes are the new layer's too. On the meta
         device nothing is computed: the result has meta tensors of the right sizes, for
         ``load_state_dict(..., assign=True)``.
@@ -127,20 +170,67 @@ class Linear4bit(QuantizedModule, nn.Linear):
         something would be lost (see :func:`quantize_model`); and the errors of
         :func:`qkern.quantize_4bit`.
         """
-        _sources.check_layer("linear", linear, "nn.Linear")
+        _sources.check_layer("linear", linear, _sources.LINEAR_OR_CONV1D)
         options = format, block_size, double_quant, codebook, check_finite
+        bias: Any = linear.bias
         with torch.inference_mode(False):  # its tensors could not be trained with
-            layer = cls.from_quantized(quantized_weight(linear, *options), linear.bias)
+            qw = quantized_weight(_sources.matrix(linear), *options)
+            layer = cls.from_quantized(qw, bias, compute_dtype=compute_dtype)
         layer.take_over(linear)
         return layer
 
-    def take_over(self, linear: nn.Linear) -> None:
-        """Have the hooks, attributes and mode of the layer that this one stands in for."""
+    def take_over(self, linear: nn.Module) -> None:
+        """Have the hooks, attributes and mode of the layer that this one stands in for.
+
+        Also its class, as ``source_class``, and of a ``Linear4bit`` both that and the
+        ``compute_dtype``.
+        """
+        if isinstance(linear, Linear4bit):
+            self._take_settings(linear)
+        elif (kind := _sources.source_class(linear)) is not nn.Linear:
+            self.source_class = kind
         _sources.carry_over(linear, self)
         if linear._forward_pre_hooks and _no_change not in linear._forward_pre_hooks.values():
             # The dictionary took the place of the layer's own, which tells of hooks when it is
             # empty.
             self.register_forward_pre_hook(_no_change)
+
+    def _take_settings(self, other: Linear4bit) -> None:
+        """Compute in the dtype that ``other`` does, and be of its ``source_class``."""
+        self.compute_dtype, self.source_class = other.compute_dtype, other.source_class
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The dense layer of class ``source_class`` that computes with the dequantised weight.
+
+        Weight and bias are in ``dtype`` (float32, bfloat16 or float16), by default that of
+        ``quantized``. The weight is frozen; a bias that has the dtype is the same Parameter.
+        Hooks, attributes and train/eval mode are the new layer's too. A ``compute_dtype`` has no
+        place there: a dense layer computes in its own.
+
+        Raises TypeError for another dtype, RuntimeError where the weight is sharded or offloaded.
+        """
+        return self._dense_around(self._dense_weight(dtype))
+
+    def _dense_weight(self, dtype: torch.dtype | None) -> nn.Parameter:
+        weight = self._dequantized(dtype)
+        return frozen(weight.T.contiguous() if self._is_transposed() else weight)
+
+    def _is_transposed(self) -> bool:
+        return _sources.is_conv1d(self.source_class)
+
+    def _dense_around(self, weight: nn.Parameter) -> nn.Module:
+        bias: Tensor | None = parameter(self, "bias")
+        if bias is not None and bias.dtype != weight.dtype:
+            with torch.inference_mode(False):
+                bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+        if not self._is_transposed():
+            sizes = {"in_features": self.in_features, "out_features": self.out_features}
+            return _sources.dense_layer(self, weight, bias=bias, **sizes)
+        if bias is None:  # its forward needs one
+            bias = frozen(torch.zeros_like(weight[0]))
+        return _sources.dense_layer(
+            self, weight, bias=bias, nf=self.out_features, nx=self.in_features
+        )
 
     def with_same_weight(self, bias: Tensor | None) -> Linear4bit:
         """Another layer on the very same parameters, tied to this one, with a ``bias`` of its own.
@@ -148,6 +238,7 @@ class Linear4bit(QuantizedModule, nn.Linear):
         Raises ValueError where the bias does not fit.
         """
         layer = type(self).from_quantized(self.quantized, bias).train(self.training)
+        layer._take_settings(self)
         layer._parameters.update((name, self._parameters[name]) for name in TENSORS)
         return layer
 
@@ -157,7 +248,12 @@ class Linear4bit(QuantizedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in x's dtype."""
-        return linear_by_weight(x, self.as_operand(), self._weight_shape, self.bias_for(x))
+        dtype = self.compute_dtype
+        if dtype is None:
+            return linear_by_weight(x, self.as_operand(), self._weight_shape, self.bias_for(x))
+        cast = as_input(x, dtype)
+        weight, bias = self.as_operand(), self.bias_for(cast)
+        return as_dtype(linear_by_weight(cast, weight, self._weight_shape, bias), x.dtype)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype."""
@@ -165,8 +261,9 @@ class Linear4bit(QuantizedModule, nn.Linear):
         return bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """The sizes, whether there is a bias, and the format."""
+        """The sizes, whether there is a bias, the format, and a ``compute_dtype`` that is set."""
+        computed = f", compute_dtype={self.compute_dtype}" if self.compute_dtype else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._format_repr()}"
+            f"bias={self.bias is not None}, {self._format_repr()}{computed}"
         )

@@ -18,8 +18,14 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from qkern.autograd import as_matrix
-from qkern.functional import _cpu_matmul_dtype, dequantize_4bit, lora_by_weight, quantize_4bit
+from qkern.autograd import as_dtype, as_matrix
+from qkern.functional import (
+    _cpu_matmul_dtype,
+    as_input,
+    dequantize_4bit,
+    lora_by_weight,
+    quantize_4bit,
+)
 from qkern.nn import _sources
 from qkern.nn._module import parameter, require_grad
 from qkern.nn._patterns import check_pattern, pattern_matches
@@ -123,6 +129,7 @@ class LoRALinear(nn.Module):
     :class:`Linear4bit` or an ``nn.Linear``. A and B are cast to the dtype of the base's result,
     which is x's or autocast's; their gradients arrive in their own. So float32 adapters on a
     bfloat16 model behave as under autocast with PEFT, with no float32 copy of x kept for backward.
+    A base with a ``compute_dtype`` has x cast to that first, and the sum of both cast back.
     (On a CPU that only emulates matmuls in that dtype, the adapter is computed in float32.)
 
     Where somebody waits for the base to be called (hooks on it or on all modules, accelerate), it
@@ -242,11 +249,14 @@ class LoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if isinstance(base, Linear4bit):
             if _is_intercepted(base):
-                return self._plus_adapter(base(x), x, dropout)
+                return self._plus_adapter(base(x), x, dropout, base.compute_dtype)
             lora_a, lora_b = parameter(self, "lora_a"), parameter(self, "lora_b")
-            weight, shape, bias = base.as_operand(), base._weight_shape, base.bias_for(x)
+            dtype = base.compute_dtype
+            cast = x if dtype is None else as_input(x, dtype)
+            weight, shape, bias = base.as_operand(), base._weight_shape, base.bias_for(cast)
             adapter = (lora_a, lora_b, self.scaling)
-            return lora_by_weight(x, weight, shape, *adapter, bias, dropout)
+            y = lora_by_weight(cast, weight, shape, *adapter, bias, dropout)
+            return y if dtype is None else as_dtype(y, x.dtype)
         y = base(x)
         hidden = F.linear(F.dropout(x, dropout).to(y.dtype), self.lora_a.to(y.dtype))
         return y + F.linear(hidden, self.lora_b.to(y.dtype)) * self.scaling
@@ -265,8 +275,19 @@ class LoRALinear(nn.Module):
         y: Tensor = merged(x)
         return y
 
-    def _plus_adapter(self, y: Tensor, x: Tensor, dropout: float) -> Tensor:
-        """The base's result and the adapter's, with the bits that `lora_linear` gives."""
+    def _plus_adapter(
+        self, y: Tensor, x: Tensor, dropout: float, compute_dtype: torch.dtype | None
+    ) -> Tensor:
+        """The base's result and the adapter's, with the bits that `lora_linear` gives.
+
+        A base that has a ``compute_dtype`` wider than x gave a result that is rounded already.
+        """
+        given = y.dtype
+        if compute_dtype is not None:
+            y, x = y.to(compute_dtype), x.to(compute_dtype)
+        return as_dtype(self._sum(y, x, dropout), given)
+
+    def _sum(self, y: Tensor, x: Tensor, dropout: float) -> Tensor:
         dtype = y.dtype
         if y.is_cpu and not torch.is_autocast_enabled("cpu"):
             dtype = _cpu_matmul_dtype(dtype)
@@ -304,7 +325,9 @@ class LoRALinear(nn.Module):
                 double_quant=qw.double_quant,
                 codebook=qw.codebook,
             ).to(dtype=qw.dtype)
-            layer: nn.Linear = Linear4bit.from_quantized(merged, base.bias)
+            quantized = Linear4bit.from_quantized(merged, base.bias)
+            quantized._take_settings(base)
+            layer: nn.Linear = quantized
         else:
             dense = (base.weight.to(wide) + delta).to(base.weight.dtype)
             if not torch.isfinite(dense).all():

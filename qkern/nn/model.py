@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qkern import _errors
 from qkern.functional import quantize_4bit
 from qkern.nn import _sources, _statistics
 from qkern.nn._heads import find_heads
@@ -33,6 +34,7 @@ def quantize_model(
     skip: Iterable[str] = (),
     lora: LoRAConfig | None = None,
     check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by 4-bit ones, in place, and freeze everything else.
 
@@ -52,9 +54,11 @@ def quantize_model(
     :func:`lora_parameters`. A head is quantised, and frozen, where it is targeted itself: by a name
     that matches nothing but heads, or by a regular expression.
 
-    **Layers are taken by their exact class**: ``nn.Linear``, and subclasses that are known to
-    compute the same (``FalconLinear`` of transformers). Others may compute something else; if one
-    would be taken, the call raises. So does a layer of which something would be lost: a weight
+    **Layers are taken by their exact class**: ``nn.Linear``, subclasses that are known to compute
+    the same (``FalconLinear`` of transformers), and transformers' ``Conv1D`` (GPT-2), whose weight
+    ``[in, out]`` is transposed and which :func:`dequantize_model` makes again. Others may
+    compute something else; if one would be taken, the call raises. So does a layer of which
+    something would be lost: a weight
     that is computed (parametrisations, weight norm, pruning), a ``forward`` of its own, a tensor
     subclass as its weight. ``skip`` leaves such a layer as it is. Passed over without an error are
     the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts.
@@ -65,9 +69,9 @@ def quantize_model(
     frozen yet; the same call then does the rest.
 
     Args:
-        model: any module that contains ``nn.Linear`` layers.
+        model: any module that contains such layers.
         format: ``"nf4"``, ``"fp4"`` or ``"custom"``.
-        block_size: elements that share a scale: a power of two from 32 to 4096.
+        block_size: elements that share a scale: a power of two from 32 to 16384.
         double_quant: whether the scales are quantised to 8 bits.
         codebook: the 16 values of the format ``"custom"``.
         targets: ``"all-linear"``, which leaves out heads, and layers of transformers' models whose
@@ -79,6 +83,8 @@ def quantize_model(
             over targets.
         lora: adapters to add afterwards, by :func:`add_lora` with the same ``skip``.
         check_finite: whether a NaN or infinite weight raises.
+        compute_dtype: what the layers cast their input to, see :class:`Linear4bit`; None computes
+            in the input's dtype.
 
     Returns:
         ``model``.
@@ -91,13 +97,15 @@ def quantize_model(
         TypeError: a target is not of a class that is taken.
     """
     skip = _names("skip", skip)
-    if isinstance(model, nn.Linear):
+    if isinstance(model, nn.Linear) or _sources.is_transposed(model):
         raise TypeError("model: got a single layer; use Linear4bit.from_linear")
     if lora is not None and not isinstance(lora, LoRAConfig):
         raise TypeError(f"lora: got {type(lora).__name__}; takes a LoRAConfig")
     _sources.check_model(model)
     _check_no_lora(model)
-    options = _Options(format, block_size, double_quant, codebook, check_finite)
+    if compute_dtype is not None:
+        _errors.check_float_dtype("compute_dtype", compute_dtype)
+    options = _Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
     dense = _stays_dense(model) if targets == "all-linear" else ()
     paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False)
     if targets != "all-linear" or not paths:
@@ -107,7 +115,8 @@ def quantize_model(
         raise ValueError("targets: every linear layer found is tied to a weight that stays dense")
     _check_layers(model, groups, options)
     if lora is not None:
-        _lora_targets(model, lora, skip)
+        soon = {id(model.get_submodule(paths[0])) for group in groups for paths in group}
+        _lora_targets(model, lora, skip, soon)
     _quantize(model, groups, options)
     _freeze(model)
     _use_padded_batches(model)
@@ -117,23 +126,31 @@ def quantize_model(
 
 
 class _Options(NamedTuple):
-    """How layers are quantised: the arguments of `quantize_4bit` after the weight."""
+    """How layers are quantised: the arguments of `quantize_4bit` after the weight, then another."""
 
     format: str
     block_size: int
     double_quant: bool
     codebook: Tensor | None
     check_finite: bool
+    compute_dtype: torch.dtype | None
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """``weight`` in 4 bits."""
-        return quantize_4bit(weight, *self)
+        return quantize_4bit(
+            weight,
+            self.format,
+            self.block_size,
+            self.double_quant,
+            self.codebook,
+            self.check_finite,
+        )
 
     def made(self, layer: Linear4bit) -> bool:
         """Whether ``layer`` is as they would make it."""
         found = layer.quantized
-        same = found.format, found.block_size, found.double_quant
-        if same != (self.format, self.block_size, self.double_quant):
+        same = found.format, found.block_size, found.double_quant, layer.compute_dtype
+        if same != (self.format, self.block_size, self.double_quant, self.compute_dtype):
             return False
         if found.codebook is None or found.codebook.is_meta or self.codebook is None:
             return True
@@ -168,8 +185,7 @@ def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Opt
                 raise ValueError(f"targets: {paths[0]} ({type(layer).__name__}) {reason}")
         with _naming(group[0][0]):
             first = model.get_submodule(group[0][0])
-            assert isinstance(first, nn.Linear)
-            weight = first.weight.detach()
+            weight = _sources.matrix(first)
             if (weight.shape, weight.dtype) not in fine:
                 # On meta all arguments are checked and nothing is computed.
                 options.quantize(torch.empty_like(weight, device="meta"))
@@ -204,17 +220,12 @@ def _quantize(model: nn.Module, groups: list[list[list[str]]], options: _Options
             shared: Linear4bit | None = None
             for layer_paths in group:
                 linear = model.get_submodule(layer_paths[0])
-                assert isinstance(linear, nn.Linear)
                 with _naming(layer_paths[0]):
                     if shared is None:
-                        replacement = shared = Linear4bit.from_linear(
-                            linear,
-                            *options[:3],
-                            codebook=options.codebook,
-                            check_finite=options.check_finite,
-                        )
+                        replacement = shared = Linear4bit.from_linear(linear, **options._asdict())
                     else:
-                        replacement = shared.with_same_weight(linear.bias)
+                        bias: Any = linear.bias
+                        replacement = shared.with_same_weight(bias)
                         replacement.take_over(linear)
                 replace_module(model, layer_paths, replacement)
                 taken += 1
@@ -288,7 +299,8 @@ def _use_padded_batches(model: nn.Module) -> None:
 def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) -> nn.Module:
     """Put a :class:`LoRALinear` around linear layers of ``model``, in place; freeze the rest.
 
-    Works on 4-bit and on dense layers. ``config.targets`` and ``skip`` are read as by
+    Works on 4-bit and on dense layers, but not on a dense ``Conv1D`` of transformers.
+    ``config.targets`` and ``skip`` are read as by
     :func:`quantize_model`: heads get no adapter unless they are targeted themselves, and what a
     task added stays as trainable as it was. Hooks of a layer, and accelerate's, stay on it and are
     called with it. Nothing changes before all checks are done. Returns ``model``.
@@ -303,7 +315,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
     _sources.check_model(model)
     names = plain_paths(model)
     made: list[tuple[list[str], LoRALinear]] = []
-    for layer_paths in _lora_targets(model, config, _names("skip", skip)):
+    for layer_paths in _lora_targets(model, config, _names("skip", skip), ()):
         base = model.get_submodule(layer_paths[0])
         assert isinstance(base, nn.Linear)
         made.append((layer_paths, LoRALinear.from_config(base, config, names[layer_paths[0]])))
@@ -314,9 +326,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
     return model
 
 
-def _lora_targets(model: nn.Module, config: LoRAConfig, skip: tuple[str, ...]) -> list[list[str]]:
-    """The paths of each layer that gets an adapter, all checks done."""
-    paths, _ = select(model, config.targets, skip, "lora.targets", quantized=True)
+def _lora_targets(
+    model: nn.Module, config: LoRAConfig, skip: tuple[str, ...], soon: Collection[int]
+) -> list[list[str]]:
+    """The paths of each layer that gets an adapter, all checks done.
+
+    ``soon`` has the ids of layers that will be in 4 bits by then.
+    """
+    paths, _ = select(model, config.targets, skip, "lora.targets", quantized=True, soon=soon)
     for layer_paths in paths:
         layer = model.get_submodule(layer_paths[0])
         reason = None if isinstance(layer, Linear4bit) else _sources.strange_parameters(layer)
@@ -405,8 +422,17 @@ def _by_weight(
     """
     groups: dict[int, list[list[str]]] = {}
     chosen = {path for paths in layers for path in paths}
+    transposed: dict[int, bool] = {}
     for paths in layers:
-        groups.setdefault(id(model.get_submodule(paths[0]).weight), []).append(paths)
+        layer = model.get_submodule(paths[0])
+        groups.setdefault(key := id(layer.weight), []).append(paths)
+        if transposed.setdefault(key, _sources.is_transposed(layer)) != _sources.is_transposed(
+            layer
+        ):
+            raise ValueError(
+                f"targets: the weight of {paths[0]} is also that of {groups[key][0][0]}, for which "
+                "it is the transposed one; skip both"
+            )
     for path, module in model.named_modules(remove_duplicate=False):
         if path in chosen:
             continue

@@ -149,7 +149,7 @@ def test_rounding_down() -> None:
 def test_sizes() -> None:
     assert [formats.packed_size(n) for n in (0, 1, 2, 3, 2**40 + 1)] == [0, 1, 1, 2, 2**39 + 1]
     assert [formats.num_blocks(n, 64) for n in (0, 1, 64, 65)] == [0, 1, 1, 2]
-    assert list(formats.BLOCK_SIZES) == [2**i for i in range(5, 13)]
+    assert list(formats.BLOCK_SIZES) == [2**i for i in range(5, 15)]
     assert formats.BLOCK_SIZES[0] == formats.MIN_BLOCK_SIZE
     assert formats.BLOCK_SIZES[-1] == formats.MAX_BLOCK_SIZE
 
@@ -227,10 +227,10 @@ def test_stale_header_is_reported(
     assert formats.main([]) == 0
     assert formats.main(["--check"]) == 0
     written = (tmp_path / "codes.h").read_text()
-    (tmp_path / "codes.h").write_text(written.replace("kMaxBlockSize = 4096", "kMaxBlockSize = 1"))
+    (tmp_path / "codes.h").write_text(written.replace("kMaxBlockSize = 16384", "kMaxBlockSize = 1"))
     capsys.readouterr()
     assert formats.main(["--check"]) == 1
-    assert "+inline constexpr int kMaxBlockSize = 4096;" in capsys.readouterr().err
+    assert "+inline constexpr int kMaxBlockSize = 16384;" in capsys.readouterr().err
 
 
 def test_no_source_tree_is_reported(

@@ -21,17 +21,20 @@ needs_native = pytest.mark.skipif(
 
 # (M, N, K): each of them large in turn; the largest weight is 64 MiB in float32.
 LARGE = ((1, 4096, 4096), (512, 64, 16_384), (512, 16_384, 64), (4096, 128, 512), (33, 1, 65_536))
+SIZES = [*((shape, 64) for shape in LARGE), ((8, 16, 32_768), 16_384), ((70, 16, 32_768), 16_384)]
 
 
-@pytest.mark.parametrize("shape", LARGE, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize(
+    ("shape", "block_size"), SIZES, ids=[f"{'x'.join(map(str, s))}-{b}" for s, b in SIZES]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.DTYPE_NAMES.get)
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx"])
 def test_scratch_of_the_matmuls(
-    isa: str, op: str, dtype: torch.dtype, shape: tuple[int, ...]
+    isa: str, op: str, dtype: torch.dtype, shape: tuple[int, ...], block_size: int
 ) -> None:
     from qkern import _C
 
-    case = Case(shape, dtype, double_quant=True)
+    case = Case(shape, dtype, block_size, double_quant=True)
     inputs = OPS[op].make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
     for batch_invariant in (False, True):
         _C.scratch_bytes(True)

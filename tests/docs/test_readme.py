@@ -17,7 +17,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own_module, whole_model, optimizers = re.findall(
+    own_module, whole_model, optimizers, hugging_face = re.findall(
         r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     names: dict[str, Any] = {}
@@ -42,3 +42,15 @@ def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names["parameters"][0].grad = torch.ones_like(names["parameters"][0])
     names["optimizer"].step()
     names["optimizer"].close()
+
+    names["model"] = tiny_llama(num_hidden_layers=1)
+    names["model"].save_pretrained("dense")
+    names["path"] = "dense"
+    exec(compile(hugging_face, "README.md", "exec"), names)
+    layers = [m for m in names["model"].modules() if isinstance(m, qkern.nn.Linear4bit)]
+    assert len(layers) == 7
+    ids = torch.arange(8)[None]
+    names["model"](input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in names["model"].parameters() if p.requires_grad]
+    assert len(trained) == 14
+    assert all(p.grad is not None for p in trained)

@@ -10,28 +10,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import tiny_llama
+from tests.models import byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, <end> after a turn, and a chat template that says who speaks."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
-    bpe = Tokenizer(models.BPE(vocabulary, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<end>",
-        chat_template=(
-            "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<end>\n{% endfor %}"
-            "{% if add_generation_prompt %}a:{% endif %}"
-        ),
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -238,7 +238,7 @@ STATE_KEY = models.BNB_STATE_KEY
         ({"blocksize": 48}, "0.weight: block_size: got 48"),
         ({"dtype": "float64"}, "0.weight: dtype: got torch.float64"),
         ({"dtype": None}, "has no dtype"),
-        ({"nested_blocksize": 128}, r"got \(128, 'float32'\); takes \(256, 'float32'\)"),
+        ({"nested_blocksize": 128}, "got 128, float32; takes 256 and float32, bfloat16"),
         ({"nested_offset": None}, "0.weight: absmax: got torch.uint8; takes torch.float32"),
     ],
 )

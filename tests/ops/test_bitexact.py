@@ -131,7 +131,7 @@ def ties(table: Sequence[float], dtype: torch.dtype, scales: int, block_size: in
     return testing.tie_values(table, absmax, dtype, block_size).flatten()
 
 
-@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("block_size", [32, 64, 4096, 16384])
 @tables
 @dtypes
 def test_reference_quantize_4bit_follows_the_rule(
@@ -139,7 +139,7 @@ def test_reference_quantize_4bit_follows_the_rule(
 ) -> None:
     sources = [
         awkward(100_001, dtype, seed=block_size),
-        ties(code_table(table), dtype, 200, block_size),
+        ties(code_table(table), dtype, 200 if block_size < 16384 else 20, block_size),
         torch.tensor([0.0, -0.0, 1.0, torch.nan, -torch.inf, 1e-3]).repeat(50).to(dtype),
     ]
     for x in sources:
@@ -231,10 +231,10 @@ def quantize_4bit_inputs(x: Tensor, table: str, block_size: int) -> Inputs:
 @tables
 @dtypes
 def test_quantize_4bit(dtype: torch.dtype, table: str) -> None:
-    for block_size in (32, 64, 512):
+    for block_size, scales in ((32, 300), (64, 300), (512, 300), (8192, 20), (16384, 20)):
         x = awkward(65_537, dtype, seed=block_size)
         compare_everywhere("quantize_4bit", quantize_4bit_inputs(x, table, block_size))
-        x = ties(code_table(table), dtype, 300, block_size)
+        x = ties(code_table(table), dtype, scales, block_size)
         compare_everywhere("quantize_4bit", quantize_4bit_inputs(x, table, block_size))
 
 
@@ -282,7 +282,7 @@ def double_quantised(inputs: Inputs, seed: int) -> Inputs:
 @tables
 @dtypes
 def test_dequantize_4bit(dtype: torch.dtype, table: str) -> None:
-    for block_size in (32, 128):
+    for block_size in (32, 128, 16384):
         inputs = dequantize_inputs(100_003, table, dtype, block_size, seed=block_size)
         compare_everywhere("dequantize_4bit", inputs)
         compare_everywhere("dequantize_4bit", double_quantised(inputs, seed=block_size))
@@ -324,8 +324,8 @@ def test_dequantize_rounds_ties_to_even(dtype: torch.dtype) -> None:
 @dtypes
 def test_8bit(dtype: torch.dtype, map_name: str) -> None:
     map = formats.map_tensor(map_name)
-    for block_size in (32, 256, 2048):
-        for x in (awkward(65_537, dtype, 1), ties(map.tolist(), dtype, 40, block_size)):
+    for block_size, scales in ((32, 40), (256, 40), (2048, 40), (16384, 5)):
+        for x in (awkward(65_537, dtype, 1), ties(map.tolist(), dtype, scales, block_size)):
             quantise = {"x": x, "map": map, "block_size": block_size}
             compare_everywhere("quantize_8bit", quantise)
             codes, absmax = reference.quantize_8bit(**quantise)
@@ -356,7 +356,7 @@ def test_the_mean_of_absmax_is_rounded_once() -> None:
         compare_everywhere("quantize_absmax", {"absmax": absmax})
 
 
-@pytest.mark.parametrize("block_size", [64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("block_size", formats.BNB_BLOCK_SIZES)
 @dtypes
 def test_nf4_bytes_equal_bitsandbytes(dtype: torch.dtype, block_size: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -366,6 +366,33 @@ def test_nf4_bytes_equal_bitsandbytes(dtype: torch.dtype, block_size: int) -> No
     testing.assert_bitwise(packed, theirs.flatten(), "packed")
     testing.assert_bitwise(absmax, state.absmax.flatten(), "absmax")
     compare_everywhere("quantize_4bit", quantize_4bit_inputs(w, "nf4", block_size))
+
+
+def test_bitsandbytes_takes_just_these_block_sizes() -> None:
+    """Both ways: it refuses to decode others where a file has them."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert set(formats.BNB_BLOCK_SIZES) <= set(formats.BLOCK_SIZES)
+    w = torch.randn(2, 16384)
+    for block_size in (16, *formats.BLOCK_SIZES, 32768):
+        state = functional.QuantState(
+            absmax=torch.ones(formats.num_blocks(w.numel(), block_size)),
+            code=formats.code_tensor("nf4"),
+            shape=w.shape,
+            blocksize=block_size,
+            quant_type="nf4",
+            dtype=w.dtype,
+        )
+        packed = torch.zeros(w.numel() // 2, 1, dtype=torch.uint8)
+        calls = (
+            lambda size=block_size: functional.quantize_4bit(w, blocksize=size, quant_type="nf4"),
+            lambda packed=packed, state=state: functional.dequantize_4bit(packed, state),
+        )
+        for call in calls:
+            if block_size in formats.BNB_BLOCK_SIZES:
+                call()
+            else:
+                with pytest.raises(ValueError, match=f"invalid blocksize {block_size}"):
+                    call()
 
 
 def test_nf4_bytes_equal_bitsandbytes_at_ties() -> None:
@@ -453,8 +480,8 @@ def test_their_double_quantised_weights_decode_as_they_decode_them(
         inputs = {"weight": weight, "shape": list(w.shape), "dtype": dtype}
         theirs = functional.dequantize_4bit(packed, state)
         ours = reference.dequantize_4bit(**inputs)
-        if format == "fp4":  # whose code 8 it takes for 0.0
-            ours = torch.where(ours == 0, 0.0, ours)
+        if format == "fp4":  # whose code 8 it takes for 0.0 on some processors
+            ours, theirs = (torch.where(values == 0, 0.0, values) for values in (ours, theirs))
         testing.assert_bitwise(ours, theirs)
         compare_everywhere("dequantize_4bit", inputs)
 

@@ -62,7 +62,7 @@ def readers() -> dict[str, Backend]:
 
 READERS = readers()
 N, ROWS, COLS = 300, 3, 130
-BLOCK_SIZES = (0, 1, 16, 48, 8192, -64, True, 64.0, "64", None)
+BLOCK_SIZES = (0, 1, 16, 48, 32768, -64, True, 64.0, "64", None)
 
 
 @functools.cache

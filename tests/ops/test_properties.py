@@ -23,7 +23,9 @@ seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
 block_sizes = st.sampled_from(formats.BLOCK_SIZES)
 # Mostly near the sizes where vectors and blocks end.
-sizes = st.one_of(st.integers(0, 300), st.sampled_from([511, 512, 513, 1023, 1025, 4095, 4097]))
+sizes = st.one_of(
+    st.integers(0, 300), st.sampled_from([511, 512, 513, 1023, 1025, 4095, 4097, 16383, 16385])
+)
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 any32 = st.floats(width=32)
 

@@ -97,6 +97,18 @@ def values_are_the_tables() -> None:
     testing.assert_bitwise(out, dense(qw))
 
 
+@checks("qkern.QuantizedTensor.to_bnb", "qkern.QuantizedTensor.from_bnb")
+def a_weight_in_the_layout_of_bitsandbytes() -> None:
+    qw = weight()
+    tensors = qw.to_bnb("w")
+    state = "w.quant_state.bitsandbytes__nf4"
+    assert tensors.keys() == {"w", "w.absmax", "w.quant_map", state}
+    assert torch.equal(tensors["w"].flatten(), qw.packed)
+    testing.assert_bitwise(tensors["w.quant_map"], formats.code_tensor("nf4", "cpu"))
+    back = qkern.QuantizedTensor.from_bnb(tensors, "w")
+    testing.assert_bitwise(dense(back).view(32, 64), dense(qw))
+
+
 @checks("qkern.quantize_8bit", "qkern.dequantize_8bit")
 def eight_bits_are_near() -> None:
     x = drawn(4, 128)
@@ -182,6 +194,7 @@ def a_quantised_tensor_of_its_parts() -> None:
 @checks(
     "qkern.nn.Embedding4bit",
     *(f"qkern.nn.Embedding4bit.{name}" for name in ("from_embedding", "forward", "extra_repr")),
+    "qkern.nn.Embedding4bit.to_embedding",
 )
 def an_embedding_looks_up_rows() -> None:
     ids = torch.tensor([[3, 0], [31, 3]])
@@ -189,6 +202,7 @@ def an_embedding_looks_up_rows() -> None:
     layer = qnn.Embedding4bit.from_embedding(table, double_quant=False)
     testing.assert_bitwise(layer(ids), dense(weight())[ids])
     testing.assert_bitwise(qnn.Embedding4bit(weight())(ids), dense(weight())[ids])
+    testing.assert_bitwise(layer.to_embedding().weight.detach(), dense(weight()))
     assert "32, 64" in repr(layer)
 
 
@@ -221,6 +235,7 @@ def linear_layer() -> tuple[nn.Linear, qnn.Linear4bit]:
     ),
     "qkern.nn.Linear4bit.reset_parameters",
     "qkern.nn.Linear4bit.extra_repr",
+    "qkern.nn.Linear4bit.to_linear",
     *(f"qkern.nn.QuantizedModule.{name}" for name in ("quantized", "as_operand")),
 )
 def a_layer_multiplies_by_its_weight() -> None:
@@ -232,6 +247,8 @@ def a_layer_multiplies_by_its_weight() -> None:
     other = layer.with_same_weight(None)
     assert other.weight is layer.weight
     near(other(x), expected - linear.bias.detach())
+    testing.assert_bitwise(layer.to_linear().weight.detach(), dense(qw))
+    assert layer.to_linear().bias is linear.bias
     assert torch.equal(layer.bias_for(x.to(BF16)), layer.bias.to(BF16))
     testing.assert_bitwise(layer.quantized.dequantize(), dense(qw))
     assert layer.as_operand().packed is layer.weight
@@ -373,6 +390,31 @@ def a_model_becomes_one_in_4_bits() -> None:
     near(made(x), before)
 
 
+@checks("qkern.nn.dequantize_model", "qkern.nn.count_parameters")
+def a_model_becomes_dense_again() -> None:
+    made, x = qnn.quantize_model(model()), drawn(5, 64)
+    expected = made(x)
+    assert qnn.count_parameters(made) == 2 * 64 * 32 + 32 + 64
+    assert qnn.dequantize_model(made) is made
+    assert [type(m) for m in made] == [nn.Linear, nn.ReLU, nn.Linear]
+    near(made(x), expected)
+
+
+@checks("qkern.nn.from_bnb")
+def a_model_of_bitsandbytes_is_turned_over() -> None:
+    from bitsandbytes.nn import LinearNF4
+
+    theirs = LinearNF4(64, 32, compress_statistics=False)
+    with torch.no_grad():
+        theirs.weight.copy_(drawn(32, 64))
+    packed = theirs.to("cpu").weight
+    made = nn.Sequential(theirs)
+    assert qnn.from_bnb(made) is made
+    assert type(made[0]) is qnn.Linear4bit
+    assert made[0].weight.data_ptr() == packed.data_ptr()
+    near(made[0](drawn(5, 64)), drawn(5, 64) @ dense(weight()).T + theirs.bias.detach())
+
+
 @checks("qkern.nn.lora_layers", "qkern.nn.lora_parameters")
 def adapters_of_a_model() -> None:
     made = adapted_model()
@@ -466,6 +508,14 @@ def steps_are_those_of_adamw() -> None:
     assert qkern.optim.PagedAdamW8bit([nn.Parameter(drawn(8))]).param_groups[0]["bits"] == 8
     param = nn.Parameter(drawn(8))
     assert qkern.optim.PagedAdamW([param]).step(lambda: 3.5) == 3.5
+
+
+@checks("qkern.optim.parameter_groups")
+def groups_have_their_options() -> None:
+    model = nn.Linear(4, 3)
+    groups = qkern.optim.parameter_groups(model, {"bias": {"bits": 8}})
+    assert [group.get("bits") for group in groups] == [None, 8]
+    assert groups[1]["params"][0] is model.bias
 
 
 @checks(

@@ -46,7 +46,8 @@ inline constexpr int kAdamWFactors = 10;
 static_assert(sizeof(AdamWFactors) == kAdamWFactors * sizeof(float), "no padding");
 
 inline constexpr int kMinBlockSize = 32;
-inline constexpr int kMaxBlockSize = 4096;
+inline constexpr int kMaxBlockSize = 16384;
+inline constexpr const char* kBlockSizes = "a power of two from 32 to 16384";
 inline constexpr int kNestedBlockSize = 256;
 inline constexpr int kStateBlockSize = 256;
 inline constexpr float kMaxGradient = 0x1p+63f;

@@ -11,6 +11,10 @@ from qkern.testing._spec import DTYPES, LAYOUTS, Case
 
 FLAT_SHAPES = ((0,), (1,), (2,), (63,), (64,), (65,), (3, 7), (5, 128), (129, 33), (3, 1111))
 BIG_SHAPE = (61, 1030)
+LONG_BLOCKS = (8192, 16384)
+"""Block sizes beyond what a GPU's block of threads has at once."""
+LONG_SHAPE = (3, 11_003)
+"""Two of the longest blocks, which cross rows, and an odd part of one."""
 
 
 def unique(cases: Sequence[Case]) -> tuple[Case, ...]:
@@ -34,6 +38,7 @@ def cases_of_8_bits(values: Sequence[str]) -> tuple[Case, ...]:
         base = Case((), dtype, block_size=256, map=name)
         cases += [replace(base, shape=shape) for shape in FLAT_SHAPES]
         cases += [replace(base, shape=(3, 1111), block_size=bs) for bs in formats.BLOCK_SIZES]
+        cases += [replace(base, shape=LONG_SHAPE, block_size=bs) for bs in LONG_BLOCKS]
         cases += [replace(base, shape=BIG_SHAPE, values=v, block_size=32) for v in values]
     cases += [
         Case((17, 99), dtype, layout=layout)

@@ -31,6 +31,12 @@ TILE_SHAPES = (
 )
 # Longer and wider than any panel or segment that a kernel is likely to keep.
 LONG_SHAPES = ((2, 3, 132_096), (8, 260, 16_448), (3, 16_448, 96), (8, 66_000, 32))
+# Rows of a few long blocks, by the blocks' size: longer than a strip, and up to whole segments.
+LONG_BLOCK_SHAPES = (
+    *((4096, (2, 7, 8192)), (8192, (1, 5, 24_576)), (8192, (6, 3, 49_152)), (8192, (19, 9, 8192))),
+    *((16_384, (1, 6, 16_384)), (16_384, (5, 3, 32_768)), (16_384, (8, 2, 49_152))),
+    *((16_384, (3, 40, 16_384)), (16_384, (21, 9, 16_384))),
+)
 
 
 def matmul_inputs(
@@ -107,6 +113,10 @@ def matmul_cases(with_bias: bool) -> tuple[Case, ...]:
         cases += [
             Case((7, 48, 520), dtype, block_size, double_quant=True)
             for block_size in formats.BLOCK_SIZES
+        ]
+        cases += [
+            Case(shape, dtype, block_size, double_quant=index % 2 > 0)
+            for index, (block_size, shape) in enumerate(LONG_BLOCK_SHAPES)
         ]
         for rows in (1, 4, 9, 70):
             cases.append(Case((rows, 96, 512), dtype, values="special", bias=with_bias))

@@ -10,7 +10,14 @@ import torch
 from qkern import formats
 from qkern.testing._spec import CODEBOOKS, DTYPES, Case, Inputs, OpSpec
 from qkern.testing._values import place, random_weight, weight_bytes
-from qkern.testing.specs._common import BIG_SHAPE, FLAT_SHAPES, table_formats, unique
+from qkern.testing.specs._common import (
+    BIG_SHAPE,
+    FLAT_SHAPES,
+    LONG_BLOCKS,
+    LONG_SHAPE,
+    table_formats,
+    unique,
+)
 
 
 def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -28,6 +35,7 @@ def _cases() -> tuple[Case, ...]:
         base = replace(base, dtype=dtype, double_quant=dq)
         cases += [replace(base, shape=shape) for shape in FLAT_SHAPES]
         cases += [replace(base, shape=(3, 1111), block_size=bs) for bs in formats.BLOCK_SIZES]
+        cases += [replace(base, shape=LONG_SHAPE, block_size=bs) for bs in LONG_BLOCKS]
         cases += [
             replace(base, shape=BIG_SHAPE, values=values, block_size=32)
             for values in ("normal", "special", "zeros", "nonfinite")

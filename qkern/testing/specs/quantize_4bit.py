@@ -11,7 +11,14 @@ import torch
 from qkern import formats
 from qkern.testing._spec import CODEBOOKS, DTYPES, LAYOUTS, Case, Inputs, OpSpec
 from qkern.testing._values import codebook_tensor, place, source
-from qkern.testing.specs._common import BIG_SHAPE, FLAT_SHAPES, table_formats, unique
+from qkern.testing.specs._common import (
+    BIG_SHAPE,
+    FLAT_SHAPES,
+    LONG_BLOCKS,
+    LONG_SHAPE,
+    table_formats,
+    unique,
+)
 
 
 def _code_table(case: Case) -> Sequence[float]:
@@ -36,6 +43,10 @@ def _cases() -> tuple[Case, ...]:
         base = replace(base, dtype=dtype)
         cases += [replace(base, shape=shape) for shape in FLAT_SHAPES]
         cases += [replace(base, shape=(3, 1111), block_size=bs) for bs in formats.BLOCK_SIZES]
+        cases += [
+            replace(base, shape=LONG_SHAPE, values=values, block_size=bs)
+            for values, bs in itertools.product(("ties", "nonfinite"), LONG_BLOCKS)
+        ]
         cases += [
             replace(base, shape=BIG_SHAPE, values=values, block_size=bs)
             for values in ("special", "ties", "zeros", "nonfinite")

@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             Case((700,), HALF, format="fp4", values="special"),
         ),
     ),
+    "quantize_4bit_long": ("quantize_4bit", (Case((18_001,), BFLOAT, 16384),)),
+    "quantize_8bit_long": ("quantize_8bit", (Case((18_001,), BFLOAT, 16384),)),
     "dequantize_4bit": (
         "dequantize_4bit",
         (Case((65,), BFLOAT), Case((5, 4111), FLOAT, 32, double_quant=True)),

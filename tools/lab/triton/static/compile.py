@@ -157,6 +157,15 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
                     *(dq, dtype),
                 )
             )
+        if name == "bf16":
+            # Read in pieces; FP4 takes the most registers.
+            found[f"quantize_4bit-{name}-fp4_long"] = functools.partial(
+                lambda flat: ops.quantize_4bit(flat(), "fp4", formats.MAX_BLOCK_SIZE, None), flat
+            )
+            found[f"quantize_8bit-{name}-long"] = functools.partial(
+                lambda flat, size: ops.quantize_8bit(flat(), formats.map_tensor("signed"), size),
+                *(flat, formats.MAX_BLOCK_SIZE),
+            )
         found[f"quantize_8bit-{name}"] = functools.partial(
             lambda flat: ops.quantize_8bit(flat(), formats.map_tensor("signed"), 256), flat
         )

@@ -1,0 +1,174 @@
+"""transformers' quantizers that load, save and describe models with qkern's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
+from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
+from qkern.integrations._peft_auto import register_where_installed
+from qkern.nn import dequantize_model
+
+
+class QKernQuantizer(HfQuantizer):
+    """Loads with a `QKernConfig`; see `QKernConfig`."""
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._loading: Loading | None = None
+        self._device_map: dict[str, Any] | None = None
+        self._storage = torch.uint8
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Leave it as it was asked for."""
+        return dtype
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Note where modules go; transformers asks once more when it has worked that out."""
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+
+    def _on_disk(self, name: str) -> bool:
+        """Whether the tensor of this name is offloaded to a file."""
+        from transformers.integrations.accelerate import get_device
+
+        places = self._device_map or {}
+        return "disk" in places.values() and get_device(places, name) == "disk"
+
+    # ---- before the weights
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        plan = self._plan(model)
+        self._loading = Loading(plan, self._on_disk)
+        self._loading.from_files = bool(kwargs.get("checkpoint_files"))
+        self._quantize_structure(model, plan)
+        if _hf_versions.CASTS_TO_PLACEHOLDERS:
+            comes = self._stored_as() if self.pre_quantized else model.dtype
+            if comes.is_floating_point:
+                _hf_plan.hold_codes_as(model, plan, comes)
+        _hf_checks.watch(model, self._loading)
+        return model
+
+    def _stored_as(self) -> torch.dtype:
+        """The dtype that codes have in the directory."""
+        fields = self.quantization_config.read_from or {}
+        name = str(fields.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def _plan(self, model: Any) -> _hf_plan.Plan:
+        config = self.quantization_config
+        fields = config.format, config.block_size, config.double_quant
+        return _hf_plan.Plan(*fields, self._compute_dtype(model))
+
+    def _compute_dtype(self, model: Any) -> torch.dtype | None:
+        config = self.quantization_config
+        found: torch.dtype | None = config.compute_dtype
+        # A directory of bitsandbytes' names one always.
+        return None if config.read_from is not None and found == model.dtype else found
+
+    def _quantize_structure(self, model: Any, plan: _hf_plan.Plan) -> None:
+        config = self.quantization_config
+        if config.read_from is not None:
+            skip = config.read_from.get("llm_int8_skip_modules")
+            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True)
+        else:
+            embeddings = config.quantize_embeddings
+            _hf_plan.quantize_structure(model, plan, config.skip, embeddings=embeddings)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether the dense tensor of this name is to be one of a 4-bit module."""
+        if self._loading is None or self.pre_quantized or not param_name.endswith(".weight"):
+            return False
+        return self._loading.plan.owner(param_name) is not None
+
+    def get_quantize_ops(self) -> Any:
+        """What turns a dense weight into its 4-bit tensors."""
+        assert self._loading is not None
+        return Quantize(self._loading)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What turns bitsandbytes' tensors into a 4-bit module's."""
+        if not self.pre_quantized or not self._reads_bitsandbytes():
+            return []
+        assert self._loading is not None
+        return [Converter(self._loading)]
+
+    def _reads_bitsandbytes(self) -> bool:
+        return self.quantization_config.read_from is not None
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Nothing is cast on its way to an operation of ours, which casts what is dense."""
+        for op in getattr(converter, "operations", ()):
+            if isinstance(op, ReadBitsAndBytes):
+                op.dtype = dtype if dtype is not None and dtype.is_floating_point else op.dtype
+                return None
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
+
+    # ---- after them
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        assert self._loading is not None
+        _hf_checks.unwatch(model)
+        self._loading.name_offloaded(model)
+        _hf_checks.check_described(self._loading)
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            # Saving would undo it, of tensors that have bitsandbytes' names already.
+            model._weight_conversions = [c for c in conversions if not isinstance(c, Converter)]
+        self._loading = None
+        model.is_loaded_in_4bit = True
+        register_where_installed()
+        self._describe(model)
+        return model
+
+    def _describe(self, model: Any) -> bool:
+        """Have config.json say how ``model`` is saved; whether as bitsandbytes'."""
+        config = self.quantization_config
+        config.found(*_hf_saving.common_format(model))
+        skipped = _hf_saving.as_bitsandbytes(model)
+        if skipped is None:
+            config.written_as(None)
+            return False
+        config.written_as(_hf_saving.bitsandbytes_dict(model, skipped, config.compute_dtype))
+        return True
+
+    # ---- saving, and what else one asks
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """What ``save_pretrained`` writes."""
+        bitsandbytes = self._describe(model)
+        tensors = _hf_saving.state_dict(model, bitsandbytes=bitsandbytes, storage=self._storage)
+        return tensors, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_model(model, dtype)
+        _hf_plan.untie_parts(model)
+        model.is_loaded_in_4bit = False
+        return model
+
+    def is_serializable(self) -> bool:
+        """Yes: any number of times, with the same bits."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes, with adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: the layers are one op each."""
+        return True

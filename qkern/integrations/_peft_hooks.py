@@ -1,0 +1,185 @@
+"""Where PEFT, whose dispatch is a fixed list, is told of 4-bit layers."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import peft
+from peft.tuners.lora import model as lora_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import other
+from torch import nn
+
+from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
+from qkern.integrations._peft_loftq import replace_lora_weights_loftq
+from qkern.nn import Embedding4bit, Linear4bit, count_parameters
+from qkern.nn._module import TENSORS, QuantizedModule
+
+_MARK = "_qkern_original"
+
+DENSE_ONLY = frozenset({"LOHA", "LOKR", "HRA"})
+"""Tuners whose forward computes with the dense weight."""
+
+_replaced: list[tuple[Any, str, Any]] = []
+"""What was put where, and PEFT's own in its place."""
+
+
+def is_installed() -> bool:
+    """Whether PEFT makes layers of qkern's for 4-bit weights."""
+    return hasattr(lora_model.dispatch_default, _MARK)
+
+
+def install() -> None:
+    """Put a function of ours around each place; again, it does nothing.
+
+    Each first looks whether it is about a 4-bit layer of qkern, and otherwise calls PEFT's own.
+    """
+    _around(lora_model, "dispatch_default", _dispatch)
+    _around(BaseTuner, "_check_merge_allowed", _check_merge)
+    _around(BaseTuner, "_check_new_adapter_config", _check_config)
+    _around(other.AuxiliaryTrainingWrapper, "__init__", _check_wrapped)
+    _around(peft.PeftModel, "get_nb_trainable_parameters", _count)
+    _around(peft.PeftMixedModel, "get_nb_trainable_parameters", _count)
+    for name, function in (
+        ("replace_lora_weights_loftq", _loftq),
+        ("prepare_model_for_kbit_training", _prepare),
+    ):
+        for module in _holders(name):
+            _around(module, name, function)
+
+
+def remove() -> None:
+    """Put PEFT's own functions back."""
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        setattr(owner, name, original)
+
+
+def _holders(name: str) -> list[Any]:
+    """PEFT's modules that hold the function; code that imported it before keeps the old one."""
+    loaded = [sys.modules[m] for m in sorted(sys.modules) if m.split(".")[0] == "peft"]
+    return [module for module in loaded if name in vars(module)]
+
+
+def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    setattr(replaced, _MARK, original)
+    setattr(owner, name, replaced)
+    _replaced.append((owner, name, original))
+
+
+def _dispatch(
+    original: Callable[..., Any],
+    target: nn.Module,
+    adapter_name: str,
+    config: Any,
+    parameter_name: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, QuantizedModule):
+        return original(
+            target, adapter_name, config=config, parameter_name=parameter_name, **kwargs
+        )
+    if parameter_name is not None:
+        if parameter_name in TENSORS:
+            raise ValueError(
+                f"target_parameters: got {parameter_name} of a {type(base).__name__}, which holds "
+                "4-bit codes; takes the layer's name in target_modules"
+            )
+        return original(
+            target, adapter_name, config=config, parameter_name=parameter_name, **kwargs
+        )
+    if isinstance(base, Linear4bit):
+        return QKernLinear(target, adapter_name, config=config, **kwargs)
+    if isinstance(base, Embedding4bit):
+        return QKernEmbedding(target, adapter_name, config=config, **kwargs)
+    return original(target, adapter_name, config=config, **kwargs)
+
+
+def _quantized_layers(model: nn.Module) -> list[QuantizedModule]:
+    return [module for module in model.modules() if isinstance(module, QuantizedModule)]
+
+
+def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
+    """ValueError for layers of other tuners on 4-bit weights, before any of them is merged."""
+    for name, layer in tuner.model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, QKernLinear | QKernEmbedding):
+            continue
+        base = layer.get_base_layer()
+        if isinstance(base, QuantizedModule):
+            raise ValueError(
+                f"{name}: got a {type(layer).__module__}.{type(layer).__name__} on a 4-bit weight, "
+                "into which LoRA alone can be merged; call qkern.nn.dequantize_model first"
+            )
+    return original(tuner)
+
+
+def _check_config(original: Callable[..., Any], tuner: Any, config: Any) -> Any:
+    """ValueError for a tuner that would compute with codes, before the model is changed."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind in DENSE_ONLY and getattr(config, "target_modules", None) is not None:
+        every = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
+        for name, module in tuner.model.named_modules():
+            if isinstance(module, QuantizedModule) and (
+                every or tuner._check_target_module_exists(config, name)
+            ):
+                raise ValueError(
+                    f"{name}: got {kind}, which computes with the dense weight, on a 4-bit weight; "
+                    "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
+                    "docs/frameworks.md"
+                )
+    return original(tuner, config)
+
+
+def _check_wrapped(
+    original: Callable[..., Any], wrapper: Any, module: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """ValueError where a 4-bit module is to be trained as a whole, or rows of it are."""
+    for name, part in module.named_modules():
+        if isinstance(part, QuantizedModule):
+            where = f" ({name})" if name else ""
+            raise ValueError(
+                f"{type(wrapper).__name__}: got a 4-bit {type(part).__name__}{where}, whose weight "
+                "cannot be trained; takes a dense module: name it in skip when quantising"
+            )
+    return original(wrapper, module, *args, **kwargs)
+
+
+def _count(original: Callable[..., Any], model: nn.Module) -> Any:
+    """What is trained, and all elements: of a 4-bit weight those that it stands for."""
+    if not _quantized_layers(model):
+        return original(model)
+    return count_parameters(model, trainable_only=True), count_parameters(model)
+
+
+def _loftq(original: Callable[..., Any], peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(module, QKernLinear) for module in peft_model.modules()):
+        return replace_lora_weights_loftq(peft_model, *args, **kwargs)
+    return original(peft_model, *args, **kwargs)
+
+
+def _prepare(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have PEFT enable checkpointing and gradients of inputs, as for models that it knows."""
+    known = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    if any(getattr(model, name, False) for name in known) or not _quantized_layers(model):
+        return original(model, *args, **kwargs)
+    had = vars(model).get(known[0])
+    model.is_loaded_in_4bit = True
+    try:
+        return original(model, *args, **kwargs)
+    finally:
+        if had is None:
+            del model.is_loaded_in_4bit
+        else:
+            model.is_loaded_in_4bit = had

@@ -1,0 +1,227 @@
+"""Directories in 4 bits that do not fit the model, or contradict themselves, are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from qkern import nn as qnn
+from qkern.integrations.transformers import QKernConfig
+from tests.integrations.models_of_transformers import changed, load, logits, saved_llama, tensors
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
+Change = Callable[[dict[str, Any]], Any]
+
+
+def saved(folder: Path, **options: Any) -> Path:
+    load(saved_llama(folder / "dense"), QKernConfig(**options)).save_pretrained(folder / "q")
+    return folder / "q"
+
+
+def without(*names: str) -> Change:
+    return lambda held: [held.pop(name) for name in names]
+
+
+def state(**fields: Any) -> Change:
+    def change(held: dict[str, Any]) -> None:
+        found = json.loads(bytes(held[STATE].tolist())) | fields
+        held[STATE] = torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)
+
+    return change
+
+
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(f"{NAME}.absmax"), "weight.absmax: is missing"),
+        (without(f"{NAME}.quant_map"), "quant_map: is missing"),
+        (without(f"{NAME}.nested_absmax"), "nested_absmax: is missing"),
+        (without(NAME), "weight: is missing"),
+        (without(STATE), "takes one of"),
+        (without(*ALL), "has no model.layers.0.mlp.up_proj"),
+        (lambda held: held.update({STATE.replace("nf4", "fp4"): held[STATE]}), "takes one of"),
+        (lambda held: held.update({f"{NAME}.quant_more": held[STATE]}), "quant_more"),
+        (state(shape=[64, 96]), "got shape"),
+        (state(blocksize=128), "absmax"),
+        (state(quant_type="fp4"), "quant_type"),
+        (lambda held: held.update({NAME: held[NAME][:-1]}), "packed: got shape"),
+        (lambda held: held[f"{NAME}.quant_map"].add_(0.1), "quant_map"),
+        (
+            lambda held: held.update(
+                {k.replace("layers.0", "layers.7"): v.clone() for k, v in held.items()}
+            ),
+            "has no 4-bit layer for model.layers.7",
+        ),
+    ],
+    ids=[
+        "no-absmax",
+        "no-map",
+        "no-nested",
+        "no-codes",
+        "no-state",
+        "nothing",
+        "two-states",
+        "unknown-part",
+        "shape",
+        "block-size",
+        "type",
+        "short",
+        "map",
+        "more-layers",
+    ],
+)
+def test_what_does_not_fit_raises(tmp_path: Path, change: Change, message: str) -> None:
+    folder = saved(tmp_path)
+    with changed(folder) as held:
+        change(held)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("model.layers.0.mlp.up_proj.absmax"), "has no model.layers.0.mlp.up_proj.absmax"),
+        (without("model.embed_tokens.weight"), "has no model.embed_tokens.weight"),
+        (
+            lambda held: held.update(
+                {NAME: torch.zeros(4, 1, dtype=torch.uint8)},
+            ),
+            f"^{NAME}: got shape \\[4, 1\\]",
+        ),
+        (
+            lambda held: held.update(
+                {
+                    "model.layers.0.mlp.up_proj.quant_meta": torch.tensor(
+                        list(
+                            bytes(held["model.layers.0.mlp.up_proj.quant_meta"].tolist()).replace(
+                                b"nf4", b"fp4"
+                            )
+                        ),
+                        dtype=torch.uint8,
+                    )
+                }
+            ),
+            "'format': 'fp4'",
+        ),
+        (
+            lambda held: held.update(
+                {k.replace("layers.0", "layers.7"): v.clone() for k, v in held.items()}
+            ),
+            "has no 4-bit layer for model.layers.7",
+        ),
+    ],
+    ids=["no-scales", "no-table", "short", "format", "more-layers"],
+)
+def test_the_own_layout_is_as_strict(tmp_path: Path, change: Change, message: str) -> None:
+    folder = saved(tmp_path, quantize_embeddings=True)
+    with changed(folder) as held:
+        change(held)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_values_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
+    folder = saved_llama(tmp_path, shard="1GB")
+    with changed(folder) as held:
+        held[NAME][3, 5] = torch.nan
+    with pytest.raises(ValueError, match=f"^{NAME}: .*NaN"):
+        load(folder)
+
+
+def test_a_wrong_shape_of_a_dense_weight_is_named(tmp_path: Path) -> None:
+    folder = saved_llama(tmp_path, shard="1GB")
+    with changed(folder) as held:
+        held[NAME] = held[NAME][:, :-1].contiguous()
+    with pytest.raises(ValueError, match=f"^{NAME}: got shape \\[96, 63\\]; takes \\[96, 64\\]"):
+        load(folder)
+
+
+def test_the_tensors_say_what_is_in_4_bits_not_the_config(tmp_path: Path) -> None:
+    folder = saved(tmp_path, skip=["up_proj"])
+    model = load(folder)
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "down_proj"]
+    fields["quantization_config"]["bnb_4bit_use_double_quant"] = False
+    file.write_text(json.dumps(fields))
+    found = load(folder)
+    assert type(found.get_submodule(NAME.removesuffix(".weight"))) is torch.nn.Linear
+    assert isinstance(found.model.layers[1].mlp.down_proj, qnn.Linear4bit)
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_a_base_model_and_a_new_head_load_as_ever(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    base = load(folder, kind=AutoModel)
+    assert isinstance(base.layers[0].mlp.up_proj, qnn.Linear4bit)
+    task = load(folder, kind=AutoModelForSequenceClassification)
+    assert type(task.score) is torch.nn.Linear
+    assert task.score.weight.isfinite().all()
+    assert torch.equal(
+        task.model.layers[0].mlp.up_proj.quantized.packed,
+        base.layers[0].mlp.up_proj.quantized.packed,
+    )
+
+
+def test_8_bit_directories_are_bitsandbytes(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    fields["quantization_config"] |= {"load_in_4bit": False, "_load_in_4bit": False}
+    fields["quantization_config"] |= {"load_in_8bit": True, "_load_in_8bit": True}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="BitsAndBytesConfig"):
+        load(folder)
+
+
+def test_other_settings_than_the_directory_has_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(tmp_path)
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    try:
+        load(folder)
+        assert "in 4 bits already" not in caplog.text
+        load(folder, QKernConfig("fp4", double_quant=False))
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "its own format, double_quant count" in caplog.text
+
+
+def test_odd_subclasses_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Odd(torch.nn.Linear):
+        pass
+
+    class WithOdd(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.layers[0].mlp.up_proj = Odd(64, 96, bias=False)
+
+    folder = saved_llama(tmp_path)
+    with pytest.raises(TypeError, match=r"up_proj is a Odd; takes exactly nn\.Linear"):
+        load(folder, kind=WithOdd)
+    model = load(folder, QKernConfig(skip=["layers.0.mlp.up_proj"]), kind=WithOdd)
+    assert type(model.model.layers[0].mlp.up_proj) is Odd
+
+
+def test_nothing_of_it_is_left_in_a_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    model = load(folder)
+    assert "_adjust_missing_and_unexpected_keys" not in vars(model)
+    assert tensors(folder).keys() == model.hf_quantizer.get_state_dict_and_metadata(model)[0].keys()
