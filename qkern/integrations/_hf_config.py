@@ -83,7 +83,7 @@ class QKernConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.skip = names
         self.quantize_embeddings = quantize_embeddings
-        self.compute_dtype = _dtype(compute_dtype)
+        self.compute_dtype = as_dtype("compute_dtype", compute_dtype)
         self._written: dict[str, Any] | None = None
         self._read: dict[str, Any] | None = None
 
@@ -149,12 +149,13 @@ class QKernConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def as_dtype(argument: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of that name, or itself; TypeError unless it is a floating one that qkern has."""
     if isinstance(dtype, str):
         found = getattr(torch, dtype.removeprefix("torch."), None)
         dtype = found if isinstance(found, torch.dtype) else dtype
     if dtype is not None:
-        _errors.check_float_dtype("compute_dtype", dtype)
+        _errors.check_float_dtype(argument, dtype)
     return dtype  # type: ignore[return-value]  # checked there
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
+from qkern.integrations._hf_config import as_dtype
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
 from qkern.integrations._peft_auto import register_where_installed
 from qkern.nn import dequantize_model
@@ -153,8 +154,9 @@ class QKernQuantizer(HfQuantizer):
         tensors = _hf_saving.state_dict(model, bitsandbytes=bitsandbytes, storage=self._storage)
         return tensors, {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model, dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving writes the name of the dtype into the config, where this comes from by default.
+        dequantize_model(model, as_dtype("dtype", dtype))
         _hf_plan.untie_parts(model)
         model.is_loaded_in_4bit = False
         return model
