@@ -20,7 +20,7 @@ from tests.models import tiny_llama
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
-pytest_plugins = "tests.integrations.twins"
+pytest_plugins = "tests.integrations.peft_fixtures"
 pytestmark = pytest.mark.usefixtures("qkern_peft")
 
 KINDS = ("pissa", "pissa_niter_8", "olora")

@@ -15,7 +15,7 @@ from tests.integrations.twins import IDS, dense, error, linears, quantized, shak
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
-pytest_plugins = "tests.integrations.twins"
+pytest_plugins = "tests.integrations.peft_fixtures"
 pytestmark = pytest.mark.usefixtures("qkern_peft")
 
 

@@ -14,7 +14,7 @@ from tests.integrations.twins import quantized
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytest_plugins = "tests.integrations.twins"
+pytest_plugins = "tests.integrations.peft_fixtures"
 pytestmark = pytest.mark.usefixtures("qkern_peft")
 
 

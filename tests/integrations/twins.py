@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,19 +14,6 @@ from tests.models import bnb_layer, tiny_llama
 
 IDS = torch.tensor([[3, 17, 64, 5, 99, 120], [8, 1, 77, 30, 2, 41]])
 """Tokens for `tiny_llama`."""
-
-
-@pytest.fixture
-def qkern_peft() -> Iterator[Any]:
-    """`qkern.integrations.peft`, registered for the test."""
-    pytest.importorskip("peft")
-    from qkern.integrations import peft
-
-    was = peft.registered()
-    peft.register()
-    yield peft
-    if not was:
-        peft.unregister()
 
 
 def quantized(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
