@@ -167,6 +167,9 @@ def test_a_model_on_a_device_map_trains_without_bitsandbytes(
 ) -> None:
     monkeypatch.setattr(accelerator, "is_bitsandbytes_multi_backend_available", lambda: False)
     model = launched.adapted(load(folder, device_map={"": "cpu"}))
-    prepared = Accelerator(cpu=True).prepare_model(model)
+    try:
+        prepared = Accelerator(cpu=True).prepare_model(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     prepared(input_ids=IDS, labels=IDS).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
