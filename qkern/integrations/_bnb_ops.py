@@ -79,8 +79,8 @@ _table_of = _Remembered(_named_table)
 def _check(quant_type: Any, blocksize: Any) -> None:
     if quant_type not in QUANT_TYPES:
         raise ValueError(f'quant_type: got {quant_type!r}; takes "nf4" or "fp4"')
-    if blocksize not in formats.BLOCK_SIZES:
-        sizes = ", ".join(map(str, formats.BLOCK_SIZES))
+    if blocksize not in formats.BNB_BLOCK_SIZES:
+        sizes = ", ".join(map(str, formats.BNB_BLOCK_SIZES))
         raise ValueError(f"blocksize: got {blocksize!r}; takes {sizes}")
 
 

@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
 from qkern.integrations._hf_config import as_dtype
 from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
+from qkern.integrations._launch import refuse_fsdp1
 from qkern.integrations._peft_auto import register_where_installed
 from qkern.nn import dequantize_model
 
@@ -32,7 +33,11 @@ class QKernQuantizer(HfQuantizer):
         return dtype
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Note where modules go; transformers asks once more when it has worked that out."""
+        """Note where modules go; transformers asks once more when it has worked that out.
+
+        Raises ValueError where accelerate is about to shard with FSDP1.
+        """
+        refuse_fsdp1()
         if isinstance(device_map, dict):
             self._device_map = device_map
 

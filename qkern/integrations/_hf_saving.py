@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkern import formats
 from qkern.nn import _layouts
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
-
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""That bitsandbytes' kernels take."""
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
@@ -52,7 +50,7 @@ def as_bitsandbytes(model: Any) -> list[str] | None:
     kinds = {(m._format, m._double_quant()) for m in layers.values()}
     if len(kinds) > 1 or any(kind == "custom" for kind, _ in kinds):
         return None
-    if any(layer._block_size not in _BLOCK_SIZES for layer in layers.values()):
+    if any(layer._block_size not in formats.BNB_BLOCK_SIZES for layer in layers.values()):
         return None
     if not all(type(layer) is Linear4bit for layer in layers.values()):
         return None
