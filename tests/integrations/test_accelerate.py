@@ -120,6 +120,7 @@ def test_fsdp1_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch, known:
             _launch.refuse_fsdp1()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_shards_4_bit_layers(tmp_path: Path) -> None:
     config = copy.deepcopy(FSDP2)
     config["fsdp_config"]["fsdp_auto_wrap_policy"] = "NO_WRAP"  # the model is no transformer

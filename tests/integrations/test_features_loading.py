@@ -123,7 +123,7 @@ def check_generation(side: Side, path: Path, compiled: bool = False, **options: 
     assert torch.equal(found, expected), "other tokens than of the dequantised model"
 
 
-@feature("`torch.compile(fullgraph=True)`, forward and backward", group=GROUP)
+@feature("`torch.compile(fullgraph=True)`, forward and backward", group=GROUP, slow=True)
 def test_compiled(side: Side, dense_llama: Path) -> None:
     model = side.load(dense_llama)
     x = model.get_input_embeddings()(IDS).detach().requires_grad_()
