@@ -13,7 +13,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from qkern import nn as qnn
 from qkern.integrations.transformers import QKernConfig
-from tests.integrations.models_of_transformers import changed, load, logits, saved_llama, tensors
+from tests.integrations.models_of_transformers import (
+    IDS,
+    changed,
+    load,
+    logits,
+    saved_llama,
+    tensors,
+)
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -37,6 +44,11 @@ def state(**fields: Any) -> Change:
     return change
 
 
+def more(name: str, size: int) -> Change:
+    return lambda held: held.update({name: torch.ones(size)})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
 
@@ -63,6 +75,11 @@ ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
             ),
             "has no 4-bit layer for model.layers.7",
         ),
+        (without(NORM), f"has no {NORM}"),
+        (without("model.embed_tokens.weight"), "has no model.embed_tokens.weight"),
+        (more(NAME.replace(".weight", ".bias"), 96), r"4-bit layers .* no .*up_proj\.bias"),
+        (more(NORM.replace(".weight", ".bias"), 64), "model has no .*layernorm.bias"),
+        (more("model.layers.0.self_attn.q_norm.weight", 16), "model has no .*q_norm.weight"),
     ],
     ids=[
         "no-absmax",
@@ -79,6 +96,11 @@ ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
         "short",
         "map",
         "more-layers",
+        "no-norm",
+        "no-table",
+        "bias",
+        "bias-of-a-norm",
+        "another-norm",
     ],
 )
 def test_what_does_not_fit_raises(tmp_path: Path, change: Change, message: str) -> None:
@@ -173,6 +195,46 @@ def test_a_base_model_and_a_new_head_load_as_ever(tmp_path: Path) -> None:
         task.model.layers[0].mlp.up_proj.quantized.packed,
         base.layers[0].mlp.up_proj.quantized.packed,
     )
+
+
+def test_a_base_model_is_as_strict_and_passes_over_heads_and_masks(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    with changed(folder) as held:
+        held["model.layers.0.self_attn.mask"] = torch.ones(4)
+        held["more_head.weight"] = torch.ones(4, 64)
+    base = load(folder, kind=AutoModel)
+    assert torch.equal(base(IDS).last_hidden_state, load(folder).model(IDS).last_hidden_state)
+    with changed(folder) as held:
+        held.pop(NORM)
+    with pytest.raises(ValueError, match=r"has no layers\.1\.input_layernorm\.weight"):
+        load(folder, kind=AutoModel)
+
+
+def test_a_lost_shard_raises(tmp_path: Path) -> None:
+    load(saved_llama(tmp_path / "dense")).save_pretrained(tmp_path / "q", max_shard_size="30KB")
+    file = tmp_path / "q" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    whole = index["weight_map"]
+    shards = sorted(set(whole.values()))
+    assert len(shards) > 2
+    for lost in shards:
+        index["weight_map"] = {name: shard for name, shard in whole.items() if shard != lost}
+        file.write_text(json.dumps(index))
+        if any(name.startswith("model.") for name in whole.keys() - index["weight_map"].keys()):
+            with pytest.raises(ValueError, match=r"the checkpoint has no|is missing"):
+                load(tmp_path / "q")
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_sizes_that_differ_raise_for_4_bit_weights_even_where_they_are_ignored(
+    tmp_path: Path, method: str
+) -> None:
+    folder = saved(tmp_path, quantize_embeddings=method == "qkern")
+    with pytest.raises(ValueError, match=r"down_proj.*: got shape"):
+        load(folder, intermediate_size=128, ignore_mismatched_sizes=True)
+    for layers, message in ((3, "checkpoint has no model.layers.2"), (1, "model.layers.1")):
+        with pytest.raises(ValueError, match=message):
+            load(folder, num_hidden_layers=layers, ignore_mismatched_sizes=True)
 
 
 def test_8_bit_directories_are_bitsandbytes(tmp_path: Path) -> None:
