@@ -30,7 +30,7 @@ def watch(model: Any, loading: Loading, *, in_4_bits: bool) -> None:
             names = info.missing_keys, info.unexpected_keys
         else:
             names = result or args
-        _check_names(loading, *names)
+        _check_names(loading, *names, in_4_bits=in_4_bits)
         if in_4_bits:
             _check_base(model, *names)
         return result
@@ -57,13 +57,16 @@ def _check(loading: Loading, info: Any) -> None:
             raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
 
 
-def _check_names(loading: Loading, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def _check_names(
+    loading: Loading, missing: Iterable[str], unexpected: Iterable[str], *, in_4_bits: bool
+) -> None:
     if loading.error is not None:
         raise loading.error
     paths = loading.plan.paths
     lost = [name for name in missing if name.rpartition(".")[0] in paths]
     if lost:
-        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers")
+        new = "" if in_4_bits else "; name them in skip if they are new, so that they stay dense"
+        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers{new}")
     unexpected = list(unexpected)
     extra = [name for name in unexpected if name in loading.packed or _is_part(name)]
     if extra:

@@ -33,8 +33,9 @@ def quantized_after(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
 
 
 @CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
-@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+@pytest.mark.parametrize(
+    ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "cpu"), ("auto", "auto")]
+)
 def test_it_is_what_quantize_model_makes(
     tmp_path: Path, options: dict[str, Any], dtype: Any, device_map: Any
 ) -> None:

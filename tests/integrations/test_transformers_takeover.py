@@ -178,6 +178,7 @@ print("done", count)
 """
 
 
+@pytest.mark.slow
 def test_it_runs_without_bitsandbytes(tmp_path: Path) -> None:
     folder = saved_llama(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(folder)
