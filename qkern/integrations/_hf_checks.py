@@ -6,23 +6,33 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+from transformers import MODEL_MAPPING
+
 from qkern.integrations._hf_loading import Loading
 from qkern.io._common import some
 
 _HOOK = "_adjust_missing_and_unexpected_keys"
 
 
-def watch(model: Any, loading: Loading) -> None:
-    """Have the keys checked as soon as transformers has sorted them, before it reports them."""
+def watch(model: Any, loading: Loading, *, in_4_bits: bool) -> None:
+    """Have the keys checked as soon as transformers has sorted them, before it reports them.
+
+    ``in_4_bits`` says that the files are: then what is dense of the base model must fit too.
+    """
     original = getattr(model, _HOOK)
 
     def adjust(*args: Any) -> Any:
         result = original(*args)
-        info = args[0] if len(args) == 1 else None
-        if info is not None:
+        if len(args) == 1:
+            info = args[0]
             _check(loading, info)
+            names = info.missing_keys, info.unexpected_keys
         else:
-            _check_names(loading, *(result or args))
+            names = result or args
+        _check_names(loading, *names, in_4_bits=in_4_bits)
+        if in_4_bits:
+            _check_base(model, *names)
         return result
 
     # On this one object, until it is loaded.
@@ -45,19 +55,62 @@ def _check(loading: Loading, info: Any) -> None:
         if loading.plan.owner(name) is not None:
             info.mismatched_keys = set()
             raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
-    _check_names(loading, info.missing_keys, info.unexpected_keys)
 
 
-def _check_names(loading: Loading, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def _check_names(
+    loading: Loading, missing: Iterable[str], unexpected: Iterable[str], *, in_4_bits: bool
+) -> None:
     if loading.error is not None:
         raise loading.error
     paths = loading.plan.paths
     lost = [name for name in missing if name.rpartition(".")[0] in paths]
     if lost:
-        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers")
+        new = "" if in_4_bits else "; name them in skip if they are new, so that they stay dense"
+        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers{new}")
+    unexpected = list(unexpected)
     extra = [name for name in unexpected if name in loading.packed or _is_part(name)]
     if extra:
         raise ValueError(f"the model has no 4-bit layer for {some(extra)} of the checkpoint")
+    extra = [name for name in unexpected if name.rpartition(".")[0] in paths]
+    if extra:
+        raise ValueError(f"4-bit layers of the model have no {some(extra)} of the checkpoint")
+
+
+def _check_base(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Nothing of the base model is drawn at random, or left out; heads come and go with tasks."""
+    prefix = _base(model)
+    if prefix is None:
+        return
+    lost = [name for name in missing if name.startswith(prefix)]
+    if lost:
+        raise ValueError(f"the checkpoint has no {some(lost)}")
+    base = model.get_submodule(prefix.removesuffix("."))
+    extra = [
+        name
+        for name in unexpected
+        if name.startswith(prefix) and _is_weight(base, name.removeprefix(prefix))
+    ]
+    if extra:
+        raise ValueError(f"the model has no {some(extra)} of the checkpoint")
+
+
+def _base(model: Any) -> str | None:
+    """The prefix of names in the model without its head; None where that is not known."""
+    name = model.base_model_prefix
+    if name and isinstance(getattr(model, name, None), nn.Module):
+        return f"{name}."
+    kinds = MODEL_MAPPING.get(type(model.config), ())
+    return "" if type(model) in (kinds if isinstance(kinds, tuple) else (kinds,)) else None
+
+
+def _is_weight(base: nn.Module, name: str) -> bool:
+    """Whether ``name`` is of a layer of a part that ``base`` has; masks and the like are not."""
+    path, _, tensor = name.rpartition(".")
+    modules = dict(base.named_modules())
+    if path.partition(".")[0] not in modules:
+        return False
+    layer = modules.get(path)
+    return tensor == "weight" if layer is None else bool(layer._parameters)
 
 
 def _is_part(name: str) -> bool:

@@ -131,6 +131,10 @@ class QKernConfig(QuantizationConfigMixin):
             fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return {"quant_method": str(METHOD), "layout": LAYOUT, **fields}
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field of `to_dict`; transformers asks a config in memory like one of a file."""
+        return self.to_dict().get(name, default)
+
     @property
     def read_from(self) -> dict[str, Any] | None:
         """The fields of bitsandbytes' config that this one was made of; None for no such."""

@@ -52,6 +52,8 @@ def merged(found: Any, asked: Any) -> Any:
 
     None where that is transformers' to say.
     """
+    if isinstance(found, QKernConfig) and asked is None:
+        asked = found  # of a model in memory, whose files may be bitsandbytes'
     fields = found if isinstance(found, dict) else found.to_dict()
     method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
     in_4_bits = fields.get("load_in_4bit") or fields.get("_load_in_4bit")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.utils import logging
 
 from qkern.integrations._hf_versions import hold_as
@@ -251,10 +253,17 @@ def untie_parts(model: Any) -> None:
 
 def _say_what_stays(model: nn.Module) -> None:
     """A notice of experts, which are stacked in 3-D parameters and stay dense."""
-    stacked = [p for p in model.parameters() if p.dim() == 3 and p.is_floating_point()]
+    stacked = [p for module in model.modules() for p in _stacked(module)]
     if stacked:
         count = sum(p.numel() for p in stacked)
         logger.warning(
-            f"qkern: {len(stacked)} weights of more than two dimensions (experts) stay dense, "
-            f"{count:,} elements"
+            f"qkern: {len(stacked)} stacked weights (experts) stay dense, {count:,} elements"
         )
+
+
+def _stacked(module: nn.Module) -> list[nn.Parameter]:
+    """Its matrices in 3-D parameters: no kernels of convolutions, no tables with a batch of one."""
+    if isinstance(module, (_ConvNd, ParametrizationList)):
+        return []
+    own = module.parameters(recurse=False)
+    return [p for p in own if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()]

@@ -59,7 +59,7 @@ class QKernQuantizer(HfQuantizer):
             comes = self._stored_as() if self.pre_quantized else model.dtype
             if comes.is_floating_point:
                 _hf_plan.hold_codes_as(model, plan, comes)
-        _hf_checks.watch(model, self._loading)
+        _hf_checks.watch(model, self._loading, in_4_bits=self.pre_quantized)
         return model
 
     def _stored_as(self) -> torch.dtype:
@@ -142,6 +142,7 @@ class QKernQuantizer(HfQuantizer):
         """Have config.json say how ``model`` is saved; whether as bitsandbytes'."""
         config = self.quantization_config
         config.found(*_hf_saving.common_format(model))
+        config.compute_dtype = _hf_saving.compute_dtype(model, config.compute_dtype)
         skipped = _hf_saving.as_bitsandbytes(model)
         if skipped is None:
             config.written_as(None)

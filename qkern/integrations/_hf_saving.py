@@ -41,6 +41,13 @@ def common_format(model: nn.Module) -> tuple[str, int, bool]:
     return next(iter(found))
 
 
+def compute_dtype(model: nn.Module, otherwise: torch.dtype | None) -> torch.dtype | None:
+    """What the 4-bit linear layers compute in, or ``otherwise`` where they are not alike."""
+    layers = quantized_modules(model).values()
+    found = {layer.compute_dtype for layer in layers if isinstance(layer, Linear4bit)}
+    return found.pop() if len(found) == 1 else otherwise
+
+
 def as_bitsandbytes(model: Any) -> list[str] | None:
     """Names for ``llm_int8_skip_modules``, or None where bitsandbytes has no layout for the model.
 
@@ -123,14 +130,19 @@ def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) ->
             own = tensor.clone() if again or suffix.endswith("_map") else tensor
             tensors[f"{path}.weight{suffix}"] = own
         if storage is not torch.uint8:
+            check_storage(path, tensors[f"{path}.weight"], storage)
             packed = tensors[f"{path}.weight"].reshape(-1)
-            if packed.numel() % storage.itemsize:
-                raise ValueError(
-                    f"bnb_4bit_quant_storage: got {storage}; {path}.weight has {packed.numel()} "
-                    "bytes, takes a dtype that divides them"
-                )
             tensors[f"{path}.weight"] = packed.view(storage).view(-1, 1)
     return tensors
+
+
+def check_storage(path: str, codes: Any, storage: torch.dtype) -> None:
+    """ValueError unless the bytes of ``codes`` are whole elements of ``storage``."""
+    if codes.numel() % storage.itemsize:
+        raise ValueError(
+            f"bnb_4bit_quant_storage: got {storage}; {path}.weight has {codes.numel()} bytes, "
+            "takes a dtype that divides them"
+        )
 
 
 def _held(model: Any, path: str, layer: QuantizedModule) -> dict[str, Tensor | None]:

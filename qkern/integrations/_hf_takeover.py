@@ -55,6 +55,9 @@ class BitsAndBytesQuantizer(QKernQuantizer):
         _hf_plan.quantize_like_bitsandbytes(
             model, plan, skip, self._dense_off_the_gpu(), spare_heads=self.pre_quantized
         )
+        if not self.pre_quantized:
+            for path, layer in plan.paths.items():
+                _hf_saving.check_storage(path, layer._parameters["weight"], self._storage)
 
     def _dense_off_the_gpu(self) -> Iterable[str]:
         """What ``llm_int8_enable_fp32_cpu_offload`` leaves dense."""

@@ -172,6 +172,17 @@ class QuantizedModule(nn.Module):
         if name in PARAMETERS and name in self._parameters:
             self._check_new_value(name, self._parameters[name], param)
         super().register_parameter(name, param)
+        if name in TENSORS:
+            _keep_as_initialized(param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in every module; copying a parameter drops what it says about itself."""
+        super().__setstate__(state)
+        self._keep_as_initialized()
+
+    def _keep_as_initialized(self) -> None:
+        for name in TENSORS:
+            _keep_as_initialized(self._parameters.get(name))
 
     def _check_new_value(self, name: str, own: Tensor | None, new: Any) -> None:
         if getattr(new, "quant_state", None) is not None:
@@ -215,6 +226,7 @@ class QuantizedModule(nn.Module):
                 else:
                     self._parameters[name] = nn.Parameter(data, param.requires_grad)
             raise
+        self._keep_as_initialized()
         now = self.quant_meta
         if not now.is_meta and (was_meta or not _same_memory(before["quant_meta"][1], now)):
             _write_meta(now, self._meta())  # it may be in empty memory
@@ -334,9 +346,14 @@ def require_grad(module: nn.Module, requires_grad: bool) -> None:
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that does not require grad, in the memory of ``tensor``."""
     parameter = nn.Parameter(tensor, requires_grad=False)
-    # So that transformers' own `_init_weights` leaves it alone: see QuantizedModule.
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    _keep_as_initialized(parameter)
     return parameter
+
+
+def _keep_as_initialized(parameter: Any) -> None:
+    """Have transformers' own `_init_weights` leave it alone: see QuantizedModule."""
+    if parameter is not None:
+        parameter._is_hf_initialized = True
 
 
 def is_sharded(tensor: Tensor) -> bool:

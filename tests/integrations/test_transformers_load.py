@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qkern import nn as qnn
 from qkern.integrations.transformers import QKernConfig
+from qkern.nn._module import QuantizedModule
 from tests.integrations.models_of_transformers import load, logits, saved_llama
 
 CASES = pytest.mark.parametrize(
@@ -32,8 +33,9 @@ def quantized_after(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
 
 
 @CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
-@pytest.mark.parametrize("device_map", [None, "cpu", "auto"])
+@pytest.mark.parametrize(
+    ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "cpu"), ("auto", "auto")]
+)
 def test_it_is_what_quantize_model_makes(
     tmp_path: Path, options: dict[str, Any], dtype: Any, device_map: Any
 ) -> None:
@@ -106,6 +108,13 @@ def test_initialising_leaves_4_bit_layers_alone(tmp_path: Path) -> None:
     model._initialize_missing_keys(True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+    moved = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(before, assign=True)
+    for other in (copy.deepcopy(model), moved):
+        other.apply(other._init_weights)
+        for path, module in other.named_modules():
+            for name in (n for n in module.state_dict() if isinstance(module, QuantizedModule)):
+                assert torch.equal(getattr(module, name), before[f"{path}.{name}"])
 
 
 @pytest.mark.parametrize(

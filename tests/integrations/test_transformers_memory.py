@@ -22,6 +22,7 @@ def mapped() -> int:
     return int(found[1]) * 1024
 
 
+@pytest.mark.slow
 def test_pages_of_the_files_are_let_go_as_weights_are_quantised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

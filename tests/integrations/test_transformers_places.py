@@ -26,7 +26,11 @@ MAP = {
 }
 
 
-@pytest.mark.parametrize("embeddings", [False, True], ids=["bitsandbytes", "own"])
+@pytest.mark.parametrize(
+    "embeddings",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["bitsandbytes", "own"],
+)
 def test_layers_on_disk_compute_and_are_saved_like_others(tmp_path: Path, embeddings: bool) -> None:
     config = QKernConfig(quantize_embeddings=embeddings)
     dense = saved_llama(tmp_path / "dense", attention_bias=True)

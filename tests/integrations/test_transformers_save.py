@@ -9,14 +9,18 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from transformers import AutoModelForCausalLM
 
+from qkern import nn as qnn
 from qkern.integrations.transformers import QKernConfig
 from tests.integrations.models_of_transformers import (
     assert_same_files,
     load,
     logits,
     saved_llama,
+    tensors,
 )
 
 
@@ -30,8 +34,7 @@ from tests.integrations.models_of_transformers import (
     ],
     ids=["nf4", "fp4", "skip", "embeddings"],
 )
-@pytest.mark.parametrize("shard", ["10KB", "1GB"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("shard", "tied"), [("30KB", True), ("1GB", False)])
 def test_a_directory_is_read_and_written_again_bit_for_bit(
     tmp_path: Path, options: dict[str, Any], method: str, shard: str, tied: bool
 ) -> None:
@@ -105,3 +108,79 @@ def test_what_bitsandbytes_wrote_loads_and_is_written_again(tmp_path: Path) -> N
     own.save_pretrained(tmp_path / "own")
     load(tmp_path / "own", QKernConfig()).save_pretrained(tmp_path / "again")
     assert_same_files(tmp_path / "own", tmp_path / "again")
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_a_model_that_was_cast_comes_back_as_it_is(tmp_path: Path, method: str) -> None:
+    load(
+        saved_llama(tmp_path / "dense"), QKernConfig(quantize_embeddings=method == "qkern")
+    ).save_pretrained(tmp_path / "q")
+    model = load(tmp_path / "q").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "one")
+    again = load(tmp_path / "one")
+    assert again.dtype == torch.bfloat16
+    for (name, tensor), found in zip(
+        model.state_dict().items(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, found), name
+    for module in again.modules():
+        if isinstance(module, qnn.Linear4bit):
+            assert module.compute_dtype is None
+            assert module.quantized.dtype == torch.bfloat16
+    again.save_pretrained(tmp_path / "other")
+    assert_same_files(tmp_path / "one", tmp_path / "other")
+
+
+def test_the_config_says_what_layers_compute_in(tmp_path: Path) -> None:
+    model = load(saved_llama(tmp_path / "dense"))
+    for module in model.modules():
+        if isinstance(module, qnn.Linear4bit):
+            module.compute_dtype = torch.float16
+    model.save_pretrained(tmp_path / "q")
+    layer = load(tmp_path / "q").model.layers[0].mlp.up_proj
+    assert layer.compute_dtype is torch.float16
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_a_config_of_a_model_in_memory_loads_files_and_tensors(tmp_path: Path, method: str) -> None:
+    model = load(
+        saved_llama(tmp_path / "dense"), QKernConfig(quantize_embeddings=method == "qkern")
+    )
+    model.save_pretrained(tmp_path / "q")
+    for options in ({}, {"quantization_config": QKernConfig()}):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "q", config=model.config, **options)
+        assert torch.equal(logits(found), logits(model))
+    found = type(model).from_pretrained(
+        None, config=model.config, state_dict=tensors(tmp_path / "q")
+    )
+    assert isinstance(found.model.layers[0].mlp.up_proj, qnn.Linear4bit)
+    assert torch.equal(logits(found), logits(model))
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_what_is_pushed_to_a_hub_is_loaded_from_it(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+
+    def create_commit(self: HfApi, repo_id: str, operations: list[Any], **options: Any) -> None:
+        for each in operations:
+            (hub / each.path_in_repo).write_bytes(Path(each.path_or_fileobj).read_bytes())
+
+    def create_repo(self: HfApi, repo_id: str, **options: Any) -> RepoUrl:
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(
+        transformers.utils.hub, "create_and_tag_model_card", lambda *args, **options: ModelCard("-")
+    )
+    model = load(
+        saved_llama(tmp_path / "dense"), QKernConfig(quantize_embeddings=method == "qkern")
+    )
+    model.push_to_hub("somebody/model", max_shard_size="30KB")
+    said = json.loads((hub / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == method
+    assert len(list(hub.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(load(hub)), logits(model))

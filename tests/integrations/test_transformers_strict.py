@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from qkern import nn as qnn
 from qkern.integrations.transformers import QKernConfig
-from tests.integrations.models_of_transformers import changed, load, logits, saved_llama, tensors
+from tests.integrations.architectures import SMALL
+from tests.integrations.models_of_transformers import (
+    IDS,
+    changed,
+    load,
+    logits,
+    saved_llama,
+    tensors,
+)
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 Change = Callable[[dict[str, Any]], Any]
+Saved = Callable[..., Path]
 
 
-def saved(folder: Path, **options: Any) -> Path:
-    load(saved_llama(folder / "dense"), QKernConfig(**options)).save_pretrained(folder / "q")
-    return folder / "q"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Directories in 4 bits, one of each kind."""
+    found: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = str(options)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("saved")
+            load(saved_llama(folder / "dense"), QKernConfig(**options)).save_pretrained(
+                folder / "q"
+            )
+            found[key] = folder / "q"
+        return found[key]
+
+    return make
+
+
+@pytest.fixture
+def saved(made: Saved, tmp_path: Path) -> Saved:
+    """A directory in 4 bits, for this test to change."""
+    return lambda **options: shutil.copytree(made(**options), tmp_path / "q")
 
 
 def without(*names: str) -> Change:
@@ -37,6 +67,11 @@ def state(**fields: Any) -> Change:
     return change
 
 
+def more(name: str, size: int) -> Change:
+    return lambda held: held.update({name: torch.ones(size)})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
 
@@ -63,6 +98,11 @@ ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
             ),
             "has no 4-bit layer for model.layers.7",
         ),
+        (without(NORM), f"has no {NORM}"),
+        (without("model.embed_tokens.weight"), "has no model.embed_tokens.weight"),
+        (more(NAME.replace(".weight", ".bias"), 96), r"4-bit layers .* no .*up_proj\.bias"),
+        (more(NORM.replace(".weight", ".bias"), 64), "model has no .*layernorm.bias"),
+        (more("model.layers.0.self_attn.q_norm.weight", 16), "model has no .*q_norm.weight"),
     ],
     ids=[
         "no-absmax",
@@ -79,10 +119,15 @@ ALL = [NAME, STATE, *(f"{NAME}.{part}" for part in PARTS)]
         "short",
         "map",
         "more-layers",
+        "no-norm",
+        "no-table",
+        "bias",
+        "bias-of-a-norm",
+        "another-norm",
     ],
 )
-def test_what_does_not_fit_raises(tmp_path: Path, change: Change, message: str) -> None:
-    folder = saved(tmp_path)
+def test_what_does_not_fit_raises(saved: Saved, change: Change, message: str) -> None:
+    folder = saved()
     with changed(folder) as held:
         change(held)
     with pytest.raises(ValueError, match=message):
@@ -124,8 +169,8 @@ def test_what_does_not_fit_raises(tmp_path: Path, change: Change, message: str) 
     ],
     ids=["no-scales", "no-table", "short", "format", "more-layers"],
 )
-def test_the_own_layout_is_as_strict(tmp_path: Path, change: Change, message: str) -> None:
-    folder = saved(tmp_path, quantize_embeddings=True)
+def test_the_own_layout_is_as_strict(saved: Saved, change: Change, message: str) -> None:
+    folder = saved(quantize_embeddings=True)
     with changed(folder) as held:
         change(held)
     with pytest.raises(ValueError, match=message):
@@ -148,8 +193,8 @@ def test_a_wrong_shape_of_a_dense_weight_is_named(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_the_tensors_say_what_is_in_4_bits_not_the_config(tmp_path: Path) -> None:
-    folder = saved(tmp_path, skip=["up_proj"])
+def test_the_tensors_say_what_is_in_4_bits_not_the_config(saved: Saved) -> None:
+    folder = saved(skip=["up_proj"])
     model = load(folder)
     file = folder / "config.json"
     fields = json.loads(file.read_text())
@@ -162,8 +207,8 @@ def test_the_tensors_say_what_is_in_4_bits_not_the_config(tmp_path: Path) -> Non
     assert torch.equal(logits(found), logits(model))
 
 
-def test_a_base_model_and_a_new_head_load_as_ever(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+def test_a_base_model_and_a_new_head_load_as_ever(saved: Saved) -> None:
+    folder = saved()
     base = load(folder, kind=AutoModel)
     assert isinstance(base.layers[0].mlp.up_proj, qnn.Linear4bit)
     task = load(folder, kind=AutoModelForSequenceClassification)
@@ -175,8 +220,61 @@ def test_a_base_model_and_a_new_head_load_as_ever(tmp_path: Path) -> None:
     )
 
 
-def test_8_bit_directories_are_bitsandbytes(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+def test_a_base_model_is_as_strict_and_passes_over_heads_and_masks(saved: Saved) -> None:
+    folder = saved()
+    with changed(folder) as held:
+        held["model.layers.0.self_attn.mask"] = torch.ones(4)
+        held["more_head.weight"] = torch.ones(4, 64)
+    base = load(folder, kind=AutoModel)
+    assert torch.equal(base(IDS).last_hidden_state, load(folder).model(IDS).last_hidden_state)
+    with changed(folder) as held:
+        held.pop(NORM)
+    with pytest.raises(ValueError, match=r"has no layers\.1\.input_layernorm\.weight"):
+        load(folder, kind=AutoModel)
+
+
+def test_new_layers_stay_dense_where_they_are_skipped(tmp_path: Path) -> None:
+    mlm, task = transformers.BertForMaskedLM, transformers.BertForSequenceClassification
+    torch.manual_seed(0)
+    mlm(transformers.BertConfig(**SMALL | {"vocab_size": 128})).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"no bert\.pooler\.dense.*; name them in skip"):
+        load(tmp_path / "dense", kind=task)
+    model = load(tmp_path / "dense", QKernConfig(skip=["pooler"]), kind=task)
+    assert type(model.bert.pooler.dense) is torch.nn.Linear
+    model.save_pretrained(tmp_path / "q")
+    again = load(tmp_path / "q", kind=task)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_lost_shard_raises(tmp_path: Path) -> None:
+    load(saved_llama(tmp_path / "dense")).save_pretrained(tmp_path / "q", max_shard_size="30KB")
+    file = tmp_path / "q" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    whole = index["weight_map"]
+    shards = sorted(set(whole.values()))
+    assert len(shards) > 2
+    for lost in shards:
+        index["weight_map"] = {name: shard for name, shard in whole.items() if shard != lost}
+        file.write_text(json.dumps(index))
+        if any(name.startswith("model.") for name in whole.keys() - index["weight_map"].keys()):
+            with pytest.raises(ValueError, match=r"the checkpoint has no|is missing"):
+                load(tmp_path / "q")
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_sizes_that_differ_raise_for_4_bit_weights_even_where_they_are_ignored(
+    saved: Saved, method: str
+) -> None:
+    folder = saved(quantize_embeddings=method == "qkern")
+    with pytest.raises(ValueError, match=r"down_proj.*: got shape"):
+        load(folder, intermediate_size=128, ignore_mismatched_sizes=True)
+    for layers, message in ((3, "checkpoint has no model.layers.2"), (1, "model.layers.1")):
+        with pytest.raises(ValueError, match=message):
+            load(folder, num_hidden_layers=layers, ignore_mismatched_sizes=True)
+
+
+def test_8_bit_directories_are_bitsandbytes(saved: Saved) -> None:
+    folder = saved()
     file = folder / "config.json"
     fields = json.loads(file.read_text())
     fields["quantization_config"] |= {"load_in_4bit": False, "_load_in_4bit": False}
@@ -187,11 +285,9 @@ def test_8_bit_directories_are_bitsandbytes(tmp_path: Path) -> None:
 
 
 def test_other_settings_than_the_directory_has_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved: Saved, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = saved(tmp_path)
-    import transformers
-
+    folder = saved()
     transformers.utils.logging.enable_propagation()
     try:
         load(folder)
@@ -220,8 +316,8 @@ def test_odd_subclasses_are_refused_before_anything_is_read(tmp_path: Path) -> N
     assert type(model.model.layers[0].mlp.up_proj) is Odd
 
 
-def test_nothing_of_it_is_left_in_a_model(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
+def test_nothing_of_it_is_left_in_a_model(saved: Saved) -> None:
+    folder = saved()
     model = load(folder)
     assert "_adjust_missing_and_unexpected_keys" not in vars(model)
     assert tensors(folder).keys() == model.hf_quantizer.get_state_dict_and_metadata(model)[0].keys()

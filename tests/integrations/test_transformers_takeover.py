@@ -112,6 +112,19 @@ def test_what_cannot_be_honoured_is_refused_by_name(
         load(folder, **{option: value})
 
 
+def test_storage_that_does_not_divide_a_weight_is_refused_on_loading(
+    tmp_path: Path, taken_over: None
+) -> None:
+    folder = saved_llama(tmp_path, intermediate_size=33, hidden_size=36, num_attention_heads=2)
+    with pytest.raises(
+        ValueError,
+        match=r"^bnb_4bit_quant_storage: got torch\.float32; "
+        r"model\.layers\.0\.mlp\.gate_proj\.weight has 594 bytes",
+    ):
+        load(folder, bnb_4bit_quant_storage=torch.float32)
+    load(folder, bnb_4bit_quant_storage=torch.bfloat16).save_pretrained(tmp_path / "q")
+
+
 def test_modules_off_the_gpu_stay_dense_where_asked(tmp_path: Path, taken_over: None) -> None:
     folder = saved_llama(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_enable_fp32_cpu_offload=True)
@@ -165,6 +178,7 @@ print("done", count)
 """
 
 
+@pytest.mark.slow
 def test_it_runs_without_bitsandbytes(tmp_path: Path) -> None:
     folder = saved_llama(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(folder)

@@ -107,7 +107,9 @@ def test_generate_compiled(tmp_path: Path) -> None:
     assert torch.equal(model.generate(IDS, cache_implementation="static", **options), expected)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    "bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "bf16"]
+)
 def test_trainer_learns_with_accumulation_and_checkpointing(tmp_path: Path, bf16: bool) -> None:
     folder = saved_llama(tmp_path / "dense")
     found: dict[object, list[float]] = {}
@@ -135,6 +137,7 @@ def test_trainer_learns_with_accumulation_and_checkpointing(tmp_path: Path, bf16
         torch.testing.assert_close(found[kind], found[None], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_is_resumed_and_the_best_model_loaded(tmp_path: Path) -> None:
     folder = saved_llama(tmp_path / "dense")
 
