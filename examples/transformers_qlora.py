@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import resource
 from pydoc_data.topics import topics
 
 import torch
+from finetuning.report import peak_memory
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from smollm2 import smollm2_dir
 from transformers import (
@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = trainer.train().metrics["train_runtime"]
     model.save_pretrained(args.output)
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() >> 20
+    peak = peak_memory(model.device) >> 20
     print(f"{args.steps * BATCH * LENGTH / seconds:.0f} tokens/s, peak memory {peak:,} MiB")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,8 +52,15 @@ def save_random(folder: Path, sizes: dict[str, Any] = SIZES) -> tuple[int, int]:
 
 
 def peak_rss() -> int:
-    """The most bytes that this process has had in memory; Linux counts them in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most bytes that this process has had in memory, by Linux.
+
+    Not ``ru_maxrss``, which starts at what the process that started this one had.
+    """
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    if found is None:
+        raise OSError("/proc/self/status: has no VmHWM")
+    return int(found[1]) * 1024
 
 
 def load(way: str, folder: Path) -> dict[str, int]:
@@ -115,10 +122,9 @@ def bound(record: dict[str, Any], way: str) -> int:
 def table(record: dict[str, Any]) -> str:
     """Markdown, in MB."""
     lines = ["| loaded by | model | peak above the imports | bound |", "|---|---|---|---|"]
-    base = record["ways"]["imports"]["peak"]
     for way, found in record["ways"].items():
         if way != "imports":
-            figures = found["model"], found["peak"] - base, bound(record, way)
+            figures = found["model"], found["peak"] - found["before"], bound(record, way)
             lines.append(f"| {way} | " + " | ".join(f"{n / 1e6:.0f}" for n in figures) + " |")
     return "\n".join(lines)
 

@@ -784,3 +784,20 @@ def test_smollm2_learns(tmp_path: Path) -> None:
     assert loss["after"] < loss["before"] - 0.1
     assert result["model"]["bytes_loaded"]["bfloat16"] == 269_030_016
     assert result["model"]["bytes_to_train"]["4 bits"] < 56_000_000
+
+
+def test_peak_memory_is_of_this_process_alone() -> None:
+    """getrusage's is not, for a process that a larger one started."""
+    child = "import torch, finetuning.report as r; print(r.peak_memory(torch.device('cpu')))"
+    parent = (
+        "import subprocess, sys; held = bytearray(b'x') * (2 << 30); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", parent],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(finetune.__file__).parent,
+    )
+    assert 1 << 20 < int(result.stdout) < 2 << 30
