@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
+from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import other
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
+from qkern.integrations import _peft_offload as offload
+from qkern.integrations._peft_inits import needs_weight
 from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
 from qkern.integrations._peft_loftq import replace_lora_weights_loftq
 from qkern.nn import Embedding4bit, Linear4bit, count_parameters
@@ -43,6 +48,13 @@ def install() -> None:
     _around(other.AuxiliaryTrainingWrapper, "__init__", _check_wrapped)
     _around(peft.PeftModel, "get_nb_trainable_parameters", _count)
     _around(peft.PeftMixedModel, "get_nb_trainable_parameters", _count)
+    _around(BaseTunerLayer, "_get_base_layer_device_and_dtype", offload.device_and_dtype)
+    _around(BaseTuner, "_replace_module", offload.replace_module)
+    _around(lora_model.LoraModel, "_replace_module", offload.replace_module)
+    _around(tuners_utils, "onload_layer", offload.onload_layer)
+    _around(peft.PeftModel, "load_adapter", offload.load_adapter)
+    _around(peft.PeftModel, "from_pretrained", offload.from_pretrained)
+    _around(PeftAdapterMixin, "load_adapter", offload.load_adapter_of_transformers)
     for name, function in (
         ("replace_lora_weights_loftq", _loftq),
         ("prepare_model_for_kbit_training", _prepare),
@@ -65,7 +77,8 @@ def _holders(name: str) -> list[Any]:
 
 
 def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
+    held = inspect.getattr_static(owner, name)
+    original = held.__func__ if isinstance(held, classmethod) else held
     if hasattr(original, _MARK):
         return
 
@@ -74,8 +87,8 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
         return function(original, *args, **kwargs)
 
     setattr(replaced, _MARK, original)
-    setattr(owner, name, replaced)
-    _replaced.append((owner, name, original))
+    setattr(owner, name, classmethod(replaced) if held is not original else replaced)
+    _replaced.append((owner, name, held))
 
 
 def _dispatch(
@@ -112,8 +125,16 @@ def _quantized_layers(model: nn.Module) -> list[QuantizedModule]:
 
 
 def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
-    """ValueError for layers of other tuners on 4-bit weights, before any of them is merged."""
+    """ValueError for layers of other tuners on 4-bit weights, before any of them is merged.
+
+    RuntimeError where a 4-bit weight is offloaded, into which nothing can be merged.
+    """
     for name, layer in tuner.model.named_modules():
+        if offload.is_offloaded(offload.base_of(layer)) and isinstance(layer, BaseTunerLayer):
+            raise RuntimeError(
+                f"{name}: is offloaded by accelerate, so that nothing can be merged into its weight; "
+                "load the model without offloading"
+            )
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, QKernLinear | QKernEmbedding):
             continue
         base = layer.get_base_layer()
@@ -128,18 +149,35 @@ def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
 def _check_config(original: Callable[..., Any], tuner: Any, config: Any) -> Any:
     """ValueError for a tuner that would compute with codes, before the model is changed."""
     kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind in DENSE_ONLY and getattr(config, "target_modules", None) is not None:
-        every = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
-        for name, module in tuner.model.named_modules():
-            if isinstance(module, QuantizedModule) and (
-                every or tuner._check_target_module_exists(config, name)
-            ):
+    if kind in DENSE_ONLY:
+        for name, _ in _targets(tuner, config):
+            raise ValueError(
+                f"{name}: got {kind}, which computes with the dense weight, on a 4-bit weight; "
+                "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
+                "docs/huggingface.md"
+            )
+    elif (option := needs_weight(config)) is not None:
+        for name, base in _targets(tuner, config):
+            if offload.is_offloaded(base):
                 raise ValueError(
-                    f"{name}: got {kind}, which computes with the dense weight, on a 4-bit weight; "
-                    "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
-                    "docs/frameworks.md"
+                    f"{option} needs the weight of {name}, which accelerate offloads; load the "
+                    "model without offloading, or take plain LoRA"
                 )
     return original(tuner, config)
+
+
+def _targets(tuner: Any, config: Any) -> Iterator[tuple[str, QuantizedModule]]:
+    """The 4-bit layers that ``config`` is for, by name."""
+    wanted = getattr(config, "target_modules", None)
+    if wanted is None:
+        return
+    every = isinstance(wanted, str) and wanted == "all-linear"
+    for name, module in tuner.model.named_modules():
+        base = offload.base_of(module)
+        if not isinstance(base, QuantizedModule) or name.endswith(".base_layer"):
+            continue
+        if every or tuner._check_target_module_exists(config, name):
+            yield name, base
 
 
 def _check_wrapped(
