@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,7 @@ def install() -> None:
     _around(tuners_utils, "onload_layer", offload.onload_layer)
     _around(peft.PeftModel, "load_adapter", offload.load_adapter)
     _around(peft.PeftModel, "from_pretrained", offload.from_pretrained)
+    _around(peft.PeftModel, "save_pretrained", _save)
     _around(PeftAdapterMixin, "load_adapter", offload.load_adapter_of_transformers)
     for name, function in (
         ("replace_lora_weights_loftq", _loftq),
@@ -132,8 +134,8 @@ def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
     for name, layer in tuner.model.named_modules():
         if offload.is_offloaded(offload.base_of(layer)) and isinstance(layer, BaseTunerLayer):
             raise RuntimeError(
-                f"{name}: is offloaded by accelerate, so that nothing can be merged into its weight; "
-                "load the model without offloading"
+                f"{name}: is offloaded by accelerate, so that nothing can be merged into it; load "
+                "the model without offloading"
             )
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, QKernLinear | QKernEmbedding):
             continue
@@ -199,6 +201,29 @@ def _count(original: Callable[..., Any], model: nn.Module) -> Any:
     if not _quantized_layers(model):
         return original(model)
     return count_parameters(model, trainable_only=True), count_parameters(model)
+
+
+def _save(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Warn where an adapter, loaded again, would not find the base that it was trained on."""
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    result = original(model, *args, **kwargs)
+    if given.get("path_initial_model_for_weight_conversion") is None:
+        _warn_of_bases(model, given.get("selected_adapters") or list(model.peft_config))
+    return result
+
+
+def _warn_of_bases(model: nn.Module, adapters: list[str]) -> None:
+    for name, layer in model.named_modules():
+        for adapter in adapters if isinstance(layer, QKernLinear) else ():
+            if (source := layer.unrepeatable(adapter)) is not None:
+                warnings.warn(
+                    f"{adapter}: is saved without its base: the 4-bit weight of {name} was "
+                    f"quantised anew from {source}, and loading makes another without them. Load "
+                    "it in the same way (originals: within original_weights), or save with "
+                    "path_initial_model_for_weight_conversion (not of LoftQ)",
+                    stacklevel=4,
+                )
+                return
 
 
 def _loftq(original: Callable[..., Any], peft_model: Any, *args: Any, **kwargs: Any) -> Any:
