@@ -26,8 +26,11 @@ from qkern.nn._module import TENSORS, QuantizedModule
 
 _MARK = "_qkern_original"
 
-DENSE_ONLY = frozenset({"LOHA", "LOKR", "HRA"})
-"""Tuners whose forward computes with the dense weight."""
+DENSE_ONLY = frozenset(
+    ("DELORA", "HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR")
+    + ("OSF", "PSOFT", "SHIRA", "TINYLORA", "UNILORA")
+)
+"""Tuners that compute with the dense weight or its dtype, or train it."""
 
 _replaced: list[tuple[Any, str, Any]] = []
 """What was put where, and PEFT's own in its place."""
@@ -152,9 +155,10 @@ def _check_config(original: Callable[..., Any], tuner: Any, config: Any) -> Any:
     """ValueError for a tuner that would compute with codes, before the model is changed."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind in DENSE_ONLY:
+        does = "trains" if kind == "LN_TUNING" else "computes with"
         for name, _ in _targets(tuner, config):
             raise ValueError(
-                f"{name}: got {kind}, which computes with the dense weight, on a 4-bit weight; "
+                f"{name}: got {kind}, which {does} the dense weight, on a 4-bit weight; "
                 "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
                 "docs/huggingface.md"
             )
