@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
+from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import other
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
+from qkern.integrations import _peft_offload as offload
+from qkern.integrations._peft_inits import needs_weight
 from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
 from qkern.integrations._peft_loftq import replace_lora_weights_loftq
 from qkern.nn import Embedding4bit, Linear4bit, count_parameters
@@ -20,8 +26,11 @@ from qkern.nn._module import TENSORS, QuantizedModule
 
 _MARK = "_qkern_original"
 
-DENSE_ONLY = frozenset({"LOHA", "LOKR", "HRA"})
-"""Tuners whose forward computes with the dense weight."""
+DENSE_ONLY = frozenset(
+    ("DELORA", "HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR")
+    + ("OSF", "PSOFT", "SHIRA", "TINYLORA", "UNILORA")
+)
+"""Tuners that compute with the dense weight or its dtype, or train it."""
 
 _replaced: list[tuple[Any, str, Any]] = []
 """What was put where, and PEFT's own in its place."""
@@ -43,6 +52,14 @@ def install() -> None:
     _around(other.AuxiliaryTrainingWrapper, "__init__", _check_wrapped)
     _around(peft.PeftModel, "get_nb_trainable_parameters", _count)
     _around(peft.PeftMixedModel, "get_nb_trainable_parameters", _count)
+    _around(BaseTunerLayer, "_get_base_layer_device_and_dtype", offload.device_and_dtype)
+    _around(BaseTuner, "_replace_module", offload.replace_module)
+    _around(lora_model.LoraModel, "_replace_module", offload.replace_module)
+    _around(tuners_utils, "onload_layer", offload.onload_layer)
+    _around(peft.PeftModel, "load_adapter", offload.load_adapter)
+    _around(peft.PeftModel, "from_pretrained", offload.from_pretrained)
+    _around(peft.PeftModel, "save_pretrained", _save)
+    _around(PeftAdapterMixin, "load_adapter", offload.load_adapter_of_transformers)
     for name, function in (
         ("replace_lora_weights_loftq", _loftq),
         ("prepare_model_for_kbit_training", _prepare),
@@ -65,7 +82,8 @@ def _holders(name: str) -> list[Any]:
 
 
 def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
+    held = inspect.getattr_static(owner, name)
+    original = held.__func__ if isinstance(held, classmethod) else held
     if hasattr(original, _MARK):
         return
 
@@ -74,8 +92,8 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
         return function(original, *args, **kwargs)
 
     setattr(replaced, _MARK, original)
-    setattr(owner, name, replaced)
-    _replaced.append((owner, name, original))
+    setattr(owner, name, classmethod(replaced) if held is not original else replaced)
+    _replaced.append((owner, name, held))
 
 
 def _dispatch(
@@ -112,8 +130,16 @@ def _quantized_layers(model: nn.Module) -> list[QuantizedModule]:
 
 
 def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
-    """ValueError for layers of other tuners on 4-bit weights, before any of them is merged."""
+    """ValueError for layers of other tuners on 4-bit weights, before any of them is merged.
+
+    RuntimeError where a 4-bit weight is offloaded, into which nothing can be merged.
+    """
     for name, layer in tuner.model.named_modules():
+        if offload.is_offloaded(offload.base_of(layer)) and isinstance(layer, BaseTunerLayer):
+            raise RuntimeError(
+                f"{name}: is offloaded by accelerate, so that nothing can be merged into it; load "
+                "the model without offloading"
+            )
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, QKernLinear | QKernEmbedding):
             continue
         base = layer.get_base_layer()
@@ -128,18 +154,36 @@ def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
 def _check_config(original: Callable[..., Any], tuner: Any, config: Any) -> Any:
     """ValueError for a tuner that would compute with codes, before the model is changed."""
     kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind in DENSE_ONLY and getattr(config, "target_modules", None) is not None:
-        every = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
-        for name, module in tuner.model.named_modules():
-            if isinstance(module, QuantizedModule) and (
-                every or tuner._check_target_module_exists(config, name)
-            ):
+    if kind in DENSE_ONLY:
+        does = "trains" if kind == "LN_TUNING" else "computes with"
+        for name, _ in _targets(tuner, config):
+            raise ValueError(
+                f"{name}: got {kind}, which {does} the dense weight, on a 4-bit weight; "
+                "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
+                "docs/huggingface.md"
+            )
+    elif (option := needs_weight(config)) is not None:
+        for name, base in _targets(tuner, config):
+            if offload.is_offloaded(base):
                 raise ValueError(
-                    f"{name}: got {kind}, which computes with the dense weight, on a 4-bit weight; "
-                    "takes LoRA (DoRA, PiSSA and OLoRA too), or a tuner of the list in "
-                    "docs/frameworks.md"
+                    f"{option} needs the weight of {name}, which accelerate offloads; load the "
+                    "model without offloading, or take plain LoRA"
                 )
     return original(tuner, config)
+
+
+def _targets(tuner: Any, config: Any) -> Iterator[tuple[str, QuantizedModule]]:
+    """The 4-bit layers that ``config`` is for, by name."""
+    wanted = getattr(config, "target_modules", None)
+    if wanted is None:
+        return
+    every = isinstance(wanted, str) and wanted == "all-linear"
+    for name, module in tuner.model.named_modules():
+        base = offload.base_of(module)
+        if not isinstance(base, QuantizedModule) or name.endswith(".base_layer"):
+            continue
+        if every or tuner._check_target_module_exists(config, name):
+            yield name, base
 
 
 def _check_wrapped(
@@ -161,6 +205,29 @@ def _count(original: Callable[..., Any], model: nn.Module) -> Any:
     if not _quantized_layers(model):
         return original(model)
     return count_parameters(model, trainable_only=True), count_parameters(model)
+
+
+def _save(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Warn where an adapter, loaded again, would not find the base that it was trained on."""
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    result = original(model, *args, **kwargs)
+    if given.get("path_initial_model_for_weight_conversion") is None:
+        _warn_of_bases(model, given.get("selected_adapters") or list(model.peft_config))
+    return result
+
+
+def _warn_of_bases(model: nn.Module, adapters: list[str]) -> None:
+    for name, layer in model.named_modules():
+        for adapter in adapters if isinstance(layer, QKernLinear) else ():
+            if (source := layer.unrepeatable(adapter)) is not None:
+                warnings.warn(
+                    f"{adapter}: is saved without its base: the 4-bit weight of {name} was "
+                    f"quantised anew from {source}, and loading makes another without them. Load "
+                    "it in the same way (originals: within original_weights), or save with "
+                    "path_initial_model_for_weight_conversion (not of LoftQ)",
+                    stacklevel=4,
+                )
+                return
 
 
 def _loftq(original: Callable[..., Any], peft_model: Any, *args: Any, **kwargs: Any) -> Any:

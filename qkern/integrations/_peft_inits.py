@@ -29,6 +29,16 @@ def requantize(dense: Tensor, like: QuantizedTensor) -> QuantizedTensor:
     return replace(made, dtype=like.dtype)
 
 
+def needs_weight(config: Any) -> str | None:
+    """The option of a LoRA that is computed from the base's numbers, as a message says it."""
+    init = getattr(config, "init_lora_weights", None)
+    if getattr(config, "use_dora", False):
+        return "use_dora: got True, which"
+    if isinstance(init, str) and init not in ("gaussian", "eva"):
+        return f"init_lora_weights: got {init!r}, which"
+    return None
+
+
 @contextmanager
 def dense_base(parent: Any, base: Linear4bit, weight: Tensor, changes: bool) -> Iterator[None]:
     """Within the block ``parent.base_layer`` is a dense layer of ``weight``, float32.

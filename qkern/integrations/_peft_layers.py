@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -134,6 +134,10 @@ class QKernLinear(_Merging, Linear):
 
     _path: str = ""
     """Where the layer is in its model."""
+
+    _unrepeatable: dict[str, str]
+    """Adapters whose base cannot be made again of the plainly quantised weight, and what it was
+    made of."""
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -282,8 +286,26 @@ class QKernLinear(_Merging, Linear):
                 raise ValueError(f"{name}: cannot be used with the 4-bit weight of {self._path}")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def _by_numbers(self, changes: bool) -> AbstractContextManager[None]:
-        """Within it the base layer is dense, for PEFT's initialisations."""
+    def _note_source(self, adapter_name: str, source: str) -> None:
+        """Remember that the base of an adapter was made of ``source``, for `unrepeatable`."""
+        self._unrepeatable = {**vars(self).get("_unrepeatable", {}), adapter_name: source}
+
+    def unrepeatable(self, adapter_name: str) -> str | None:
+        """What its base was made of that loading the adapter alone does not have; None if nothing.
+
+        Then a saved adapter does not find its base again.
+        """
+        known: dict[str, str] = vars(self).get("_unrepeatable", {})
+        return known.get(adapter_name)
+
+    def _by_numbers(
+        self, changes: bool, adapter_name: str = "", source: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Within it the base layer is dense, for PEFT's initialisations.
+
+        Where it ``changes`` the base for an adapter, ``source`` is what it is made of beside the
+        base's weight.
+        """
         parent: Any = self
         while hasattr(parent.base_layer, "base_layer"):
             parent = parent.base_layer
@@ -295,7 +317,20 @@ class QKernLinear(_Merging, Linear):
                 "init_lora_weights: changes the base weight, in which adapters are merged; "
                 "unmerge first"
             )
+        if base.weight.is_meta:
+            raise RuntimeError(
+                f"init_lora_weights: needs the weight of {self._path}, which is on the meta device"
+            )
+        if changes and self.lora_A[adapter_name].weight.is_meta:
+            raise ValueError(
+                "low_cpu_mem_usage: got True with an init_lora_weights that changes the base "
+                f"weight of {self._path}; takes False"
+            )
         known = originals.current()
+        if changes and known is not None:
+            source = "the original weights"
+        if changes and source is not None:
+            self._note_source(adapter_name, source)
         if known is None:
             weight = base.quantized.dequantize(torch.float32)
         else:
@@ -304,23 +339,23 @@ class QKernLinear(_Merging, Linear):
 
     def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
         """Principal singular values and vectors (arXiv 2404.02948); the rest is the new base."""
-        with self._by_numbers(changes=True):
+        with self._by_numbers(True, adapter_name), _same_numbers(self.weight):
             super().pissa_init(adapter_name, init_lora_weights)
 
     def olora_init(self, adapter_name: str) -> None:
         """Orthonormal factors (arXiv 2406.01775); the rest is the new base."""
-        with self._by_numbers(changes=True):
+        with self._by_numbers(True, adapter_name):
             super().olora_init(adapter_name)
 
     def corda_init(self, adapter_name: str, init_lora_weights: str) -> None:
         """Context-oriented factors (arXiv 2406.05223); the rest is the new base."""
-        with self._by_numbers(changes=True):
+        with self._by_numbers(True, adapter_name, "CorDA's covariances"):
             super().corda_init(adapter_name, init_lora_weights)
 
     def lora_ga_init(self, adapter_name: str, lora_ga_config: Any) -> None:
         """Factors of a gradient (arXiv 2407.05000); the rest is the new base."""
         prepared = hasattr(self.get_base_layer(), "_peft_loraga_grad")
-        with self._by_numbers(changes=prepared):
+        with self._by_numbers(prepared, adapter_name, "LoRA-GA's gradients"):
             super().lora_ga_init(adapter_name, lora_ga_config)
 
     def mica_init(self, adapter_name: str) -> None:
@@ -355,12 +390,27 @@ class QKernLinear(_Merging, Linear):
         original = known.weight(base, self._path)
         made = loftq(original, base.quantized, self.r[adapter_name], iterations)
         base._set_quantized(made[0])
+        if iterations > 1:
+            self._note_source(adapter_name, "the original weights")
         self.set_factors(adapter_name, made[1], made[2])
 
     def set_factors(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
         """Take A ``[r, in]`` and B ``[out, r]`` such that the adapter adds ``b @ a``."""
         self.lora_A[adapter_name].weight.data = a.contiguous()
         self.lora_B[adapter_name].weight.data = (b / self.scaling[adapter_name]).contiguous()
+
+
+@contextmanager
+def _same_numbers(weight: Tensor) -> Iterator[None]:
+    """Within it random numbers are always the same, and those outside are as without it.
+
+    A loaded adapter finds its base again only where the decomposition is the same.
+    """
+    with torch.random.fork_rng(
+        [] if weight.is_cpu else [weight.device], device_type=weight.device.type
+    ):
+        torch.manual_seed(0)
+        yield
 
 
 def _is_plain(module: Any) -> bool:

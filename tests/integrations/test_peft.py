@@ -396,17 +396,6 @@ def test_loading_a_saved_adapter_dispatches_too(tmp_path: Any, qkern_peft: Any) 
     assert torch.equal(plain(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "HRAConfig"])
-def test_tuners_that_compute_with_the_dense_weight_are_refused(kind: str) -> None:
-    model = quantized()
-    config = getattr(peft, kind)(r=4, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"q_proj: got \w+, which computes with the dense weight"):
-        get_peft_model(model, config)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, Linear4bit)
-    with pytest.raises(ValueError, match="computes with the dense weight"):
-        get_peft_model(model, getattr(peft, kind)(r=4, target_modules="all-linear"))
-
-
 def test_other_tuners_are_not_merged_into_codes() -> None:
     config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     model = get_peft_model(quantized(), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,11 +92,38 @@ def test_with_the_original_weights_quantising_happens_once(kind: str, qkern_peft
     assert all(torch.equal(w, originals[n]) for n, w in weights().items()), "they were written to"
 
 
-def test_an_adapter_that_changed_the_base_comes_back(tmp_path: Path) -> None:
-    model = shake(get_peft_model(quantized(), config("pissa"))).eval()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error:default. is saved without its base")
+def test_an_adapter_that_changed_the_base_comes_back(kind: str, tmp_path: Path) -> None:
+    base = quantized()
+    torch.manual_seed(1)
+    model = shake(get_peft_model(base, config(kind))).eval()
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(quantized(), tmp_path)
+    base = quantized()
+    torch.manual_seed(2)  # other random numbers than before
+    again = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_base_that_loading_cannot_make_again_is_warned_of(
+    qkern_peft: Any, tmp_path: Path
+) -> None:
+    dense = tiny_llama(num_hidden_layers=1)
+    with qkern_peft.original_weights(dense):
+        model = shake(get_peft_model(quantized(), config("pissa"))).eval()
+    with pytest.warns(UserWarning, match="default: is saved without its base.*original weights"):
+        model.save_pretrained(tmp_path)
+    with qkern_peft.original_weights(dense):
+        again = PeftModel.from_pretrained(quantized(), tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    other = PeftModel.from_pretrained(quantized(), tmp_path)
+    assert error(other(IDS).logits, model(IDS).logits) > 0.02
+
+
+def test_a_changed_base_needs_an_adapter_with_numbers(tmp_path: Path) -> None:
+    get_peft_model(quantized(), config("pissa")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage: got True with an init_lora_weights"):
+        PeftModel.from_pretrained(quantized(), tmp_path, low_cpu_mem_usage=True)
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
@@ -223,7 +251,10 @@ def test_loftq_of_a_model(iterations: int, qkern_peft: Any, tmp_path: Path) -> N
             got = effective(model.get_base_model().get_submodule(name))
             without = effective(plain.get_base_model().get_submodule(name))
             assert error(got, weight) < 0.95 * error(without, weight), name
-    model.eval().save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.eval().save_pretrained(tmp_path / "adapter")
+    assert any("without its base" in str(w.message) for w in caught) == (iterations > 1)
     logits = model(IDS).logits
     if iterations == 1:
         again = PeftModel.from_pretrained(quantized(), tmp_path / "adapter")

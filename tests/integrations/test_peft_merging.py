@@ -112,21 +112,32 @@ def test_dequantised_while_merged_it_cannot_go_back() -> None:
         model.unmerge_adapter()
 
 
-def test_what_is_lost_of_a_small_update() -> None:
-    """The documented figure: of an update of a hundredth of the weight little survives."""
-    layer = Linear4bit.from_linear(nn.Linear(512, 512, bias=False))
+# Of the weight's norm, the update's: what merging into NF4 loses of the update, by its own norm.
+LOST = {0.01: (1.0, 1.5), 0.1: (0.7, 0.95), 0.3: (0.3, 0.33), 1.0: (0.12, 0.14)}
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_what_is_lost_of_a_small_update(gaussian: bool) -> None:
+    """The documented figures: nothing of an update of a hundredth of the weight survives."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512, bias=False)
+    if gaussian:
+        nn.init.normal_(linear.weight, std=0.02)
+    layer = Linear4bit.from_linear(linear)
     model = get_peft_model(nn.Sequential(layer), LoraConfig(r=8, target_modules=["0"]))
     before = layer.quantized.dequantize()
-    for part, wanted in ((0.01, (0.9, 4.0)), (1.0, (0.05, 0.2))):
+    for part, (least, most) in LOST.items():
         shake(model)
         lora = model.base_model.model[0]
         scale = part * before.norm() / lora.get_delta_weight("default").norm()
         lora.lora_B.default.weight.data *= scale
-        delta = lora.get_delta_weight("default")
+        delta = lora.get_delta_weight("default").detach()
         model.merge_adapter()
-        lost = error(layer.quantized.dequantize() - before, delta)
+        change = layer.quantized.dequantize() - before
         model.unmerge_adapter()
-        assert wanted[0] < lost < wanted[1], (part, lost)
+        assert least < error(change, delta) < most, part
+        arrived = float((change * delta).sum() / delta.norm() ** 2)
+        assert arrived < 0.05 if part == 0.01 else arrived > 0.8, part
 
 
 def test_two_adapters_are_quantised_together() -> None:

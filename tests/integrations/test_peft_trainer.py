@@ -58,6 +58,7 @@ def test_options_by_name_reach_the_optimizer(tmp_path: Path) -> None:
     assert down.lora_B.default.weight.any()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     options = {"lr": 1e-2, "bits": 8, "min_8bit_size": 256}
     whole = trainer(tmp_path / "whole", 4, dict(options))
