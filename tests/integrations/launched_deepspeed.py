@@ -27,6 +27,7 @@ def config(stage: int, dtype: str) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "bf16": {"enabled": dtype == "bfloat16"},
+        "gradient_clipping": 0.0,  # by default DeepSpeed clips to a norm of 1
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

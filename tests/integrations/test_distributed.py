@@ -259,16 +259,24 @@ def test_fsdp2_goes_on_in_other_processes(
 def test_moments_in_8_bits_go_on_in_other_processes(
     fewer: Ranks, more: Ranks, fsdp: Ranks, fsdp_alone: dict[str, Any]
 ) -> None:
-    """Other shards have other blocks, so the moments are rounded anew."""
+    """Other shards have other blocks, so the moments are rounded anew.
+
+    Without the moments the adapters would end further off than they move.
+    """
     name = "paged_8bit"
     for ranks, before in ((fewer, fsdp[0]["fsdp"]), (more, fsdp_alone)):
         for rank in ranks:
             found = rank["fsdp_resumed"][name]
-            assert_same(found["loaded"], before[name]["state"])
-            for key, tensor in before[name]["further"].items():
-                torch.testing.assert_close(
-                    found["further"][key].float(), tensor.float(), rtol=0, atol=2e-3, msg=key
-                )
+            start, expected = before[name]["state"], before[name]["further"]
+            assert_same(found["loaded"], start)
+            moves = distance(expected, start)
+            assert 0 < distance(found["further"], expected) < 0.05 * moves
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The norm of the difference of all adapters."""
+    parts = [(a[name] - b[name]).norm() for name in b if "lora_" in name]
+    return float(torch.stack(parts).norm())
 
 
 def test_accelerate_merges_the_shards_of_a_checkpoint(root: Path, fsdp: Ranks) -> None:
