@@ -384,18 +384,29 @@ _ROWS = 32  # of a batch-invariant product's parts: enough to be worth a call of
 def matmul(a: Tensor, b: Tensor, batch_invariant: bool | None) -> Tensor:
     """``a @ b``; batch-invariant, a row's bits do not depend on the rows that come with it.
 
-    A library may choose its code by the number of rows and by the address's alignment. So each
-    part that it is given has the same number of rows, zeros if need be, in memory of its own.
+    A library may choose its code by the number of rows and by the alignment of each row's address.
+    So each part that it is given has the same number of rows, of whole cache lines each, in memory
+    of its own: zeros are appended.
     """
-    if not batch_invariant or torch.compiler.is_compiling():
+    if not batch_invariant or torch.compiler.is_compiling() or not len(a):
         return a @ b
-    return torch.cat([(part @ b)[:rows] for part, rows in _parts(a)]) if len(a) else a @ b
+    columns, b = b.shape[1], _whole_lines(b, b.shape[0])
+    return torch.cat([(part @ b)[:rows, :columns] for part, rows in _parts(a)])
+
+
+_LINE = 32
+"""Columns, of 16 bits, that are a cache line."""
+
+
+def _whole_lines(tensor: Tensor, rows: int) -> Tensor:
+    """A copy with zeros appended: columns to whole cache lines, rows likewise from ``rows`` on."""
+    return pad(tensor, (0, -tensor.shape[1] % _LINE, 0, rows - len(tensor) + -rows % _LINE))
 
 
 def _parts(a: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Copies of ``_ROWS`` rows each, and how many of them are ``a``'s."""
     for part in a.split(_ROWS):
-        yield pad(part, (0, 0, 0, _ROWS - len(part))), len(part)
+        yield _whole_lines(part, _ROWS), len(part)
 
 
 def _add_product(
@@ -409,8 +420,9 @@ def _add_product(
         return total.add_(matmul(a, b, batch_invariant), alpha=alpha)
     if not batch_invariant or torch.compiler.is_compiling():
         return total.addmm_(a, b, alpha=alpha)
+    columns, b = total.shape[1], _whole_lines(b, b.shape[0])
     for target, (sums, rows), (part, _) in zip(
         total.split(_ROWS), _parts(total), _parts(a), strict=True
     ):
-        target.copy_(sums.addmm_(part, b, alpha=alpha)[:rows])
+        target.copy_(sums.addmm_(part, b, alpha=alpha)[:rows, :columns])
     return total

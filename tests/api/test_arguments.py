@@ -238,7 +238,14 @@ def test_a_tensor_that_just_has_its_memory_is_read(op: str, way: str) -> None:
             expected = results(inputs)
             actual = results(place.replaced(inputs, exactly_whole(place.of(inputs))))
             for a, e in zip(actual, expected, strict=True):
-                testing.assert_bitwise(a, e, str(place))
+                if way.startswith("reference") and entry.name in PRODUCTS:
+                    # torch's matmul chooses its code by the address's alignment.
+                    torch.testing.assert_close(a, e, msg=lambda text, p=place: f"{p}: {text}")
+                else:
+                    testing.assert_bitwise(a, e, str(place))
+
+
+PRODUCTS = ("linear_4bit", "linear_4bit_dx")
 
 
 def copied_inputs(inputs: Inputs) -> Inputs:
