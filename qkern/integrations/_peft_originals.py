@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qkern.nn import Linear4bit
+from qkern.io.bnb import shards_of
+from qkern.nn import Linear4bit, _sources
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
@@ -38,8 +38,7 @@ class Originals:
         name = self._name_of(f"{path}.weight")
         found = self._read(name).detach().to(layer.weight.device).float()
         shape = (layer.out_features, layer.in_features)
-        by_columns = getattr(layer, "source_class", nn.Linear).__name__ == "Conv1D"
-        if by_columns and found.shape == shape[::-1]:
+        if _sources.is_conv1d(layer.source_class) and found.shape == shape[::-1]:
             found = found.t().contiguous()
         if found.shape != shape:
             raise ValueError(f"{name}: got shape {list(found.shape)}; takes {list(shape)}")
@@ -49,6 +48,7 @@ class Originals:
         if wanted in self._names:
             return wanted
         near = [n for n in self._names if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
+        near.sort()
         if len(near) != 1:
             which = " and ".join(near) or "none"
             raise KeyError(f"{wanted}: the original weights have {which} of that name; takes one")
@@ -79,8 +79,7 @@ def _files(path: Path) -> dict[str, Path]:
     if path.is_dir():
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            paths = [path / shard for shard in sorted(shards)]
+            paths = sorted(set(shards_of(index).values()))
         else:
             paths = [path / "model.safetensors"]
     else:

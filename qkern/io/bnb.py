@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkern import _json
+from qkern import _bnb, _json
 from qkern.io._common import check_fits, layers_for_4bit, named_tensors, some, unshared
 from qkern.io._files import write_file
-from qkern.nn._layouts import bnb_names, from_bnb, to_bnb
 from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
 from qkern.nn._sources import matrix, would_lose
@@ -67,8 +66,7 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
                 tensors[_join(path, "weight")] = layer.weight.detach()
         # A merged adapter wrote the weight of its base, which comes after it.
         if isinstance(layer, Linear4bit) and _join(path, "weight") not in tensors:
-            for suffix, tensor in to_bnb(path, layer.quantized).items():
-                tensors[_join(path, f"weight{suffix}")] = tensor
+            tensors |= _bnb.to_bnb(_join(path, "weight"), layer.quantized)
         if isinstance(module, Linear4bit):
             done.update(id(module._parameters[name]) for name in TENSORS)
     seen: set[int] = set()
@@ -146,7 +144,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         rest = tensors.keys() - {
             name
             for layer, state in quantized.items()
-            for name in bnb_names(f"{layer}.weight", state)
+            for name in _bnb.names(f"{layer}.weight", state)
         }
         slots = _dense_slots(inner, {layer: layers[layer] for layer in quantized})
         _check_names(path, rest, slots)
@@ -156,7 +154,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 reason = would_lose(layers[layer][0])
                 if reason is not None and not isinstance(layers[layer][0], Linear4bit):
                     raise ValueError(f"{layer} {reason}")
-                qw = from_bnb(f"{layer}.weight", state, tensors)
+                qw = _bnb.read(f"{layer}.weight", state, tensors)
                 if qw.shape != (shape := _shape(layers[layer][0])):
                     raise ValueError(f"{layer}.weight: got shape {qw.shape}; takes {shape}")
         except ValueError as error:
@@ -168,7 +166,7 @@ def load_bnb(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             old, paths = layers[layer]
             bias: Any = old.bias
             device = old._parameters["weight"].device  # type: ignore[union-attr]
-            qw = from_bnb(f"{layer}.weight", state, tensors)
+            qw = _bnb.read(f"{layer}.weight", state, tensors)
             # Copied, since what safetensors gives stays mapped to the file: whoever writes to it
             # would change the model.
             if device.type in ("meta", "cpu"):
@@ -283,7 +281,7 @@ def _checkpoint(path: Path) -> Iterator[_Checkpoint]:
         if weights.is_file() and index.is_file():
             raise ValueError(f"{path}: holds {weights.name} and {index.name}; name one of them")
         path = index if index.is_file() else weights
-    shards = _shards(path) if path.suffix == ".json" and path.is_file() else {}
+    shards = shards_of(path) if path.suffix == ".json" and path.is_file() else {}
     files = sorted(set(shards.values())) or [path]
     for file in files:
         if not file.is_file():
@@ -305,8 +303,11 @@ def _opened(file: Path) -> Any:
         raise ValueError(f"{file}: is not a safetensors file: {error}") from error
 
 
-def _shards(index: Path) -> dict[str, Path]:
-    """The file of each tensor, all of them in the folder of ``index``."""
+def shards_of(index: Path) -> dict[str, Path]:
+    """The file of each tensor, all of them in the folder of ``index``.
+
+    ValueError for an index that is damaged, or names a file elsewhere.
+    """
     found = _json.read_object(str(index), index.read_bytes())
     if "weight_map" not in found:
         raise ValueError(f"{index}: has no weight_map")

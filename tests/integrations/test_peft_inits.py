@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -331,6 +332,16 @@ def test_what_loftq_cannot_replace_is_named(qkern_peft: Any, tmp_path: Path) -> 
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged"):
         replace(model, {})
+
+
+def test_originals_are_read_beside_their_index_only(qkern_peft: Any, tmp_path: Path) -> None:
+    index = {"weight_map": {"w": "../other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with (
+        pytest.raises(ValueError, match=r"got '\.\./other\.safetensors'; takes a file beside"),
+        qkern_peft.original_weights(tmp_path),
+    ):
+        pass
 
 
 def test_names_may_lack_the_models_prefix(qkern_peft: Any) -> None:
