@@ -182,7 +182,7 @@ def assemble(name: str, parts: Parts) -> QuantizedTensor:
     nested_absmax = nested_offset = None
     if (nested := parts.nested) is not None:
         _check_nested(name, nested)
-        if nested.dtype == "float32" and _is_own_map(nested.map):
+        if nested.dtype == "float32" and is_own_map(nested.map):
             nested_absmax, nested_offset = nested.absmax, nested.offset
         else:
             absmax = _restored(name, absmax, nested)
@@ -229,7 +229,8 @@ def _check_nested(name: str, nested: Nested) -> None:
         )
 
 
-def _is_own_map(found: Tensor) -> bool:
+def is_own_map(found: Tensor) -> bool:
+    """Whether it is the signed map of 256 values that qkern's kernels decode scales by."""
     own = formats.map_tensor("signed", found.device)
     return found.dtype == own.dtype and torch.equal(found, own)
 
@@ -262,7 +263,7 @@ def _restored(name: str, codes: Tensor, nested: Nested) -> Tensor:
     return scales.add_(nested.offset).float()
 
 
-_ROWS = 32
+ROWS = 32
 """Rows of the weight that bitsandbytes takes together for its kernel of BF16 instructions."""
 
 
@@ -273,8 +274,7 @@ def _for_inference(
 
     The scales are bfloat16 ``[in / block_size, out]``. The codes are in the usual order already
     where they are ``[n, 1]``, as bitsandbytes' layers put them back for their state dict. Otherwise
-    they are ``[out, in / 2]``, and have 32 rows together: byte j of 32 has the codes j and 32 + j
-    of 64, which are two columns of each row.
+    they are ``[out, in / 2]``, as `unpacked` takes them.
     """
     got = f"{absmax.dtype} {list(absmax.shape)}"
     if len(parts.shape) != 2 or parts.shape[1] % parts.block_size:
@@ -286,12 +286,22 @@ def _for_inference(
     scales = absmax.T.reshape(-1).float()
     if packed.shape != (rows, columns // 2):
         return packed, scales
-    if packed.dtype != torch.uint8 or rows % _ROWS:
+    if packed.dtype != torch.uint8 or rows % ROWS:
         raise ValueError(f"{name}: got {packed.dtype} {list(packed.shape)}; takes uint8 [n, 1]")
-    parcels = packed.view(rows // _ROWS, columns // 2, _ROWS)
+    return unpacked(packed), scales
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """The usual codes, uint8 ``[n / 2]``, of a weight that was repacked for inference.
+
+    ``packed`` is uint8 ``[out, in / 2]`` with 32 rows together: byte j of 32 has the codes j and
+    32 + j of 64, which are two columns of each row.
+    """
+    rows, half = packed.shape
+    parcels = packed.reshape(rows // ROWS, half, ROWS)
     codes = torch.cat([parcels & 15, parcels >> 4], -1)
-    pairs = codes.view(rows // _ROWS, columns // 2, _ROWS, 2).transpose(1, 2)
-    return (pairs[..., 0] << 4 | pairs[..., 1]).reshape(-1), scales
+    pairs = codes.view(rows // ROWS, half, ROWS, 2).transpose(1, 2)
+    return (pairs[..., 0] << 4 | pairs[..., 1]).reshape(-1)
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:

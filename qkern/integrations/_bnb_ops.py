@@ -6,7 +6,6 @@ lacks: the gradient of a matmul's input, on 4 bits too.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from qkern import _errors, formats
+from qkern import _bnb, _errors, formats
 from qkern._settings import batch_invariance, none_set
 from qkern.ops import call
 from qkern.weight import Weight
@@ -56,19 +55,14 @@ class _Remembered(Generic[T]):
             del self._known[key]
 
 
-def _equals(tensor: Tensor, values: Sequence[float]) -> bool:
-    if tensor.dtype != torch.float32 or tensor.shape != (len(values),):
-        return False
-    return torch.equal(tensor, torch.tensor(values, dtype=torch.float32, device=tensor.device))
-
-
-is_own_map = _Remembered(lambda code: _equals(code, formats.DYNAMIC_MAP_SIGNED))
+is_own_map = _Remembered(_bnb.is_own_map)
 """Whether a map of 256 values is the one that qkern's kernels decode scales by."""
 
 
 def _named_table(code: Tensor) -> str:
-    for name, values in (("nf4", formats.NF4_CODES), ("fp4", formats.FP4_CODES)):
-        if _equals(code, values):
+    for name in QUANT_TYPES:
+        own = formats.code_tensor(name, code.device)
+        if code.dtype == own.dtype and torch.equal(code, own):
             return name
     return "custom"
 
@@ -324,25 +318,13 @@ _library.impl("gemm_4bit_dx", gemm_4bit_dx, "CompositeExplicitAutograd")
 torch.library.register_fake("qkern_bitsandbytes::gemm_4bit_dx", _gemm_4bit_dx_fake, lib=_library)
 
 
-_PACKED_ROWS = 32
-"""Rows whose codes lie together in a weight packed for CPU inference."""
-
-
 def unpacked_codes(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The usual codes ``[n / 2, 1]`` of a weight that was packed for CPU inference.
-
-    There, the codes of a column in 32 rows are neighbours: pairs of columns give 64 codes, of
-    which the first 32 are low nibbles and the others the high ones.
-    """
+    """The usual codes ``[n / 2, 1]`` of a weight that was packed for CPU inference."""
     rows, columns = shape
     wanted = [rows, columns // 2]
-    if packed.dtype != torch.uint8 or list(packed.shape) != wanted or rows % _PACKED_ROWS:
+    if packed.dtype != torch.uint8 or list(packed.shape) != wanted or rows % _bnb.ROWS:
         raise ValueError(
             f"B: got {packed.dtype} {list(packed.shape)}; takes torch.uint8 {wanted}, as "
             "bitsandbytes packs it for CPU inference"
         )
-    bytes_ = packed.reshape(-1, _PACKED_ROWS)
-    groups = torch.cat([bytes_ & 0xF, bytes_ >> 4], dim=-1)
-    groups = groups.view(rows // _PACKED_ROWS, columns // 2, _PACKED_ROWS, 2)
-    ordered = groups.transpose(1, 2).reshape(math.prod(shape) // 2, 2)
-    return (ordered[:, :1] << 4) | ordered[:, 1:]
+    return _bnb.unpacked(packed).unsqueeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -84,11 +84,11 @@ def _check_base(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -
     lost = [name for name in missing if name.startswith(prefix)]
     if lost:
         raise ValueError(f"the checkpoint has no {some(lost)}")
-    base = model.get_submodule(prefix.removesuffix("."))
+    modules = dict(model.get_submodule(prefix.removesuffix(".")).named_modules())
     extra = [
         name
         for name in unexpected
-        if name.startswith(prefix) and _is_weight(base, name.removeprefix(prefix))
+        if name.startswith(prefix) and _is_weight(modules, name.removeprefix(prefix))
     ]
     if extra:
         raise ValueError(f"the model has no {some(extra)} of the checkpoint")
@@ -103,10 +103,9 @@ def _base(model: Any) -> str | None:
     return "" if type(model) in (kinds if isinstance(kinds, tuple) else (kinds,)) else None
 
 
-def _is_weight(base: nn.Module, name: str) -> bool:
-    """Whether ``name`` is of a layer of a part that ``base`` has; masks and the like are not."""
+def _is_weight(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether ``name`` is of a layer of a part that there is; masks and the like are not."""
     path, _, tensor = name.rpartition(".")
-    modules = dict(base.named_modules())
     if path.partition(".")[0] not in modules:
         return False
     layer = modules.get(path)

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from qkern import quantize_4bit
+from qkern import _bnb, quantize_4bit
 from qkern.integrations._hf_pages import release
 from qkern.integrations._hf_plan import Plan
 from qkern.integrations._hf_versions import hold_codes
 from qkern.nn import _sources
-from qkern.nn._layouts import BNB_PARTS, from_bnb
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import replace_module
 from qkern.tensor import QuantizedTensor
 
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
-BNB_NAMES = (*(f"weight.{part}" for part in BNB_PARTS), *STATES, "weight")
+BNB_NAMES = (*(f"weight.{part}" for part in _bnb.PARTS), *STATES, "weight")
 """All that bitsandbytes may keep of a weight, from its module on; the first that fits counts."""
 
 
@@ -180,7 +179,7 @@ class ReadBitsAndBytes(_Op):
         states = [state for state in STATES if state in tensors]
         if len(states) != 1:
             raise ValueError(f"got {', '.join(sorted(tensors))}; takes one of {', '.join(STATES)}")
-        qw = from_bnb("weight", states[0], tensors)
+        qw = _bnb.read("weight", states[0], tensors)
         if isinstance(module, Linear4bit):
             shape, dtype = module._weight_shape, module._weight_dtype
         else:

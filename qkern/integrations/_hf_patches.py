@@ -5,46 +5,50 @@ Each wraps one method, and does what that did wherever qkern has no part in it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from qkern.integrations._hf_config import METHOD, QKernConfig
+from qkern.integrations._wrapping import wrap
 from qkern.nn import count_parameters
-from qkern.nn._module import QuantizedModule
+from qkern.nn._module import QuantizedModule, has_4_bit
 
 logger = logging.get_logger(__name__)
 
 
-def _has_4_bit(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedModule) for module in model.modules())
+def _num_parameters(
+    original: Callable[..., int],
+    model: Any,
+    only_trainable: bool = False,
+    exclude_embeddings: bool = False,
+) -> int:
+    if not has_4_bit(model):
+        return original(model, only_trainable, exclude_embeddings)
+    return count_parameters(model, only_trainable, exclude_embeddings=exclude_embeddings)
 
 
-def _num_parameters(original: Callable[..., int]) -> Callable[..., int]:
-    @functools.wraps(original)
-    def num_parameters(
-        self: Any, only_trainable: bool = False, exclude_embeddings: bool = False
-    ) -> int:
-        if not _has_4_bit(self):
-            return original(self, only_trainable, exclude_embeddings)
-        return count_parameters(self, only_trainable, exclude_embeddings=exclude_embeddings)
-
-    return num_parameters
+def _adjust_bias(
+    original: Callable[..., None], model: Any, output_embeddings: Any, input_embeddings: Any
+) -> None:
+    # It pads the bias to the first size of the weight, which is bytes of codes in 4 bits.
+    if not isinstance(output_embeddings, QuantizedModule):
+        original(model, output_embeddings, input_embeddings)
 
 
-def _adjust_bias(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def adjust(self: Any, output_embeddings: Any, input_embeddings: Any) -> None:
-        # It pads the bias to the first size of the weight, which is bytes of codes in 4 bits.
-        if not isinstance(output_embeddings, QuantizedModule):
-            original(self, output_embeddings, input_embeddings)
-
-    return adjust
+def _merge(
+    original: Callable[..., Any],
+    kind: Any,
+    quantization_config: Any,
+    quantization_config_from_args: Any,
+) -> Any:
+    config = merged(quantization_config, quantization_config_from_args)
+    if config is not None:
+        return config
+    return original(kind, quantization_config, quantization_config_from_args)
 
 
 def merged(found: Any, asked: Any) -> Any:
@@ -79,28 +83,6 @@ def merged(found: Any, asked: Any) -> Any:
 
 def apply() -> None:
     """Wrap the methods, once."""
-    _wrap(PreTrainedModel, "num_parameters", _num_parameters)
-    _wrap(PreTrainedModel, "_adjust_bias", _adjust_bias)
-    original = AutoHfQuantizer.merge_quantization_configs
-    if getattr(original, "_of_qkern", False):
-        return
-
-    def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        config = merged(quantization_config, quantization_config_from_args)
-        if config is not None:
-            return config
-        return original.__func__(cls, quantization_config, quantization_config_from_args)
-
-    functools.update_wrapper(merge, original.__func__)
-    merge._of_qkern = True  # type: ignore[attr-defined]
-    AutoHfQuantizer.merge_quantization_configs = classmethod(merge)
-
-
-def _wrap(
-    kind: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    original = getattr(kind, name)
-    if not getattr(original, "_of_qkern", False):
-        replacement = wrapper(original)
-        replacement._of_qkern = True  # type: ignore[attr-defined]
-        setattr(kind, name, replacement)
+    wrap(PreTrainedModel, "num_parameters", _num_parameters)
+    wrap(PreTrainedModel, "_adjust_bias", _adjust_bias)
+    wrap(AutoHfQuantizer, "merge_quantization_configs", _merge)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
-from qkern import formats
-from qkern.nn import _layouts
+from qkern import _bnb, formats
+from qkern.nn import _sources
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
 
@@ -59,16 +60,15 @@ def as_bitsandbytes(model: Any) -> list[str] | None:
         return None
     if any(layer._block_size not in formats.BNB_BLOCK_SIZES for layer in layers.values()):
         return None
-    if not all(type(layer) is Linear4bit for layer in layers.values()):
-        return None
-    if any(not _taken_there(layer) for layer in layers.values()):
+    if not all(map(_taken_there, layers.values())):
         return None
     return _skipped(model, layers)
 
 
 def _taken_there(layer: nn.Module) -> bool:
-    kind = getattr(layer, "source_class", nn.Linear)
-    return kind is nn.Linear or kind.__name__ == "Conv1D"
+    if type(layer) is not Linear4bit:
+        return False
+    return layer.source_class is nn.Linear or _sources.is_conv1d(layer.source_class)
 
 
 def _skipped(model: Any, layers: dict[str, QuantizedModule]) -> list[str] | None:
@@ -90,10 +90,8 @@ def bitsandbytes_dict(
     model: Any, skipped: list[str], compute_dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """What ``BitsAndBytesConfig`` writes for this model, as plain JSON."""
-    from qkern.integrations._hf_bnb_config import new_config
-
     kind, _, double_quant = common_format(model)
-    config = new_config(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double_quant,
@@ -125,10 +123,8 @@ def state_dict(model: nn.Module, *, bitsandbytes: bool, storage: torch.dtype) ->
         # Of tied layers each has its own: a state without its weight could not be read.
         again = id(layer._parameters["weight"]) in done
         done.add(id(layer._parameters["weight"]))
-        for suffix, tensor in _layouts.to_bnb(path, qw).items():
-            # Code tables are kept in one place for all, which safetensors would refuse.
-            own = tensor.clone() if again or suffix.endswith("_map") else tensor
-            tensors[f"{path}.weight{suffix}"] = own
+        for name, tensor in _bnb.to_bnb(f"{path}.weight", qw).items():
+            tensors[name] = tensor.clone() if again else tensor
         if storage is not torch.uint8:
             check_storage(path, tensors[f"{path}.weight"], storage)
             packed = tensors[f"{path}.weight"].reshape(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
@@ -49,6 +48,4 @@ def hold_codes(layer: QuantizedModule, codes: torch.Tensor) -> None:
     """Undo `hold_as`, for ``codes`` that are about to come."""
     held = layer._parameters["weight"]
     if held is not None and held.is_floating_point():
-        layer._parameters["weight"] = nn.Parameter(
-            torch.empty_like(codes, device="meta"), requires_grad=False
-        )
+        layer._parameters["weight"] = frozen(torch.empty_like(codes, device="meta"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import warnings
@@ -21,10 +20,9 @@ from qkern.integrations import _peft_offload as offload
 from qkern.integrations._peft_inits import needs_weight
 from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
 from qkern.integrations._peft_loftq import replace_lora_weights_loftq
+from qkern.integrations._wrapping import is_wrapped, wrap
 from qkern.nn import Embedding4bit, Linear4bit, count_parameters
-from qkern.nn._module import TENSORS, QuantizedModule
-
-_MARK = "_qkern_original"
+from qkern.nn._module import TENSORS, QuantizedModule, has_4_bit
 
 DENSE_ONLY = frozenset(
     ("DELORA", "HIRA", "HRA", "LN_TUNING", "LOHA", "LOKR")
@@ -38,7 +36,7 @@ _replaced: list[tuple[Any, str, Any]] = []
 
 def is_installed() -> bool:
     """Whether PEFT makes layers of qkern's for 4-bit weights."""
-    return hasattr(lora_model.dispatch_default, _MARK)
+    return is_wrapped(lora_model.dispatch_default)
 
 
 def install() -> None:
@@ -82,18 +80,8 @@ def _holders(name: str) -> list[Any]:
 
 
 def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    held = inspect.getattr_static(owner, name)
-    original = held.__func__ if isinstance(held, classmethod) else held
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return function(original, *args, **kwargs)
-
-    setattr(replaced, _MARK, original)
-    setattr(owner, name, classmethod(replaced) if held is not original else replaced)
-    _replaced.append((owner, name, held))
+    if (held := wrap(owner, name, function)) is not None:
+        _replaced.append((owner, name, held))
 
 
 def _dispatch(
@@ -123,10 +111,6 @@ def _dispatch(
     if isinstance(base, Embedding4bit):
         return QKernEmbedding(target, adapter_name, config=config, **kwargs)
     return original(target, adapter_name, config=config, **kwargs)
-
-
-def _quantized_layers(model: nn.Module) -> list[QuantizedModule]:
-    return [module for module in model.modules() if isinstance(module, QuantizedModule)]
 
 
 def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
@@ -202,7 +186,7 @@ def _check_wrapped(
 
 def _count(original: Callable[..., Any], model: nn.Module) -> Any:
     """What is trained, and all elements: of a 4-bit weight those that it stands for."""
-    if not _quantized_layers(model):
+    if not has_4_bit(model):
         return original(model)
     return count_parameters(model, trainable_only=True), count_parameters(model)
 
@@ -239,7 +223,7 @@ def _loftq(original: Callable[..., Any], peft_model: Any, *args: Any, **kwargs: 
 def _prepare(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Have PEFT enable checkpointing and gradients of inputs, as for models that it knows."""
     known = ("is_loaded_in_4bit", "is_loaded_in_8bit")
-    if any(getattr(model, name, False) for name in known) or not _quantized_layers(model):
+    if any(getattr(model, name, False) for name in known) or not has_4_bit(model):
         return original(model, *args, **kwargs)
     had = vars(model).get(known[0])
     model.is_loaded_in_4bit = True

@@ -18,7 +18,7 @@ from qkern.functional import as_input, lora_by_weight
 from qkern.integrations import _peft_originals as originals
 from qkern.integrations._peft_dora import Dora, DoraLayer
 from qkern.integrations._peft_inits import check_loftq, dense_base, loftq, requantize
-from qkern.nn import Linear4bit
+from qkern.nn import Linear4bit, _sources
 from qkern.nn._module import QuantizedModule
 from qkern.nn.lora import _is_intercepted
 
@@ -142,7 +142,7 @@ class QKernLinear(_Merging, Linear):
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the base's weight is ``[in, out]``: a dense layer that was a Conv1D."""
-        return type(self.get_base_layer()).__name__ == "Conv1D"
+        return _sources.is_transposed(self.get_base_layer())
 
     @fan_in_fan_out.setter
     def fan_in_fan_out(self, value: bool) -> None:

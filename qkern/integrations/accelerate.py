@@ -7,13 +7,13 @@ CPUs: it trains with DDP there, whatever the configuration says.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-_MARK = "_qkern_original"
+from qkern.integrations._wrapping import is_wrapped, wrap
 
 
 def enable_fsdp_on_cpu() -> None:
@@ -28,8 +28,7 @@ def enable_fsdp_on_cpu() -> None:
     the parameters of a layer into one of one dtype; RuntimeError where one was made before, on
     CPUs with a plugin, and trains with DDP.
     """
-    original = AcceleratorState.__init__
-    if hasattr(original, _MARK):
+    if is_wrapped(AcceleratorState.__init__):
         return
     state = AcceleratorState._shared_state
     if state.get("distributed_type") == DistributedType.MULTI_CPU and parse_flag_from_env(
@@ -40,24 +39,23 @@ def enable_fsdp_on_cpu() -> None:
             "Accelerator, TrainingArguments or Trainer"
         )
 
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
-            return
-        if plugin.fsdp_version != 2:
-            AcceleratorState._reset_state()
-            raise ValueError(
-                f"fsdp_version: got {plugin.fsdp_version}; takes 2, for FSDP1 flattens a layer's "
-                "parameters into one dtype"
-            )
-        if self._mixed_precision != "no":
-            plugin.set_mixed_precision(self._mixed_precision)
-        self.fsdp_plugin = plugin
-        self.distributed_type = DistributedType.FSDP
-        # Whoever asks for the state again takes this over from there.
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    wrap(AcceleratorState, "__init__", _init)
 
-    setattr(init, _MARK, original)
-    AcceleratorState.__init__ = init
+
+def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    plugin = kwargs.get("fsdp_plugin")
+    if plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+        return
+    if plugin.fsdp_version != 2:
+        AcceleratorState._reset_state()
+        raise ValueError(
+            f"fsdp_version: got {plugin.fsdp_version}; takes 2, for FSDP1 flattens a layer's "
+            "parameters into one dtype"
+        )
+    if self._mixed_precision != "no":
+        plugin.set_mixed_precision(self._mixed_precision)
+    self.fsdp_plugin = plugin
+    self.distributed_type = DistributedType.FSDP
+    # Whoever asks for the state again takes this over from there.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP

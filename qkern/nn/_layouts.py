@@ -17,13 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern._bnb import PARTS as BNB_PARTS
-from qkern._bnb import names as bnb_names
-from qkern._bnb import read as from_bnb
-from qkern._bnb import to_bnb as _named_parts
 from qkern.tensor import QuantizedTensor
-
-__all__ = ["BNB_PARTS", "PARAMETERS", "as_bits", "bnb_names", "from_bnb", "to_bnb"]
 
 PARAMETERS = ("weight", "absmax", "nested_absmax", "nested_offset", "codebook")
 
@@ -66,12 +60,3 @@ def from_0_1_0(state: dict[str, Any], prefix: str) -> None:
         tensor = state.get(prefix + name)
         if isinstance(tensor, Tensor):
             state[prefix + name] = as_bits(tensor.view(1) if tensor.dim() == 0 else tensor)
-
-
-def to_bnb(path: str, qw: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of one weight as bitsandbytes keeps them, by their suffix after ``weight``.
-
-    Raises ValueError, naming the weight, for what bitsandbytes has no layout for.
-    """
-    name = f"{path}.weight" if path else "weight"
-    return {key.removeprefix(name): tensor for key, tensor in _named_parts(name, qw).items()}

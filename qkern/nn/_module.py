@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qkern import _errors
+from qkern import _bnb, _errors
 from qkern.functional import quantize_4bit
 from qkern.nn import _layouts
 from qkern.nn._layouts import PARAMETERS
@@ -277,10 +277,10 @@ class QuantizedModule(nn.Module):
             raise ValueError(
                 f"{name}: got {found}; takes one {name}.quant_state.bitsandbytes__nf4 or __fp4"
             )
-        qw = _layouts.from_bnb(name, state_keys[0], state)
+        qw = _bnb.read(name, state_keys[0], state)
         if not qw.double_quant and f"{name}.nested_absmax" in state:
             self._hold_restored_scales(name, qw)
-        for key in _layouts.bnb_names(name, state_keys[0]):
+        for key in _bnb.names(name, state_keys[0]):
             state.pop(key, None)
         for part, tensor in self._own_layout(qw).items():
             if tensor is not None:
@@ -354,6 +354,11 @@ def _keep_as_initialized(parameter: Any) -> None:
     """Have transformers' own `_init_weights` leave it alone: see QuantizedModule."""
     if parameter is not None:
         parameter._is_hf_initialized = True
+
+
+def has_4_bit(model: nn.Module) -> bool:
+    """Whether some module of ``model`` has its weight in 4 bits."""
+    return any(isinstance(module, QuantizedModule) for module in model.modules())
 
 
 def is_sharded(tensor: Tensor) -> bool:
