@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from qkern import testing
 from tests.integrations import record
+from tests.isolation import integrations_off
 from tests.suite import shards
 
 settings.register_profile(
@@ -145,3 +146,9 @@ def _fixed_state() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _integrations_off() -> Iterator[None]:
+    with integrations_off():
+        yield

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture
-def qkern_peft() -> Iterator[Any]:
-    """`qkern.integrations.peft`, registered for the test."""
+def qkern_peft() -> Any:
+    """`qkern.integrations.peft`, registered for the test; that ends with any test."""
     pytest.importorskip("peft")
     from qkern.integrations import peft
 
-    was = peft.registered()
     peft.register()
-    yield peft
-    if not was:
-        peft.unregister()
+    return peft
