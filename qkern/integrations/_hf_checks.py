@@ -10,29 +10,40 @@ from torch import nn
 from transformers import MODEL_MAPPING
 
 from qkern.integrations._hf_loading import Loading
+from qkern.integrations._hf_plan import is_inside
 from qkern.io._common import some
 
+_IF_NEW = "name the modules in QKernConfig(skip=...) if they are new; then they stay dense"
 _HOOK = "_adjust_missing_and_unexpected_keys"
 
 
-def watch(model: Any, loading: Loading, *, in_4_bits: bool) -> None:
+def watch(model: Any, loading: Loading, new: Iterable[str] | None) -> None:
     """Have the keys checked as soon as transformers has sorted them, before it reports them.
 
-    ``in_4_bits`` says that the files are: then what is dense of the base model must fit too.
+    ``new`` is None for dense files. In files in 4 bits what is dense of the base model must fit
+    too, but for the modules of these names, which the files need not have.
     """
     original = getattr(model, _HOOK)
 
     def adjust(*args: Any) -> Any:
         result = original(*args)
-        if len(args) == 1:
-            info = args[0]
-            _check(loading, info)
-            names = info.missing_keys, info.unexpected_keys
-        else:
-            names = result or args
-        _check_names(loading, *names, in_4_bits=in_4_bits)
-        if in_4_bits:
-            _check_base(model, *names)
+        # Newer versions of transformers pass all that they noted, older ones the names.
+        info = args[0] if len(args) == 1 else None
+        missing, unexpected = (
+            (info.missing_keys, info.unexpected_keys) if info is not None else (result or args)
+        )
+        try:
+            if info is not None:
+                _check(loading, info)
+            _check_names(loading, missing, unexpected)
+            if new is not None:
+                _check_new(loading, new)
+                _check_base(model, missing, unexpected, _absent(model, missing, new))
+        except Exception:
+            if info is not None:
+                # transformers would raise an error that only says that there was one.
+                info.conversion_errors, info.mismatched_keys = {}, set()
+            raise
         return result
 
     # On this one object, until it is loaded.
@@ -46,27 +57,21 @@ def unwatch(model: Any) -> None:
 
 def _check(loading: Loading, info: Any) -> None:
     if loading.error is not None:
-        # transformers would raise an error that only says that there was one.
-        info.conversion_errors = {}
         raise loading.error
     if info.conversion_errors:
         return  # of a converter of the model's, which transformers raises for
     for name, got, takes in sorted(info.mismatched_keys):
         if loading.plan.owner(name) is not None:
-            info.mismatched_keys = set()
             raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
 
 
-def _check_names(
-    loading: Loading, missing: Iterable[str], unexpected: Iterable[str], *, in_4_bits: bool
-) -> None:
+def _check_names(loading: Loading, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     if loading.error is not None:
         raise loading.error
     paths = loading.plan.paths
     lost = [name for name in missing if name.rpartition(".")[0] in paths]
     if lost:
-        new = "" if in_4_bits else "; name them in skip if they are new, so that they stay dense"
-        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers{new}")
+        raise ValueError(f"the checkpoint has no {some(lost)}, of 4-bit layers; {_IF_NEW}")
     unexpected = list(unexpected)
     extra = [name for name in unexpected if name in loading.packed or _is_part(name)]
     if extra:
@@ -76,14 +81,29 @@ def _check_names(
         raise ValueError(f"4-bit layers of the model have no {some(extra)} of the checkpoint")
 
 
-def _check_base(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def _check_new(loading: Loading, new: Iterable[str]) -> None:
+    for name in new:
+        held = [path for path in loading.plan.paths if is_inside(path, (name,))]
+        if held:
+            raise ValueError(f"skip: got {name!r}; the checkpoint has {some(held)} in 4 bits")
+
+
+def _absent(model: nn.Module, missing: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Those of ``new`` of which no tensor came: of the others one was lost."""
+    tensors, gone = list(model.state_dict()), set(missing)
+    return [name for name in new if gone.issuperset(t for t in tensors if is_inside(t, (name,)))]
+
+
+def _check_base(
+    model: Any, missing: Iterable[str], unexpected: Iterable[str], new: list[str]
+) -> None:
     """Nothing of the base model is drawn at random, or left out; heads come and go with tasks."""
     prefix = _base(model)
     if prefix is None:
         return
-    lost = [name for name in missing if name.startswith(prefix)]
+    lost = [name for name in missing if name.startswith(prefix) and not is_inside(name, new)]
     if lost:
-        raise ValueError(f"the checkpoint has no {some(lost)}")
+        raise ValueError(f"the checkpoint has no {some(lost)}; {_IF_NEW}")
     modules = dict(model.get_submodule(prefix.removesuffix(".")).named_modules())
     extra = [
         name

@@ -40,7 +40,8 @@ class QKernConfig(QuantizationConfigMixin):
     for bit, but nothing is frozen beyond the 4-bit weights.
 
     For a directory that is in 4 bits already, bitsandbytes' or qkern's, the directory says what is
-    quantised and how. Of this object ``compute_dtype`` counts, and a warning names what differs.
+    quantised and how. Of this object ``compute_dtype`` counts, and ``skip`` names what the
+    directory does not have, as a new task's pooler; a warning names what else differs.
 
     Args:
         format: ``"nf4"`` or ``"fp4"``.
@@ -86,6 +87,7 @@ class QKernConfig(QuantizationConfigMixin):
         self.compute_dtype = as_dtype("compute_dtype", compute_dtype)
         self._written: dict[str, Any] | None = None
         self._read: dict[str, Any] | None = None
+        self._new: list[str] = []
 
     @classmethod
     def from_dict(
@@ -139,6 +141,16 @@ class QKernConfig(QuantizationConfigMixin):
     def read_from(self) -> dict[str, Any] | None:
         """The fields of bitsandbytes' config that this one was made of; None for no such."""
         return self._read
+
+    @property
+    def new(self) -> list[str]:
+        """Names in ``skip`` of what a directory in 4 bits need not have."""
+        return self._new
+
+    def add_new(self, names: Iterable[str]) -> None:
+        """Let a directory in 4 bits lack what these names are of; it stays dense."""
+        self._new = [name for name in names if name not in self.skip]
+        self.skip = [*self.skip, *self._new]
 
     def found(self, format: str, block_size: int, double_quant: bool) -> None:
         """Take over what a directory's tensors turned out to be in."""

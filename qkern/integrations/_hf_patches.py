@@ -70,12 +70,12 @@ def merged(found: Any, asked: Any) -> Any:
     if config.read_from is None:
         names.append("block_size")
     differing = [name for name in names if getattr(config, name) != getattr(asked, name)]
-    differing += ["skip"] if asked.skip and asked.skip != config.skip else []
     if differing:
         logger.warning(
             f"qkern: the directory is in 4 bits already, and its own {', '.join(differing)} "
             "count; what was passed as quantization_config says otherwise"
         )
+    config.add_new(asked.skip)
     if asked.compute_dtype is not None:
         config.compute_dtype = asked.compute_dtype
     return config

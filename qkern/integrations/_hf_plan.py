@@ -102,8 +102,12 @@ def quantize_like_bitsandbytes(
     more: Iterable[str] = (),
     *,
     spare_heads: bool,
+    new: Iterable[str] = (),
 ) -> None:
     """Replace the layers that transformers replaces by bitsandbytes', but for ``more``.
+
+    Names in ``skip`` and ``more`` mean what they mean there, and those in ``new`` what they mean in
+    `QKernConfig`.
 
     ``spare_heads`` leaves heads dense that ``skip`` does not name: for a directory, which may have
     none for a new task's head, and has one in 4 bits where it is.
@@ -121,7 +125,9 @@ def quantize_like_bitsandbytes(
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Conv1D) and type(module) is not nn.Linear:
             continue
-        if id(module) not in read and should_convert_module(path, spared):
+        if id(module) in read or is_inside(path, new):
+            continue
+        if should_convert_module(path, spared):
             chosen.setdefault(id(module), []).append(path)
     for paths in chosen.values():
         plan.add(model, paths)
@@ -173,7 +179,7 @@ def _tables(model: Any, skip: tuple[str, ...], ties: Mapping[str, str]) -> dict[
     for module in modules.values():
         if isinstance(module, nn.Embedding) and module.num_embeddings in rows:
             found[id(module)] = paths[id(module)]
-    found = {k: v for k, v in found.items() if not any(_inside(path, skip) for path in v)}
+    found = {k: v for k, v in found.items() if not any(is_inside(path, skip) for path in v)}
     for target, source in ties.items():
         one, other = (modules.get(name.removesuffix(".weight")) for name in (target, source))
         if one is None or other is None or not {id(one), id(other)} & found.keys():
@@ -185,7 +191,7 @@ def _tables(model: Any, skip: tuple[str, ...], ties: Mapping[str, str]) -> dict[
                     f"quantize_embeddings: {path} is a {type(module).__name__} and tied to a token "
                     "table; takes an nn.Linear"
                 )
-            if any(_inside(name, skip) for name in paths[id(module)]):
+            if any(is_inside(name, skip) for name in paths[id(module)]):
                 raise ValueError(
                     f"skip: {path} is tied to a token table; skip the table too, or leave "
                     "quantize_embeddings off"
@@ -194,7 +200,8 @@ def _tables(model: Any, skip: tuple[str, ...], ties: Mapping[str, str]) -> dict[
     return found
 
 
-def _inside(path: str, names: Iterable[str]) -> bool:
+def is_inside(path: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is the path or a run of whole components of it."""
     return any(f".{name}." in f".{path}." for name in names)
 
 

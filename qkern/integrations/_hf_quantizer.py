@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class QKernQuantizer(HfQuantizer):
             comes = self._stored_as() if self.pre_quantized else model.dtype
             if comes.is_floating_point:
                 _hf_plan.hold_codes_as(model, plan, comes)
-        _hf_checks.watch(model, self._loading, in_4_bits=self.pre_quantized)
+        new = self._new_modules() if self.pre_quantized else None
+        _hf_checks.watch(model, self._loading, new)
         return model
 
     def _stored_as(self) -> torch.dtype:
@@ -74,6 +76,11 @@ class QKernQuantizer(HfQuantizer):
         fields = config.format, config.block_size, config.double_quant
         return _hf_plan.Plan(*fields, self._compute_dtype(model))
 
+    def _new_modules(self) -> Iterable[str]:
+        """Names of modules that a directory in 4 bits need not have."""
+        new: list[str] = self.quantization_config.new
+        return new
+
     def _compute_dtype(self, model: Any) -> torch.dtype | None:
         config = self.quantization_config
         found: torch.dtype | None = config.compute_dtype
@@ -84,7 +91,8 @@ class QKernQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.read_from is not None:
             skip = config.read_from.get("llm_int8_skip_modules")
-            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True)
+            new = config.new
+            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True, new=new)
         else:
             embeddings = config.quantize_embeddings
             _hf_plan.quantize_structure(model, plan, config.skip, embeddings=embeddings)

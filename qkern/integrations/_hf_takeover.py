@@ -59,6 +59,9 @@ class BitsAndBytesQuantizer(QKernQuantizer):
             for path, layer in plan.paths.items():
                 _hf_saving.check_storage(path, layer._parameters["weight"], self._storage)
 
+    def _new_modules(self) -> Iterable[str]:
+        return ()
+
     def _dense_off_the_gpu(self) -> Iterable[str]:
         """What ``llm_int8_enable_fp32_cpu_offload`` leaves dense."""
         places = self._device_map

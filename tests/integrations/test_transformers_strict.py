@@ -237,13 +237,44 @@ def test_new_layers_stay_dense_where_they_are_skipped(tmp_path: Path) -> None:
     mlm, task = transformers.BertForMaskedLM, transformers.BertForSequenceClassification
     torch.manual_seed(0)
     mlm(transformers.BertConfig(**SMALL | {"vocab_size": 128})).save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"no bert\.pooler\.dense.*; name them in skip"):
+    with pytest.raises(ValueError, match=r"no bert\.pooler\.dense.*; name the modules in .*skip"):
         load(tmp_path / "dense", kind=task)
     model = load(tmp_path / "dense", QKernConfig(skip=["pooler"]), kind=task)
     assert type(model.bert.pooler.dense) is torch.nn.Linear
     model.save_pretrained(tmp_path / "q")
     again = load(tmp_path / "q", kind=task)
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("method", ["qkern", "bitsandbytes"])
+def test_a_directory_in_4_bits_may_lack_what_is_skipped(tmp_path: Path, method: str) -> None:
+    """As a pooler, of a model that was saved without; but no other tensor of the base model."""
+    mlm, task = transformers.BertForMaskedLM, transformers.BertForSequenceClassification
+    torch.manual_seed(0)
+    mlm(transformers.BertConfig(**SMALL | {"vocab_size": 128})).save_pretrained(tmp_path / "dense")
+    options = {"quantize_embeddings": method == "qkern"}
+    load(tmp_path / "dense", QKernConfig(**options), kind=mlm).save_pretrained(tmp_path / "q")
+    with pytest.raises(ValueError, match=r"no bert\.pooler\.dense.*; name the modules in .*skip"):
+        load(tmp_path / "q", QKernConfig(**options), kind=task)
+    config = QKernConfig(skip=["pooler"], **options)
+    model = load(tmp_path / "q", config, kind=task)
+    assert config.skip == ["pooler"]
+    assert type(model.bert.pooler.dense) is torch.nn.Linear
+    assert model.bert.pooler.dense.weight.isfinite().all()
+    assert isinstance(model.bert.encoder.layer[1].output.dense, qnn.Linear4bit)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", kind=task)
+    assert torch.equal(logits(again), logits(model))
+    held_in_4_bits = {
+        "qkern": r"no 4-bit layer for bert\.encoder\.layer\.1\.output\.dense",
+        "bitsandbytes": r"skip: got 'layer.1.output'; the checkpoint has bert.*dense in 4 bits",
+    }
+    with pytest.raises(ValueError, match=held_in_4_bits[method]):
+        load(tmp_path / "q", QKernConfig(skip=["pooler", "layer.1.output"], **options), kind=task)
+    with changed(tmp_path / "q") as held:
+        held.pop("bert.encoder.layer.1.output.LayerNorm.weight")
+    with pytest.raises(ValueError, match=r"has no bert\.encoder\.layer\.1\.output\.LayerNorm"):
+        load(tmp_path / "q", QKernConfig(skip=["pooler", "LayerNorm"], **options), kind=task)
 
 
 def test_a_lost_shard_raises(tmp_path: Path) -> None:
