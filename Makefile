@@ -25,7 +25,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon test-gpu \
-    mutants triton-versions support features bench lint format clean
+    mutants triton-versions transformers-versions support features bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -84,6 +84,19 @@ triton-versions: setup  ## compile the Triton kernels with other versions of Tri
 	        --target build/triton/$$version triton==$$version || exit 1; \
 	done
 	$(PYTEST) tests/triton/test_backend.py -k versions $(PYTEST_ARGS)
+
+TRANSFORMERS_VERSIONS ?= 5.5.4 5.10.4 5.15.1 5.20.2 5.24.0
+# Training takes other packages, which ask for a new transformers.
+TRANSFORMERS_TESTS := $(filter-out %_train.py,$(wildcard tests/integrations/test_transformers_*.py))
+# Without the test that stands in for a hub, whose library an older transformers has an older one of.
+transformers-versions: setup  ## run the tests of loading and saving with other versions of transformers
+	for version in $(TRANSFORMERS_VERSIONS); do \
+	    at=build/transformers/$$version; \
+	    [ -d $$at/transformers ] || $(RUN) -m pip install --quiet --target $$at \
+	        transformers==$$version || exit 1; \
+	    PYTHONPATH=$$at $(PYTEST) -n $(WORKERS) -m 'not slow' -k 'not pushed' \
+	        $(TRANSFORMERS_TESTS) $(PYTEST_ARGS) || exit 1; \
+	done
 
 # What README and docs/support.md say runs where.
 SUPPORT_TESTS := tests/ops/test_conformance.py tests/cuda/test_emulated.py

@@ -57,9 +57,11 @@ class QKernQuantizer(HfQuantizer):
         self._loading.from_files = bool(kwargs.get("checkpoint_files"))
         self._quantize_structure(model, plan)
         if _hf_versions.CASTS_TO_PLACEHOLDERS:
-            comes = self._stored_as() if self.pre_quantized else model.dtype
-            if comes.is_floating_point:
-                _hf_plan.hold_codes_as(model, plan, comes)
+            if self.pre_quantized and self._stored_as().is_floating_point:
+                _hf_plan.hold_codes_as(model, plan, self._stored_as())
+            elif not self.pre_quantized or self._reads_bitsandbytes():
+                # Codes in bytes are not cast, but a weight may be dense where they are awaited.
+                _hf_plan.hold_codes_as(model, plan, model.dtype)
         new = self._new_modules() if self.pre_quantized else None
         _hf_checks.watch(model, self._loading, new)
         return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
@@ -26,13 +27,19 @@ CASTS_TO_PLACEHOLDERS = not hasattr(HfQuantizer, "get_new_dtype")
 """Whether a floating tensor is cast to the dtype of the parameter on meta, also one to quantise."""
 
 
+_OLDEST, _NEWEST = "5.5", "5.24"
+"""Before, tied layers are loaded one by one, and codes are cast as if they were dense."""
+
+
 def check() -> None:
-    """ImportError unless transformers has all hooks that are used."""
+    """ImportError unless transformers is new enough, and has all hooks that are used."""
+    if Version(transformers.__version__) < Version(_OLDEST):
+        raise ImportError(f"transformers: got {transformers.__version__}; takes {_OLDEST} or later")
     for kind, name in _NEEDED:
         if not hasattr(kind, name):
             raise ImportError(
                 f"transformers: got {transformers.__version__}, which has no "
-                f"{kind.__name__}.{name}; takes 5.20 or later"
+                f"{kind.__name__}.{name}; takes {_OLDEST} to {_NEWEST}"
             )
 
 

@@ -143,7 +143,8 @@ def test_what_does_not_fit_raises(saved: Saved, change: Change, message: str) ->
             lambda held: held.update(
                 {NAME: torch.zeros(4, 1, dtype=torch.uint8)},
             ),
-            f"^{NAME}: got shape \\[4, 1\\]",
+            # Of transformers' loading since 5.21, else of the module.
+            f"^{NAME}: got shape \\[4, 1\\]|^weight: got torch.uint8 \\[4, 1\\]",
         ),
         (
             lambda held: held.update(
@@ -272,7 +273,8 @@ def test_a_directory_in_4_bits_may_lack_what_is_skipped(tmp_path: Path, method: 
     with pytest.raises(ValueError, match=held_in_4_bits[method]):
         load(tmp_path / "q", QKernConfig(skip=["pooler", "layer.1.output"], **options), kind=task)
     with changed(tmp_path / "q") as held:
-        held.pop("bert.encoder.layer.1.output.LayerNorm.weight")
+        # BERT's files have had two names of it.
+        held.pop(next(name for name in held if "layer.1.output.LayerNorm." in name))
     with pytest.raises(ValueError, match=r"has no bert\.encoder\.layer\.1\.output\.LayerNorm"):
         load(tmp_path / "q", QKernConfig(skip=["pooler", "LayerNorm"], **options), kind=task)
 
@@ -297,7 +299,7 @@ def test_sizes_that_differ_raise_for_4_bit_weights_even_where_they_are_ignored(
     saved: Saved, method: str
 ) -> None:
     folder = saved(quantize_embeddings=method == "qkern")
-    with pytest.raises(ValueError, match=r"down_proj.*: got shape"):
+    with pytest.raises(ValueError, match=r"down_proj.*: got shape|^absmax: got .*\[96\]"):
         load(folder, intermediate_size=128, ignore_mismatched_sizes=True)
     for layers, message in ((3, "checkpoint has no model.layers.2"), (1, "model.layers.1")):
         with pytest.raises(ValueError, match=message):
