@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from qkern import testing
 from tests.integrations import record
-from tests.isolation import integrations_off
+from tests.isolation import environment_kept, integrations_off
 from tests.suite import shards
 
 settings.register_profile(
@@ -139,12 +139,13 @@ def _poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
-    """Same seeds and thread count for every test, whatever ran before."""
+    """Same seeds, threads and environment for every test, whatever ran before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    yield
+    with environment_kept():
+        yield
     torch.set_num_threads(threads)
 
 

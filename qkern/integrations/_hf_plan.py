@@ -107,10 +107,8 @@ def quantize_like_bitsandbytes(
     """Replace the layers that transformers replaces by bitsandbytes', but for ``more``.
 
     Names in ``skip`` and ``more`` mean what they mean there, and those in ``new`` what they mean in
-    `QKernConfig`.
-
-    ``spare_heads`` leaves heads dense that ``skip`` does not name: for a directory, which may have
-    none for a new task's head, and has one in 4 bits where it is.
+    `QKernConfig`. ``spare_heads`` leaves heads dense that ``skip`` does not name: for a directory,
+    which may have none for a new task's head, and has one in 4 bits where it is.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer

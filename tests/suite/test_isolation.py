@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.isolation import integrations_off
+from tests.isolation import environment_kept, integrations_off
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,13 +38,36 @@ def test_no_integration_stays_on() -> None:
     assert bitsandbytes.enabled_devices() == ()
 
 
-def test_it_ends_with_every_test() -> None:
-    """A test that loads a model registers with PEFT; the next one finds PEFT as it was."""
+def test_the_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QKERN_ONE", "1")
+    monkeypatch.setenv("QKERN_TWO", "2")
+    monkeypatch.delenv("QKERN_THREE", raising=False)
+    before = dict(os.environ)
+    with environment_kept():
+        os.environ["QKERN_ONE"] = "another"
+        del os.environ["QKERN_TWO"]
+        os.environ["QKERN_THREE"] = "new"
+    assert dict(os.environ) == before
+
+
+_RUN = """
+import os, sys, pytest
+before = os.environ.get("CXX")
+status = pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]])
+assert os.environ.get("CXX") == before, os.environ["CXX"]
+sys.exit(status)
+"""
+
+
+def test_they_end_with_every_test() -> None:
+    """Loading a model registers with PEFT, and BOFT sets ``CXX``; nothing later finds either."""
     pytest.importorskip("peft")
     tests = [
+        "tests/integrations/test_peft_tuners.py::"
+        "test_other_tuners_train_as_on_the_dense_model[BOFTConfig]",
         "tests/integrations/test_transformers_load.py::test_the_logical_number_of_parameters_is_told",
         "tests/nn/test_parameters.py::test_peft_does_not_merge_into_the_codes",
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-c", _RUN, *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
