@@ -327,14 +327,7 @@ class FrozenLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply slice by slice; save the weight."""
         ctx.save_for_backward(weight)
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        wide = x.float()
-        for rows, part in _widened_slices(weight):
-            product = wide @ part.t()
-            if bias is not None:
-                product += bias[rows]
-            y[:, rows] = product
-        return y
+        return widened_linear(x, weight, bias, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -355,16 +348,33 @@ class FrozenLinearDx(Function):
     def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
         """Multiply slice by slice; save the weight."""
         ctx.save_for_backward(weight)
-        dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
-        for rows, part in _widened_slices(weight):
-            dx.addmm_(dy[:, rows].float(), part)
-        return dx.to(dy.dtype)
+        return widened_linear_dx(dy, weight).to(dy.dtype)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of ``dy``: the map is linear, so it is the forward again."""
         (weight,) = ctx.saved_tensors
         return FrozenLinear.apply(ddx, weight, None) if ctx.needs_input_grad[0] else None, None
+
+
+def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias`` of a 16-bit weight, in float32 and rounded once to ``dtype``."""
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    wide = x.float()
+    for rows, part in _widened_slices(weight):
+        product = wide @ part.t()
+        if bias is not None:
+            product += bias[rows]
+        y[:, rows] = product
+    return y
+
+
+def widened_linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """``dy @ weight`` of a 16-bit weight, in float32."""
+    dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
+    for rows, part in _widened_slices(weight):
+        dx.addmm_(dy[:, rows].float(), part)
+    return dx
 
 
 def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
