@@ -11,15 +11,15 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from qkern import _errors
-from qkern.autograd import as_dtype, widened_linear, widened_linear_dx
+from qkern.autograd import as_dtype, float32_slices, widened_linear_dx
 from qkern.backends import has_cpu_matmul
 from qkern.functional import autocast_enabled, batch_invariant_now
 from qkern.ops import call, is_watched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
-_CHUNK_BYTES = 32 << 20
-"""Of float32 logits at a time. Smaller chunks read the weight more often than a matmul hides."""
+_CHUNK_BYTES = 56 << 20
+"""Of logits at a time. Smaller chunks read the weight more often than a matmul hides."""
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -33,6 +33,8 @@ class _Options(NamedTuple):
     softcap: float | None
     ignore_index: int
     batch_invariant: bool | None
+    logit_bytes: int
+    """Of one logit, with its copy in 16 bits."""
 
 
 def linear_cross_entropy(
@@ -48,9 +50,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, labels)`` that never holds all the logits.
 
-    Logits are made some rows at a time, 32 MiB of float32, and with them, where gradients are
-    wanted, their part of the gradients; the backward pass scales those. So it takes as much memory
-    as the gradients, and less than 64 MiB besides. Of ``hidden`` on a CPU rows that are ignored
+    Logits are made some rows at a time, and with them, where gradients are wanted, their part of
+    the gradients; the backward pass scales those. So it takes as much memory as the gradients, and
+    less than 64 MiB besides, unless one row has more. Of ``hidden`` on a CPU rows that are ignored
     are not multiplied at all.
 
     ``hidden``
@@ -90,8 +92,15 @@ def linear_cross_entropy(
         if not bool(counted.all()):
             kept = counted.nonzero().squeeze(1)
             matrix, rows = matrix[kept], rows[kept]
+    in_float32 = hidden.dtype == torch.float32 or _by_columns(matrix, weight)
     options = _Options(
-        vocabulary, reduction == "none", scale, softcap, ignore_index, batch_invariant_now()
+        vocabulary,
+        reduction == "none",
+        scale,
+        softcap,
+        ignore_index,
+        batch_invariant_now(),
+        4 if in_float32 else 6,
     )
     packed = weight.weight if isinstance(weight, QuantizedTensor) else ()
     dense = None if isinstance(weight, QuantizedTensor) else weight
@@ -249,7 +258,8 @@ class _LinearCrossEntropy(Function):
 def _chunks(labels: Tensor, options: _Options) -> Iterator[slice]:
     """Slices of rows whose logits fill the memory allowed."""
     copies = 1 if options.softcap is None else 2
-    step = max(_CHUNK_BYTES // (4 * copies * options.vocabulary), 1)
+    step = _CHUNK_BYTES // (options.logit_bytes * copies * options.vocabulary)
+    step = max(step // 16 * 16, min(step, 16), 1)  # whole tiles of a matmul
     return (slice(begin, begin + step) for begin in range(0, len(labels), step))
 
 
@@ -276,7 +286,7 @@ class _Chunk:
         self.counted = (labels != options.ignore_index)[:, None]
         self.target = labels[:, None].clamp(min=0) * self.counted
         of_target = z.gather(1, self.target)
-        top = z.amax(1, keepdim=True)
+        top = _largest(z)
         self.exponentials = z.sub_(top).exp_()
         self.total = z.sum(1, keepdim=True)
         losses = self.total.log() + top - of_target
@@ -319,7 +329,7 @@ class _Gradients:
         if not late:
             z.mul_(of_row)
         if self.hidden is not None:
-            part = _input_gradient(z, self.weight, self.hidden.shape[1], self.dtype, chunk.options)
+            part = _input_gradient(z, self.weight, chunk.hidden, chunk.options)
             self.hidden[rows] = part * of_row if late else part
         if self.dense is not None:
             self.dense.addmm_(z.t(), chunk.hidden.float())
@@ -334,9 +344,15 @@ class _Gradients:
         return self.hidden, dense, bias
 
 
-def _is_widened(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a dense product in ``dtype`` would be emulated: then it is computed in float32."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not has_cpu_matmul(dtype)
+def _by_columns(hidden: Tensor, weight: Any) -> bool:
+    """Whether a dense product is computed in float32, some columns of logits at a time.
+
+    On a CPU that is faster for few rows than ``hidden @ weight.T``, whose large factor a library
+    packs first, and than a product in 16 bits that is emulated.
+    """
+    if not hidden.is_cpu or not isinstance(weight, Tensor) or torch.compiler.is_compiling():
+        return False
+    return hidden.dtype == torch.float32 or not has_cpu_matmul(hidden.dtype)
 
 
 def _logits(
@@ -346,22 +362,44 @@ def _logits(
     if isinstance(weight, Weight):
         arguments = options.vocabulary, bias, options.batch_invariant
         y: Tensor = call("linear_4bit", hidden, weight, *arguments)
-    elif _is_widened(hidden, hidden.dtype):
-        y = widened_linear(hidden, weight, bias, torch.float32)
+    elif _by_columns(hidden, weight):
+        by_columns = hidden.new_empty(weight.shape[0], len(hidden), dtype=torch.float32)
+        of_rows = hidden.float().t()
+        for columns, part in float32_slices(weight):
+            torch.mm(part, of_rows, out=by_columns[columns])
+            if bias is not None:
+                by_columns[columns] += bias[columns, None]
+        y = by_columns.t()
     else:
         y = F.linear(hidden, weight, bias)
     return y.float()
 
 
+def _largest(z: Tensor) -> Tensor:
+    """Of each row, ``[rows, 1]``; NaN where one is."""
+    if z.stride(0) == 1 < z.stride(1) and z.shape[1] > _COLUMNS:
+        # Column by column torch takes a maximum without vectors, but between tensors with.
+        first, *others = z.split(_COLUMNS, 1)
+        found = first.clone()
+        for part in others:
+            into = found[:, : part.shape[1]]
+            torch.maximum(into, part, out=into)
+        z = found
+    return z.amax(1, keepdim=True)
+
+
+_COLUMNS = 1024
+"""Few enough for a cache to hold, many enough to be worth a call."""
+
+
 def _input_gradient(
-    z: Tensor, weight: Tensor | Weight, in_features: int, dtype: torch.dtype, options: _Options
+    z: Tensor, weight: Tensor | Weight, hidden: Tensor, options: _Options
 ) -> Tensor:
     """``z @ W``, of ``z`` in float32."""
     if isinstance(weight, Weight):
-        found: Tensor = call(
-            "linear_4bit_dx", as_dtype(z, dtype), weight, in_features, options.batch_invariant
-        )
+        dy, arguments = as_dtype(z, hidden.dtype), (hidden.shape[1], options.batch_invariant)
+        found: Tensor = call("linear_4bit_dx", dy, weight, *arguments)
         return found
-    if _is_widened(z, dtype):
+    if hidden.dtype != torch.float32 and _by_columns(hidden, weight):
         return widened_linear_dx(z, weight)
-    return as_dtype(z, dtype) @ weight
+    return as_dtype(z, hidden.dtype) @ weight

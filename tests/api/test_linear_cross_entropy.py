@@ -30,8 +30,9 @@ TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven rows at a time, so that the last chunk is short."""
+    """Seven rows at a time or less, and 300 columns, so that the last ones are fewer."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr(module, "_COLUMNS", 300)
 
 
 def head(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -199,6 +200,7 @@ def test_a_class_may_be_ignored() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.usefixtures("_small_chunks")
 def test_a_nan_reaches_loss_and_gradient() -> None:
     hidden = torch.randn(3, FEATURES)
     hidden[1, 2] = torch.nan
@@ -234,7 +236,7 @@ def test_the_logits_are_never_all_there(dtype: torch.dtype, in_4_bits: bool) -> 
     labels = torch.randint(vocabulary, (rows,))
     with Largest() as largest:
         qkern.linear_cross_entropy(hidden, weight, labels).backward()
-    assert 16 << 20 < largest.found <= 32 << 20
+    assert 30 << 20 < largest.found < 60 << 20
 
 
 def test_under_autocast_it_is_the_product_of_16_bits() -> None:
