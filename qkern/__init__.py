@@ -20,6 +20,7 @@ from qkern.functional import (
     quantize_4bit,
     quantize_8bit,
 )
+from qkern.loss import linear_cross_entropy
 from qkern.tensor import QuantizedTensor
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "fp4_linear",
     "io",
     "linear_4bit",
+    "linear_cross_entropy",
     "lora_linear",
     "nf4_linear",
     "nn",

@@ -329,7 +329,7 @@ class FrozenLinear(Function):
         ctx.save_for_backward(weight)
         y = x.new_empty(x.shape[0], weight.shape[0])
         wide = x.float()
-        for rows, part in _widened_slices(weight):
+        for rows, part in float32_slices(weight):
             product = wide @ part.t()
             if bias is not None:
                 product += bias[rows]
@@ -355,10 +355,7 @@ class FrozenLinearDx(Function):
     def forward(ctx: Any, dy: Tensor, weight: Tensor) -> Tensor:
         """Multiply slice by slice; save the weight."""
         ctx.save_for_backward(weight)
-        dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
-        for rows, part in _widened_slices(weight):
-            dx.addmm_(dy[:, rows].float(), part)
-        return dx.to(dy.dtype)
+        return widened_linear_dx(dy, weight).to(dy.dtype)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -367,10 +364,26 @@ class FrozenLinearDx(Function):
         return FrozenLinear.apply(ddx, weight, None) if ctx.needs_input_grad[0] else None, None
 
 
-def _widened_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows and those rows in float32, in one buffer that the next slice overwrites."""
+def widened_linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """``dy @ weight`` of a 16-bit weight, in float32."""
+    dx = torch.zeros(dy.shape[0], weight.shape[1], dtype=torch.float32, device=dy.device)
+    for rows, part in float32_slices(weight):
+        dx.addmm_(dy[:, rows].float(), part)
+    return dx
+
+
+def float32_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows and those rows in float32.
+
+    Of a 16-bit weight they are in one buffer that the next slice overwrites.
+    """
     out_features, in_features = weight.shape
     step = max(_SLICE_BYTES // (4 * in_features), 1)
+    if weight.dtype is torch.float32:
+        for begin in range(0, out_features, step):
+            rows = slice(begin, min(begin + step, out_features))
+            yield rows, weight[rows]
+        return
     shape = (min(step, out_features), in_features)
     buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
     for begin in range(0, out_features, step):

@@ -61,7 +61,7 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
             yield
 
 
-def _batch_invariant() -> bool | None:
+def batch_invariant_now() -> bool | None:
     """Whether rows must not depend on one another here."""
     if _is_dynamo_compiling():
         return _traced_batch_invariant
@@ -301,7 +301,7 @@ def linear_by_weight(
     x: Tensor, weight: Weight, shape: Sequence[int], bias: Tensor | None
 ) -> Tensor:
     """`linear_4bit` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
-    invariant = _batch_invariant()
+    invariant = batch_invariant_now()
     y = _by_kernel_alone(x, weight, shape, bias, invariant)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
@@ -344,7 +344,7 @@ def _checked_input(
 ) -> tuple[Tensor, Tensor | None]:
     """``x`` and ``bias``, checked against the weight, in the autocast dtype if there is one."""
     _errors.check_tensor("x", x)
-    if _autocast_enabled(x):
+    if autocast_enabled(x):
         x, bias = _autocast(x, bias)
     if (
         x.dtype not in _errors.FLOAT_DTYPES
@@ -359,7 +359,8 @@ def _checked_input(
     return x, bias
 
 
-def _autocast_enabled(x: Tensor) -> bool:
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
     if x.is_cpu:
         # Asking a device for its type would cost more than all other checks together.
         return torch.is_autocast_enabled("cpu")
@@ -465,7 +466,7 @@ def lora_by_weight(
     dropout_p: float,
 ) -> Tensor:
     """`lora_linear` by a weight of ``shape`` as the ops take it; errors call it ``qw``."""
-    invariant = _batch_invariant()
+    invariant = batch_invariant_now()
     y = _by_kernel_alone(x, weight, shape, bias, invariant)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
@@ -478,7 +479,7 @@ def lora_by_weight(
     matrix = as_matrix(x)
     adapter_input = _dropout(matrix, dropout_p) if dropout_p else None
     adapter_dtype = x.dtype
-    if adapter_dtype is not torch.float32 and x.is_cpu and not _autocast_enabled(x):
+    if adapter_dtype is not torch.float32 and x.is_cpu and not autocast_enabled(x):
         adapter_dtype = _cpu_matmul_dtype(adapter_dtype)
     lora_a, lora_b = as_dtype(lora_a, adapter_dtype), as_dtype(lora_b, adapter_dtype)
     if forward_derivatives():

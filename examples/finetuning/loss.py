@@ -6,80 +6,52 @@ several times over in softmax and its gradient. So only targets get logits, a fe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import qkern
+from qkern.nn import FrozenLinear, Linear4bit
+
 from .sequences import IGNORE, Batch
-
-_ROWS = 128  # of logits at a time: enough to keep a matmul busy
-
-
-class _HeadCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of a frozen head's logits.
-
-    The gradient of the hidden states is made along with the loss, while a chunk's logits are at
-    hand; nothing else is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,  # [rows, hidden_size]
-        labels: torch.Tensor,  # [rows]
-        weight: torch.Tensor,  # [vocabulary, hidden_size]
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), _ROWS):
-            rows = slice(start, start + _ROWS)
-            logits = F.linear(hidden[rows], weight, bias).float()
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            target = labels[rows, None]
-            total += (log_z - logits.gather(1, target)).sum()
-            if gradient is not None:
-                # d loss / d logits = softmax - one hot, in the logits' own memory
-                softmax = logits.sub_(log_z).exp_()
-                softmax.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-                gradient[rows] = softmax.to(hidden.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
 
 
 class TargetLoss:
-    """Summed cross entropy of a batch's targets, for a causal language model with a frozen head.
+    """Summed cross entropy of a batch's targets, for a causal language model.
 
     `chunked` says whether the model's logits are nothing but its head applied to its decoder's
-    output, so that the head can be applied to a few targets at a time. Some architectures scale or
-    cap their logits; a comparison on a few tokens finds out, and they take the plain way.
+    output, then scaled and capped as its config says. Then the head is applied to a few targets at
+    a time. A comparison on a few tokens finds out; other models take the plain way.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.chunked = self._logits_are_plain()
+        config = model.config.get_text_config()
+        self.scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.chunked = self._logits_are_of_the_head()
 
     @torch.no_grad()
-    def _logits_are_plain(self) -> bool:
+    def _logits_are_of_the_head(self) -> bool:
         head = self.model.get_output_embeddings()
-        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        if type(head) not in (nn.Linear, FrozenLinear, Linear4bit):
             return False
-        device = head.weight.device
+        if head._forward_hooks or head._forward_pre_hooks:
+            return False  # they see a call of the head
+        device = self.model.device
         ids = torch.arange(8, device=device)[None] % head.out_features
         batch = Batch(ids, torch.ones_like(ids), ids)
         was_training = self.model.training
         self.model.eval()
-        plain = torch.equal(head(self._hidden(batch)), self._logits(batch))
+        logits = head(self._hidden(batch)) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        expected = self._logits(batch)
+        close = 4 * torch.finfo(expected.dtype).eps
+        same = torch.allclose(logits, expected, rtol=close, atol=close)
         self.model.train(was_training)
-        return plain
+        return same
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The sum over the batch's targets (divide by `batch.targets`), float32, 0-d."""
@@ -87,10 +59,16 @@ class TargetLoss:
         is_target = labels != IGNORE
         if self.chunked:
             head = self.model.get_output_embeddings()
-            hidden = self._hidden(batch)[:, :-1][is_target]
-            loss = _HeadCrossEntropy.apply(hidden, labels[is_target], head.weight, head.bias)
-            assert isinstance(loss, torch.Tensor)
-            return loss
+            return qkern.linear_cross_entropy(
+                self._hidden(batch)[:, :-1],
+                head.quantized if isinstance(head, Linear4bit) else head.weight,
+                labels,
+                head.bias,
+                ignore_index=IGNORE,
+                reduction="sum",
+                scale=self.scale,
+                softcap=self.softcap,
+            )
         logits = self._logits(batch)[:, :-1][is_target]
         return F.cross_entropy(logits.float(), labels[is_target], reduction="sum")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import qkern
 from qkern import backends, reference, testing
 from qkern.backends import Backend, cpu
-from qkern.functional import _batch_invariant
+from qkern.functional import batch_invariant_now
 
 needs_native = pytest.mark.skipif(cpu.missing_reason() is not None, reason="qkern._C is not built")
 
@@ -43,7 +43,7 @@ FORWARD, BACKWARD = "linear_4bit", "linear_4bit_dx"
 
 
 def in_force() -> tuple[bool | None, str]:
-    return _batch_invariant(), backends.selected_name()
+    return batch_invariant_now(), backends.selected_name()
 
 
 BEFORE = (False, backends.selected_name())

@@ -22,6 +22,7 @@ import finetune
 import numpy as np
 import pytest
 import torch
+import transformers
 from finetuning import UserError
 from finetuning.checkpoint import checkpoints, rng_state, set_rng_state
 from finetuning.config import parse_args
@@ -34,14 +35,11 @@ from finetuning.training import History, Trainer, _stop_request
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 import qkern
 import qkern.io
+from qkern import nn as qnn
 from tests.models import tiny_llama
 
 Finetune = Callable[..., int]
@@ -575,8 +573,9 @@ def _batch(rows: int, length: int, vocabulary: int) -> Batch:
 def test_the_chunked_loss_equals_the_plain_one(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetuning.loss._ROWS", 7)  # several chunks, the last one short
     model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
+    # Seven rows at a time: several chunks, the last one short.
+    monkeypatch.setattr("qkern.loss._CHUNK_BYTES", 4 * 7 * model.config.vocab_size)
     trained = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
     batch = _batch(3, 20, model.config.vocab_size)
     target_loss = TargetLoss(model)
@@ -595,25 +594,72 @@ def test_the_chunked_loss_equals_the_plain_one(
         torch.testing.assert_close(target_loss(batch), expected)
 
 
-def test_scaled_logits_take_the_plain_way() -> None:
-    config = GraniteConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        logits_scaling=3.0,
-    )
-    model = GraniteForCausalLM(config).requires_grad_(False)
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "chunked"),
+    [
+        (transformers.GraniteConfig(**SIZES, logits_scaling=3.0), True),
+        (transformers.CohereConfig(**SIZES, logit_scale=0.25), True),
+        (transformers.Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), True),
+        (transformers.LlamaConfig(**SIZES), True),
+        (transformers.LlamaConfig(**SIZES), False),
+    ],
+    ids=["granite", "cohere", "gemma2", "llama", "hooked"],
+)
+def test_scaled_and_capped_logits(config: transformers.PretrainedConfig, chunked: bool) -> None:
+    """Chunk by chunk where they are the head's, as the config says; else the plain way."""
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    if not chunked:
+        model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logits + 1)
     target_loss = TargetLoss(model)
-    assert not target_loss.chunked
+    assert target_loss.chunked == chunked
     batch = _batch(2, 12, 50)
     logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
     expected = F.cross_entropy(
         logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE
     )
     torch.testing.assert_close(target_loss(batch), expected)
+
+
+def test_logits_that_the_config_does_not_tell_of_take_the_plain_way() -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    forward = model.forward
+
+    def doubled(*args: object, **kwargs: object) -> object:
+        result = forward(*args, **kwargs)
+        result.logits = result.logits * 2
+        return result
+
+    model.forward = doubled
+    assert not TargetLoss(model).chunked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_4_bits_or_frozen_in_16_is_chunked(dtype: torch.dtype) -> None:
+    config = transformers.LlamaConfig(**SIZES | {"hidden_size": 64}, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False)
+    for head in (
+        qnn.FrozenLinear.from_linear(model.lm_head),
+        qnn.Linear4bit.from_linear(model.lm_head),
+    ):
+        model.lm_head = head
+        target_loss = TargetLoss(model)
+        assert target_loss.chunked
+        batch = _batch(2, 12, 50)
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        labels = batch.labels[:, 1:].flatten()
+        expected = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+        torch.testing.assert_close(target_loss(batch), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_accumulation_equals_one_large_batch(run: Finetune, tmp_path: Path) -> None:

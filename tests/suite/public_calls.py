@@ -142,6 +142,20 @@ def an_adapter_adds_its_product() -> None:
     near(a.grad, 0.5 * b.sum(0)[:, None] * x.sum(0))
 
 
+@checks("qkern.linear_cross_entropy")
+def a_loss_is_that_of_all_logits() -> None:
+    hidden, qw = drawn(7, 64).requires_grad_(), weight()
+    labels = torch.tensor([0, 5, -100, 31, 2, -100, 9])
+    loss = qkern.linear_cross_entropy(hidden, qw, labels, scale=0.5, softcap=4.0)
+    other = hidden.detach().requires_grad_()
+    logits = 4.0 * torch.tanh(other @ dense(qw).t() * 0.5 / 4.0)
+    expected = nn.functional.cross_entropy(logits, labels)
+    near(loss, expected)
+    loss.backward()
+    expected.backward()
+    near(hidden.grad, other.grad)
+
+
 @checks("qkern.batch_invariant")
 def a_row_is_the_same_with_any_others() -> None:
     seen: list[bool] = []
