@@ -378,7 +378,7 @@ def float32_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     Of a 16-bit weight they are in one buffer that the next slice overwrites.
     """
     out_features, in_features = weight.shape
-    step = max(_SLICE_BYTES // (4 * in_features), 1)
+    step = max(_SLICE_BYTES // (4 * max(in_features, 1)), 1)
     if weight.dtype is torch.float32:
         for begin in range(0, out_features, step):
             rows = slice(begin, min(begin + step, out_features))

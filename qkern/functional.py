@@ -102,7 +102,7 @@ def quantize_4bit(
     range. None becomes negative, but small ones may become 0.
     """
     _errors.check_float_tensor("w", w)
-    _check_memory("w", w)
+    check_memory_now("w", w)
     _errors.check_format(format, codebook)
     _errors.check_block_size(block_size)
     if codebook is not None:
@@ -192,7 +192,7 @@ def _check_overflow(qw: QuantizedTensor, absmax: Tensor) -> None:
 
 def _checked_codebook(codebook: Any) -> Tensor:
     _errors.check_buffer("codebook", codebook, torch.float32, (16,))
-    _check_memory("codebook", codebook)
+    check_memory_now("codebook", codebook)
     values = codebook.detach()
     if values.is_meta:
         return values
@@ -212,7 +212,7 @@ def dequantize_4bit(
     return qw.dequantize(dtype, out=out)
 
 
-def _check_memory(name: str, value: Tensor) -> None:
+def check_memory_now(name: str, value: Tensor) -> None:
     """`check_memory` of what torch will read; of what is traced nothing is asked."""
     if not is_watched():
         check_memory(name, value)
@@ -227,7 +227,7 @@ def _map(map: str | Tensor, device: torch.device) -> Tensor:
     if isinstance(map, str):
         return formats.map_tensor(map, device)
     _errors.check_buffer("map", map, torch.float32, (256,))
-    _check_memory("map", map)
+    check_memory_now("map", map)
     _errors.check_device("map", map, device, "the data")
     # Also false where a value is NaN.
     if not map.is_meta and not ((map[1:] >= map[:-1]).all() and map[[0, -1]].isfinite().all()):
@@ -374,10 +374,10 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both in the autocast dtype where they are floating point, else as they are."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype in _errors.FLOAT_DTYPES:
-        _check_memory("x", x)
+        check_memory_now("x", x)
         x = x.to(dtype)
     if isinstance(bias, Tensor) and bias.dtype in _errors.FLOAT_DTYPES:
-        _check_memory("bias", bias)
+        check_memory_now("bias", bias)
         bias = bias.to(dtype)
     return x, bias
 
@@ -386,7 +386,7 @@ def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``; what `linear_by_weight` refuses as it is, so that it does."""
     if not isinstance(x, Tensor) or x.dtype not in _errors.FLOAT_DTYPES:
         return x
-    _check_memory("x", x)
+    check_memory_now("x", x)
     return as_dtype(x, dtype)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,8 @@ from torch.nn import functional as F
 
 from qkern import _errors
 from qkern.autograd import as_dtype, float32_slices, widened_linear_dx
-from qkern.backends import has_cpu_matmul
-from qkern.functional import autocast_enabled, batch_invariant_now
+from qkern.backends import forced, has_cpu_matmul, holding
+from qkern.functional import autocast_enabled, batch_invariant_now, check_memory_now
 from qkern.ops import call, is_watched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
@@ -33,6 +35,8 @@ class _Options(NamedTuple):
     softcap: float | None
     ignore_index: int
     batch_invariant: bool | None
+    grad: bool
+    """Whether gradients are wanted: inside of a Function grad mode is off."""
     logit_bytes: int
     """Of one logit, with its copy in 16 bits."""
 
@@ -51,9 +55,10 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weight.T + bias, labels)`` that never holds all the logits.
 
     Logits are made some rows at a time, and with them, where gradients are wanted, their part of
-    the gradients; the backward pass scales those. So it takes as much memory as the gradients, and
-    less than 64 MiB besides, unless one row has more. Of ``hidden`` on a CPU rows that are ignored
-    are not multiplied at all.
+    the gradients; the backward pass scales those. Beyond gradients that takes less than 64 MiB,
+    unless one row has more. Gradients are there twice in the backward pass, and that of a weight
+    that is trained is summed up in float32. Of ``hidden`` on a CPU rows that are ignored are not
+    multiplied at all.
 
     ``hidden``
         float32, bfloat16 or float16 ``[..., in_features]``, a decoder's output.
@@ -74,15 +79,18 @@ def linear_cross_entropy(
     Returns float32: a number, or with ``"none"`` the shape of ``labels``. Logits are computed in
     ``hidden``'s dtype or more exactly; softmax, losses and sums over the rows are in float32.
     Under autocast all three tensors are cast to its dtype. Gradients cannot be differentiated
-    again. Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or
-    option, IndexError for a label that is no class (on a CPU).
+    again. A dense weight's product may depend on the number of rows, under ``batch_invariant()``
+    too. ``torch.compile`` makes a graph for each number of rows.
+
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or option,
+    IndexError for a label that is no class (on a CPU).
 
     Source: the recipe of Liger Kernel (arXiv 2410.10989, section 3.2), which chunks by rows.
     """
     _check_options(reduction, scale, softcap, ignore_index)
     hidden, weight, bias = _checked(hidden, weight, labels, bias)
     rows = labels.reshape(-1)
-    matrix = hidden.reshape(-1, hidden.shape[-1])
+    matrix = hidden.reshape(labels.numel(), hidden.shape[-1])
     vocabulary = weight.shape[0]
     kept = None
     if hidden.is_cpu and not is_watched():
@@ -100,13 +108,15 @@ def linear_cross_entropy(
         softcap,
         ignore_index,
         batch_invariant_now(),
+        torch.is_grad_enabled(),
         4 if in_float32 else 6,
     )
     packed = weight.weight if isinstance(weight, QuantizedTensor) else ()
     dense = None if isinstance(weight, QuantizedTensor) else weight
     loss: Tensor = _LinearCrossEntropy.apply(matrix, dense, bias, rows, options, *packed)
     if reduction == "mean":
-        loss = loss / (rows != ignore_index).sum()
+        count = (rows != ignore_index).sum()
+        loss = (loss / count.clamp(min=1)).where(count > 0, torch.nan)
     elif reduction == "none":
         if kept is not None:
             loss = loss.new_zeros(labels.numel()).index_copy(0, kept, loss)
@@ -122,10 +132,14 @@ def _check_options(reduction: Any, scale: Any, softcap: Any, ignore_index: Any) 
             if name == "softcap" and value is None:
                 continue
             raise TypeError(f"{name}: got {_errors.type_name(value)}; takes a number")
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name}: got {value}; takes a finite number")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}; takes a number above 0")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {_errors.type_name(ignore_index)}; takes an int")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index: got {ignore_index}; takes an int64")
 
 
 def _checked(
@@ -146,6 +160,8 @@ def _checked(
     _errors.check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got {labels.dtype}; takes int64")
+    if labels.layout is not torch.strided:
+        raise TypeError(f"labels: got layout {labels.layout}; takes a dense tensor")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels: got shape {list(labels.shape)}; takes {list(hidden.shape[:-1])} for hidden "
@@ -159,6 +175,11 @@ def _checked(
     for name, tensor in others.items():
         if tensor is not None:
             _errors.check_device(name, tensor, hidden.device, "hidden")
+    memory = {"hidden": hidden, "labels": labels, "bias": bias}
+    memory |= weight.tensors() if in_4_bits else {"weight": weight}
+    for name, tensor in memory.items():
+        if tensor is not None:
+            check_memory_now(name, tensor)
     if autocast_enabled(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden = as_dtype(hidden, dtype)
@@ -197,7 +218,7 @@ class _LinearCrossEntropy(Function):
         *packed: Any,
     ) -> Tensor:
         """Chunk by chunk; save the gradients, or what they are made of."""
-        with torch.autocast(hidden.device.type, enabled=False):  # it would narrow what is float32
+        with _no_autocast(hidden.device.type):  # it would narrow what is float32
             return _LinearCrossEntropy._losses(ctx, hidden, dense, bias, labels, options, packed)
 
     @staticmethod
@@ -211,7 +232,7 @@ class _LinearCrossEntropy(Function):
         packed: tuple[Any, ...],
     ) -> Tensor:
         weight = dense if dense is not None else Weight(*packed)
-        needed = tuple(ctx.needs_input_grad[:3])
+        needed = tuple(options.grad and n for n in ctx.needs_input_grad[:3])
         now = any(needed) and not options.per_row
         losses = hidden.new_empty(len(labels), dtype=torch.float32)
         gradients = _Gradients(hidden, weight, bias, needed if now else (False,) * 3)
@@ -220,12 +241,15 @@ class _LinearCrossEntropy(Function):
             losses[rows] = chunk.losses
             if now:
                 gradients.add(rows, chunk, None)
-        ctx.options = options
+            del chunk  # before the next one is made
+        ctx.options, ctx.dtype = options, hidden.dtype
         if now:
-            ctx.save_for_backward(*gradients.finished())
+            # A sum over rows may be too large for float16, before it is divided by their number.
+            ctx.save_for_backward(*gradients.finished(wide=hidden.dtype == torch.float16))
         elif any(needed):
             ctx.save_for_backward(hidden, dense, bias, labels, *packed[:5])
             ctx.layout = packed[5:]
+            ctx.forced = forced()
         return losses if options.per_row else losses.sum()
 
     @staticmethod
@@ -238,10 +262,13 @@ class _LinearCrossEntropy(Function):
                 "cannot be differentiated again, those of torch.nn.functional.cross_entropy can"
             )
         if ctx.options.per_row:
-            with torch.autocast(from_above.device.type, enabled=False):
+            with _no_autocast(from_above.device.type), holding(ctx.forced):
                 found = _LinearCrossEntropy._of_each(ctx, from_above)
         else:
-            found = tuple(None if g is None else g * from_above for g in ctx.saved_tensors)
+            found = tuple(
+                None if g is None else as_dtype(g * from_above, ctx.dtype)
+                for g in ctx.saved_tensors
+            )
         return (*found, *(None,) * (len(ctx.needs_input_grad) - 3))
 
     @staticmethod
@@ -252,7 +279,15 @@ class _LinearCrossEntropy(Function):
         for rows in _chunks(labels, ctx.options):
             chunk = _Chunk(hidden[rows], weight, bias, labels[rows], ctx.options)
             gradients.add(rows, chunk, from_above[rows, None])
+            del chunk
         return gradients.finished()
+
+
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off for a device type; some, meta among them, have none."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _chunks(labels: Tensor, options: _Options) -> Iterator[slice]:
@@ -281,27 +316,28 @@ class _Chunk:
         self.slope = None
         if options.softcap is not None:
             z.div_(options.softcap).tanh_()
-            self.slope = 1 - z.square()
+            self.slope = z.square().neg_().add_(1)
             z.mul_(options.softcap)
         self.counted = (labels != options.ignore_index)[:, None]
-        self.target = labels[:, None].clamp(min=0) * self.counted
+        self.target = labels[:, None].where(self.counted, 0)
         of_target = z.gather(1, self.target)
         top = _largest(z)
         self.exponentials = z.sub_(top).exp_()
         self.total = z.sum(1, keepdim=True)
-        losses = self.total.log() + top - of_target
+        losses = self.total.log() + (top - of_target)
         self.losses = losses.where(self.counted, 0).squeeze(1)
 
-    def logit_gradient(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of the head's logits, without a factor of each row, and that factor.
+    def logit_gradient(self, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the head's logits; what each row is to be multiplied by, and the one from above.
 
-        Uses up the exponentials: softmax minus one at the target.
+        Uses up the exponentials: softmax minus one at the target. What comes from above to a row
+        that is ignored, be it NaN, does not count.
         """
         z = self.exponentials.scatter_add_(1, self.target, -self.total)
         if self.slope is not None:
             z.mul_(self.slope)
         of_row = self.options.scale * self.counted / self.total
-        return z, of_row if factor is None else of_row * factor
+        return z, of_row, None if factor is None else factor.where(self.counted, 0)
 
 
 class _Gradients:
@@ -323,21 +359,29 @@ class _Gradients:
 
     def add(self, rows: slice, chunk: _Chunk, factor: Tensor | None) -> None:
         """The chunk's part; ``factor`` ``[rows, 1]`` comes from above."""
-        z, of_row = chunk.logit_gradient(factor)
-        # After the product it has fewer columns, but 16 bits may be too narrow before.
+        z, of_row, factor = chunk.logit_gradient(factor)
+        # After the product there are fewer columns, but 16 bits may be too narrow for it before.
+        # What comes from above is often small, and would leave nothing of small numbers in 16 bits.
         late = self.dtype == torch.float32 and self.dense is None and self.bias is None
-        if not late:
+        if late:
+            of_row = of_row if factor is None else of_row * factor
+        else:
             z.mul_(of_row)
         if self.hidden is not None:
             part = _input_gradient(z, self.weight, chunk.hidden, chunk.options)
-            self.hidden[rows] = part * of_row if late else part
+            by = of_row if late else factor
+            self.hidden[rows] = part if by is None else part * by
+        if factor is not None and not late:
+            z.mul_(factor)
         if self.dense is not None:
             self.dense.addmm_(z.t(), chunk.hidden.float())
         if self.bias is not None:
             self.bias += z.sum(0)
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, in their dtype."""
+    def finished(self, wide: bool = False) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, in their dtype; ``wide`` leaves the sums in float32."""
+        if wide:
+            return self.hidden, self.dense, self.bias
         dense, bias = (
             None if g is None else as_dtype(g, self.dtype) for g in (self.dense, self.bias)
         )

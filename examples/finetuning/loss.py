@@ -60,11 +60,10 @@ class TargetLoss:
         if self.chunked:
             head = self.model.get_output_embeddings()
             return qkern.linear_cross_entropy(
-                self._hidden(batch)[:, :-1],
+                self._hidden(batch)[:, :-1][is_target],
                 head.quantized if isinstance(head, Linear4bit) else head.weight,
-                labels,
+                labels[is_target],
                 head.bias,
-                ignore_index=IGNORE,
                 reduction="sum",
                 scale=self.scale,
                 softcap=self.softcap,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
-from qkern.functional import _check_memory
+from qkern.functional import check_memory_now
 from qkern.nn import _sources
 from qkern.nn._layouts import PARAMETERS
 from qkern.nn._module import QuantizedModule, frozen, parameter, quantized_weight
@@ -133,10 +133,10 @@ class Embedding4bit(QuantizedModule):
         for name in PARAMETERS:
             held = parameter(self, name)
             if held is not None:
-                _check_memory(name, held)
+                check_memory_now(name, held)
 
     def _without_padding(self, packed: Tensor) -> Tensor:
-        _check_memory("weight", packed)
+        check_memory_now("weight", packed)
         return packed[: formats.packed_size(math.prod(self._weight_shape))]
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -476,6 +476,10 @@ def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:
             {"codes": codes, "absmax": absmax, "map": ramp},
         ),
         "linear_4bit": (qkern.linear_4bit, {"x": x, "qw": qw, "bias": bias}),
+        "linear_cross_entropy": (
+            qkern.linear_cross_entropy,
+            {"hidden": x, "weight": qw, "labels": torch.tensor([5, -100, 12]), "bias": bias},
+        ),
         "lora_linear": (qkern.lora_linear, {"x": x, "qw": qw, **lora, "bias": bias}),
     }
 
@@ -550,6 +554,9 @@ DENSE: dict[str, Callable[[Inputs], Tensor]] = {
     "nf4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
     "fp4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
     "linear_4bit": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
+    "linear_cross_entropy": lambda a: torch.nn.functional.cross_entropy(
+        a["hidden"] @ a["weight"].dequantize().t() + a["bias"], a["labels"]
+    ),
     "lora_linear": lambda a: (
         a["x"] @ (a["qw"].dequantize() + 0.5 * a["lora_b"] @ a["lora_a"]).t() + a["bias"]
     ),

@@ -230,6 +230,13 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
         "qw: got format 'nf4'; takes \"fp4\"",
     ),
     ("fp4_linear-x-list", TypeError, lambda: qkern.fp4_linear([], weight(format="fp4")), "x: got"),
+    # linear_cross_entropy: the others are in its own file
+    (
+        "linear_cross_entropy-labels-shape",
+        ValueError,
+        lambda: qkern.linear_cross_entropy(X, weight(), torch.arange(3)),
+        r"labels: got shape \[3\]; takes \[2\]",
+    ),
     # lora_linear
     *(
         (
