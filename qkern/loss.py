@@ -208,18 +208,10 @@ class _LinearCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        dense: Tensor | None,
-        bias: Tensor | None,
-        labels: Tensor,
-        options: _Options,
-        *packed: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, *others: Any) -> Tensor:
         """Chunk by chunk; save the gradients, or what they are made of."""
         with _no_autocast(hidden.device.type):  # it would narrow what is float32
-            return _LinearCrossEntropy._losses(ctx, hidden, dense, bias, labels, options, packed)
+            return _LinearCrossEntropy._losses(ctx, hidden, *others)
 
     @staticmethod
     def _losses(
@@ -229,7 +221,7 @@ class _LinearCrossEntropy(Function):
         bias: Tensor | None,
         labels: Tensor,
         options: _Options,
-        packed: tuple[Any, ...],
+        *packed: Any,
     ) -> Tensor:
         weight = dense if dense is not None else Weight(*packed)
         needed = tuple(options.grad and n for n in ctx.needs_input_grad[:3])
