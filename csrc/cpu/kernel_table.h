@@ -73,7 +73,9 @@ struct KernelTable {
 
   using QuantizeFn = void (*)(const void* x, BlockRange range, const EncodeTable& table,
                               std::uint8_t* packed, float* absmax);
-  using DequantizeFn = void (*)(const Weight4bit& weight, BlockRange range, void* out);
+  // past_caches: out is aligned to 64 bytes, and does not wait in a cache for its reader.
+  using DequantizeFn = void (*)(const Weight4bit& weight, BlockRange range, void* out,
+                                bool past_caches);
   using Quantize8bitFn = void (*)(const void* x, BlockRange range, const float* thresholds,
                                   std::uint8_t* codes, float* absmax);
   using Dequantize8bitFn = void (*)(const std::uint8_t* codes, const float* absmax,

@@ -266,16 +266,10 @@ void dequantize_blocks(const Weight4bit& weight, BlockRange range, T* out) {
   if (kStream) Simd::fence();
 }
 
-// A result larger than this does not wait in a cache for its reader. Past the caches it goes
-// straight to memory, whose lines a usual store would read first.
-constexpr std::int64_t kStreamBytes = std::int64_t{16} << 20;
-
 template <typename T>
-void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data) {
+void dequantize_4bit(const Weight4bit& weight, BlockRange range, void* out_data, bool past_caches) {
   T* out = static_cast<T*>(out_data);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out_data) % 64 == 0;
-  const std::int64_t bytes = range.numel * static_cast<std::int64_t>(sizeof(T));
-  if (aligned && bytes > kStreamBytes) {
+  if (past_caches) {
     dequantize_blocks<true>(weight, range, out);
   } else {
     dequantize_blocks<false>(weight, range, out);
