@@ -8,6 +8,7 @@ is the forward op again, and gradients of any order exist.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -250,7 +251,7 @@ class LoRALinear4bit(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
         # Autocast may be on here alone, and would mix dtypes.
-        with torch.autocast(dy.device.type, enabled=False):
+        with no_autocast(dy.device.type):
             return LoRALinear4bit._gradients(ctx, dy)
 
     @staticmethod
@@ -301,6 +302,13 @@ def add_adapter(
     hidden = matmul(wide, lora_a.mT, True) if batch_invariant else linear(wide, lora_a)
     _add_product(as_matrix(y), hidden, lora_b.mT, scaling, batch_invariant)
     return hidden
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off for a device type; some, meta among them, have none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def as_matrix(y: Tensor) -> Tensor:
@@ -379,16 +387,14 @@ def float32_slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     out_features, in_features = weight.shape
     step = max(_SLICE_BYTES // (4 * max(in_features, 1)), 1)
-    if weight.dtype is torch.float32:
-        for begin in range(0, out_features, step):
-            rows = slice(begin, min(begin + step, out_features))
-            yield rows, weight[rows]
-        return
     shape = (min(step, out_features), in_features)
-    buffer = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    buffer = None
+    if weight.dtype is not torch.float32:
+        buffer = weight.new_empty(shape, dtype=torch.float32)
     for begin in range(0, out_features, step):
         rows = slice(begin, min(begin + step, out_features))
-        yield rows, buffer[: rows.stop - begin].copy_(weight[rows])
+        part = weight[rows]
+        yield rows, part if buffer is None else buffer[: len(part)].copy_(part)
 
 
 _ROWS = 32  # of a batch-invariant product's parts: enough to be worth a call of the library

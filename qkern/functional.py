@@ -345,7 +345,7 @@ def _checked_input(
     """``x`` and ``bias``, checked against the weight, in the autocast dtype if there is one."""
     _errors.check_tensor("x", x)
     if autocast_enabled(x):
-        x, bias = _autocast(x, bias)
+        x, bias = autocast(x, bias)
     if (
         x.dtype not in _errors.FLOAT_DTYPES
         or len(shape) != 2
@@ -355,7 +355,7 @@ def _checked_input(
     ):
         _raise_for_input(x, weight, shape)
     if bias is not None:
-        _check_bias(bias, x, shape[0])
+        check_bias(bias, x, shape[0], "x")
     return x, bias
 
 
@@ -370,7 +370,7 @@ def autocast_enabled(x: Tensor) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both in the autocast dtype where they are floating point, else as they are."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype in _errors.FLOAT_DTYPES:
@@ -402,13 +402,14 @@ def _raise_for_input(x: Tensor, weight: Weight, shape: Sequence[int]) -> None:
     )
 
 
-def _check_bias(bias: Any, x: Tensor, out_features: int) -> None:
+def check_bias(bias: Any, x: Tensor, out_features: int, owner: str) -> None:
+    """TypeError or ValueError unless ``bias`` goes with ``x``, which errors call ``owner``."""
     _errors.check_tensor("bias", bias)
     if bias.dtype != x.dtype:
-        raise TypeError(f"bias: got {bias.dtype}; takes {x.dtype}, x's dtype")
+        raise TypeError(f"bias: got {bias.dtype}; takes {x.dtype}, {owner}'s dtype")
     if bias.shape != (out_features,):
         raise ValueError(f"bias: got shape {list(bias.shape)}; takes [{out_features}]")
-    _errors.check_device("bias", bias, x.device, "x")
+    _errors.check_device("bias", bias, x.device, owner)
 
 
 def nf4_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

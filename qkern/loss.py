@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,15 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from qkern import _errors
-from qkern.autograd import as_dtype, float32_slices, widened_linear_dx
+from qkern.autograd import as_dtype, float32_slices, no_autocast, widened_linear_dx
 from qkern.backends import forced, has_cpu_matmul, holding
-from qkern.functional import autocast_enabled, batch_invariant_now, check_memory_now
+from qkern.functional import (
+    autocast,
+    autocast_enabled,
+    batch_invariant_now,
+    check_bias,
+    check_memory_now,
+)
 from qkern.ops import call, is_watched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
@@ -92,11 +97,11 @@ def linear_cross_entropy(
     rows = labels.reshape(-1)
     matrix = hidden.reshape(labels.numel(), hidden.shape[-1])
     vocabulary = weight.shape[0]
+    counted = rows != ignore_index
     kept = None
     if hidden.is_cpu and not is_watched():
         # Elsewhere the number of labels that count is not known without waiting for the device.
-        _check_classes(rows, vocabulary, ignore_index)
-        counted = rows != ignore_index
+        _check_classes(rows, counted, vocabulary, ignore_index)
         if not bool(counted.all()):
             kept = counted.nonzero().squeeze(1)
             matrix, rows = matrix[kept], rows[kept]
@@ -115,7 +120,7 @@ def linear_cross_entropy(
     dense = None if isinstance(weight, QuantizedTensor) else weight
     loss: Tensor = _LinearCrossEntropy.apply(matrix, dense, bias, rows, options, *packed)
     if reduction == "mean":
-        count = (rows != ignore_index).sum()
+        count = counted.sum()
         loss = (loss / count.clamp(min=1)).where(count > 0, torch.nan)
     elif reduction == "none":
         if kept is not None:
@@ -167,32 +172,25 @@ def _checked(
             f"labels: got shape {list(labels.shape)}; takes {list(hidden.shape[:-1])} for hidden "
             f"of shape {list(hidden.shape)}"
         )
-    if bias is not None:
-        _errors.check_float_tensor("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: got shape {list(bias.shape)}; takes [{weight.shape[0]}]")
-    others = {"weight": weight.packed if in_4_bits else weight, "labels": labels, "bias": bias}
-    for name, tensor in others.items():
-        if tensor is not None:
-            _errors.check_device(name, tensor, hidden.device, "hidden")
-    memory = {"hidden": hidden, "labels": labels, "bias": bias}
+    _errors.check_device("weight", weight.packed if in_4_bits else weight, hidden.device, "hidden")
+    _errors.check_device("labels", labels, hidden.device, "hidden")
+    memory = {"hidden": hidden, "labels": labels}
     memory |= weight.tensors() if in_4_bits else {"weight": weight}
     for name, tensor in memory.items():
-        if tensor is not None:
-            check_memory_now(name, tensor)
+        check_memory_now(name, tensor)
     if autocast_enabled(hidden):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden = as_dtype(hidden, dtype)
-        weight = weight if in_4_bits else as_dtype(weight, dtype)
-        bias = None if bias is None else as_dtype(bias, dtype)
-    for name, tensor in (("weight", None if in_4_bits else weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: got {tensor.dtype}; takes {hidden.dtype}, hidden's dtype")
+        hidden, bias = autocast(hidden, bias)
+        weight = weight if in_4_bits else as_dtype(weight, hidden.dtype)
+    if not in_4_bits and weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: got {weight.dtype}; takes {hidden.dtype}, hidden's dtype")
+    if bias is not None:
+        check_bias(bias, hidden, weight.shape[0], "hidden")
+        check_memory_now("bias", bias)
     return hidden, weight, bias
 
 
-def _check_classes(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+def _check_classes(labels: Tensor, counted: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = counted & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         found = int(labels[wrong][0])
         raise IndexError(
@@ -210,7 +208,7 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *others: Any) -> Tensor:
         """Chunk by chunk; save the gradients, or what they are made of."""
-        with _no_autocast(hidden.device.type):  # it would narrow what is float32
+        with no_autocast(hidden.device.type):  # it would narrow what is float32
             return _LinearCrossEntropy._losses(ctx, hidden, *others)
 
     @staticmethod
@@ -254,7 +252,7 @@ class _LinearCrossEntropy(Function):
                 "cannot be differentiated again, those of torch.nn.functional.cross_entropy can"
             )
         if ctx.options.per_row:
-            with _no_autocast(from_above.device.type), holding(ctx.forced):
+            with no_autocast(from_above.device.type), holding(ctx.forced):
                 found = _LinearCrossEntropy._of_each(ctx, from_above)
         else:
             found = tuple(
@@ -273,13 +271,6 @@ class _LinearCrossEntropy(Function):
             gradients.add(rows, chunk, from_above[rows, None])
             del chunk
         return gradients.finished()
-
-
-def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Autocast off for a device type; some, meta among them, have none."""
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _chunks(labels: Tensor, options: _Options) -> Iterator[slice]:

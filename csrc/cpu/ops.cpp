@@ -46,11 +46,12 @@ Status for_blocks(std::int64_t numel, std::int64_t block_size, int num_threads, 
 
 int index_of(DType dtype) { return static_cast<int>(dtype); }
 
-// Whether a result goes past the caches, straight to memory, whose lines a usual store would read
-// first. That pays for one too large to wait in a cache for its reader. But memory that was just
-// allocated has no pages yet: the system clears each when it is first written, and so has it in a
-// cache already. There large pages are asked for, as numpy does for its arrays.
-bool goes_past_caches(void* out, std::int64_t size) {
+// Makes memory ready for a result, and says whether that goes past the caches, straight to memory,
+// whose lines a usual store would read first. That pays for one too large to wait in a cache for
+// its reader. But memory that was just allocated has no pages yet: the system clears each when it
+// is first written, and so has it in a cache already. There large pages are asked for, as numpy
+// does for its arrays.
+bool prepare_result(void* out, std::int64_t size) {
   constexpr std::int64_t kLarge = std::int64_t{4} << 20, kPastCaches = std::int64_t{16} << 20;
   if (size < kLarge) return false;
   const std::size_t bytes = static_cast<std::size_t>(size);
@@ -88,7 +89,7 @@ Status dequantize_4bit(const Dequantize4bitArgs& args, int num_threads) {
   return with_kernels([&](const KernelTable& kernels) {
     const std::int64_t numel = args.weight.rows * args.weight.cols;
     const std::int64_t bytes = numel * (args.out_dtype == DType::kFloat32 ? 4 : 2);
-    const bool past_caches = goes_past_caches(args.out, bytes);
+    const bool past_caches = prepare_result(args.out, bytes);
     return for_blocks(numel, args.weight.block_size, num_threads, [&](BlockRange range) {
       kernels.dequantize_4bit[index_of(args.out_dtype)](args.weight, range, args.out, past_caches);
     });

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from qkern.functional import _autocast, autocast_enabled, linear_by_weight
+from qkern.functional import autocast, autocast_enabled, linear_by_weight
 from qkern.integrations import _bnb_ops
 from qkern.ops import _dispatch_modes, _is_dynamo_compiling
 
@@ -171,7 +171,7 @@ def _product(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -> Tensor:
             weight = _bnb_ops.weight(stored, absmax, *layout, absmax_8bit, code, offset, shape)
         return linear_by_weight(A, weight, shape, bias)
     if autocast_enabled(A):
-        A, bias = _autocast(A, bias)
+        A, bias = autocast(A, bias)
     return Product.apply(A, bias, _layout(state), *_tensors(B, state))
 
 
@@ -185,7 +185,7 @@ def _transposed_product(A: Tensor, B: Tensor, state: Any, bias: Tensor | None) -
             stacklevel=4,
         )
     if autocast_enabled(A):
-        A, bias = _autocast(A, bias)
+        A, bias = autocast(A, bias)
     if bias is None:
         return InputGradient.apply(A, _layout(state), *_tensors(B, state))
     # Rounded once, after the bias is added.

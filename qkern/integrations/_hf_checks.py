@@ -10,8 +10,8 @@ from torch import nn
 from transformers import MODEL_MAPPING
 
 from qkern.integrations._hf_loading import Loading
-from qkern.integrations._hf_plan import is_inside
 from qkern.io._common import some
+from qkern.nn._names import is_inside
 
 _IF_NEW = "name the modules in QKernConfig(skip=...) if they are new; then they stay dense"
 _HOOK = "_adjust_missing_and_unexpected_keys"

@@ -16,6 +16,7 @@ from qkern.integrations._hf_versions import hold_as
 from qkern.nn import _sources
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule
+from qkern.nn._names import is_inside
 from qkern.nn._targets import _read_by_parent, select
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
@@ -196,11 +197,6 @@ def _tables(model: Any, skip: tuple[str, ...], ties: Mapping[str, str]) -> dict[
                 )
             found[id(module)] = paths[id(module)]
     return found
-
-
-def is_inside(path: str, names: Iterable[str]) -> bool:
-    """Whether one of ``names`` is the path or a run of whole components of it."""
-    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _check_table(paths: list[str], module: Any, plan: Plan) -> None:

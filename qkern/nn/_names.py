@@ -6,7 +6,7 @@ of its own. So the module that holds the name decides, by its class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -31,6 +31,11 @@ _WRAPPERS = {
     ("lightning_fabric.wrappers", "_FabricModule"): ("_forward_module", "_original_module"),
     ("lightning.fabric.wrappers", "_FabricModule"): ("_forward_module", "_original_module"),
 }
+
+
+def is_inside(path: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is the path or a run of whole components of it."""
+    return any(f".{name}." in f".{path}." for name in names)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

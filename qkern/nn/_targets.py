@@ -10,7 +10,7 @@ from torch import nn
 from qkern.nn import _sources
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
-from qkern.nn._names import plain_paths
+from qkern.nn._names import is_inside, plain_paths
 from qkern.nn.linear import Linear4bit
 
 Targets = str | Sequence[str]
@@ -184,6 +184,5 @@ class _Names:
         return any(f".{p}".endswith(f".{name}") for p in (path, self._plain[path]))
 
     def inside(self, path: str, names: tuple[str, ...]) -> bool:
-        """Whether one of ``names`` is the path or a run of whole components of it."""
-        both = (path, self._plain[path])
-        return any(f".{name}." in f".{p}." for name in names for p in both)
+        """Whether `is_inside` holds of either path."""
+        return is_inside(path, names) or is_inside(self._plain[path], names)
