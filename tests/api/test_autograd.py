@@ -388,6 +388,17 @@ def test_lora_adapter_keeps_its_dtype() -> None:
     assert low.grad.dtype == torch.bfloat16
 
 
+def test_lora_gradients_on_meta() -> None:
+    """A device type without autocast: shapes for planning, no numbers."""
+    x = torch.empty(3, 64, device="meta", requires_grad=True)
+    qw = qkern.quantize_4bit(torch.empty(6, 64, device="meta"))
+    a, b = (torch.empty(*s, device="meta", requires_grad=True) for s in ((2, 64), (6, 2)))
+    qkern.lora_linear(x, qw, a, b, 0.5).sum().backward()
+    for tensor in (x, a, b):
+        assert tensor.grad.is_meta
+        assert tensor.grad.shape == tensor.shape
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_lora_double_backward(dropped: bool) -> None:
     x, qw, lora_a, lora_b, bias = lora_problem(torch.float32)

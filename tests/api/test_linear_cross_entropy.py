@@ -392,6 +392,15 @@ def test_without_gradients_none_is_made() -> None:
     assert not any("addmm" in name or "zeros" in name for name in ops.seen)
 
 
+def test_on_meta_it_has_shapes() -> None:
+    hidden = torch.empty(3, FEATURES, device="meta", requires_grad=True)
+    labels = torch.empty(3, dtype=torch.int64, device="meta")
+    loss = qkern.linear_cross_entropy(hidden, head().to("meta"), labels)
+    loss.backward()
+    assert loss.is_meta
+    assert hidden.grad.is_meta
+
+
 def test_a_weight_without_features_gives_uniform_losses() -> None:
     losses = qkern.linear_cross_entropy(torch.ones(2, 0), torch.ones(5, 0), torch.tensor([1, 4]))
     assert losses.item() == pytest.approx(math.log(5))
