@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkern import formats
-from qkern.weight import Weight
 
 FLOAT_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _BLOCK_SIZES = frozenset(formats.BLOCK_SIZES)
@@ -61,22 +61,28 @@ def check_device(name: str, value: Tensor, device: torch.device, owner: str) -> 
         )
 
 
-def check_apart(name: str, value: Tensor, others: Weight) -> None:
-    """``ValueError`` where a tensor shares memory with one of a weight's, in part too.
+def check_apart(name: str, value: Tensor, others: Mapping[str, Tensor]) -> None:
+    """``ValueError`` where a tensor shares memory with another one, in part too.
 
-    All are contiguous: others are refused elsewhere. Those on meta have no memory.
+    Gaps between a tensor's elements count as its memory. Those on meta have none.
     """
-    begin = value.data_ptr()
-    end = begin + value.nbytes
-    for place, other in enumerate(others.tensors):
-        if other is None:
-            continue
-        first = other.data_ptr()
-        if first < end and begin < first + other.nbytes and not value.is_meta:
+    begin, end = _memory(value)
+    for place, other in others.items():
+        first, last = _memory(other)
+        if first < end and begin < last and not value.is_meta:
             raise ValueError(
-                f"{name}: got a tensor that shares memory with {others._fields[place]}; takes one"
-                " of its own"
+                f"{name}: got a tensor that shares memory with {place}; takes one of its own"
             )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and of the one after its last."""
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():  # the usual case, sooner
+        return begin, begin + tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps) + 1
+    return begin, begin + (last * tensor.itemsize if tensor.numel() else 0)
 
 
 def check_block_size(value: Any) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn.functional import linear, pad
 
 from qkern.backends import forced, holding
-from qkern.ops import call, forward_derivatives
+from qkern.ops import call, forward_derivatives, is_traced
 from qkern.weight import Weight
 
 _linear_4bit = torch.ops.qkern.linear_4bit.default
@@ -258,34 +258,89 @@ class LoRALinear4bit(Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = as_matrix(dy)
         kept, hidden, lora_a, lora_b, *tensors = ctx.saved_tensors
-        needs_x, needs_input, needs_a, needs_b = ctx.needs_input_grad[:4]
-        graph = _is_differentiated()
-        dtype = lora_a.dtype
-        dx = dinput = da = db = dbias = None
-        if ctx.needs_input_grad[6]:
-            dbias = dy.sum(0)
-        if needs_x:
-            dx = _input_gradient(ctx, dy, tensors)
-        if not (needs_x or needs_input or needs_a or needs_b):
+        needs = ctx.needs_input_grad[:4]
+        dbias = dy.sum(0) if ctx.needs_input_grad[6] else None
+        dx = _input_gradient(ctx, dy, tensors) if needs[0] else None
+        if not any(needs):
             return (None,) * 6 + (dbias, *_NO_GRADIENTS)
-        wide_dy = dy.to(dtype)
-        if needs_b:
-            if graph:
-                hidden = kept.to(dtype) @ lora_a.t()  # the saved one is no function of its factors
-            # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
-            db = (hidden.t() @ wide_dy * ctx.scaling).t().contiguous()
-        by_rows = ctx.static[1]
-        dhidden = matmul(wide_dy, lora_b, by_rows) * ctx.scaling
-        if needs_a:
-            da = dhidden.t() @ kept.to(dtype)
-        if needs_input:
-            dinput = matmul(dhidden, lora_a, by_rows).to(dy.dtype)
-        elif dx is not None and ctx.shared_input:
-            if graph:
-                dx = dx + matmul(dhidden, lora_a, by_rows).to(dx.dtype)
-            else:
-                dx = _add_product(dx, dhidden, lora_a, 1.0, by_rows)
+        factors = (kept, hidden, lora_a, lora_b, ctx.scaling, ctx.static[1])
+        total = dx if ctx.shared_input else None
+        dinput, da, db = _adapter_gradients(dy, *factors, needs[1:], total)
+        if total is not None:
+            dx, dinput = dinput, None
         return dx, dinput, da, db, None, None, dbias, *_NO_GRADIENTS
+
+
+class AddAdapter(Function):
+    """``y + scaling * x @ lora_a.T @ lora_b.T`` of matrices, as `LoRALinear4bit` adds it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        batch_invariant: bool | None,
+    ) -> Tensor:
+        """Add to a copy; save ``x``, ``x @ lora_a.T``, A and B."""
+        total = y.clone()
+        hidden = add_adapter(total, x, lora_a, lora_b, scaling, batch_invariant)
+        ctx.save_for_backward(x, hidden, lora_a, lora_b)
+        ctx.scaling, ctx.batch_invariant = scaling, batch_invariant
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``y``, ``x``, ``lora_a`` and ``lora_b``."""
+        kept, hidden, lora_a, lora_b = ctx.saved_tensors
+        factors = kept, hidden, lora_a, lora_b, ctx.scaling, ctx.batch_invariant
+        with no_autocast(dy.device.type):
+            gradients = _adapter_gradients(dy, *factors, ctx.needs_input_grad[1:4])
+        return dy, *gradients, None, None
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    kept: Tensor,
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    batch_invariant: bool | None,
+    needs: Sequence[bool],
+    total: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the adapter's input ``kept``, of A and of B, those that ``needs`` names.
+
+    ``hidden`` is ``kept @ lora_a.T``. Where ``total`` is given, the first is added to it, in place
+    unless gradients are differentiated in turn.
+    """
+    needs_input, needs_a, needs_b = needs
+    graph = _is_differentiated()
+    dtype = lora_a.dtype
+    dinput = da = db = None
+    own = not graph and has_own_product(dy, lora_a, batch_invariant)
+    wide_dy = dy
+    if not own:  # torch multiplies in one dtype
+        wide_dy = dy.to(dtype)
+        kept = kept.to(dtype) if needs_a or (needs_b and graph) else kept
+    if needs_b:
+        if graph:
+            hidden = kept @ lora_a.t()  # the saved one is no function of its factors
+        # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
+        db = _product(hidden.t(), wide_dy, own, scaling).t().contiguous()
+    if needs_input or needs_a or total is not None:
+        dhidden = _product(wide_dy, lora_b, own, scaling, batch_invariant)
+        if needs_a:
+            da = _product(dhidden.t(), kept, own)
+        if total is not None and not graph:
+            dinput = _add_product(total, dhidden, lora_a, 1.0, batch_invariant)
+        elif total is not None or needs_input:
+            dinput = _product(dhidden, lora_a, own, by_rows=batch_invariant).to(dy.dtype)
+            dinput = dinput if total is None else total + dinput
+    return dinput, da, db
 
 
 def add_adapter(
@@ -297,11 +352,43 @@ def add_adapter(
     batch_invariant: bool | None,
 ) -> Tensor:
     """Add the adapter's part to ``y``, in place; return ``adapter_input @ lora_a.T``."""
-    wide = as_dtype(adapter_input, lora_a.dtype)
-    # For a plain product, linear() takes fewer steps.
-    hidden = matmul(wide, lora_a.mT, True) if batch_invariant else linear(wide, lora_a)
-    _add_product(as_matrix(y), hidden, lora_b.mT, scaling, batch_invariant)
+    y = as_matrix(y)
+    if has_own_product(y, lora_a, batch_invariant):
+        hidden = _product(adapter_input, lora_a.mT, True)
+    else:
+        wide = as_dtype(adapter_input, lora_a.dtype)
+        # For a plain product, linear() takes fewer steps.
+        hidden = matmul(wide, lora_a.mT, True) if batch_invariant else linear(wide, lora_a)
+    _add_product(y, hidden, lora_b.mT, scaling, batch_invariant)
     return hidden
+
+
+_OWN_PRODUCT_ROWS = 16  # with fewer, a call takes as long as the product
+
+
+def has_own_product(y: Tensor, lora_a: Tensor, batch_invariant: bool | None) -> bool:
+    """Whether products of a matrix like ``y`` with an adapter's factors go by ``matmul_into``.
+
+    A library's products on a CPU are slow where a matrix is narrow, and need one dtype.
+    """
+    return (
+        y.is_cpu
+        and lora_a.dtype is torch.float32
+        and (batch_invariant or len(y) >= _OWN_PRODUCT_ROWS)
+        and not is_traced()
+    )
+
+
+def _product(
+    a: Tensor, b: Tensor, own: bool, alpha: float = 1.0, by_rows: bool | None = None
+) -> Tensor:
+    """``alpha * a @ b``; ``own`` as `has_own_product` says, then in float32."""
+    if not own:
+        product = matmul(a, b, by_rows)
+        return product if alpha == 1.0 else product * alpha
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    call("matmul_into", out, a, b, alpha, False)
+    return out
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -435,6 +522,9 @@ def _add_product(
 
     Batch-invariant as `matmul` is.
     """
+    if has_own_product(total, b, batch_invariant):
+        call("matmul_into", total, a, b, alpha, True)
+        return total
     if a.dtype is not total.dtype:
         return total.add_(matmul(a, b, batch_invariant), alpha=alpha)
     if not batch_invariant or torch.compiler.is_compiling():

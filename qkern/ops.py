@@ -212,6 +212,11 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 " bool? batch_invariant=False) -> Tensor",
                 _product_fake,
             ),
+            Op(
+                "matmul_into(Tensor(a!) out, Tensor a, Tensor b, float alpha=1.0,"
+                " bool accumulate=False) -> ()",
+                _nothing_fake,
+            ),
         )
     }
 )
@@ -285,17 +290,21 @@ def forward_derivatives() -> bool:
     return forward_ad._current_level >= 0
 
 
-def is_watched() -> Any:
-    """Whether somebody would miss an op that does not go through the dispatcher."""
+def is_traced() -> Any:
+    """Whether somebody may look into what is called, or change it."""
     return (
         _is_dynamo_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transforms()
         or _is_tracing()
-        or _is_profiled()
         or forward_ad._current_level >= 0
     )
+
+
+def is_watched() -> Any:
+    """Whether somebody would miss an op that does not go through the dispatcher."""
+    return is_traced() or _is_profiled()
 
 
 def undispatched() -> Backend | None:

@@ -394,6 +394,17 @@ def _matmul(a: Tensor, b: Tensor, batch_invariant: bool) -> Tensor:
         return out
 
 
+def matmul_into(
+    out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, accumulate: bool = False
+) -> None:
+    """``out = alpha * a @ b``, or ``out += alpha * a @ b``: float32, rounded once to ``out.dtype``.
+
+    ``a`` is ``[m, k]``, ``b`` ``[k, n]``, ``out`` ``[m, n]``, each float32, bfloat16 or float16.
+    """
+    product = _matmul(a.float(), b.float(), False) * alpha
+    out.copy_(out.float() + product if accumulate else product)
+
+
 def linear_4bit(
     x: Tensor,
     weight: Weight,

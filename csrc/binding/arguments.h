@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -104,6 +105,11 @@ class Arguments {
     }
   }
   void read_one(bool& flag) { flag = value() != 0; }
+  // As the integer of its bits.
+  void read_one(float& number) {
+    const auto bits = static_cast<std::uint32_t>(value());
+    std::memcpy(&number, &bits, sizeof(number));
+  }
   void read_one(DType& dtype) {
     dtype = static_cast<DType>(one_of(kDTypes, "dtype", kDTypeNumbers));
   }
@@ -184,6 +190,12 @@ Linear4bitArgs read_matmul(Arguments& from) {
   if (kHasBias) from.read(Optional{args.bias});
   from.read(args.y, args.batch_invariant);
   return args;
+}
+
+inline void read_fields(Arguments& from, MatmulIntoArgs& to) {
+  from.read(to.out, to.out_dtype, to.m, to.n, to.k, to.out_row_stride, to.a, to.a_dtype,
+            to.a_row_stride, to.a_col_stride, to.b, to.b_dtype, to.b_row_stride, to.b_col_stride,
+            to.alpha, to.accumulate);
 }
 
 // AdamWArgs and the tensors they point to.

@@ -284,6 +284,7 @@ PyMethodDef methods[] = {
     method("linear_4bit_on_tensors", linear_4bit),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
     method("adamw_step_on_tensors", adamw_step_on_tensors),
+    method("matmul_into_on_tensors", matmul_into_on_tensors),
     method("tensor_holds", tensor_holds),
     method("tensor_has_memory", tensor_has_memory),
     {nullptr, nullptr, 0, nullptr},

@@ -9,5 +9,6 @@ void bind_tensors(pybind11::module_& m);
 
 // True, or None where nothing was done.
 PyObject* adamw_step_on_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* matmul_into_on_tensors(PyObject*, PyObject* const* given, Py_ssize_t count);
 
 }  // namespace qkern::binding

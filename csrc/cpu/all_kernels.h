@@ -17,6 +17,7 @@ constexpr KernelTable kKernels = {
     {linear_4bit_dx<FloatEngine, float>, linear_4bit_dx<FloatEngine, BFloat16>,
      linear_4bit_dx<FloatEngine, Float16>},
     {adamw_step<float>, adamw_step<BFloat16>, adamw_step<Float16>},
+    dense_matmul,
 };
 
 }  // namespace

@@ -85,6 +85,7 @@ struct KernelTable {
   using AdamWFn = void (*)(const AdamWArgs& args, const BucketTable* tables,
                            const AdamWTensor& tensor, std::int64_t begin, std::int64_t end);
   using LinearFn = Status (*)(const Linear4bitArgs& args, int num_threads);
+  using MatmulIntoFn = Status (*)(const MatmulIntoArgs& args, int num_threads);
 
   QuantizeFn quantize_4bit[3];
   DequantizeFn dequantize_4bit[3];
@@ -93,6 +94,7 @@ struct KernelTable {
   LinearFn linear_4bit[3];
   LinearFn linear_4bit_dx[3];
   AdamWFn adamw_step[3];
+  MatmulIntoFn matmul_into;
 };
 
 // Those that the build has: see QKERN_HAVE_* in dispatch.cpp.

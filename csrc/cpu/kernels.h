@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels_dense.h"
 #include "kernels_elementwise.h"
 #include "kernels_optim.h"
 #include "kernels_panel.h"
@@ -14,12 +15,8 @@
 namespace qkern::cpu {
 namespace {
 
-// Below this many multiply-adds, waking a second thread costs more than it saves.
-constexpr std::int64_t kSerialWork = std::int64_t{1} << 16;
-
 inline int useful_threads(const Linear4bitArgs& args, int num_threads) {
-  const std::int64_t work = args.m * args.weight.rows * args.weight.cols;
-  return work < kSerialWork ? 1 : num_threads;
+  return useful_threads(args.m * args.weight.rows * args.weight.cols, num_threads);
 }
 
 // Whether every nonzero |x| of a row, times `factor`, lies between the bounds.

@@ -40,6 +40,24 @@ void multiply_tile(const float* a, const float* panel, std::int64_t depth, float
   }
 }
 
+// multiply_tile for a panel and a tile that are one register wide.
+template <int kRows, int kRowStride>
+void multiply_narrow_tile(const float* a, const float* panel, std::int64_t depth, float* c,
+                          bool accumulate) {
+  Simd::F sum[kRows];
+  for (int i = 0; i < kRows; ++i) sum[i] = Simd::zero();
+  for (std::int64_t k = 0; k < depth; ++k) {
+    const Simd::F w = Simd::loadu(panel + k * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      sum[i] = Simd::fma(Simd::set1(a[i * kRowStride + k]), w, sum[i]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    if (accumulate) sum[i] = Simd::add(Simd::loadu(c + i * kLanes), sum[i]);
+    Simd::storeu(c + i * kLanes, sum[i]);
+  }
+}
+
 // Sums of kRows rows of a tile, for instruction sets that take x by lane. A structure, because an
 // array that loops index is kept in memory.
 template <int kRows, int kRowStride, typename S>
@@ -107,6 +125,18 @@ struct MultiplyTable {
 };
 template <int kRowStride, typename S>
 struct MultiplyTable<0, kRowStride, S> {
+  static void fill(MultiplyFn*) {}
+};
+
+template <int kRows, int kRowStride>
+struct NarrowTable {
+  static void fill(MultiplyFn* table) {
+    table[kRows] = multiply_narrow_tile<kRows, kRowStride>;
+    NarrowTable<kRows - 1, kRowStride>::fill(table);
+  }
+};
+template <int kRowStride>
+struct NarrowTable<0, kRowStride> {
   static void fill(MultiplyFn*) {}
 };
 

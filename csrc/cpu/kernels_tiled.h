@@ -21,6 +21,11 @@ struct SharedStatus {
   Status get() const { return Status{message}; }
 };
 
+// Below this many multiply-adds, waking a second thread costs more than it saves.
+inline int useful_threads(std::int64_t multiply_adds, int num_threads) {
+  return multiply_adds < (std::int64_t{1} << 16) ? 1 : num_threads;
+}
+
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";
 
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is

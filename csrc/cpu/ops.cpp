@@ -190,4 +190,10 @@ Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads) {
   });
 }
 
+Status matmul_into(const MatmulIntoArgs& args, int num_threads) {
+  if (args.m == 0 || args.n == 0) return Status::success();
+  return with_kernels(
+      [&](const KernelTable& kernels) { return kernels.matmul_into(args, num_threads); });
+}
+
 }  // namespace qkern::cpu

@@ -171,6 +171,16 @@ def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[
     return x, x.shape[0], x.stride(0)
 
 
+def check_matrix(name: str, tensor: Tensor, device: torch.device = CPU) -> None:
+    """Raise unless the tensor is a matrix of a floating dtype, of any strides, on ``device``."""
+    dtype_id(name, tensor.dtype)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
+    if not _is_on(tensor, device):
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
+    check_memory(name, tensor)
+
+
 def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of ``adamw_step`` after the first, with those left out at the end."""
     return (*args, *(None, (), ())[len(args) - 6 :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -64,9 +65,26 @@ class CpuBackend(CompiledBackend):
     def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
         self._function(op)(*arguments, _args.num_threads())
 
+    def _matmul_into(
+        self, out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool
+    ) -> None:
+        (m, n), k = out.shape, a.shape[1]
+        arguments: list[Any] = [out.data_ptr(), _args.DTYPE_IDS[out.dtype], m, n, k, out.stride(0)]
+        for matrix in (a, b):
+            arguments += (matrix.data_ptr(), _args.DTYPE_IDS[matrix.dtype], *matrix.stride())
+        self._start("matmul_into", out.device, [*arguments, _float_bits(alpha), accumulate])
+
     def _multiply(self, product: Product) -> None:
         op = "linear_4bit_dx" if product.dx else "linear_4bit"
         self._start(op, product.x.device, product_numbers(product))
+
+
+_FLOAT = struct.Struct("<f")
+
+
+def _float_bits(value: float) -> int:
+    """The bits of a number as float32; the library takes integers."""
+    return int.from_bytes(_FLOAT.pack(value), "little")
 
 
 def _storage_functions() -> tuple[int, ...]:
@@ -95,5 +113,5 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
     if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
         return {}
-    ops = ("linear_4bit", "linear_4bit_dx", "adamw_step")
+    ops = ("linear_4bit", "linear_4bit_dx", "adamw_step", "matmul_into")
     return {op: getattr(library, f"{op}_on_tensors") for op in ops}

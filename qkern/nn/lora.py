@@ -18,10 +18,11 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from qkern.autograd import as_dtype, as_matrix
+from qkern.autograd import AddAdapter, as_dtype, as_matrix
 from qkern.functional import (
     _cpu_matmul_dtype,
     as_input,
+    batch_invariant_now,
     dequantize_4bit,
     lora_by_weight,
     quantize_4bit,
@@ -30,6 +31,7 @@ from qkern.nn import _sources
 from qkern.nn._module import parameter, require_grad
 from qkern.nn._patterns import check_pattern, pattern_matches
 from qkern.nn.linear import Linear4bit
+from qkern.ops import is_traced
 from qkern.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -291,11 +293,16 @@ class LoRALinear(nn.Module):
         dtype = y.dtype
         if y.is_cpu and not torch.is_autocast_enabled("cpu"):
             dtype = _cpu_matmul_dtype(dtype)
-        hidden = F.linear(F.dropout(x, dropout).to(dtype), self.lora_a.to(dtype))
-        a, b, lora_b = as_matrix(y), as_matrix(hidden), self.lora_b.to(dtype).mT
+        rows, kept = as_matrix(y), as_matrix(F.dropout(x, dropout))
+        lora_a, lora_b = self.lora_a.to(dtype), self.lora_b.to(dtype)
+        if not is_traced():
+            invariant = batch_invariant_now()
+            total: Tensor = AddAdapter.apply(rows, kept, lora_a, lora_b, self.scaling, invariant)
+            return total.view(y.shape)
+        hidden = F.linear(kept.to(dtype), lora_a)
         if dtype == y.dtype:
-            return torch.addmm(a, b, lora_b, alpha=self.scaling).view(y.shape)
-        return torch.add(a, b @ lora_b, alpha=self.scaling).to(y.dtype).view(y.shape)
+            return torch.addmm(rows, hidden, lora_b.mT, alpha=self.scaling).view(y.shape)
+        return torch.add(rows, hidden @ lora_b.mT, alpha=self.scaling).to(y.dtype).view(y.shape)
 
     @torch.no_grad()
     def to_merged(self) -> nn.Linear:

@@ -28,6 +28,7 @@ from qkern.testing._judge import (
     MatmulError,
     assert_bitwise,
     assert_matmul,
+    assert_product,
     matmul_error,
 )
 from qkern.testing._spec import (
@@ -67,6 +68,7 @@ __all__ = [
     "Target",
     "assert_bitwise",
     "assert_matmul",
+    "assert_product",
     "check",
     "codebook_tensor",
     "map_tensors",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern.testing._judge import assert_bitwise, assert_matmul
+from qkern.testing._judge import assert_bitwise, assert_matmul, assert_product
 from qkern.testing._spec import Case, Inputs, OpSpec
 from qkern.testing._targets import Target
 from qkern.testing.specs import OPS
@@ -49,7 +49,7 @@ def _prepare(name: str, case: Case, device: str) -> tuple[Inputs, tuple[Tensor, 
     inputs = spec.make_inputs(case, torch.device(device), _generator(spec, case))
     if spec.comparison == "bitwise":
         return inputs, spec.reference(inputs)
-    return inputs, (spec.exact_weight(inputs, case),)
+    return inputs, (spec.exact_weight(inputs, case),) if spec.comparison == "matmul" else ()
 
 
 def check(
@@ -66,5 +66,9 @@ def check(
         assert len(actual) == len(expected), f"{len(actual)} results, not {len(expected)}"
         for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
             assert_bitwise(a, e, f"{spec.name} result {index}")
+        return
+    if spec.comparison == "product":
+        a, b, alpha = inputs["a"], inputs["b"], inputs["alpha"]
+        assert_product(actual[0], a, b, alpha, inputs["out"] if inputs["accumulate"] else None)
         return
     assert_matmul(actual[0], inputs[spec.main], expected[0], inputs.get("bias"))

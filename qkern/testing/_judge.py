@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,39 @@ def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
     exact = x.double() @ weight.double().mT + bias.double()
     scale = x.double().abs() @ weight.double().abs().mT + bias.double().abs()
     baseline = (x.float() @ weight.to(dtype).float().mT + bias.float()).to(dtype)
+    _assert_sums(y, exact, scale, baseline, lambda: _left_to_right(x, weight) + bias)
+
+
+def assert_product(
+    out: Tensor, a: Tensor, b: Tensor, alpha: float, before: Tensor | None = None
+) -> None:
+    """Raise AssertionError unless ``out = alpha · a · b + before`` is as exact as qkern promises.
+
+    As `assert_matmul`, of dense ``a [m, k]`` and ``b [k, n]`` of any of three dtypes. The baseline
+    multiplies and adds in float32 and rounds once, to the dtype of ``out``.
+    """
+    out, a, b = (tensor.detach().cpu() for tensor in (out, a, b))
+    added = torch.zeros(out.shape) if before is None else before.detach().cpu().float()
+    assert out.shape == (len(a), b.shape[1]), f"shape {tuple(out.shape)}"
+    if not out.numel():
+        return
+    exact = alpha * (a.double() @ b.double()) + added.double()
+    scale = abs(alpha) * (a.double().abs() @ b.double().abs()) + added.double().abs()
+    baseline = (alpha * (a.float() @ b.float()) + added).to(out.dtype)
+    _assert_sums(
+        out,
+        exact,
+        scale,
+        baseline,
+        lambda: alpha * _left_to_right(a.float(), b.float().mT) + added,
+    )
+
+
+def _assert_sums(
+    y: Tensor, exact: Tensor, scale: Tensor, baseline: Tensor, plain: Callable[[], Tensor]
+) -> None:
+    """Judge ``y`` as `assert_matmul` says; ``plain`` gives sums from left to right."""
+    dtype = y.dtype
     overflow = ~exact.to(dtype).isfinite()
     if overflow.any():
         assert_bitwise(y[overflow], exact.to(dtype)[overflow], "results that are not finite")
@@ -99,8 +133,8 @@ def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
     rounding = torch.finfo(dtype).eps / 2 * (exact.abs() / scale).nan_to_num(0).max().item()
     fault = _too_large(ours, theirs, dtype, rounding, y.numel())
     if fault and dtype == torch.float32:
-        plain = matmul_error(_left_to_right(x, weight) + bias, exact, scale)
-        theirs = MatmulError(max(theirs.rms, plain.rms), max(theirs.max, plain.max))
+        other = matmul_error(plain(), exact, scale)
+        theirs = MatmulError(max(theirs.rms, other.rms), max(theirs.max, other.max))
         fault = _too_large(ours, theirs, dtype, rounding, y.numel())
     assert not fault, fault
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkern import ops, reference
-from qkern.weight import Weight
+from qkern.weight import Weight, tensors_of
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DTYPES = tuple(DTYPE_NAMES)
@@ -50,6 +50,8 @@ class Case:
     (large where the weights are zero), for block scales ``constant``, ``negative``, ``uneven`` (one
     of a group far larger) and ``halfway`` (`HALFWAY_TAILS`), and for gradients ``huge`` (their
     squares are infinite). `bits` and `stochastic_rounding` are an optimizer step's.
+    Of a dense product, `accumulate` adds to the result's memory, and `mixed` leaves some matrices
+    in float32.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +67,8 @@ class Case:
     map: str = "signed"
     bits: int = 32
     stochastic_rounding: bool = False
+    mixed: bool = False
+    accumulate: bool = False
 
     @property
     def numel(self) -> int:
@@ -77,7 +81,10 @@ class Case:
         parts += [self.codebook or self.format, f"b{self.block_size}"]
         parts += [
             name
-            for name in ("double_quant", "bias", "batch_invariant", "stochastic_rounding")
+            for name in (
+                *("double_quant", "bias", "batch_invariant", "stochastic_rounding"),
+                *("mixed", "accumulate"),
+            )
             if getattr(self, name)
         ]
         parts += [f"{self.bits}bit"] if self.bits != 32 else []
@@ -110,7 +117,7 @@ class OpSpec:
     make_inputs: Callable[[Case, torch.device, torch.Generator], Inputs]
     """Draws on the CPU with the generator and then moves, so every device sees the same values."""
     comparison: str
-    """``"bitwise"`` or ``"matmul"``."""
+    """``"bitwise"``, ``"matmul"`` of a 4-bit weight, or ``"product"`` of dense matrices."""
     bytes: Callable[[Case], int]
     """The least the op must read and write, in bytes."""
     flops: Callable[[Case], int] = _no_flops
@@ -130,8 +137,13 @@ class OpSpec:
         return ops.OPS[self.name]
 
     @property
+    def multiplies(self) -> bool:
+        """Whether a case's shape is that of a product, (M, N, K), and sums are of floats."""
+        return self.comparison != "bitwise"
+
+    @property
     def writes(self) -> tuple[str, ...]:
-        """The lists of tensors that the op changes in place; they are its results."""
+        """The tensors, or lists of them, that the op changes in place; they are its results."""
         return self.op.writes
 
     def arguments(self, inputs: Inputs) -> tuple[Any, ...]:
@@ -161,10 +173,12 @@ class OpSpec:
         self, function: Callable[[Inputs], Any], inputs: Inputs, in_place: bool
     ) -> tuple[Tensor, ...]:
         if not in_place:
-            inputs = inputs | {name: [_twin(t) for t in inputs[name]] for name in self.writes}
+            inputs = inputs | {name: map_tensors(inputs[name], _twin) for name in self.writes}
         result = function(inputs)
         if self.writes:
-            return tuple(tensor for name in self.writes for tensor in inputs[name])
+            return tuple(
+                tensor for name in self.writes for _, tensor in tensors_of(name, inputs[name])
+            )
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
     def exact_weight(self, inputs: Inputs, case: Case) -> Tensor:

@@ -31,7 +31,7 @@ def inputs_of(op: str, bits: int = 32, dtype: torch.dtype = torch.float32) -> In
     """Arguments by name, the weight as one, with every tensor that may be absent."""
     table = testing.OPS
     spec = table["dequantize_4bit" if op == "dequantize_4bit_out" else op]
-    shape = (3, 40, 130) if spec.comparison == "matmul" else (13, 100)
+    shape = (3, 40, 130) if spec.multiplies else (13, 100)
     case = Case(
         shape, dtype, format="custom", codebook="unsorted", double_quant=True, bias=True, bits=bits
     )

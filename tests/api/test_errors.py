@@ -542,7 +542,7 @@ def test_an_unknown_instruction_set_is_named() -> None:
 
 def op_inputs(name: str, double_quant: bool = True) -> testing.Inputs:
     spec = OPS[name]
-    shape = (3, 40, 130) if spec.comparison == "matmul" else (13, 100)
+    shape = (3, 40, 130) if spec.multiplies else (13, 100)
     case = Case(shape, format="custom", codebook="unsorted", double_quant=double_quant, bias=True)
     return spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
 

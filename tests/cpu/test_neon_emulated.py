@@ -82,7 +82,7 @@ def test_every_op_runs_under_the_emulator(
         call(library, op, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backend.Library, "_call", record)
-    shape = (3, 16, 64) if spec.comparison == "matmul" else (3, 64)
+    shape = (3, 16, 64) if spec.multiplies else (3, 64)
     testing.check(spec, Case(shape), emulated)
     assert spec.name in seen
 

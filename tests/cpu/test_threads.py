@@ -26,7 +26,7 @@ all_ops = pytest.mark.parametrize("op", OPS)
 
 
 def inputs_of(op: str, seed: int) -> testing.Inputs:
-    shape = (17, 258, 515) if OPS[op].comparison == "matmul" else (300_001,)
+    shape = (17, 258, 515) if OPS[op].multiplies else (300_001,)
     case = Case(shape, torch.bfloat16, double_quant=True)
     return OPS[op].make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(seed))
 

@@ -102,7 +102,7 @@ def test_dequantize_into_out(
 
 @all_ops
 def test_same_call_gives_the_same_bits(spec: OpSpec, target: Target, device: torch.device) -> None:
-    shape = (19, 130, 515) if spec.comparison == "matmul" else (40_001,)
+    shape = (19, 130, 515) if spec.multiplies else (40_001,)
     inputs = inputs_of(spec, Case(shape, torch.float32), device)
     first = run(spec, inputs, target)
     for _ in range(3):
@@ -119,9 +119,9 @@ THREAD_SHAPES = {"flat": [(1 << 20,)], "matmul": [(1, 1030, 2050), (3, 530, 1026
 def test_any_thread_count_gives_the_same_bits(
     spec: OpSpec, target: Target, dtype: torch.dtype, device: torch.device
 ) -> None:
-    if target.backend == "reference" and spec.comparison == "matmul":
+    if target.backend == "reference" and spec.multiplies:
         pytest.skip("the reference multiplies with torch, which promises no order of summation")
-    for shape in THREAD_SHAPES["matmul" if spec.comparison == "matmul" else "flat"]:
+    for shape in THREAD_SHAPES["matmul" if spec.multiplies else "flat"]:
         inputs = inputs_of(spec, Case(shape, dtype, double_quant=True), device)
         results = []
         for threads in (1, 2, 3, 7):
@@ -310,7 +310,7 @@ def test_poison_reaches_the_native_outputs(isa: str, monkeypatch: pytest.MonkeyP
     for spec in OPS.values():
         if spec.writes:  # allocates nothing
             continue
-        shape = (3, 16, 64) if spec.comparison == "matmul" else (3, 64)
+        shape = (3, 16, 64) if spec.multiplies else (3, 64)
         for result in spec.run(inputs_of(spec, Case(shape), torch.device("cpu"))):
             poison = result.isnan() if result.is_floating_point() else result == 255
             assert poison.all(), spec.name

@@ -94,7 +94,7 @@ def test_dequantize_into_out(layout: str, on: semantics.SemanticsTarget) -> None
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 @semantics.in_own_process
 def test_same_call_gives_the_same_bits(spec: OpSpec, on: semantics.SemanticsTarget) -> None:
-    shape = (3, 70, 515) if spec.comparison == "matmul" else (4001,)
+    shape = (3, 70, 515) if spec.multiplies else (4001,)
     inputs = conformance.inputs_of(spec, Case(shape), CPU)
     first, again = (conformance.run(spec, inputs, on) for _ in range(2))
     for a, b in zip(first, again, strict=True):

@@ -94,6 +94,26 @@ struct Linear4bitArgs {
   float* workspace = nullptr;  // CUDA: as many bytes as linear_4bit_paths says
 };
 
+// out = alpha a b, or out += alpha a b, of dense matrices: a [m, k], b [k, n], out [m, n].
+struct MatmulIntoArgs {
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+  std::int64_t m = 0;
+  std::int64_t n = 0;
+  std::int64_t k = 0;
+  std::int64_t out_row_stride = 0;  // its columns lie side by side
+  const void* a = nullptr;
+  DType a_dtype = DType::kFloat32;
+  std::int64_t a_row_stride = 0;
+  std::int64_t a_col_stride = 0;
+  const void* b = nullptr;
+  DType b_dtype = DType::kFloat32;
+  std::int64_t b_row_stride = 0;
+  std::int64_t b_col_stride = 0;
+  float alpha = 1.0f;
+  bool accumulate = false;
+};
+
 // One parameter, its gradient and its moments, all flat and contiguous. With `exp_avg_absmax` the
 // moments are 8-bit codes in blocks of kStateBlockSize (exp_avg against the signed dynamic map,
 // exp_avg_sq against the unsigned one), else float.
@@ -128,6 +148,7 @@ Status dequantize_8bit(const Dequantize8bitArgs& args, int num_threads);
 Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads);
 Status linear_4bit(const Linear4bitArgs& args, int num_threads);
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
+Status matmul_into(const MatmulIntoArgs& args, int num_threads);
 
 }  // namespace cpu
 

@@ -241,6 +241,18 @@ class Library:
             *(_in(bias, rows * item), _out(y, m * rows * item), invariant, threads),
         )
 
+    def matmul_into(self, *arguments: int) -> None:
+        out, out_dtype, m, n, k, out_stride, *rest = arguments
+        item = _ITEM_SIZE[out_dtype]
+        words: list[_Buffer | int] = [_changed(out, ((m - 1) * out_stride + n) * item), out_dtype]
+        words += [m, n, k, out_stride]
+        for rows, columns, given in ((m, k, rest[:4]), (k, n, rest[4:8])):
+            address, dtype, *strides = given
+            last = (rows - 1) * strides[0] + (columns - 1) * strides[1]
+            nbytes = (last + 1) * _ITEM_SIZE[dtype] if k else 0
+            words += [_in(address, nbytes), dtype, *strides]
+        self._call("matmul_into", *words, *rest[8:])
+
     def linear_4bit_dx(self, *arguments: int) -> None:
         dy, dtype, m, stride, *weight, rows, cols, dx, invariant, threads = arguments
         item = _ITEM_SIZE[dtype]

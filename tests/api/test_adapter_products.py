@@ -1,0 +1,115 @@
+"""A LoRA adapter's narrow products on a CPU, by the op ``matmul_into``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import qkern
+from qkern import autograd, testing
+from qkern.testing import DTYPES
+
+ROWS = autograd._OWN_PRODUCT_ROWS
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that autograd's functions call."""
+    names = []
+    call = autograd.call
+
+    def record(name: str, *args: Any) -> Any:
+        names.append(name)
+        return call(name, *args)
+
+    monkeypatch.setattr(autograd, "call", record)
+    # Whatever instructions this processor has, adapters are in float32.
+    monkeypatch.setattr(qkern.functional, "_cpu_matmul_dtype", lambda dtype: torch.float32)
+    return names
+
+
+def problem(rows: int, dtype: torch.dtype) -> tuple[Tensor, qkern.QuantizedTensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 130, generator=generator).to(dtype).requires_grad_()
+    a = (torch.randn(5, 130, generator=generator) * 0.1).requires_grad_()
+    b = (torch.randn(37, 5, generator=generator) * 0.1).requires_grad_()
+    return x, qkern.quantize_4bit(torch.randn(37, 130, generator=generator)), a, b
+
+
+@dtypes
+@pytest.mark.parametrize("dropped", [False, True])
+def test_values_and_gradients(dtype: torch.dtype, dropped: bool, calls: list[str]) -> None:
+    """Against float64, in dtypes that differ: results in 16 bits are rounded, factors are not."""
+    x, qw, a, b = problem(ROWS + 3, dtype)
+    scaling, p = 0.5, 0.25 if dropped else 0.0
+    torch.manual_seed(3)
+    y = qkern.lora_linear(x, qw, a, b, scaling, dropout_p=p)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    assert calls.count("matmul_into") == 6
+    torch.manual_seed(3)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), p).double()
+    x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
+    base = x64 @ qw.dequantize(torch.float32).double().mT
+    y64 = base + scaling * (x64 * mask) @ a64.mT @ b64.mT
+    y64.backward(dy.double())
+    rounded = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    pairs = {"y": (y, y64), "x": (x.grad, x64.grad)}
+    pairs |= {"a": (a.grad, a64.grad), "b": (b.grad, b64.grad)}
+    for name, (actual, exact) in pairs.items():
+        error = ((actual.double() - exact).norm() / exact.norm()).item()
+        # A dropped x is rounded where it is scaled.
+        tolerance = 1e-6 if name in "ab" and not dropped else rounded
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+def test_few_rows_go_another_way(calls: list[str]) -> None:
+    x, qw, a, b = problem(ROWS - 1, torch.float32)
+    qkern.lora_linear(x, qw, a, b, 0.5).sum().backward()
+    assert "matmul_into" not in calls
+    with qkern.batch_invariant():
+        qkern.lora_linear(x, qw, a, b, 0.5).sum().backward()
+    assert calls.count("matmul_into") == 6
+
+
+@dtypes
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, calls: list[str]) -> None:
+    x, qw, a, b = problem(3 * ROWS, dtype)
+    with qkern.batch_invariant():
+        y = qkern.lora_linear(x, qw, a, b, 0.5)
+        dx = torch.autograd.grad(y.float().square().sum(), x)[0]
+        for rows in (1, 7, ROWS + 1):
+            part = x.detach()[-rows:].requires_grad_()
+            again = qkern.lora_linear(part, qw, a, b, 0.5)
+            testing.assert_bitwise(again, y[-rows:])
+            again = torch.autograd.grad(again.float().square().sum(), part)[0]
+            testing.assert_bitwise(again, dx[-rows:])
+
+
+def test_a_profile_shows_the_op(calls: list[str]) -> None:
+    """What is measured is what runs without a profiler."""
+    x, qw, a, b = problem(ROWS, torch.float32)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        qkern.lora_linear(x, qw, a, b, 0.5).sum().backward()
+    assert {e.key: e.count for e in seen.key_averages()}["qkern::matmul_into"] == 6
+
+
+def test_hooks_on_the_base_change_no_bits() -> None:
+    layer = qkern.nn.LoRALinear(qkern.nn.Linear4bit.from_linear(torch.nn.Linear(130, 37)), 4, 8)
+    torch.nn.init.normal_(layer.lora_b)
+    results = []
+    for hooked in (False, True):
+        if hooked:
+            layer.base_layer.register_forward_hook(lambda *_: None)
+        x = torch.randn(2 * ROWS, 130, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer.zero_grad()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y, x.grad, layer.lora_a.grad, layer.lora_b.grad))
+    for plain, after in zip(*results, strict=True):
+        testing.assert_bitwise(after, plain)
