@@ -17,54 +17,31 @@
 namespace qkern::cpu {
 namespace {
 
-// Sums of kRows rows of a tile; a structure for LaneTile's reason.
-template <int kRows, int kRowStride>
-struct PairTile {
-  Simd::F low = Simd::zero(), high = Simd::zero();
-  PairTile<kRows - 1, kRowStride> below;
+// Two steps: a pair of x by the pairs of kTileCols columns.
+struct PairStep {
+  using Element = BFloat16;
+  using Weights = __m512bh;
+  static constexpr int kSteps = 2;
 
-  // One pair of steps: a[row][step] times the pairs of the panel's columns.
-  __attribute__((always_inline)) void add(const BFloat16* a, __m512bh w0, __m512bh w1) {
+  static Weights load(const Element* panel) {
+    return reinterpret_cast<Weights>(_mm512_loadu_si512(panel));
+  }
+  static Weights broadcast(const Element* a) {
     std::int32_t two;
     std::memcpy(&two, a, sizeof(two));
-    const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
-    low = _mm512_dpbf16_ps(low, w0, x);
-    high = _mm512_dpbf16_ps(high, w1, x);
-    below.add(a + kRowStride, w0, w1);
+    return reinterpret_cast<Weights>(_mm512_set1_epi32(two));
   }
-  __attribute__((always_inline)) void store(float* c, bool accumulate) const {
-    Simd::storeu(c, accumulate ? Simd::add(Simd::loadu(c), low) : low);
-    Simd::storeu(c + kLanes, accumulate ? Simd::add(Simd::loadu(c + kLanes), high) : high);
-    below.store(c + kTileCols, accumulate);
+  static Simd::F multiply_add(Weights x, Weights w, Simd::F sum) {
+    return _mm512_dpbf16_ps(sum, w, x);
   }
 };
-template <int kRowStride>
-struct PairTile<0, kRowStride> {
-  void add(const BFloat16*, __m512bh, __m512bh) {}
-  void store(float*, bool) const {}
-};
-
-// As multiply_tile in kernels_multiply.h, on pairs; depth is even.
-template <int kRows, int kRowStride>
-void multiply_pairs(const BFloat16* a, const BFloat16* panel, std::int64_t depth, float* c,
-                    bool accumulate) {
-  PairTile<kRows, kRowStride> tile;
-  for (std::int64_t k = 0; k < depth; k += 2) {
-    const __m512i w0 = _mm512_loadu_si512(panel + k * kTileCols);
-    const __m512i w1 = _mm512_loadu_si512(panel + k * kTileCols + kTileCols);
-    tile.add(a + k, reinterpret_cast<__m512bh>(w0), reinterpret_cast<__m512bh>(w1));
-  }
-  tile.store(c, accumulate);
-}
-
-using MultiplyPairsFn = void (*)(const BFloat16*, const BFloat16*, std::int64_t, float*, bool);
 
 struct BFloat16Engine : PairEngine {
   // A panel is 16 KiB: with what 14 rows of x take and their sums, 26 KiB of Zen 4's 32.
   static constexpr std::int64_t kDepth = 256;
   static constexpr std::int64_t kStripRows = Simd::kTileRows;
   static constexpr int kRowMultiple = 1;
-  static constexpr int kDepthMultiple = 2;
+  static constexpr int kDepthMultiple = PairStep::kSteps;
   // The scratch holds tiles of 512 rows by 352 columns.
   static constexpr std::int64_t kMaxTileRows = 512;
   static constexpr std::int64_t kMaxTileCols = 352;
@@ -77,9 +54,9 @@ struct BFloat16Engine : PairEngine {
   // sets.
   static constexpr int kRowStride = kDepth + 32;
 
-  MultiplyPairsFn multiply[kStripRows + 1] = {};
+  MultiplyFn<Element> multiply[kStripRows + 1] = {};
 
-  BFloat16Engine() { fill<kStripRows>(); }
+  BFloat16Engine() { fill_multiply<kStripRows, kRowStride, PairStep>(multiply); }
 
   // A copy costs a load and a store for 32 elements, which then meet a tile's hundreds of columns;
   // it lies at a stride that the instructions hold.
@@ -89,13 +66,6 @@ struct BFloat16Engine : PairEngine {
   void run_strip(const Element* a, std::int64_t, std::int64_t rows, const Element* panel,
                  std::int64_t depth, float* c, bool accumulate) const {
     multiply[rows](a, panel, depth, c, accumulate);
-  }
-
- private:
-  template <int kRows>
-  void fill() {
-    multiply[kRows] = multiply_pairs<kRows, kRowStride>;
-    if constexpr (kRows > 1) fill<kRows - 1>();
   }
 };
 

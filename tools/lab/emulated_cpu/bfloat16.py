@@ -33,7 +33,7 @@ CASES = (
 )
 """Of both matmuls."""
 
-_PAIRS, _STRIP = "kernels_pairs.h", "kernels_bf16.h"
+_PAIRS, _STRIP, _TILE = "kernels_pairs.h", "kernels_bf16.h", "kernels_multiply.h"
 
 
 def _bug(name: str, file: str, old: str, new: str, caught_by: str = "values") -> Mutant:
@@ -47,11 +47,16 @@ MUTANTS = (
     _bug("the first half twice", _PAIRS, "row_codes<8>(bytes)", "row_codes<0>(bytes)"),
     _bug("half a row of x", _PAIRS, "n) * sizeof(Element)", "n / 2) * sizeof(Element)"),
     _bug("past the end of x", _PAIRS, "size_t>(n) *", "size_t>(n + 1) *", "access"),
-    _bug("a register twice", _STRIP, "dpbf16_ps(high, w1, x)", "dpbf16_ps(high, w0, x)"),
-    _bug("sums forgotten", _STRIP, "store(c, accumulate)", "store(c, false)"),
-    _bug("a row twice", _STRIP, "below.add(a + kRow", "below.add(a + kRows % 2 * kRow"),
-    _bug("the last pair", _STRIP, "k < depth; k += 2", "k + 2 < depth; k += 2"),
-    _bug("an odd step", _STRIP, "kDepthMultiple = 2", "kDepthMultiple = 1"),
+    _bug(
+        "a register twice",
+        _TILE,
+        "Step::multiply_add(x, w1, high)",
+        "Step::multiply_add(x, w0, high)",
+    ),
+    _bug("sums forgotten", _TILE, "accumulate ? Simd::add(Simd::loadu(c), low)", "false ? low"),
+    _bug("a row twice", _TILE, "a + kRowStride, w0", "a + kRows % 2 * kRowStride, w0"),
+    _bug("the last pair", _TILE, "k < depth; k += Step", "k + 2 < depth; k += Step"),
+    _bug("an odd step", _STRIP, "kDepthMultiple = PairStep::kSteps", "kDepthMultiple = 1"),
     _bug("rows overlap", _STRIP, "kRowStride = kDepth + 32", "kRowStride = kDepth - 32"),
 )
 
