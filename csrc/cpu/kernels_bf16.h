@@ -45,9 +45,9 @@ struct BFloat16Engine : PairEngine {
   // The scratch holds tiles of 512 rows by 352 columns.
   static constexpr std::int64_t kMaxTileRows = 512;
   static constexpr std::int64_t kMaxTileCols = 352;
-  // Cycles of Zen 4 for 32 weights and M rows. Forward: decoding a panel takes about 6 (five
-  // shuffles, four of other kinds, a store) and its products M; kernels_vector.h takes 2 M for the
-  // products and 1 to decode. Input gradient: 5 and M against 2 M, plus stores of sums.
+  // Counted cycles of Zen 4 for 32 weights and M rows. Forward: about 5 to decode a panel (five
+  // shuffles, four operations of other kinds, a store) and M products; kernels_vector.h takes 1 and
+  // 2 M. Input gradient: 4 and M against 2 M and stores of sums. A tile has some work of its own.
   static constexpr int kVectorRows = 5;
   static constexpr int kVectorRowsDx = 4;
   // Rows of the copy of x are an odd number of cache lines apart: they spread over the cache's
