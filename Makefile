@@ -24,7 +24,8 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
     $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon test-gpu \
+.PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon \
+    test-avx512 test-gpu \
     mutants triton-versions transformers-versions support features bench lint format clean
 .DELETE_ON_ERROR:
 
@@ -67,7 +68,12 @@ SAY_WITHOUT_AARCH64 = { command -v aarch64-linux-gnu-g++ && command -v qemu-aarc
 
 test-neon: setup  ## run the AArch64 kernels' tests under an emulator (qemu-user)
 	@$(SAY_WITHOUT_AARCH64)
-	$(PYTEST) tests/cpu/test_neon_emulated.py $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) tests/cpu/test_emulated.py -k aarch64 $(PYTEST_ARGS)
+
+# Also where the processor has the instructions: these have unmapped pages beside every buffer.
+test-avx512: setup  ## run the AVX-512 and AMX kernels' tests with intrinsics in plain C++
+	$(PYTEST) -n $(WORKERS) tests/cpu/test_emulated.py tests/cpu/test_bfloat16_products.py \
+	    -k 'not aarch64' $(PYTEST_ARGS)
 
 # Under ThreadSanitizer, AddressSanitizer with UBSan, and with the select form of the tables.
 test-emulated: setup  ## run every small case of the op table on sanitized builds of the CUDA emulator

@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ISA_ENVIRONMENT = {
+    "avx512bf16": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "QKERN_CPU_ISA": "avx512bf16",
+    },
     "avx512vnni": {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",

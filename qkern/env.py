@@ -57,6 +57,7 @@ def _native() -> dict[str, Any]:
     }
     try:
         report["instruction_set"] = backends.cpu.isa()
+        report["bfloat16_rate"] = backends.cpu.library().bfloat16_rate()
     except (RuntimeError, ValueError) as error:
         report["error"] = str(error)
     return report
@@ -105,6 +106,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         selected = kernels.get("instruction_set") or kernels["error"]
         available = ", ".join(kernels["instruction_sets"])
         rows.append(("instruction set", f"{selected} (available: {available})"))
+        if rate := kernels.get("bfloat16_rate"):
+            used = "used" if selected == "avx512bf16" else "not used"
+            rows.append(("bfloat16 dot products", f"{rate:.1f}x float32's rate: {used}"))
         rows += [(f"build: {name}", value) for name, value in kernels["build"].items()]
 
     for device_type, device in found["devices"].items():

@@ -189,7 +189,7 @@ def widest_isa(cap: str | None = None) -> str:
     flags = set(cpu_flags())
     order = ["scalar", "avx2", "avx512", "amx"]
     needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f"}, "amx": {"amx_bf16", "avx512f"}}
-    # They look for the peaks of float32 and of tiles, to which VNNI adds nothing.
-    cap = "avx512" if cap == "avx512vnni" else cap
+    # They look for the peaks of float32 and of tiles, to which VNNI and AVX512-BF16 add nothing.
+    cap = "avx512" if cap in ("avx512vnni", "avx512bf16") else cap
     last = order.index(cap) if cap else len(order) - 1
     return max((n for n in order[: last + 1] if needs.get(n, set()) <= flags), key=order.index)

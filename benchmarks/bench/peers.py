@@ -33,7 +33,7 @@ INT4_GROUP = 64
 Linear = Callable[[Tensor], Tensor]
 
 _MEMORY_SHARE = 0.7  # of what is free, that all candidates of a contest may take
-_VNNI = "avx512vnni"  # what llama.cpp uses here besides AMX
+_VNNI, _BFLOAT16 = "avx512vnni", "avx512bf16"  # what llama.cpp may use here besides AMX
 _SLOW_KIND_WEIGHTS = 1 << 27  # from more on, llama.cpp takes a minute to quantise to Q4_K
 
 
@@ -255,7 +255,7 @@ def llama_cpp_linear(
     layouts = llama_cpp.working_layouts()
     if dtype != torch.float32:
         raise SkippedError("takes float32 activations")
-    if limit not in (None, _VNNI):
+    if limit not in (None, _VNNI, _BFLOAT16):
         raise SkippedError(f"its build cannot be limited to {limit}")
     if kind != llama_cpp.KINDS[0] and qw.numel() > _SLOW_KIND_WEIGHTS:
         raise SkippedError("so many weights take it minutes to quantise")

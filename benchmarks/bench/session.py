@@ -26,7 +26,7 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.dtypes = [getattr(torch, name) for name in args.dtype]
-        self.hide_bf16 = args.peer_isa is not None
+        self.hide_bf16 = args.peer_isa not in (None, "avx512bf16")
         self.settings = timing.Settings(
             repeat=args.repeat,
             max_seconds=args.max_seconds,

@@ -5,6 +5,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../cpu/parallel.h"
+#include "../cpu/probe.h"
 #include "../cpu/scratch.h"
 #include "cpu_ops.h"
 #include "cuda.h"
@@ -78,6 +79,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "multiplies_bfloat16", multiplies_bfloat16,
       "Whether the processor multiplies bfloat16, by instructions not wider than those in force.");
+  m.def("bfloat16_rate", qkern::cpu::bfloat16_rate,
+        "Rate of bfloat16 dot products over float32's, as the first call measured it; 0 where the "
+        "choice of an instruction set did not depend on it.");
+  m.def("bfloat16_pays", qkern::cpu::bfloat16_pays, "Whether that rate selects avx512bf16.");
   m.def("set_isa", set_isa, "Force an instruction set in the process; '' ends that.");
   m.attr("isa_variable") = py::handle(isa_variable);
   m.def("build_info", build_info);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "probe.h"
 #include "thread_isa.h"
 
 #if defined(QKERN_HAVE_AVX2)
@@ -32,17 +33,23 @@ bool has_avx512_bf16() {
 }
 #endif
 
+#if defined(QKERN_HAVE_AVX512BF16) || defined(QKERN_HAVE_AMX)
+// AVX512-BF16, VBMI and VNNI: what the kernels on pairs of bfloat16 use.
+bool has_bfloat16_pairs() {
+  return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 #if defined(QKERN_HAVE_AMX)
-// Tiles, their bfloat16 product, AVX512-VBMI, VNNI and AVX512-BF16, and the kernel's leave to use
-// the tiles, which Linux gives a process on request.
+// Tiles, their bfloat16 product, those same instructions, and the kernel's leave to use the tiles,
+// which Linux gives a process on request.
 bool amx_usable() {
 #if defined(__linux__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kTileAndBf16 = 1u << 24 | 1u << 22;
-  constexpr unsigned kVbmiAndVnni = 1u << 1 | 1u << 11;
-  if ((edx & kTileAndBf16) != kTileAndBf16 || (ecx & kVbmiAndVnni) != kVbmiAndVnni) return false;
-  if (!has_avx512_bf16()) return false;
+  if ((edx & kTileAndBf16) != kTileAndBf16 || !has_bfloat16_pairs()) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -51,6 +58,8 @@ bool amx_usable() {
 #endif
 }
 #endif
+
+std::atomic<double> probed_rate{0.0};
 
 int available_tables(const KernelTable** tables) {
   int count = 0;
@@ -68,6 +77,11 @@ int available_tables(const KernelTable** tables) {
 #if defined(QKERN_HAVE_AVX512VNNI)
     if (__builtin_cpu_supports("avx512vnni")) tables[count++] = &kernels_avx512vnni();
 #endif
+#if defined(QKERN_HAVE_AVX512BF16)
+    // Asked once; see multiplies_bfloat16.
+    static const bool has_pairs = has_bfloat16_pairs();
+    if (has_pairs) tables[count++] = &kernels_avx512bf16();
+#endif
 #if defined(QKERN_HAVE_AMX)
     static const bool has_amx = amx_usable();
     if (has_amx) tables[count++] = &kernels_amx();
@@ -83,7 +97,6 @@ int available_tables(const KernelTable** tables) {
 const KernelTable* find(const char* name) {
   const KernelTable* tables[kMaxIsas];
   const int count = available_tables(tables);
-  if (name == nullptr || *name == '\0') return tables[count - 1];
   for (int i = 0; i < count; ++i) {
     if (std::strcmp(tables[i]->name, name) == 0) return tables[i];
   }
@@ -95,8 +108,27 @@ const char* isa_from_environment() {
   return name;
 }
 
+// The widest instruction set, but for bfloat16 products that are slower than float32's.
+const KernelTable* best_table() {
+  const KernelTable* tables[kMaxIsas];
+  const int count = available_tables(tables);
+#if defined(QKERN_HAVE_AVX512BF16)
+  // By its name: where the processor lacks them, none of that file's functions may run.
+  if (std::strcmp(tables[count - 1]->name, "avx512bf16") == 0) {
+    const double rate = measure_bfloat16_rate(probe_strips());
+    probed_rate.store(rate, std::memory_order_relaxed);
+    return tables[bfloat16_pays(rate) ? count - 1 : count - 2];
+  }
+#endif
+  return tables[count - 1];
+}
+
+// Chosen once in a process, so that equal calls have equal bits.
 const KernelTable* default_table() {
-  static const KernelTable* const table = find(isa_from_environment());
+  static const KernelTable* const table = [] {
+    const char* name = isa_from_environment();
+    return name == nullptr || *name == '\0' ? best_table() : find(name);
+  }();
   return table;
 }
 
@@ -145,11 +177,14 @@ bool multiplies_bfloat16() {
   if (!isa_is_chosen()) return has_bf16;
   // By its name: the tables of wider instruction sets are built with those instructions.
   const KernelTable* const active = active_kernels();
-  return active != nullptr && std::strcmp(active->name, "amx") == 0;
+  return active != nullptr &&
+         (std::strcmp(active->name, "avx512bf16") == 0 || std::strcmp(active->name, "amx") == 0);
 #else
   return true;
 #endif
 }
+
+double bfloat16_rate() { return probed_rate.load(std::memory_order_relaxed); }
 
 Status set_isa(const char* name) {
   if (*name == '\0') {

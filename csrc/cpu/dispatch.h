@@ -19,4 +19,8 @@ Status set_isa(const char* name);
 // wider ones. Without x86's cpuid there is no answer, and it is taken to have them.
 bool multiplies_bfloat16();
 
+// What the probe measured (see probe.h), or 0 before it was asked or where nothing asks it: where
+// an instruction set is chosen, and where avx512bf16 is not the widest.
+double bfloat16_rate();
+
 }  // namespace qkern::cpu

@@ -102,11 +102,12 @@ const KernelTable& kernels_scalar();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
 const KernelTable& kernels_avx512vnni();
+const KernelTable& kernels_avx512bf16();
 const KernelTable& kernels_amx();
 const KernelTable& kernels_neon();
 
-// The table in force: the best that the processor runs, or what QKERN_CPU_ISA, set_isa or a
-// ThreadIsa names.
+// The table in force: the best that the processor runs (of bfloat16 products a probe decides, at
+// the first call), or what QKERN_CPU_ISA, set_isa or a ThreadIsa names.
 // nullptr where that name is unknown or the processor lacks it.
 const KernelTable* active_kernels();
 

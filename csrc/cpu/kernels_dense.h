@@ -71,9 +71,9 @@ class DenseTask {
         sums_(strip_ + plan.strip_floats()) {
     constexpr int kRows = DensePlan::kStripRows, kStride = FloatEngine::kRowStride;
     if (plan.width == kLanes) {
-      NarrowTable<kRows, kStride>::fill(multiply_);
+      fill_narrow<kRows, kStride>(multiply_);
     } else {
-      MultiplyTable<kRows, kStride>::fill(multiply_);
+      fill_multiply<kRows, kStride, FloatStep>(multiply_);
     }
   }
 
@@ -107,7 +107,7 @@ class DenseTask {
  private:
   const MatmulIntoArgs& args_;
   const DensePlan& plan_;
-  MultiplyFn multiply_[DensePlan::kStripRows + 1] = {};
+  MultiplyFn<float> multiply_[DensePlan::kStripRows + 1] = {};
   float* panels_;  // [tile_cols / width][slice][width]
   float* strip_;   // [kStripRows][FloatEngine::kRowStride]
   float* sums_;    // [tile_cols / width][tile_rows][width]

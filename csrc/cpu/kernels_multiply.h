@@ -1,4 +1,4 @@
-// The inner loops of the tiled matmuls in float32.
+// The inner loops of the tiled matmuls.
 #pragma once
 
 #include <cstdint>
@@ -9,35 +9,54 @@
 namespace qkern::cpu {
 namespace {
 
+// One step in float32: an element of x by the weights of kTileCols columns.
+struct FloatStep {
+  using Element = float;
+  using Weights = Simd::F;
+  static constexpr int kSteps = 1;
+
+  static Weights load(const float* panel) { return Simd::loadu(panel); }
+  static Weights broadcast(const float* a) { return Simd::set1(*a); }
+  static Simd::F multiply_add(Weights x, Weights w, Simd::F sum) { return Simd::fma(x, w, sum); }
+};
+
+// Sums of kRows rows of a tile. A structure, because an array that loops index is kept in memory.
+template <int kRows, int kRowStride, typename Step>
+struct BroadcastTile {
+  Simd::F low = Simd::zero(), high = Simd::zero();
+  BroadcastTile<kRows - 1, kRowStride, Step> below;
+
+  // a[row][step] times the weights of that step.
+  __attribute__((always_inline)) void add(const typename Step::Element* a,
+                                          typename Step::Weights w0, typename Step::Weights w1) {
+    const typename Step::Weights x = Step::broadcast(a);
+    low = Step::multiply_add(x, w0, low);
+    high = Step::multiply_add(x, w1, high);
+    below.add(a + kRowStride, w0, w1);
+  }
+  __attribute__((always_inline)) void store(float* c, bool accumulate) const {
+    Simd::storeu(c, accumulate ? Simd::add(Simd::loadu(c), low) : low);
+    Simd::storeu(c + kLanes, accumulate ? Simd::add(Simd::loadu(c + kLanes), high) : high);
+    below.store(c + kTileCols, accumulate);
+  }
+};
+template <int kRowStride, typename Step>
+struct BroadcastTile<0, kRowStride, Step> {
+  void add(const typename Step::Element*, typename Step::Weights, typename Step::Weights) {}
+  void store(float*, bool) const {}
+};
+
 // c[kRows][kTileCols] = or += a[kRows][depth] * panel[depth][kTileCols]. Sums start anew in each
 // panel: short chains of additions lose less than one chain over the whole contraction.
-template <int kRows, int kRowStride>
-void multiply_tile(const float* a, const float* panel, std::int64_t depth, float* c,
-                   bool accumulate) {
-  Simd::F sum[kRows][2];
-  for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = Simd::zero();
-    sum[i][1] = Simd::zero();
+template <int kRows, int kRowStride, typename Step>
+void multiply_tile(const typename Step::Element* a, const typename Step::Element* panel,
+                   std::int64_t depth, float* c, bool accumulate) {
+  BroadcastTile<kRows, kRowStride, Step> tile;
+  for (std::int64_t k = 0; k < depth; k += Step::kSteps) {
+    const typename Step::Element* w = panel + k * kTileCols;
+    tile.add(a + k, Step::load(w), Step::load(w + Step::kSteps * kLanes));
   }
-  for (std::int64_t k = 0; k < depth; ++k) {
-    const Simd::F w0 = Simd::loadu(panel + k * kTileCols);
-    const Simd::F w1 = Simd::loadu(panel + k * kTileCols + kLanes);
-    for (int i = 0; i < kRows; ++i) {
-      const Simd::F x = Simd::set1(a[i * kRowStride + k]);
-      sum[i][0] = Simd::fma(x, w0, sum[i][0]);
-      sum[i][1] = Simd::fma(x, w1, sum[i][1]);
-    }
-  }
-  if (accumulate) {
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = Simd::add(Simd::loadu(c + i * kTileCols), sum[i][0]);
-      sum[i][1] = Simd::add(Simd::loadu(c + i * kTileCols + kLanes), sum[i][1]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    Simd::storeu(c + i * kTileCols, sum[i][0]);
-    Simd::storeu(c + i * kTileCols + kLanes, sum[i][1]);
-  }
+  tile.store(c, accumulate);
 }
 
 // multiply_tile for a panel and a tile that are one register wide.
@@ -58,8 +77,7 @@ void multiply_narrow_tile(const float* a, const float* panel, std::int64_t depth
   }
 }
 
-// Sums of kRows rows of a tile, for instruction sets that take x by lane. A structure, because an
-// array that loops index is kept in memory.
+// As BroadcastTile, for instruction sets that take x by lane.
 template <int kRows, int kRowStride, typename S>
 struct LaneTile {
   using F = typename S::F;
@@ -110,35 +128,25 @@ void multiply_lane_tile(const float* a, const float* panel, std::int64_t depth, 
   tile.store(c, accumulate);
 }
 
-using MultiplyFn = void (*)(const float*, const float*, std::int64_t, float*, bool);
+template <typename Element>
+using MultiplyFn = void (*)(const Element*, const Element*, std::int64_t, float*, bool);
 
-template <int kRows, int kRowStride, typename S = Simd>
-struct MultiplyTable {
-  static void fill(MultiplyFn* table) {
-    if constexpr (S::kTileSteps > 1) {
-      table[kRows] = multiply_lane_tile<kRows, kRowStride, S>;
-    } else {
-      table[kRows] = multiply_tile<kRows, kRowStride>;
-    }
-    MultiplyTable<kRows - 1, kRowStride, S>::fill(table);
+// Fills table[1] to table[kRows].
+template <int kRows, int kRowStride, typename Step, typename S = Simd>
+void fill_multiply(MultiplyFn<typename Step::Element>* table) {
+  if constexpr (S::kTileSteps > 1) {
+    table[kRows] = multiply_lane_tile<kRows, kRowStride, S>;
+  } else {
+    table[kRows] = multiply_tile<kRows, kRowStride, Step>;
   }
-};
-template <int kRowStride, typename S>
-struct MultiplyTable<0, kRowStride, S> {
-  static void fill(MultiplyFn*) {}
-};
+  if constexpr (kRows > 1) fill_multiply<kRows - 1, kRowStride, Step, S>(table);
+}
 
 template <int kRows, int kRowStride>
-struct NarrowTable {
-  static void fill(MultiplyFn* table) {
-    table[kRows] = multiply_narrow_tile<kRows, kRowStride>;
-    NarrowTable<kRows - 1, kRowStride>::fill(table);
-  }
-};
-template <int kRowStride>
-struct NarrowTable<0, kRowStride> {
-  static void fill(MultiplyFn*) {}
-};
+void fill_narrow(MultiplyFn<float>* table) {
+  table[kRows] = multiply_narrow_tile<kRows, kRowStride>;
+  if constexpr (kRows > 1) fill_narrow<kRows - 1, kRowStride>(table);
+}
 
 }  // namespace
 }  // namespace qkern::cpu

@@ -77,6 +77,7 @@ void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int6
   const std::int64_t row_blocks = weight.cols / weight.block_size;
   const std::int64_t block0 = k0 / weight.block_size;
   const std::int64_t blocks = ceil_div(k0 + depth, weight.block_size) - block0;
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(weight.block_size));
   for (int half = 0; half < 2; ++half) {
     const std::uint8_t* words[kLanes];
     float scales[kMaxBlocks * kLanes];
@@ -102,8 +103,9 @@ void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int6
       const int count = left < kLanes ? static_cast<int>(left) : kLanes;
       for (int w = 0; w < count; ++w) {
         const std::int64_t step = k + w * kWordCodes;
-        const Simd::F scale =
-            Simd::loadu(scales + ((k0 + step) / weight.block_size - block0) * kLanes);
+        // Not by a division, which takes as long as the look-ups of some processors' wide
+        // registers.
+        const Simd::F scale = Simd::loadu(scales + (((k0 + step) >> shift) - block0) * kLanes);
         Simd::F value[kWordCodes];
         expose_all(lut, chunk[w], value);
         // Element 2j is the high nibble of byte j, element 2j + 1 the low one.

@@ -46,9 +46,9 @@ struct FloatEngine {
   // A stride of a power of two would send the rows of x to the same cache sets.
   static constexpr int kRowStride = kDepth + 16;
 
-  MultiplyFn multiply[kStripRows + 1] = {};
+  MultiplyFn<float> multiply[kStripRows + 1] = {};
 
-  FloatEngine() { MultiplyTable<kStripRows, kRowStride>::fill(multiply); }
+  FloatEngine() { fill_multiply<kStripRows, kRowStride, FloatStep>(multiply); }
 
   static constexpr std::int64_t row_stride(std::int64_t) { return kRowStride; }
   template <typename T>

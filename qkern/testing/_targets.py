@@ -11,7 +11,11 @@ from qkern import backends
 from qkern.backends import Backend
 
 _IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-ISAS = ("scalar", "neon") if _IS_ARM else ("scalar", "avx2", "avx512", "avx512vnni", "amx")
+ISAS = (
+    ("scalar", "neon")
+    if _IS_ARM
+    else ("scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+)
 """Instruction sets of the native CPU backend on this kind of processor, slowest first.
 
 A build or a CPU may lack some.

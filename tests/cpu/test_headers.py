@@ -19,12 +19,15 @@ CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 NEON_COMPILER = "aarch64-linux-gnu-g++" if X86 else os.environ.get("CXX", "g++")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+BFLOAT16 = (*AVX512, "-mavx512vbmi", "-mavx512bf16")
 FLAGS = {
     "simd_x86.h": ("-mavx2",),
     "simd_avx2.h": ("-mavx2", "-mfma", "-mf16c"),
     "simd_avx512.h": AVX512,
     "kernels_dot.h": (*AVX512, "-mavx512vnni"),
-    "kernels_amx.h": (*AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "kernels_pairs.h": BFLOAT16,
+    "kernels_bf16.h": BFLOAT16,
+    "kernels_amx.h": (*BFLOAT16, "-mamx-tile", "-mamx-bf16"),
 }
 HEADERS = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
 

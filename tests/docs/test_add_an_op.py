@@ -72,7 +72,8 @@ for case in spec.cases:
 """
 
 ONE_ISA = " ".join(
-    f"-DQKERN_COMPILER_TAKES_{isa}=OFF" for isa in ("AVX2", "AVX512", "AVX512VNNI", "AMX")
+    f"-DQKERN_COMPILER_TAKES_{isa}=OFF"
+    for isa in ("AVX2", "AVX512", "AVX512VNNI", "AVX512BF16", "AMX")
 )
 """CMake's answers to what it would ask the compiler: scalar kernels alone, which build fast."""
 

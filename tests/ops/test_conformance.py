@@ -70,6 +70,8 @@ def test_scalar_and_the_best_instruction_set_run() -> None:
             assert "avx2" in available
         if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
             assert "avx512" in available
+        if {"avx512f", "avx512_bf16", "avx512vbmi", "avx512_vnni"} <= flags:
+            assert "avx512bf16" in available
     if platform.machine() in ("aarch64", "arm64"):
         assert "neon" in available
 

@@ -1,13 +1,13 @@
-// Runs the CPU kernels of csrc/cpu for another process: an AArch64 program that an emulator runs.
-// backend.py holds the other end of stdin and stdout.
+// Runs the CPU kernels of csrc/cpu for another process, which has the other end of stdin and stdout
+// (backend.py). The instruction set is one that an emulator runs, or that plain C++ stands for.
 //
 // A request is one line and the bytes of its buffers:
 //     op side flush argument...
 // An argument is `=<number>`, or a buffer of so many bytes, `<number` that the op reads, `>number`
 // that it writes or `+number` that it changes. side (`after`, `before`) says at which end of each
 // buffer the unmapped page lies; the other end has kFill up to the next page. flush (0, 1): whether
-// the caller's FPCR flushes subnormals to zero. The answer is a line, `ok` or what went wrong, and
-// after `ok` the bytes that the op wrote.
+// the caller's floating-point mode flushes subnormals to zero. The answer is a line, `ok` or what
+// went wrong, and after `ok` the bytes that the op wrote.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -19,6 +19,10 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#if !defined(__aarch64__)
+#include <immintrin.h>
+#endif
 
 #include "cpu_ops.h"
 #include "dispatch.h"
@@ -90,12 +94,20 @@ const Op& find_op(const std::string& name) {
   stop("no op " + name);
 }
 
-std::uint64_t get_fpcr() {
+// The floating-point mode: FPCR, or what of MXCSR is not a record of exceptions.
+#if defined(__aarch64__)
+constexpr std::uint64_t kFlush = 1u << 24;
+std::uint64_t get_mode() {
   std::uint64_t value;
   asm volatile("mrs %0, fpcr" : "=r"(value));
   return value;
 }
-void set_fpcr(std::uint64_t value) { asm volatile("msr fpcr, %0" ::"r"(value)); }
+void set_mode(std::uint64_t value) { asm volatile("msr fpcr, %0" ::"r"(value)); }
+#else
+constexpr std::uint64_t kFlush = 1u << 15 | 1u << 6;  // results to zero, and inputs
+std::uint64_t get_mode() { return _mm_getcsr() & 0xffc0u; }
+void set_mode(std::uint64_t value) { _mm_setcsr(static_cast<unsigned>(value)); }
+#endif
 
 void read_exactly(unsigned char* to, std::size_t bytes) {
   if (bytes > 0 && std::fread(to, 1, bytes, stdin) != bytes) stop("a request breaks off");
@@ -135,15 +147,14 @@ std::string perform(Request& request) {
     before.emplace_back(reinterpret_cast<const char*>(input.data()), input.bytes());
   }
   qkern::binding::Arguments arguments(request.values);
-  const std::uint64_t own_fpcr = get_fpcr();
-  constexpr std::uint64_t kFlushToZero = 1u << 24;
-  const std::uint64_t callers_fpcr = request.flush ? own_fpcr | kFlushToZero : own_fpcr;
-  set_fpcr(callers_fpcr);
+  const std::uint64_t own_mode = get_mode();
+  const std::uint64_t callers_mode = request.flush ? own_mode | kFlush : own_mode;
+  set_mode(callers_mode);
   const Status status = request.op->run(arguments);
-  const std::uint64_t left_fpcr = get_fpcr();
-  set_fpcr(own_fpcr);
+  const std::uint64_t left_mode = get_mode();
+  set_mode(own_mode);
   if (!status.ok()) return status.message;
-  if (left_fpcr != callers_fpcr) return "the kernel changed FPCR";
+  if (left_mode != callers_mode) return "the kernel changed the floating-point mode";
   for (std::size_t i = 0; i < before.size(); ++i) {
     const Buffer& input = request.inputs[i];
     if (std::memcmp(before[i].data(), input.data(), input.bytes()) != 0) {
@@ -166,7 +177,7 @@ int main() {
   const int count = qkern::cpu::available_isas(names);
   std::printf("%s:", kernels == nullptr ? "none" : kernels->name);
   for (int i = 0; i < count; ++i) std::printf(" %s", names[i]);
-  std::printf("\n");
+  std::printf(" %.3f\n", qkern::cpu::bfloat16_rate());
   std::fflush(stdout);
   char line[8192];
   while (std::fgets(line, sizeof(line), stdin) != nullptr) {

@@ -1,4 +1,4 @@
-"""The backend ``neon_emulated``: qkern's CPU kernels as AArch64 runs them, behind a server."""
+"""Backends of qkern's CPU kernels as another processor runs them, behind a server."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from qkern.backends import CpuBackend
 from qkern.testing import Target
 
 from . import build
+from .build import Flavour
 
-NAME = "neon_emulated"
-ISAS = ("scalar", "neon")
 _ITEM_SIZE = (4, 2, 2)  # of the kernels' dtype numbers
 _NONE = -(1 << 63)  # kNone of csrc/binding/arguments.h
 
@@ -53,14 +52,15 @@ def _changed(address: int | None, nbytes: int) -> _Buffer | int:
 class Server:
     """A running server with the kernels of one instruction set."""
 
-    def __init__(self, program: Path, isa: str) -> None:
+    def __init__(self, flavour: Flavour, program: Path, isa: str) -> None:
         self._process = subprocess.Popen(
-            build.command(program),
+            build.command(flavour, program),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"QKERN_CPU_ISA": isa},
         )
-        self.active, *self.available = self._line().replace(":", "").split()
+        self.active, *self.available, rate = self._line().replace(":", "").split()
+        self.bfloat16_rate = float(rate)
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -268,12 +268,12 @@ _servers: dict[tuple[Path, str], Server] = {}
 _build = functools.cache(build.build)
 
 
-def server(isa: str, program: Path | None = None) -> Server:
+def server(flavour: Flavour, isa: str, program: Path | None = None) -> Server:
     """The running server of an instruction set, built and started where it is not."""
-    program = program or _build()
+    program = program or _build(flavour)
     key = (program, isa)
     if key not in _servers:
-        _servers[key] = Server(program, isa)
+        _servers[key] = Server(flavour, program, isa)
     return _servers[key]
 
 
@@ -284,28 +284,35 @@ def close(isa: str | None = None) -> None:
 
 
 class EmulatedTarget(Target):
-    """A target of the conformance table: the kernels of one instruction set under the emulator.
+    """A target of the conformance table: the kernels of one instruction set, behind a server.
 
-    `side` is where the unmapped page lies at each buffer; `flush` sets FPCR to flush subnormals to
+    `side` is where the unmapped page lies at each buffer; with `flush`, subnormals are flushed to
     zero around each call.
     """
 
-    __slots__ = ("flush", "program", "side")
+    __slots__ = ("flavour", "flush", "program", "side")
 
     def __init__(
-        self, isa: str, side: str = "after", flush: bool = False, program: Path | None = None
+        self,
+        flavour: Flavour,
+        isa: str,
+        side: str = "after",
+        flush: bool = False,
+        program: Path | None = None,
     ) -> None:
-        super().__init__(NAME, isa, reason=build.missing())
+        super().__init__(flavour.name, isa, reason=flavour.missing())
+        object.__setattr__(self, "flavour", flavour)
         object.__setattr__(self, "side", side)
         object.__setattr__(self, "flush", flush)
         object.__setattr__(self, "program", program)
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
-        """Run every qkern op inside the context under the emulator."""
+        """Run every qkern op inside the context on the server."""
         assert self.isa is not None
-        library = Library(server(self.isa, self.program), self.side, self.flush)
-        with backends.use(CpuBackend(NAME, library)):
+        there = server(self.flavour, self.isa, self.program)
+        library = Library(there, self.side, self.flush)
+        with backends.use(CpuBackend(self.flavour.name, library)):
             try:
                 yield
             except ServerError:

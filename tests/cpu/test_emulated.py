@@ -1,28 +1,40 @@
-"""The AArch64 kernels, NEON and plain, under an emulator: correctness only, nothing is timed.
+"""The kernels of other processors: correctness only, nothing is timed.
 
-The server of `lab.neon` runs the sources of csrc/cpu, every buffer against an unmapped page.
-All of it is slow: the server alone takes a minute to build.
+AArch64's run under an emulator, AVX-512's and AMX's with intrinsics in plain C++. The server of
+`lab.emulated_cpu` runs the sources of csrc/cpu, every buffer against an unmapped page. All of it is
+slow: a server alone takes a minute or two to build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from lab.neon import backend, build
+from lab.emulated_cpu import backend
+from lab.emulated_cpu.build import AVX512, NEON, SANITIZED, Flavour
 from qkern import testing
 from qkern.testing import DTYPES, OPS, Case, Inputs, OpSpec, Target
 from tests.ops import test_bitexact, test_conformance
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(build.missing() is not None, reason=str(build.missing())),
-]
+pytestmark = pytest.mark.slow
 
+
+def parameter(flavour: Flavour, isa: str, *more: object) -> Any:
+    """One instruction set of a flavour, and more; skipped where the machine lacks what it takes."""
+    lacking = flavour.missing()
+    marks = pytest.mark.skipif(lacking is not None, reason=str(lacking))
+    name = "-".join(str(part) for part in (isa if flavour != NEON else f"aarch64.{isa}", *more))
+    return pytest.param((flavour, isa, *more), id=name, marks=marks)
+
+
+TARGETS = [
+    *((NEON, isa) for isa in NEON.isas),
+    *((AVX512, isa) for isa in AVX512.isas if isa != "scalar"),
+]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
-isas = pytest.mark.parametrize("isa_name", backend.ISAS)
 CPU = torch.device("cpu")
 
 PARTS = 8  # of the table: a part is a test, so that several workers share the table
@@ -34,10 +46,10 @@ def _servers() -> Iterator[None]:
     backend.close()
 
 
-@pytest.fixture(params=backend.ISAS)
-def emulated(request: pytest.FixtureRequest) -> Target:
+@pytest.fixture(params=[parameter(*target) for target in TARGETS])
+def emulated(request: pytest.FixtureRequest) -> backend.EmulatedTarget:
     """A target for each instruction set."""
-    return backend.EmulatedTarget(request.param)
+    return backend.EmulatedTarget(*request.param)
 
 
 def check_all(target: Target, part: int) -> None:
@@ -47,23 +59,34 @@ def check_all(target: Target, part: int) -> None:
             testing.check(spec, case, target)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("side", ["after", "before"])
-def test_table_on_neon(side: str, part: int) -> None:
-    check_all(backend.EmulatedTarget("neon", side), part)
+SIDES = [
+    *(
+        parameter(*target, side)
+        for target in TARGETS
+        for side in ("after", "before")
+        if target != (NEON, "scalar") or side == "after"
+    ),
+    *(parameter(SANITIZED, isa, "after", "sanitized") for isa in ("avx512bf16", "amx")),
+]
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_table_on_scalar(part: int) -> None:
-    check_all(backend.EmulatedTarget("scalar"), part)
+@pytest.mark.parametrize("where", SIDES)
+def test_table(where: tuple[Any, ...], part: int) -> None:
+    check_all(backend.EmulatedTarget(*where[:3]), part)
 
 
-def test_neon_is_there_and_the_best() -> None:
-    assert backend.server("").available == ["scalar", "neon"]
-    assert backend.server("").active == "neon"
-    for isa in backend.ISAS:
-        assert backend.server(isa).active == isa
-    assert backend.server("avx2").active == "none"
+@pytest.mark.parametrize("flavour", [parameter(NEON, "neon"), parameter(AVX512, "amx")])
+def test_all_are_there_and_the_widest_is_chosen(flavour: tuple[Flavour, str]) -> None:
+    there, best = flavour
+    available = backend.server(there, "").available
+    assert [isa for isa in available if isa in there.isas][-len(there.isas) + 1 :] == list(
+        there.isas[1:]
+    )
+    assert backend.server(there, "").active == best
+    for isa in there.isas:
+        assert backend.server(there, isa).active == isa
+    assert backend.server(there, "no such").active == "none"
 
 
 SPECS = pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
@@ -71,7 +94,7 @@ SPECS = pytest.mark.parametrize("spec", OPS.values(), ids=list(OPS))
 
 @SPECS
 def test_every_op_runs_under_the_emulator(
-    spec: OpSpec, emulated: Target, monkeypatch: pytest.MonkeyPatch
+    spec: OpSpec, emulated: backend.EmulatedTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None of this process's own kernels may answer in its place."""
     seen = []
@@ -93,20 +116,24 @@ MATMULS = pytest.mark.parametrize(
 
 
 @dtypes
-def test_dequantize_into_out(emulated: Target, dtype: torch.dtype) -> None:
+def test_dequantize_into_out(emulated: backend.EmulatedTarget, dtype: torch.dtype) -> None:
     for layout in ("contiguous", "offset"):
         for double_quant in (False, True):
             test_conformance.test_dequantize_into_out(emulated, dtype, layout, double_quant, CPU)
 
 
 @SPECS
-def test_any_thread_count_gives_the_same_bits(spec: OpSpec, emulated: Target) -> None:
+def test_any_thread_count_gives_the_same_bits(
+    spec: OpSpec, emulated: backend.EmulatedTarget
+) -> None:
     test_conformance.test_any_thread_count_gives_the_same_bits(spec, emulated, torch.float32, CPU)
 
 
 @dtypes
 @MATMULS
-def test_batch_invariant(spec: OpSpec, emulated: Target, dtype: torch.dtype) -> None:
+def test_batch_invariant(
+    spec: OpSpec, emulated: backend.EmulatedTarget, dtype: torch.dtype
+) -> None:
     for shape in ((37, 130), (128, 512)):
         test_conformance.test_batch_invariant(spec, emulated, dtype, shape, CPU)
 
@@ -114,26 +141,28 @@ def test_batch_invariant(spec: OpSpec, emulated: Target, dtype: torch.dtype) -> 
 @dtypes
 @MATMULS
 def test_nonfinite_activations_stay_in_their_row(
-    spec: OpSpec, emulated: Target, dtype: torch.dtype
+    spec: OpSpec, emulated: backend.EmulatedTarget, dtype: torch.dtype
 ) -> None:
     test_conformance.test_nonfinite_activations_stay_in_their_row(spec, emulated, dtype, CPU)
 
 
 @MATMULS
-def test_float16_overflow_is_infinite_not_wrapped(spec: OpSpec, emulated: Target) -> None:
+def test_float16_overflow_is_infinite_not_wrapped(
+    spec: OpSpec, emulated: backend.EmulatedTarget
+) -> None:
     test_conformance.test_float16_overflow_is_infinite_not_wrapped(spec, emulated, CPU)
 
 
-def test_a_huge_scale_and_gradient_spread_no_nan(emulated: Target) -> None:
+def test_a_huge_scale_and_gradient_spread_no_nan(emulated: backend.EmulatedTarget) -> None:
     test_conformance.test_a_huge_scale_and_gradient_spread_no_nan(emulated, CPU)
 
 
-def test_unchecked_nan_block_has_the_canonical_nan(emulated: Target) -> None:
+def test_unchecked_nan_block_has_the_canonical_nan(emulated: backend.EmulatedTarget) -> None:
     test_conformance.test_unchecked_nan_block_has_the_canonical_nan(emulated, CPU)
 
 
 @dtypes
-def test_every_nan_stays_nan(emulated: Target, dtype: torch.dtype) -> None:
+def test_every_nan_stays_nan(emulated: backend.EmulatedTarget, dtype: torch.dtype) -> None:
     test_conformance.test_every_nan_stays_nan(emulated, dtype, CPU)
 
 
@@ -142,39 +171,37 @@ def test_every_nan_stays_nan(emulated: Target, dtype: torch.dtype) -> None:
     test_conformance.SUBNORMAL_CASES,
     ids=[f"{s.name}-{shape[0]}" for s, shape in test_conformance.SUBNORMAL_CASES],
 )
-@isas
 def test_flushing_subnormals_to_zero_changes_no_bits(
-    spec: OpSpec, shape: tuple[int, ...], isa_name: str
+    spec: OpSpec, shape: tuple[int, ...], emulated: backend.EmulatedTarget
 ) -> None:
-    """FPCR.FZ as `torch.set_flush_denormal` sets it; the server sees that it is put back."""
+    """The mode that `torch.set_flush_denormal` sets; the server sees that it is put back."""
     inputs = test_conformance.inputs_of(spec, Case(shape, values="special"), CPU)
     if spec in test_conformance.MATMULS:
         main = spec.main
         inputs[main] = torch.randn_like(inputs[main]) * 1e-39
     torch.set_num_threads(2)
-    expected = test_conformance.run(spec, inputs, backend.EmulatedTarget(isa_name))
+    expected = test_conformance.run(spec, inputs, emulated)
     assert all((result != 0).any() for result in expected if result.numel() > 1000)
-    flushed = test_conformance.run(spec, inputs, backend.EmulatedTarget(isa_name, flush=True))
+    flushing = backend.EmulatedTarget(emulated.flavour, str(emulated.isa), flush=True)
+    flushed = test_conformance.run(spec, inputs, flushing)
     for actual, wanted in zip(flushed, expected, strict=True):
         testing.assert_bitwise(actual, wanted)
 
 
 @pytest.fixture
-def bits_on_aarch64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`test_bitexact`'s comparison runs on both instruction sets here."""
+def bits_elsewhere(monkeypatch: pytest.MonkeyPatch, emulated: backend.EmulatedTarget) -> None:
+    """`test_bitexact`'s comparison runs on each instruction set here."""
 
     def compare(op: str, inputs: Inputs) -> None:
         expected = OPS[op].reference(inputs)
-        for isa in backend.ISAS:
-            target = backend.EmulatedTarget(isa)
-            actual = test_conformance.run(OPS[op], inputs, target)
-            for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-                testing.assert_bitwise(a, e, f"{op} result {index} on {target}")
+        actual = test_conformance.run(OPS[op], inputs, emulated)
+        for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            testing.assert_bitwise(a, e, f"{op} result {index} on {emulated}")
 
     monkeypatch.setattr(test_bitexact, "compare_everywhere", compare)
 
 
-@pytest.mark.usefixtures("bits_on_aarch64")
+@pytest.mark.usefixtures("bits_elsewhere")
 @pytest.mark.parametrize("table", ["nf4", "fp4", *testing.CODEBOOKS])
 @dtypes
 def test_codes_and_values_bit_for_bit(dtype: torch.dtype, table: str) -> None:
@@ -183,37 +210,38 @@ def test_codes_and_values_bit_for_bit(dtype: torch.dtype, table: str) -> None:
     test_bitexact.test_dequantize_4bit(dtype, table)
 
 
-@pytest.mark.usefixtures("bits_on_aarch64")
+@pytest.mark.usefixtures("bits_elsewhere")
 @pytest.mark.parametrize("table", ["nf4", "fp4", "unsorted"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=testing.DTYPE_NAMES.get)
 def test_every_16_bit_pattern(dtype: torch.dtype, table: str) -> None:
     test_bitexact.test_quantize_4bit_of_every_16_bit_pattern(dtype, table)
 
 
-@pytest.mark.usefixtures("bits_on_aarch64")
+@pytest.mark.usefixtures("bits_elsewhere")
 @dtypes
 def test_ties_of_the_output_round_to_even(dtype: torch.dtype) -> None:
     test_bitexact.test_dequantize_rounds_ties_to_even(dtype)
 
 
-@pytest.mark.usefixtures("bits_on_aarch64")
+@pytest.mark.usefixtures("bits_elsewhere")
 @pytest.mark.parametrize("map_name", ["signed", "unsigned"])
 @dtypes
 def test_8bit_bit_for_bit(dtype: torch.dtype, map_name: str) -> None:
     test_bitexact.test_8bit(dtype, map_name)
 
 
-@pytest.mark.usefixtures("bits_on_aarch64")
+@pytest.mark.usefixtures("bits_elsewhere")
 def test_double_quantisation_bit_for_bit() -> None:
     test_bitexact.test_quantize_absmax()
     test_bitexact.test_the_mean_of_absmax_is_rounded_once()
 
 
-def test_the_server_notices_what_a_kernel_must_not_do() -> None:
+def test_the_server_notices_what_a_kernel_must_not_do(emulated: backend.EmulatedTarget) -> None:
     """A buffer one element short ends in the unmapped page beside it."""
+    flavour, isa = emulated.flavour, str(emulated.isa)
     x = torch.randn(4096)
     packed, absmax = torch.empty(2048, dtype=torch.uint8), torch.empty(64)
-    server = backend.server("neon")
+    server = backend.server(flavour, isa)
     sizes = {"x": 4 * 4096, "packed": 2048, "absmax": 4 * 64}
     for short in sizes:
         cut = {name: size - 4 * (name == short) for name, size in sizes.items()}
@@ -224,5 +252,5 @@ def test_the_server_notices_what_a_kernel_must_not_do() -> None:
         ]
         with pytest.raises(backend.ServerError, match="ended with status"):
             server.call("quantize_4bit", "after", False, *arguments)
-        backend.close("neon")
-        server = backend.server("neon")
+        backend.close(isa)
+        server = backend.server(flavour, isa)
