@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="FILES",
         help="measure nothing: merge these comma-separated JSON files of one machine, draw them "
-        "into --plot, and print the overview as a table",
+        "into --plot, and print the overview and the ratios",
     )
     add("--memory-of", help=argparse.SUPPRESS)  # the subprocess that measures peak memory
     args = parser.parse_args(argv)

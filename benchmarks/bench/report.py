@@ -93,8 +93,12 @@ HEADER = ("op", "shape", "M", "dtype", "who", "ms", "p20", "p80", "rate", "of li
 
 def table(rows: Iterable[Record]) -> str:
     """Markdown, aligned; what qkern's candidates are to themselves is left out."""
-    cells = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
+    return aligned([HEADER, *(_cells(row) for row in rows)])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A table in markdown, the first of `cells` being its header."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
         for row in cells
@@ -143,8 +147,12 @@ def content(
     settings: dict[str, Any],
     rows: Sequence[Record],
     notes: Sequence[str],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Everything about a run, as plain values that ``json`` can write."""
+    """Everything about a run, as plain values that ``json`` can write.
+
+    `seconds` is how long each op took, and ``all`` of the run.
+    """
     return {
         "schema": SCHEMA,
         "machine": machine,
@@ -152,6 +160,7 @@ def content(
         "settings": settings,
         "results": list(rows),
         "notes": list(dict.fromkeys(notes)),
+        "seconds": seconds,
     }
 
 
@@ -172,6 +181,8 @@ def summary(content: dict[str, Any]) -> str:
         *better_dtype_lines(rows),
         *(f"note: {note}" for note in content["notes"]),
     ]
+    took = ", ".join(f"{name} {digits(value)}" for name, value in content["seconds"].items())
+    lines.append(f"seconds: {took}")
     caches = {row["cache"] for row in rows if row.get("copies_bytes")}
     size = machine["last_level_cache_bytes"] / 2**20
     if "warm" in caches:

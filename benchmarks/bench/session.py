@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ import torch
 from qkern import testing
 from qkern.backends import cpu
 
-from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report, timing
+from . import kernels, llama_cpp, machine, mixed, models, overhead, overview, peers, report, timing
 
 _MODEL_SECONDS = 300.0
 _MODEL_ROUNDS = 3
@@ -38,6 +39,7 @@ class Session:
         self.memory: list[report.Record] = []
         self.notes: list[str] = []
         self.wrong: list[str] = []
+        self.seconds: dict[str, float] = {}  # that each op took, checks and preparation too
         if self.buffer_bytes < 2 * self.settings.cache_bytes:
             self.notes.append("the bandwidth probe's buffer is less than twice the cache")
 
@@ -51,11 +53,13 @@ class Session:
 
     def run(self) -> None:
         for op in self.args.op:
+            start = time.monotonic()
             for dtype in self.dtypes:
                 if op in models.OPS:
                     self._run_model(op, dtype)
                 else:
                     self._run_kernel(op, dtype)
+            self.seconds[op] = time.monotonic() - start
 
     def _run_kernel(self, op: str, dtype: torch.dtype) -> None:
         args = self.args
@@ -147,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             ]
         except timing.SkippedError as error:
             print(f"run.py: without llama.cpp: {error}", file=sys.stderr)
+    start = time.monotonic()
     limits = session.limits()
     session.run()
     # Other work on the machine can only lower a measured limit: the higher of two counts.
@@ -154,10 +159,7 @@ def run(args: argparse.Namespace) -> int:
     about["load_average_after"] = list(os.getloadavg())
     rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
     notes = session.wrong + session.notes
-    content = report.content(about, limits, report.settings(args), rows, notes)
-    print(report.summary(content))
-    if args.json:
-        report.write_json(args.json, content)
-    if args.plot:
-        plots.plot_all(args.plot, content)
+    seconds = session.seconds | {"all": time.monotonic() - start}
+    content = report.content(about, limits, report.settings(args), rows, notes, seconds)
+    overview.publish(args, content)
     return 1 if session.wrong else 0
