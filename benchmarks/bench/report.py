@@ -74,11 +74,11 @@ def _record(problem: Problem, sample: Sample, ours: float, limits: Limits) -> Re
 def memory_record(
     problem: Problem, name: str, found: dict[str, int], ours: dict[str, int]
 ) -> Record:
-    """What a training step needs at its peak; `ratio` is to qkern's."""
+    """What a process needs at its peak; `ratio` is to qkern's."""
     return {
         "op": problem.op,
         "shape": list(problem.shape),
-        "m": None,
+        "m": problem.m,
         "dtype": problem.dtype_name,
         "threads": problem.threads,
         "name": name,
@@ -118,6 +118,8 @@ def _cells(row: Record) -> tuple[str, ...]:
     rate = f"{digits(row['rate'])} {row['unit']}" if "rate" in row else ""
     if "of_parts" in row:
         rate = f"{row['of_parts']:.2f} of its parts"
+    if "times_slower" in row:
+        rate = f"{row['times_slower']:.2f}x its quiet time"
     share = f"{row['share']:.0%} {row['bound']}" if "share" in row else ""
     ratio = "" if row["name"] == "qkern" else f"{row['ratio']:.2f}x as fast"
     return (*what, row["dtype"], row["name"], *times, rate, share, ratio)
