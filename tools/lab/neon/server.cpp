@@ -22,6 +22,7 @@
 
 #include "cpu_ops.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace {
 
@@ -161,6 +162,8 @@ std::string perform(Request& request) {
 }  // namespace
 
 int main() {
+  // Under the emulator threads come late, and tests want to see what they do together.
+  qkern::cpu::share_always(true);
   const qkern::cpu::KernelTable* kernels = qkern::cpu::active_kernels();
   const char* names[qkern::cpu::kMaxIsas];
   const int count = qkern::cpu::available_isas(names);
