@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 STANDARD_OPS = (
     *("quantize", "dequantize", "forward", "forward_backward"),
     *("mixed", "overhead", "adamw"),
-    *("train_step", "generate", "memory"),
+    *("loss", "train_step", "generate", "memory", "crowded"),
 )
 
 
@@ -81,12 +81,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--shape",
         type=_shapes,
         help="weights [out]x[in], comma-separated (default: 4096x4096, overhead 64x64,576x576); "
-        "of adamw [parameters]x[elements] (8x4194304,420x9216, in_file 8x16777216)",
+        "of adamw [parameters]x[elements] (8x4194304,420x9216, in_file 8x16777216); of loss "
+        "[vocabulary]x[hidden] (262144x640 with --m 512, 49152x576 with --m 1024)",
     )
     add(
         "--m",
         type=_numbers,
-        help="rows of activations (default: 1,4,8,64,512, mixed 1,64, overhead 1)",
+        help="rows of activations (default: 1,4,8,64,512, mixed 1,64, crowded 1,512, overhead 1)",
     )
     add("--dtype", type=_names, default=["float32", "bfloat16"], help="of activations; or float16")
     add("--threads", type=int, default=2, help="of torch and qkern; mixed is also run with one")
@@ -111,8 +112,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "weight, of twice the last-level cache together; warm: use one copy again and again",
     )
     add("--repeat", type=int, default=50, help="rounds, each calling every candidate once")
-    add("--max-seconds", type=float, default=20, help="of a contest, once it has 5 rounds")
-    add("--model-repeat", type=int, default=5, help="rounds of train_step and generate")
+    add("--max-seconds", type=float, default=6, help="of a contest, once it has 5 rounds")
+    add("--model-repeat", type=int, default=5, help="rounds of train_step, generate and loss")
     add(
         "--model",
         default="smollm2",
@@ -130,7 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="FILES",
         help="measure nothing: merge these comma-separated JSON files of one machine, draw them "
-        "into --plot, and print the overview as a table",
+        "into --plot, and print the overview and the ratios",
     )
     add("--memory-of", help=argparse.SUPPRESS)  # the subprocess that measures peak memory
     args = parser.parse_args(argv)

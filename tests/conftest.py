@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from qkern import testing
+from qkern.backends import cpu
 from tests.integrations import record
 from tests.isolation import environment_kept, integrations_off
 from tests.suite import shards
@@ -64,6 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: run without filling fresh tensors with NaN")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+    if cpu.missing_reason() is None:
+        # Workers of tests crowd the cores, and a caller whose threads come late would work alone.
+        cpu.library().share_always(True)
     config.pluginmanager.register(shards.Shards(config), "shards")
     config.pluginmanager.register(record.Recorder(config), "features")
 

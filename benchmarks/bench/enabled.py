@@ -22,7 +22,8 @@ OPS = {"enabled_forward": False, "enabled_forward_backward": True}
 """By name, whether the gradient of the input is computed too."""
 ROWS = (1, 16, 512)
 
-_ON, _OWN = "bitsandbytes on qkern", "bitsandbytes"
+ON_QKERN = "bitsandbytes on qkern"
+_OWN = "bitsandbytes"
 
 
 def contest(
@@ -49,7 +50,7 @@ def contest(
         bnb = peers.bitsandbytes(choice.limit is not None)
         theirs = peers.bitsandbytes_linear(qw, dtype)
     except SkippedError as error:
-        return problem, [direct], [f"{_ON}: {error}"]
+        return problem, [direct], [f"{ON_QKERN}: {error}"]
 
     def prepare() -> Call:
         return call(_layer(bnb, qw, dtype))
@@ -58,7 +59,7 @@ def contest(
         integration.enable()
 
     judge = check.judge(_OWN, theirs)
-    on = Candidate(_ON, prepare, check.exactly, size, qw.nbytes, before=enable)
+    on = Candidate(ON_QKERN, prepare, check.exactly, size, qw.nbytes, before=enable)
     own = Candidate(_OWN, prepare, judge, size, qw.nbytes, before=integration.disable)
     return problem, [on, own, direct], []
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import qkern
 from qkern import testing
 
-from . import kernels, machine, matmul, peers, plots, report, weights
+from . import kernels, machine, matmul, overview, peers, report, weights
 from .timing import (
     Call,
     Candidate,
@@ -293,14 +293,10 @@ def run(args: argparse.Namespace) -> int:
     found = limits(dtypes, clock, device)
     start = time.monotonic()
     contests, notes, wrong = play(args, device, clock)
-    about["seconds"] = time.monotonic() - start
+    seconds = {"all": time.monotonic() - start}
     about["load_average_after"] = list(os.getloadavg())
     found = found.better_of(limits(dtypes, clock, device))
     rows = [row for one in contests for row in report.records(*one, found)]
-    content = report.content(about, found, report.settings(args), rows, wrong + notes)
-    print(report.summary(content))
-    if args.json:
-        report.write_json(args.json, content)
-    if args.plot:
-        plots.plot_all(args.plot, content)
+    content = report.content(about, found, report.settings(args), rows, wrong + notes, seconds)
+    overview.publish(args, content)
     return 1 if wrong else 0

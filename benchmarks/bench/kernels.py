@@ -19,7 +19,7 @@ import qkern
 from qkern import reference, testing
 from qkern.backends import cpu
 
-from . import enabled, matmul, mixed, optimizer, overhead, peers
+from . import crowded, enabled, loss, matmul, mixed, optimizer, overhead, peers
 from .peers import Choice
 from .timing import Call, Candidate, Problem, SkippedError
 from .weights import BLOCK_SIZE, case, inputs, random_weight
@@ -36,7 +36,9 @@ _DEFAULT_SHAPES = {
     optimizer.OP: optimizer.SHAPES,
     optimizer.IN_FILE: optimizer.FILE_SHAPES,
 }
-_DEFAULT_ROWS = {"overhead": (1,), "mixed": (1, 64)} | dict.fromkeys(enabled.OPS, enabled.ROWS)
+_DEFAULT_ROWS = {"overhead": (1,), "mixed": (1, 64), crowded.OP: crowded.ROWS} | dict.fromkeys(
+    enabled.OPS, enabled.ROWS
+)
 _SHAPES = ((4096, 4096),)
 _ROWS = (1, 4, 8, 64, 512)
 
@@ -48,9 +50,16 @@ def shapes(op: str, args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
 
 def rows(op: str, args: argparse.Namespace) -> tuple[int, ...]:
     """The rows of activations that it asks for; one value where they do not matter."""
-    if not op.startswith(("forward", "linear", "mixed", "overhead", "enabled")):
+    if not op.startswith(("forward", "linear", "mixed", "overhead", "enabled", "crowded")):
         return (1,)
     return tuple(args.m or _DEFAULT_ROWS.get(op, _ROWS))
+
+
+def losses(args: argparse.Namespace) -> tuple[tuple[tuple[int, int], int], ...]:
+    """The heads, each with its rows, that the command line asks `loss.OP` for."""
+    if not args.shape:
+        return loss.PROBLEMS
+    return tuple((shape, m) for shape in args.shape for m in args.m or (512,))
 
 
 def contest(

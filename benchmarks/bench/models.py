@@ -8,29 +8,23 @@ so losses, gradients and logits must agree before anything is timed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
-import gc
 import importlib
-import json
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 import qkern
 from qkern import nn as qnn
 
-from . import peers
+from . import peak, peers
 from .matmul import relative_error
 from .timing import Candidate, Problem, SkippedError
 
@@ -320,7 +314,7 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def peak_memory(name: str, workload: Workload, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of this process: ``model`` before a step, ``peak`` during two; run it in a fresh one.
+    """Bytes of this process: ``model`` before a step, ``peak`` during it; run it in a fresh one.
 
     The peers' libraries are loaded in any case, so that their own size is in every figure.
     Raises `SkippedError` where the system does not tell a peak that can be reset.
@@ -329,32 +323,17 @@ def peak_memory(name: str, workload: Workload, dtype: torch.dtype) -> dict[str, 
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     step = TrainingStep(build(name, workload, dtype, lora=True), workload)
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc only; elsewhere freed memory may linger
-        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except OSError as error:
-        raise SkippedError(f"peak memory cannot be reset: {error}") from None
-    before = psutil.Process().memory_info().rss
-    for _ in range(2):  # the first makes the optimizer's state
-        step()
-    status = Path("/proc/self/status").read_text()
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
-    assert peak is not None
-    return {"model": before, "peak": int(peak[1]) * 1024}
+    first = TrainingStep(step.model, replace(workload, batch=1, sequence=8))
+    first.optimizer = step.optimizer
+    first()  # makes the optimizer's state
+    return peak.during(step)
 
 
 def peak_memory_in_subprocess(
     name: str, workload: Workload, dtype: torch.dtype, threads: int, arguments: list[str]
 ) -> dict[str, int]:
     """`peak_memory` in a fresh process, which ``run.py --memory-of`` is."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "--memory-of", name]
-    command += ["--dtype", str(dtype).removeprefix("torch."), "--threads", str(threads)]
-    command += ["--model", workload.model, "--batch", str(workload.batch)]
-    command += ["--sequence", str(workload.sequence), *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SkippedError((finished.stderr.strip().splitlines() or ["it failed"])[-1])
-    result: dict[str, int] = json.loads(finished.stdout.splitlines()[-1])
-    return result
+    options = ["--dtype", str(dtype).removeprefix("torch."), "--threads", str(threads)]
+    options += ["--model", workload.model, "--batch", str(workload.batch)]
+    options += ["--sequence", str(workload.sequence), *arguments]
+    return peak.in_subprocess(name, options)

@@ -1,7 +1,8 @@
-"""The overview of committed results: one plot and one table of every contestant at every op."""
+"""What a run ends with: a table of every contestant at every op, and that of ratios; the plots."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import plots
+from . import plots, ratios, report
 from .report import Record, digits
 
 STEM = "overview"
@@ -50,12 +51,30 @@ LINES = (
 )
 
 
+def publish(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Print a run, and write its JSON and plots where the command line asks for them."""
+    content["ratios"] = ratios.rows(content)
+    print(report.summary(content))
+    print(f"\n{tables(content)}")
+    if args.json:
+        report.write_json(args.json, content)
+    if args.plot:
+        plots.plot_all(args.plot, content)
+
+
+def tables(content: dict[str, Any]) -> str:
+    """The overview, where `content` has a line of it, and the ratios to the best peers."""
+    has_lines = any(lines(content, dtype) for dtype in DTYPES)
+    overview = [table(content), ""] if has_lines else []
+    return "\n".join([*overview, ratios.table(content)])
+
+
 def replot(files: Sequence[Path], directory: Path) -> int:
-    """Draw everything that `files` allow into `directory`, print the table; the exit status."""
+    """Draw everything that `files` allow into `directory`, print the tables; the exit status."""
     content = merged([json.loads(path.read_text("utf-8")) for path in files])
     for path in [*plots.plot_all(directory, content), *plot(directory, content)]:
         print(path)
-    print(f"\n{table(content)}")
+    print(f"\n{tables(content)}")
     return 0
 
 
@@ -67,7 +86,9 @@ def merged(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[tuple[Any, ...], list[Record]] = {}
     for content in contents:
         contests: dict[tuple[Any, ...], list[Record]] = {}
-        for row in content["results"]:
+        level = content["machine"].get("qkern_isa")
+        for record in content["results"]:
+            row = {"level": level, **record}
             threads = row.get("threads", content["machine"]["threads"])
             problem = (row["op"], tuple(row["shape"]), row["m"], row["dtype"], threads)
             contests.setdefault(problem, []).append(row)

@@ -74,11 +74,11 @@ def _record(problem: Problem, sample: Sample, ours: float, limits: Limits) -> Re
 def memory_record(
     problem: Problem, name: str, found: dict[str, int], ours: dict[str, int]
 ) -> Record:
-    """What a training step needs at its peak; `ratio` is to qkern's."""
+    """What a process needs at its peak; `ratio` is to qkern's."""
     return {
         "op": problem.op,
         "shape": list(problem.shape),
-        "m": None,
+        "m": problem.m,
         "dtype": problem.dtype_name,
         "threads": problem.threads,
         "name": name,
@@ -93,8 +93,12 @@ HEADER = ("op", "shape", "M", "dtype", "who", "ms", "p20", "p80", "rate", "of li
 
 def table(rows: Iterable[Record]) -> str:
     """Markdown, aligned; what qkern's candidates are to themselves is left out."""
-    cells = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
+    return aligned([HEADER, *(_cells(row) for row in rows)])
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """A table in markdown, the first of `cells` being its header."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
         for row in cells
@@ -114,6 +118,8 @@ def _cells(row: Record) -> tuple[str, ...]:
     rate = f"{digits(row['rate'])} {row['unit']}" if "rate" in row else ""
     if "of_parts" in row:
         rate = f"{row['of_parts']:.2f} of its parts"
+    if "times_slower" in row:
+        rate = f"{row['times_slower']:.2f}x its quiet time"
     share = f"{row['share']:.0%} {row['bound']}" if "share" in row else ""
     ratio = "" if row["name"] == "qkern" else f"{row['ratio']:.2f}x as fast"
     return (*what, row["dtype"], row["name"], *times, rate, share, ratio)
@@ -143,8 +149,12 @@ def content(
     settings: dict[str, Any],
     rows: Sequence[Record],
     notes: Sequence[str],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Everything about a run, as plain values that ``json`` can write."""
+    """Everything about a run, as plain values that ``json`` can write.
+
+    `seconds` is how long each op took, and ``all`` of the run.
+    """
     return {
         "schema": SCHEMA,
         "machine": machine,
@@ -152,6 +162,7 @@ def content(
         "settings": settings,
         "results": list(rows),
         "notes": list(dict.fromkeys(notes)),
+        "seconds": seconds,
     }
 
 
@@ -172,6 +183,8 @@ def summary(content: dict[str, Any]) -> str:
         *better_dtype_lines(rows),
         *(f"note: {note}" for note in content["notes"]),
     ]
+    took = ", ".join(f"{name} {digits(value)}" for name, value in content["seconds"].items())
+    lines.append(f"seconds: {took}")
     caches = {row["cache"] for row in rows if row.get("copies_bytes")}
     size = machine["last_level_cache_bytes"] / 2**20
     if "warm" in caches:

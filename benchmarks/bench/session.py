@@ -6,18 +6,34 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from qkern import testing
 from qkern.backends import cpu
 
-from . import kernels, llama_cpp, machine, mixed, models, overhead, peers, plots, report, timing
+from . import (
+    crowded,
+    kernels,
+    llama_cpp,
+    loss,
+    machine,
+    mixed,
+    models,
+    overhead,
+    overview,
+    peak,
+    peers,
+    report,
+    timing,
+)
 
-_MODEL_SECONDS = 300.0
-_MODEL_ROUNDS = 3
+_MODEL_SECONDS = 20.0
+_MODEL_ROUNDS = 2
 
 
 class Session:
@@ -33,11 +49,19 @@ class Session:
             cold=args.cache == "cold",
             cache_bytes=machine.cache_bytes(),
         )
+        self.slow = replace(
+            self.settings,
+            repeat=args.model_repeat,
+            min_rounds=_MODEL_ROUNDS,
+            max_seconds=_MODEL_SECONDS,
+            fewest_calls=1,  # each is so many products that it is a mean already
+        )
         self.buffer_bytes = machine.probe_buffer_bytes(self.settings.cache_bytes)
         self.contests: list[tuple[timing.Problem, list[timing.Sample]]] = []
-        self.memory: list[report.Record] = []
+        self.records: list[report.Record] = []
         self.notes: list[str] = []
         self.wrong: list[str] = []
+        self.seconds: dict[str, float] = {}  # that each op took, checks and preparation too
         if self.buffer_bytes < 2 * self.settings.cache_bytes:
             self.notes.append("the bandwidth probe's buffer is less than twice the cache")
 
@@ -51,11 +75,17 @@ class Session:
 
     def run(self) -> None:
         for op in self.args.op:
+            start = time.monotonic()
             for dtype in self.dtypes:
-                if op in models.OPS:
+                if op == crowded.OP:
+                    self._run_crowded(dtype)
+                elif op == loss.OP:
+                    self._run_loss(dtype)
+                elif op in models.OPS:
                     self._run_model(op, dtype)
                 else:
                     self._run_kernel(op, dtype)
+            self.seconds[op] = time.monotonic() - start
 
     def _run_kernel(self, op: str, dtype: torch.dtype) -> None:
         args = self.args
@@ -69,23 +99,63 @@ class Session:
             cpu.set_isa("")  # models take the one that qkern chooses
 
     def _run_model(self, op: str, dtype: torch.dtype) -> None:
-        slow = replace(
-            self.settings,
-            repeat=self.args.model_repeat,
-            min_rounds=_MODEL_ROUNDS,
-            max_seconds=_MODEL_SECONDS,
-        )
         chosen = tuple(self.args.peer)
         if op == "generate":
             workload = self.workload(self.args.sequence[0])
-            self._play(*models.generation_contest(workload, dtype, chosen), slow)
+            self._play(*models.generation_contest(workload, dtype, chosen), self.slow)
             return
         for sequence in self.args.sequence:
             workload = self.workload(sequence)
             if op == "train_step":
-                self._play(*models.training_contest(workload, dtype, chosen), slow)
+                self._play(*models.training_contest(workload, dtype, chosen), self.slow)
             else:
                 self._measure_memory(workload, dtype)
+
+    def _run_loss(self, dtype: torch.dtype) -> None:
+        for shape, m in kernels.losses(self.args):
+            self._play(*loss.contest(shape, m, dtype, tuple(self.args.peer)), self.slow)
+            problem = timing.Problem(loss.OP, dtype, shape, m)
+            names = [name for name in loss.NAMES if name != "dense" or name in self.args.peer]
+            arguments = ["--op", loss.OP, "--shape", "x".join(map(str, shape)), "--m", str(m)]
+            arguments += ["--dtype", problem.dtype_name, "--threads", str(self.args.threads)]
+            arguments += self._limited()
+            measure = partial(peak.in_subprocess, arguments=arguments)
+            self._measure_peaks(problem, names, measure)
+
+    def _limited(self) -> list[str]:
+        return ["--peer-isa", self.args.peer_isa] if self.args.peer_isa else []
+
+    def _run_crowded(self, dtype: torch.dtype) -> None:
+        chosen = tuple(self.args.peer)
+        choice = peers.Choice((), chosen, self.args.peer_isa)
+        for shape in kernels.shapes(crowded.OP, self.args):
+            for m in kernels.rows(crowded.OP, self.args):
+                self._play_crowded(*crowded.forward_contest(shape, m, dtype, choice))
+        if dtype != self.dtypes[0]:
+            return  # a generation's loss comes from its many short calls, not from their dtype
+        workload = self.workload(self.args.sequence[0])
+        self._play_crowded(*crowded.generation_contest(workload, dtype, chosen))
+
+    def _play_crowded(
+        self,
+        problem: timing.Problem,
+        candidates: Sequence[timing.Candidate],
+        missing: Sequence[str],
+    ) -> None:
+        self.notes += [f"{problem}: without {reason}" for reason in missing]
+        try:
+            found = crowded.play(problem, candidates, self.settings)
+        except timing.WrongResultError as error:
+            self._note_wrong(error)
+            return
+        self.records += found
+        times = ", ".join(f"{r['name']} {r['ms']:.4g}, {r['times_slower']:.2f}x" for r in found)
+        print(f"{problem}: ms {times}", file=sys.stderr, flush=True)
+
+    def _note_wrong(self, error: timing.WrongResultError) -> None:
+        # The other contests still count; the exit status tells.
+        self.wrong.append(f"wrong result, not timed: {error}")
+        print(f"run.py: {self.wrong[-1]}", file=sys.stderr, flush=True)
 
     def _play(
         self,
@@ -101,9 +171,7 @@ class Session:
         try:
             samples = timing.run_contest(problem, candidates, settings, clock)
         except timing.WrongResultError as error:
-            # The other contests still count; the exit status tells.
-            self.wrong.append(f"wrong result, not timed: {error}")
-            print(f"run.py: {self.wrong[-1]}", file=sys.stderr, flush=True)
+            self._note_wrong(error)
             return
         self.contests.append((problem, samples))
         times = ", ".join(f"{s.name} {s.percentile(50) * 1e3:.4g}" for s in samples)
@@ -111,31 +179,48 @@ class Session:
 
     def _measure_memory(self, workload: models.Workload, dtype: torch.dtype) -> None:
         problem = timing.Problem("memory", dtype, (workload.batch, workload.sequence))
-        limited = ["--peer-isa", self.args.peer_isa] if self.args.peer_isa else []
+        threads, limited = self.args.threads, self._limited()
+        self._measure_peaks(
+            problem,
+            models.names(self.args.peer),
+            lambda name: models.peak_memory_in_subprocess(name, workload, dtype, threads, limited),
+        )
+
+    def _measure_peaks(
+        self,
+        problem: timing.Problem,
+        names: Sequence[str],
+        measure: Callable[[str], dict[str, int]],
+    ) -> None:
         ours = None
-        for name in models.names(self.args.peer):
+        for name in names:
             try:
-                found = models.peak_memory_in_subprocess(
-                    name, workload, dtype, self.args.threads, limited
-                )
+                found = measure(name)
             except timing.SkippedError as error:
                 self.notes.append(f"{problem}: without {name}: {error}")
                 continue
             ours = ours or found
-            self.memory.append(report.memory_record(problem, name, found, ours))
+            self.records.append(report.memory_record(problem, name, found, ours))
             print(f"{problem}: {name} {found}", file=sys.stderr, flush=True)
+
+
+def _peak_memory(session: Session) -> dict[str, int]:
+    args, dtype = session.args, session.dtypes[0]
+    if args.op == [loss.OP]:
+        return loss.peak_memory(args.memory_of, args.shape[0], args.m[0], dtype)
+    return models.peak_memory(args.memory_of, session.workload(args.sequence[0]), dtype)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit status."""
     torch.set_num_threads(args.threads)
     session = Session(args)
-    if unknown := set(args.op) - {*kernels.CONTESTS, *testing.OPS, *models.OPS}:
+    known = {*kernels.CONTESTS, *testing.OPS, *models.OPS, crowded.OP, loss.OP}
+    if unknown := set(args.op) - known:
         print(f"run.py: error: --op: no such op: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     if args.memory_of:
-        workload = session.workload(args.sequence[0])
-        print(json.dumps(models.peak_memory(args.memory_of, workload, session.dtypes[0])))
+        print(json.dumps(_peak_memory(session)))
         return 0
     about = machine.describe(args.threads)
     if "llama.cpp" in args.peer:
@@ -147,17 +232,15 @@ def run(args: argparse.Namespace) -> int:
             ]
         except timing.SkippedError as error:
             print(f"run.py: without llama.cpp: {error}", file=sys.stderr)
+    start = time.monotonic()
     limits = session.limits()
     session.run()
     # Other work on the machine can only lower a measured limit: the higher of two counts.
     limits = limits.better_of(session.limits())
     about["load_average_after"] = list(os.getloadavg())
-    rows = [row for c in session.contests for row in report.records(*c, limits)] + session.memory
+    rows = [row for c in session.contests for row in report.records(*c, limits)] + session.records
     notes = session.wrong + session.notes
-    content = report.content(about, limits, report.settings(args), rows, notes)
-    print(report.summary(content))
-    if args.json:
-        report.write_json(args.json, content)
-    if args.plot:
-        plots.plot_all(args.plot, content)
+    seconds = session.seconds | {"all": time.monotonic() - start}
+    content = report.content(about, limits, report.settings(args), rows, notes, seconds)
+    overview.publish(args, content)
     return 1 if session.wrong else 0

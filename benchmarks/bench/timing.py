@@ -14,7 +14,6 @@ import torch
 Call = Callable[[], Any]
 
 _MIN_ROUNDS = 5
-_FEWEST_CALLS = 2  # of a candidate that takes all the time
 _MAX_COPIES = 256  # of a small weight, which in a real model would share the cache with others too
 _MEMORY_SHARE = 0.25  # of what is free, that one candidate's copies may take
 
@@ -76,12 +75,14 @@ class Candidate:
 class Settings:
     """How long and how cold: `cache_bytes` is the size of the last-level cache.
 
+    A candidate that takes all the time of a contest alone is called `fewest_calls` times.
     With `cold`, a candidate goes through copies of its memory, of twice the cache together.
     """
 
     repeat: int = 50
     max_seconds: float = 20.0
     min_rounds: int = _MIN_ROUNDS
+    fewest_calls: int = 2
     cold: bool = True
     cache_bytes: int = 0
 
@@ -135,19 +136,15 @@ def wall_clock(call: Call) -> float:
     return time.perf_counter() - begin
 
 
-def run_contest(
-    problem: Problem,
-    candidates: Sequence[Candidate],
-    settings: Settings,
-    clock: Callable[[Call], float] = wall_clock,
-) -> list[Sample]:
-    """Check every candidate, then time them in turn, the first one changing from round to round.
+Prepared = tuple[Candidate, Sample, list[Call]]
+"""A candidate, its times to come, and a call on each copy of its memory."""
 
-    Who has taken the time of the whole contest alone is called no more, so that the others go on.
-    `clock` makes a call and returns its seconds. Raises `WrongResultError` before anything is timed
-    when a check fails.
-    """
-    prepared: list[tuple[Candidate, Sample, list[Call]]] = []
+
+def prepare(
+    problem: Problem, candidates: Sequence[Candidate], settings: Settings
+) -> list[Prepared]:
+    """Make the copies and check every candidate; raises `WrongResultError`."""
+    prepared: list[Prepared] = []
     for candidate in candidates:
         copies, cache = copies_needed(candidate, settings)
         calls = [candidate.prepare() for _ in range(copies)]
@@ -161,6 +158,22 @@ def run_contest(
             cache,
         )
         prepared.append((candidate, sample, calls))
+    return prepared
+
+
+def run_contest(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    settings: Settings,
+    clock: Callable[[Call], float] = wall_clock,
+) -> list[Sample]:
+    """Check every candidate, then time them in turn, the first one changing from round to round.
+
+    Who has taken the time of the whole contest alone is called no more, so that the others go on.
+    `clock` makes a call and returns its seconds. Raises `WrongResultError` before anything is timed
+    when a check fails.
+    """
+    prepared = prepare(problem, candidates, settings)
     start = time.perf_counter()
     for number in range(settings.repeat):
         enough = number >= settings.min_rounds
@@ -168,7 +181,8 @@ def run_contest(
             break
         first = number % len(prepared)
         for candidate, sample, calls in prepared[first:] + prepared[:first]:
-            if len(sample.seconds) >= _FEWEST_CALLS and sum(sample.seconds) > settings.max_seconds:
+            enough = len(sample.seconds) >= settings.fewest_calls
+            if enough and sum(sample.seconds) > settings.max_seconds:
                 continue
             call = calls[number % len(calls)]
             if candidate.before is not None:

@@ -86,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", set_isa, "Force an instruction set in the process; '' ends that.");
   m.attr("isa_variable") = py::handle(isa_variable);
   m.def("build_info", build_info);
+  m.def("share_always", qkern::cpu::share_always,
+        "Share calls among threads even where these come late, as tests of threads want.");
   m.def(
       "scratch_bytes",
       [](bool reset) { return static_cast<Size>(qkern::cpu::scratch_peak(reset)); },

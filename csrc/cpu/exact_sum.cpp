@@ -119,7 +119,7 @@ double exact_sum(const float* values, std::int64_t n, int num_threads) {
     const std::lock_guard<std::mutex> lock(mutex);
     total.merge(mine);
   };
-  parallel(static_cast<int>(std::min<std::int64_t>(runs, num_threads)), body);
+  parallel(static_cast<int>(std::min<std::int64_t>(runs, num_threads)), n, body);
   return total.round();
 }
 

@@ -189,7 +189,8 @@ class DenseTask {
 };
 
 inline Status dense_matmul(const MatmulIntoArgs& args, int num_threads) {
-  num_threads = useful_threads(args.m * args.n * args.k, num_threads);
+  const std::int64_t multiply_adds = args.m * args.n * args.k;
+  num_threads = useful_threads(multiply_adds, num_threads);
   const DensePlan plan(args, num_threads);
   WorkQueue queue(plan.row_tiles * plan.col_tiles, 1);
   SharedStatus status;
@@ -200,7 +201,8 @@ inline Status dense_matmul(const MatmulIntoArgs& args, int num_threads) {
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) task.compute(begin);
   };
-  parallel(num_threads, body);
+  constexpr std::int64_t kPerNanosecond = 20;  // about
+  parallel(num_threads, multiply_adds / kPerNanosecond, body);
   return status.get();
 }
 

@@ -26,6 +26,12 @@ inline int useful_threads(std::int64_t multiply_adds, int num_threads) {
   return multiply_adds < (std::int64_t{1} << 16) ? 1 : num_threads;
 }
 
+// About how long one thread takes for a matmul: decoding a weight costs like four rows' products.
+std::int64_t linear_nanoseconds(const Linear4bitArgs& args) {
+  constexpr std::int64_t kDecode = 4, kPerNanosecond = 24;
+  return args.weight.rows * args.weight.cols / kPerNanosecond * (args.m + kDecode);
+}
+
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";
 
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is
@@ -314,7 +320,7 @@ Status linear_tiled(const Linear4bitArgs& args, int num_threads) {
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) task.compute(begin);
   };
-  parallel(num_threads, body);
+  parallel(num_threads, linear_nanoseconds(args), body);
   return status.get();
 }
 

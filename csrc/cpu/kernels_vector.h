@@ -318,7 +318,7 @@ struct ForwardVectorBy {
       std::int64_t begin, end;
       while (queue.next(&begin, &end)) task.run_rows(begin, end);
     };
-    parallel(num_threads, body);
+    parallel(num_threads, linear_nanoseconds(args), body);
     return status.get();
   }
 };

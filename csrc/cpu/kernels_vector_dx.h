@@ -188,7 +188,7 @@ struct DxVector {
       std::int64_t begin, end;
       while (queue.next(&begin, &end)) task.run_strip(begin * strip);
     };
-    parallel(num_threads, body);
+    parallel(num_threads, linear_nanoseconds(args), body);
     return status.get();
   }
 };

@@ -1,6 +1,8 @@
 #include "parallel.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "subnormals.h"
 
@@ -45,29 +47,93 @@ const Runtime& runtime() {
   return found;
 }
 
+using Clock = std::chrono::steady_clock;
+
+std::int64_t nanoseconds(Clock::duration time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+// How long a caller has lately waited for the other threads before and after its own work. On a
+// quiet machine that is a microsecond, or less than a hundred, where they slept. With other
+// processes on the cores it is milliseconds: a thread that was put aside holds back everybody until
+// it is its turn again, whether or not it has work left. Short calls are quicker alone then.
+class LateThreads {
+ public:
+  // Whether the caller alone is done before the others would be waited for.
+  bool outlast(std::int64_t nanoseconds, int num_threads) {
+    if (always_.load(std::memory_order_relaxed)) return false;
+    // Not even threads that spin come at once.
+    constexpr std::int64_t kLeast = 2'000;
+    if (nanoseconds < kLeast) return true;
+    // On a crowded machine the caller, too, has but a part of a core, so that what the others would
+    // take off it is worth more than on a quiet one.
+    constexpr std::int64_t kCrowding = 4;
+    const std::int64_t wait = wait_.load(std::memory_order_relaxed);
+    if (nanoseconds - nanoseconds / num_threads >= wait / kCrowding) return false;
+    // What is not measured any more is believed less and less, until the others are tried again.
+    constexpr std::int64_t kForget = 32;
+    wait_.store(wait - nanoseconds / kForget - 1, std::memory_order_relaxed);
+    return true;
+  }
+
+  // After a call shared: how long the caller worked and waited. A short wait beside the work may
+  // be for the rest of another thread's part.
+  void note(std::int64_t worked, std::int64_t waited) {
+    constexpr std::int64_t kShareOfWork = 4, kLongest = 8'000'000, kWeight = 4;
+    const std::int64_t late = std::clamp<std::int64_t>(waited - worked / kShareOfWork, 0, kLongest);
+    const std::int64_t wait = wait_.load(std::memory_order_relaxed);
+    wait_.store(wait + (late - wait) / kWeight, std::memory_order_relaxed);
+  }
+
+  void share_always(bool always) { always_.store(always); }
+
+ private:
+  std::atomic<bool> always_{false};
+  // Callers in several threads may overwrite each other's, for an estimate that is good enough.
+  std::atomic<std::int64_t> wait_{0};
+};
+
+LateThreads late_threads;
+
 struct Region {
   void (*body)(void*);
   void* context;
+  const void* caller;
+  // When the caller had its threads, which may be late from the region before, and when it found
+  // nothing left to do.
+  Clock::time_point begun, done;
 };
+
+const void* this_thread() {
+  static thread_local const char place = 0;
+  return &place;
+}
 
 void run_region(void* data) {
   [[maybe_unused]] const KeepSubnormals keep;
-  const Region& region = *static_cast<const Region*>(data);
+  Region& region = *static_cast<Region*>(data);
+  const bool timed = region.caller == this_thread();
+  if (timed) region.begun = Clock::now();
   region.body(region.context);
+  if (timed) region.done = Clock::now();
 }
 
 }  // namespace
 
-void run_parallel(int num_threads, void (*body)(void*), void* context) {
+void run_parallel(int num_threads, std::int64_t work, void (*body)(void*), void* context) {
   const Runtime& omp = runtime();
   const bool serial = num_threads <= 1 || omp.parallel == nullptr || in_forked_child.load() ||
                       (omp.in_parallel != nullptr && omp.in_parallel() != 0);
-  Region region{body, context};
-  if (serial) {
+  if (serial || late_threads.outlast(work, num_threads)) {
+    Region region{body, context, nullptr, {}, {}};
     run_region(&region);
-  } else {
-    omp.parallel(run_region, &region, static_cast<unsigned>(num_threads), 0);
+    return;
   }
+  Region region{body, context, this_thread(), {}, {}};
+  const Clock::time_point begin = Clock::now();
+  omp.parallel(run_region, &region, static_cast<unsigned>(num_threads), 0);
+  const std::int64_t worked = nanoseconds(region.done - region.begun);
+  late_threads.note(worked, nanoseconds(Clock::now() - begin) - worked);
 }
 
 WorkQueue::WorkQueue(std::int64_t total, std::int64_t grain) : total_(total), grain_(grain) {}
@@ -78,6 +144,8 @@ bool WorkQueue::next(std::int64_t* begin, std::int64_t* end) {
   *end = *begin + grain_ < total_ ? *begin + grain_ : total_;
   return true;
 }
+
+void share_always(bool always) { late_threads.share_always(always); }
 
 const char* parallel_runtime() {
   return runtime().parallel != nullptr ? "OpenMP (shared)" : "none";

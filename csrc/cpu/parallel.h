@@ -8,15 +8,21 @@ namespace qkern::cpu {
 
 // Runs body(context) on up to num_threads threads of the OpenMP runtime that is already in the
 // process (torch's own), and returns when all are done. Runs serially where there is none, inside
-// another parallel region, and in a forked child, where the runtime's threads no longer exist.
-void run_parallel(int num_threads, void (*body)(void*), void* context);
+// another parallel region, and in a forked child, where the runtime's threads no longer exist; also
+// where waiting for the other threads, as they came lately, would take longer than their part of
+// the work does. `work` is about how many nanoseconds one thread takes for all of it.
+void run_parallel(int num_threads, std::int64_t work, void (*body)(void*), void* context);
+
+// Has run_parallel ask for the other threads every time, however late they come: for tests of what
+// they do together.
+void share_always(bool always);
 
 // "libgomp", or "none" where run_parallel is serial.
 const char* parallel_runtime();
 
 template <typename Body>
-void parallel(int num_threads, Body& body) {
-  run_parallel(num_threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+void parallel(int num_threads, std::int64_t work, Body& body) {
+  run_parallel(num_threads, work, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
 // Hands out [0, total) in runs of `grain`. Which thread gets which run is a matter of timing, so

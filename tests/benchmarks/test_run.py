@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import run
 import torch
-from bench import overview, peers, plots, report, timing
+from bench import overview, peers, plots, ratios, report, timing
 
 from lab import ROOT
 
@@ -33,7 +33,9 @@ def test_run(quick_probes, tmp_path, capsys):
     )
     assert status == 0
     content = json.loads(path.read_text())
-    assert content.keys() == {"schema", "machine", "limits", "settings", "results", "notes"}
+    parts = {"schema", "machine", "limits", "settings", "results", "ratios", "notes", "seconds"}
+    assert content.keys() == parts
+    assert {"dequantize", "overhead", "all"} <= content["seconds"].keys()
     about = content["machine"]
     assert about["threads"] == 1
     assert about["versions"]["torch"] == torch.__version__
@@ -42,10 +44,13 @@ def test_run(quick_probes, tmp_path, capsys):
     assert all(keys <= row.keys() for row in content["results"])
     # of each shape: two candidates and a copy; then for each M two, two loops, and four calls
     assert len(content["results"]) == 2 * (3 + 2 * (2 + 2 + 4))
-    lines = capsys.readouterr().out.splitlines()
-    cells = [line for line in lines if line.startswith("|")]
-    assert len(cells) == 2 + len(content["results"])
-    assert len({len(line) for line in cells}) == 1
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("|")]
+    of_run, of_overview, of_ratios = (table.splitlines() for table in tables)
+    assert len(of_run) == 2 + len(content["results"])
+    assert len({len(line) for line in of_run}) == 1
+    assert of_overview[2].startswith("| dequantise, into out= | bfloat16 |")
+    assert len(of_ratios) == 2 + len(content["ratios"])
+    assert content["ratios"] == ratios.rows(content)
     stems = {file.stem for file in (tmp_path / "plots").iterdir()}
     assert {"roofline-bfloat16", "forward-64x64-bfloat16-over-m"} <= stems
     assert {"forward-m5-bfloat16-over-size", "dequantize-bfloat16-over-size"} <= stems
@@ -129,7 +134,8 @@ def test_replot(two_files, tmp_path, capsys):
     }
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    assert lines[start:] == [
+    end = lines.index("", start)
+    assert lines[start:end] == [
         "|  |  | qkern | bitsandbytes | llama.cpp Q4_0 | ratio to bitsandbytes |",
         "| --- | --- | --- | --- | --- | --- |",
         "| quantise | float32 | 2 | 50 |  | 25 |",
@@ -137,6 +143,19 @@ def test_replot(two_files, tmp_path, capsys):
         "| forward, 512 rows | float32 | 3 |  | 1 |  |",
         "| LoRA training step | float32 | 1,024 tokens/s | 512 tokens/s |  | 2 |",
         "| its peak memory | float32 | 1,500 MiB | 3,000 MiB |  | 2 |",
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[end + 3 : -3]]
+    assert [[row[1], row[4], row[0]] for row in cells] == [
+        ["forward", "512", "0.33"],
+        ["forward", "1", "0.50"],
+        ["train_step", "", "2.00"],
+        ["memory, peak", "", "2.00"],
+        ["quantize", "", "25.00"],
+    ]
+    assert lines[-3:] == [
+        "",
+        "5 rows beside their best peer, 2 are below 1.0",
+        "without a peer: train_step 4x64 float32",
     ]
 
 

@@ -26,6 +26,7 @@
 
 #include "cpu_ops.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace {
 
@@ -172,6 +173,8 @@ std::string perform(Request& request) {
 }  // namespace
 
 int main() {
+  // Under the emulator threads come late, and tests want to see what they do together.
+  qkern::cpu::share_always(true);
   const qkern::cpu::KernelTable* kernels = qkern::cpu::active_kernels();
   const char* names[qkern::cpu::kMaxIsas];
   const int count = qkern::cpu::available_isas(names);
