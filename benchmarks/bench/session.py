@@ -76,9 +76,10 @@ class Session:
             max_seconds=_MODEL_SECONDS,
         )
         chosen = tuple(self.args.peer)
-        if op == "generate":
+        if op in ("generate", models.COMPILED):
             workload = self.workload(self.args.sequence[0])
-            self._play(*models.generation_contest(workload, dtype, chosen), slow)
+            contest = models.generation_contest(workload, dtype, chosen, op == models.COMPILED)
+            self._play(*contest, slow)
             return
         for sequence in self.args.sequence:
             workload = self.workload(sequence)
