@@ -273,3 +273,11 @@ def test_compiled_code_takes_tensors_that_the_kernel_does_not_read() -> None:
     with torch.no_grad():
         testing.assert_bitwise(compiled(x), layer(x.mT))
         assert compiled(torch.randn(96, 0)).shape == (0, 64)
+
+
+@pytest.mark.slow
+def test_code_in_cpp_calls_the_op() -> None:
+    layer, x = Block().down, torch.randn(2, 96)
+    with torch.no_grad(), torch._inductor.config.patch(cpp_wrapper=True):
+        compiled = torch.compile(layer, fullgraph=True)
+        testing.assert_bitwise(compiled(x), layer(x))
