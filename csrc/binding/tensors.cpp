@@ -230,7 +230,8 @@ PyObject* linears_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
                                     given[5],
                                     given[6]};
       Linear4bitArgs& args = products[i];
-      if (i > 0) args = products[0];
+      if (i > 0) args = products[0];  // which has x, and a weight and a bias of its own
+      args.weight = {};
       args.bias = nullptr;
       const bool read = i == 0 ? read_arguments(from, false, &x, &args, &features[0], &num_threads)
                                : read_size(from.features, &features[i]) &&

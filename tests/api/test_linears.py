@@ -50,7 +50,8 @@ def test_bits_are_those_of_single_calls(
                 qkern.linears_4bit(x, weights(), given), single(x, given), strict=True
             ):
                 testing.assert_bitwise(y, expected, str(target))
-    for y, expected in zip(qkern.linears_4bit(x, weights()), single(x, [None] * 3), strict=True):
+    backwards = qkern.linears_4bit(x, weights()[::-1])
+    for y, expected in zip(backwards[::-1], single(x, [None] * 3), strict=True):
         testing.assert_bitwise(y, expected)
 
 
