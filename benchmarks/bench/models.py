@@ -125,8 +125,9 @@ def _with_dequantized_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def _round(weight: Tensor) -> None:
-    weight.copy_(qkern.quantize_4bit(weight.detach()).dequantize(weight.dtype))
+def _round(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> None:
+    qw = qkern.quantize_4bit(weight.detach(), "nf4", block_size, double_quant)
+    weight.copy_(qw.dequantize(weight.dtype))
 
 
 def _with_peft(model: nn.Module) -> nn.Module:
@@ -218,7 +219,7 @@ def _dense_logits(workload: Workload, dtype: torch.dtype, head_too: bool) -> Ten
     model: Any = build("dense", workload, dtype, lora=False)
     with torch.inference_mode():
         if head_too:
-            _round(model.get_output_embeddings().weight)
+            _round(model.get_output_embeddings().weight, 32, False)
         return model(_tokens(model, 1, _PROMPT_TOKENS)).logits
 
 

@@ -20,8 +20,8 @@ from qkern.nn.model import replace_module
 def quantize_head(
     model: nn.Module,
     format: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int = 32,
+    double_quant: bool = False,
     *,
     codebook: Tensor | None = None,
     check_finite: bool = True,
@@ -32,7 +32,8 @@ def quantize_head(
     :func:`quantize_model` leaves it dense, because its rounding goes straight into the logits. But
     each token that is generated reads all of it: in a small model it can take as long as all other
     layers together. Call it before or after :func:`quantize_model`, and measure the loss of your
-    text with it; a smaller ``block_size`` loses less.
+    text with it. Blocks are smaller than there and scales are not quantised: of a head that costs
+    little memory, and otherwise it loses several times as much.
 
     The head is what ``get_output_embeddings()`` gives, otherwise the layer called ``lm_head`` or
     ``embed_out``. It becomes a :class:`Linear4bit`. Where its weight is also that of embeddings,
