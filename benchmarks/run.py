@@ -61,7 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="comma-separated: "
         + ", ".join(STANDARD_OPS)
         + "; adamw_in_file, which writes gigabytes to the disk; enabled_forward and "
-        "enabled_forward_backward, bitsandbytes' layer on its own code and on qkern's kernels; or "
+        "enabled_forward_backward, bitsandbytes' layer on its own code and on qkern's kernels; "
+        "generate_compiled, by a compiled step with a static cache, which compiles for minutes; or "
         "an op of qkern.testing.OPS, without peers",
     )
     add(

@@ -21,7 +21,7 @@ from qkern.autograd import (
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
-from qkern.backends import check_memory, has_cpu_matmul, num_threads
+from qkern.backends import Backend, check_memory, has_cpu_matmul, num_threads
 from qkern.ops import assume, call, forward_derivatives, is_watched, undispatched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
@@ -292,6 +292,76 @@ def linear_4bit(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> T
     """
     _check_quantized("qw", qw)
     return linear_by_weight(x, qw.weight, qw.shape, bias)
+
+
+def linears_4bit(
+    x: Tensor,
+    qws: Sequence[QuantizedTensor],
+    biases: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """``linear_4bit`` of one ``x`` with several weights, as queries, keys and values have one.
+
+    ``x``
+        float32, bfloat16 or float16 ``[..., in_features]``.
+    ``qws``
+        quantised ``[out_features, in_features]``, in any format each; one or more.
+    ``biases``
+        as many, each ``[out_features]`` of ``x``'s dtype or None; None for none at all.
+
+    Returns a tuple of as many results, with the bits that single calls give. On a CPU, ``x`` is
+    read and checked once and all products are one call; other backends and tracers take one after
+    the other. The gradient of ``x`` is the sum over all of them. Raises as ``linear_4bit`` does.
+    """
+    if not isinstance(qws, list | tuple):
+        raise TypeError(f"qws: got {_errors.type_name(qws)}; takes a list of QuantizedTensor")
+    for index, qw in enumerate(qws):
+        _check_quantized(f"qws[{index}]", qw)
+    if not qws:
+        raise ValueError("qws: got none; takes one QuantizedTensor or more")
+    biases = (None,) * len(qws) if biases is None else tuple(biases)
+    if len(biases) != len(qws):
+        raise ValueError(f"biases: got {len(biases)} for {len(qws)} weights; takes as many")
+    weights = tuple(qw.weight for qw in qws)
+    shapes = [qw.shape for qw in qws]
+    ys = several_by_kernel(x, weights, shapes, biases)
+    if ys is None:
+        products = zip(weights, shapes, biases, strict=True)
+        return tuple(linear_by_weight(x, *product) for product in products)
+    if not any(_is_recorded(x, bias) for bias in biases):
+        return ys
+    known = zip(ys, weights, biases, strict=True)
+    return tuple(
+        record_known_linear_4bit(x, bias, weight, False, (y,)) if _is_recorded(x, bias) else y
+        for y, weight, bias in known
+    )
+
+
+def direct_backend() -> Backend | None:
+    """The CPU's backend where no block sets anything and nobody would miss an op or a cast."""
+    backend = undispatched()  # first, for a compiler cannot trace the rest
+    return None if backend is None or not none_set() or _any_autocast() else backend
+
+
+def several_by_kernel(
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    shapes: Sequence[Sequence[int]],
+    biases: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...] | None:
+    """The products by the kernel alone, without a graph; outside of blocks that set anything.
+
+    None if a tracer must see the ops or an argument is unusual.
+    """
+    backend = direct_backend()
+    if backend is None or any(len(shape) != 2 for shape in shapes):
+        return None
+    kernel = backend.fast.get("linears_4bit")
+    features, width = tuple(shape[0] for shape in shapes), shapes[0][1]
+    if kernel is None or any(shape[1] != width for shape in shapes):
+        return None
+    found: tuple[Tensor, ...] | None
+    found = kernel(x, weights, features, biases, False, num_threads(), width)
+    return found
 
 
 _linear_4bit = torch.ops.qkern.linear_4bit.default

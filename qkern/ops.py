@@ -116,6 +116,9 @@ class Op:
         Raises ``ValueError`` for tensors on several devices: torch takes an op with any tensor on
         meta for one on meta, and would hand out memory that nobody fills.
         """
+        from qkern import _inductor  # which imports this module
+
+        _inductor.tell_compiler()
         args = self.gather(args)
         named = [
             found

@@ -31,15 +31,18 @@ from .timing import Candidate, Problem, SkippedError
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BUNDLED_MODEL = "smollm2"
 LORA_RANK = 16
-OPS = ("train_step", "generate", "memory")
+COMPILED = "generate_compiled"
+OPS = ("train_step", "generate", COMPILED, "memory")
 PEERS = ("bitsandbytes", "dense")
+FOUR_BIT_HEAD = "qkern, 4-bit head"
+"""qkern with the output embedding in 4 bits too, and layers of one input in one call."""
 
 _PROMPT_TOKENS = 32
 _LEARNING_RATE = 2e-4
 _MAX_LOSS_ERROR = 0.02
-_ROUNDING_MARGIN = {"qkern": 2.0, "dense": 2.0, "bitsandbytes": 4.0}
+_ROUNDING_MARGIN = {"qkern": 2.0, FOUR_BIT_HEAD: 2.0, "dense": 2.0, "bitsandbytes": 4.0}
 """How often the dense model's own error in a dtype, against float32, a candidate's may be."""
-_FLOOR = {"qkern": 1e-3, "dense": 1e-3, "bitsandbytes": 0.02}
+_FLOOR = {"qkern": 1e-3, FOUR_BIT_HEAD: 1e-3, "dense": 1e-3, "bitsandbytes": 0.02}
 """What is allowed besides, which in float32 is all. bitsandbytes' scales differ a little."""
 _EVAL_FLOOR = 0.15  # bitsandbytes' layout for inference computes in bfloat16 with such scales
 
@@ -87,6 +90,8 @@ def build(name: str, workload: Workload, dtype: torch.dtype, lora: bool) -> nn.M
         if lora:
             qnn.prepare_for_training(model, gradient_checkpointing=False)
         return model
+    if name == FOUR_BIT_HEAD:
+        return qnn.share_inputs(qnn.quantize_head(qnn.quantize_model(_load(workload, dtype))))
     if name == "bitsandbytes":
         peers.bitsandbytes(workload.hide_bf16)
         from transformers import BitsAndBytesConfig
@@ -110,9 +115,13 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 @torch.no_grad()
 def _with_dequantized_weights(model: nn.Module) -> nn.Module:
     for linear in _linears(model):
-        weight = linear.weight
-        weight.copy_(qkern.quantize_4bit(weight).dequantize(weight.dtype))
+        _round(linear.weight)
     return model
+
+
+def _round(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> None:
+    qw = qkern.quantize_4bit(weight.detach(), "nf4", block_size, double_quant)
+    weight.copy_(qw.dequantize(weight.dtype))
 
 
 def _with_peft(model: nn.Module) -> nn.Module:
@@ -199,9 +208,12 @@ def _dense_gradients(workload: Workload, dtype: torch.dtype) -> tuple[float, Ten
 
 
 @cache
-def _dense_logits(workload: Workload, dtype: torch.dtype) -> Tensor:
-    model = build("dense", workload, dtype, lora=False)
+def _dense_logits(workload: Workload, dtype: torch.dtype, head_too: bool) -> Tensor:
+    """Of the dense model on the dequantised weights, those of the head too where that is asked."""
+    model: Any = build("dense", workload, dtype, lora=False)
     with torch.inference_mode():
+        if head_too:
+            _round(model.get_output_embeddings().weight, 32, False)
         return model(_tokens(model, 1, _PROMPT_TOKENS)).logits
 
 
@@ -246,32 +258,40 @@ def training_contest(
         work=workload.batch * workload.sequence,
         unit="tokens/s",
     )
-    return problem, *_available(candidate, chosen)
+    return problem, *_available(candidate, names(chosen))
 
 
 def generation_contest(
-    workload: Workload, dtype: torch.dtype, chosen: tuple[str, ...]
+    workload: Workload, dtype: torch.dtype, chosen: tuple[str, ...], compiled: bool = False
 ) -> tuple[Problem, list[Candidate], list[str]]:
-    """Greedy generation of ``new_tokens`` after a prompt, batch 1, with the cache of keys."""
+    """Greedy generation of ``new_tokens`` after a prompt, batch 1, with the cache of keys.
+
+    Compiled: all candidates by a compiled step of one token, with a static cache.
+    """
 
     def candidate(name: str) -> Candidate:
         model = build(name, workload, dtype, lora=False)
         prompt = _tokens(model, 1, _PROMPT_TOKENS)
+        call: Callable[[], Tensor] = partial(generate, model, prompt, workload.new_tokens)
+        if compiled:
+            call = CompiledGeneration(model, prompt, workload.new_tokens)
         with torch.inference_mode():
             logits = model(prompt).logits
 
         def check(ids: Tensor) -> None:
             expected = _PROMPT_TOKENS + workload.new_tokens
             assert ids.shape == (1, expected), f"{ids.shape[1]} tokens, not {expected}"
-            exact = _dense_logits(workload, torch.float32)
-            _assert_as_exact(name, "logits", logits, _dense_logits(workload, dtype), exact)
+            head_too = name == FOUR_BIT_HEAD
+            exact = _dense_logits(workload, torch.float32, head_too)
+            dense = _dense_logits(workload, dtype, head_too)
+            _assert_as_exact(name, "logits", logits, dense, exact)
 
-        return Candidate(name, lambda: partial(generate, model, prompt, workload.new_tokens), check)
+        return Candidate(name, lambda: call, check)
 
-    problem = Problem(
-        "generate", dtype, (1, _PROMPT_TOKENS), work=workload.new_tokens, unit="tokens/s"
-    )
-    return problem, *_available(candidate, chosen)
+    op = COMPILED if compiled else "generate"
+    problem = Problem(op, dtype, (1, _PROMPT_TOKENS), work=workload.new_tokens, unit="tokens/s")
+    everyone = ["qkern", FOUR_BIT_HEAD, *names(chosen)[1:]]
+    return problem, *_available(candidate, everyone)
 
 
 def names(chosen: Collection[str]) -> list[str]:
@@ -280,9 +300,9 @@ def names(chosen: Collection[str]) -> list[str]:
 
 
 def _available(
-    make: Callable[[str], Candidate], chosen: tuple[str, ...]
+    make: Callable[[str], Candidate], everyone: list[str]
 ) -> tuple[list[Candidate], list[str]]:
-    attempts = [_attempt(make, name) for name in names(chosen)]
+    attempts = [_attempt(make, name) for name in everyone]
     found = [attempt for attempt in attempts if isinstance(attempt, Candidate)]
     return found, [attempt for attempt in attempts if isinstance(attempt, str)]
 
@@ -307,6 +327,28 @@ def generate(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
     )
     assert isinstance(ids, Tensor)
     return ids
+
+
+class CompiledGeneration:
+    """The same ids by a compiled step: the prompt eagerly, then a graph for each token."""
+
+    def __init__(self, model: Any, prompt: Tensor, new_tokens: int) -> None:
+        from transformers import StaticCache
+
+        self.model, self.prompt, self.new_tokens = model, prompt, new_tokens
+        room = prompt.shape[1] + new_tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=room)
+        self.step = torch.compile(model, dynamic=False)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        self.cache.reset()
+        ids, forward = [self.prompt], self.model
+        for _ in range(self.new_tokens):
+            logits = forward(ids[-1], past_key_values=self.cache, logits_to_keep=1).logits
+            ids.append(logits[:, -1:].argmax(-1))
+            forward = self.step
+        return torch.cat(ids, 1)
 
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from .report import Record, count_of_threads
 
 COLOURS = {
     "qkern": "tab:blue",
+    "qkern, 4-bit head": "tab:cyan",
     "qkern (fresh output)": "tab:cyan",
     "qkern (in memory)": "tab:cyan",
     "disk": "tab:gray",

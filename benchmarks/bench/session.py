@@ -100,9 +100,10 @@ class Session:
 
     def _run_model(self, op: str, dtype: torch.dtype) -> None:
         chosen = tuple(self.args.peer)
-        if op == "generate":
+        if op in ("generate", models.COMPILED):
             workload = self.workload(self.args.sequence[0])
-            self._play(*models.generation_contest(workload, dtype, chosen), self.slow)
+            contest = models.generation_contest(workload, dtype, chosen, op == models.COMPILED)
+            self._play(*contest, self.slow)
             return
         for sequence in self.args.sequence:
             workload = self.workload(sequence)

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "plain_tensor.h"
 #include "python.h"
@@ -199,6 +201,106 @@ PyObject* linear_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
                  count == 7 ? given[6] : Py_None});
 }
 
+// The products of one x with several weights, all by one reading of x: (x, weights, out_features,
+// biases, batch_invariant, num_threads, in_features), where weights, out_features and biases are
+// tuples of one length. The tuple of results, or None with nothing done.
+PyObject* linears_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 7 || !PyTuple_Check(given[1]) || !PyTuple_Check(given[2]) ||
+      !PyTuple_Check(given[3])) {
+    PyErr_SetString(PyExc_TypeError, "linears_4bit: takes 7 arguments, of them 3 tuples");
+    return nullptr;
+  }
+  return with_python_errors("linears_4bit", [&]() -> PyObject* {
+    const Py_ssize_t number = PyTuple_GET_SIZE(given[1]);
+    if (PyTuple_GET_SIZE(given[2]) != number || PyTuple_GET_SIZE(given[3]) != number) {
+      Py_RETURN_NONE;
+    }
+    PlainTensor x;
+    py::object copy;
+    Size num_threads = 0;
+    std::vector<Linear4bitArgs> products(static_cast<std::size_t>(number));
+    std::vector<Size> features(products.size());
+    for (std::size_t i = 0; i < products.size(); ++i) {
+      const auto at = static_cast<Py_ssize_t>(i);
+      const MatmulArguments from = {given[0],
+                                    PyTuple_GET_ITEM(given[1], at),
+                                    PyTuple_GET_ITEM(given[2], at),
+                                    PyTuple_GET_ITEM(given[3], at),
+                                    given[4],
+                                    given[5],
+                                    given[6]};
+      Linear4bitArgs& args = products[i];
+      if (i > 0) args = products[0];  // which has x, and a weight and a bias of its own
+      args.weight = {};
+      args.bias = nullptr;
+      const bool read = i == 0 ? read_arguments(from, false, &x, &args, &features[0], &num_threads)
+                               : read_size(from.features, &features[i]) &&
+                                     read_weight(from.weight, features[i], products[0].weight.cols,
+                                                 &args.weight) &&
+                                     read_bias(from.bias, x, features[i], &args);
+      if (!read ||
+          (i == 0 && args.x_row_stride < 0 && !read_copied_rows(given[0], x, &copy, &args))) {
+        Py_RETURN_NONE;
+      }
+    }
+    py::tuple results(static_cast<std::size_t>(number));
+    for (std::size_t i = 0; i < products.size(); ++i) {
+      PlainTensor y;
+      py::object result = new_result(given[0], x, features[i]);
+      if (!y.read(result.ptr()) || !y.same_dtype(x) ||
+          y.contiguous_numel() != products[i].m * features[i]) {
+        Py_RETURN_NONE;
+      }
+      products[i].y = y.data<void>();
+      results[i] = std::move(result);
+    }
+    run_without_gil("linears_4bit", [&] {
+      for (const Linear4bitArgs& args : products) {
+        const Status status = cpu::linear_4bit(args, static_cast<int>(num_threads));
+        if (!status.ok()) return status;
+      }
+      return Status::success();
+    });
+    return results.release().ptr();
+  });
+}
+
+// (tensor, most): its elements' memory as bytes, or None where it is not plain and contiguous or
+// has more than `most` bytes.
+PyObject* tensor_bytes(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  PlainTensor tensor;
+  Size most = 0;
+  if (count != 2 || !read_size(given[1], &most)) {
+    PyErr_SetString(PyExc_TypeError, "tensor_bytes: takes a tensor and a number");
+    return nullptr;
+  }
+  return with_python_errors("tensor_bytes", [&]() -> PyObject* {
+    if (library.read == nullptr || !tensor.read(given[0]) || tensor.contiguous_numel() <= 0 ||
+        tensor.contiguous_numel() * tensor.itemsize() > most || is_negated(given[0])) {
+      Py_RETURN_NONE;
+    }
+    return PyBytes_FromStringAndSize(tensor.data<const char>(),
+                                     tensor.contiguous_numel() * tensor.itemsize());
+  });
+}
+
+// (tensor, bytes): whether tensor_bytes of it would give these.
+PyObject* tensor_has_bytes(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  PlainTensor tensor;
+  if (count != 2 || !PyBytes_CheckExact(given[1])) {
+    PyErr_SetString(PyExc_TypeError, "tensor_has_bytes: takes a tensor and bytes");
+    return nullptr;
+  }
+  return with_python_errors("tensor_has_bytes", [&]() -> PyObject* {
+    const Py_ssize_t size = PyBytes_GET_SIZE(given[1]);
+    return PyBool_FromLong(
+        library.read != nullptr && tensor.read(given[0]) && tensor.contiguous_numel() > 0 &&
+        tensor.contiguous_numel() * tensor.itemsize() == size && !is_negated(given[0]) &&
+        std::memcmp(tensor.data<const char>(), PyBytes_AS_STRING(given[1]),
+                    static_cast<std::size_t>(size)) == 0);
+  });
+}
+
 // (dy, weight, in_features, batch_invariant, num_threads)
 PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 5) {
@@ -283,6 +385,9 @@ bool read_tensors_with(const py::object& capsule, const py::list& probes,
 PyMethodDef methods[] = {
     method("linear_4bit_on_tensors", linear_4bit),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
+    method("linears_4bit_on_tensors", linears_4bit),
+    method("tensor_bytes", tensor_bytes),
+    method("tensor_has_bytes", tensor_has_bytes),
     method("adamw_step_on_tensors", adamw_step_on_tensors),
     method("matmul_into_on_tensors", matmul_into_on_tensors),
     method("tensor_holds", tensor_holds),

@@ -24,7 +24,7 @@ class CpuBackend(CompiledBackend):
         if library is None and self.missing_reason() is None:
             found = _on_tensors(self.library())
             # A subclass with a method of its own wants that one called.
-            mine = {op for op in found if getattr(type(self), op) is getattr(CpuBackend, op)}
+            mine = {op for op in found if _is_own(type(self), op)}
             self.fast = {op: function for op, function in found.items() if op in mine}
 
     def isa(self) -> str:
@@ -87,6 +87,11 @@ def _float_bits(value: float) -> int:
     return int.from_bytes(_FLOAT.pack(value), "little")
 
 
+def _is_own(kind: type[CpuBackend], op: str) -> bool:
+    op = "linear_4bit" if op == "linears_4bit" else op
+    return getattr(kind, op) is getattr(CpuBackend, op)
+
+
 def _storage_functions() -> tuple[int, ...]:
     """The addresses of torch's C functions for a storage's size and a tensor's place in it.
 
@@ -107,6 +112,7 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     They read plain CPU tensors themselves, in a fraction of the time that Python takes to ask for
     addresses and sizes. They take the op's arguments, a `qkern.weight.Weight` as one, then the
     number of threads; ``linear_4bit`` also the ``in_features`` that ``x`` must have.
+    ``linears_4bit`` takes tuples of weights, sizes and biases.
     """
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     of_storage = _storage_functions()
@@ -114,4 +120,6 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
         return {}
     ops = ("linear_4bit", "linear_4bit_dx", "adamw_step", "matmul_into")
-    return {op: getattr(library, f"{op}_on_tensors") for op in ops}
+    found = {op: getattr(library, f"{op}_on_tensors") for op in ops}
+    # No op: several of the first, by one reading of their input.
+    return found | {"linears_4bit": library.linears_4bit_on_tensors}

@@ -5,6 +5,7 @@ from qkern.nn.counting import count_parameters
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.dequantize import dequantize_model
 from qkern.nn.embedding import Embedding4bit
+from qkern.nn.head import quantize_head
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import (
     LoRAConfig,
@@ -16,6 +17,7 @@ from qkern.nn.lora import (
     unmerge_lora,
 )
 from qkern.nn.model import add_lora, prepare_for_training, quantize_model
+from qkern.nn.sharing import share_inputs
 
 __all__ = [
     "Embedding4bit",
@@ -32,6 +34,8 @@ __all__ = [
     "lora_parameters",
     "merge_lora",
     "prepare_for_training",
+    "quantize_head",
     "quantize_model",
+    "share_inputs",
     "unmerge_lora",
 ]

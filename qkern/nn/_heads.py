@@ -65,6 +65,15 @@ def find_heads(model: nn.Module) -> Heads:
     return heads
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of ``model``: what it says itself, or one of that name."""
+    found = _ask(model, "get_output_embeddings")
+    if found is not None:
+        return found
+    named = (m for path, m in model.named_modules() if path.rpartition(".")[2] in OUTPUT_NAMES)
+    return next(named, None)
+
+
 def _ids(module: nn.Module | None) -> set[int]:
     return set() if module is None else {id(inner) for inner in module.modules()}
 

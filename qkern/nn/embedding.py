@@ -72,11 +72,22 @@ class Embedding4bit(QuantizedModule):
         those of :func:`qkern.quantize_4bit`.
         """
         _sources.check_layer("embedding", embedding, _sources.EMBEDDING)
-        if embedding.max_norm is not None:
-            raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
+        cls._check_norm(embedding)
         options = format, block_size, double_quant, codebook, check_finite
         with torch.inference_mode(False):  # its tensors could not be trained with
-            layer = cls(quantized_weight(embedding.weight, *options), embedding.padding_idx)
+            qw = quantized_weight(embedding.weight, *options)
+        return cls._around(qw, embedding)
+
+    @staticmethod
+    def _check_norm(embedding: nn.Embedding) -> None:
+        if embedding.max_norm is not None:
+            raise ValueError(f"max_norm: got {embedding.max_norm}; takes a table without it")
+
+    @classmethod
+    def _around(cls, qw: QuantizedTensor, embedding: nn.Embedding) -> Embedding4bit:
+        """A layer on ``qw``, its weight in 4 bits, with all else of ``embedding``."""
+        with torch.inference_mode(False):
+            layer = cls(qw, embedding.padding_idx)
         if _sources.has_scale(embedding):
             layer._take_scale(embedding)
             layer.source_class = type(embedding)

@@ -476,6 +476,7 @@ def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:
             {"codes": codes, "absmax": absmax, "map": ramp},
         ),
         "linear_4bit": (qkern.linear_4bit, {"x": x, "qw": qw, "bias": bias}),
+        "linears_4bit": (qkern.linears_4bit, {"x": x, "qws": [qw, qw], "biases": [None, bias]}),
         "linear_cross_entropy": (
             qkern.linear_cross_entropy,
             {"hidden": x, "weight": qw, "labels": torch.tensor([5, -100, 12]), "bias": bias},
@@ -492,6 +493,11 @@ def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Iterator[tupl
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             yield name, inputs | {name: change(value)}
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                for place, one in changed({name.removesuffix("es"): item}, change):
+                    new = [*value[:index], *one.values(), *value[index + 1 :]]
+                    yield place, inputs | {name: new}
         elif isinstance(value, QuantizedTensor):
             for field, tensor in value.tensors().items():
                 # Past the checks of a new one, which could not lack memory either.
@@ -554,6 +560,12 @@ DENSE: dict[str, Callable[[Inputs], Tensor]] = {
     "nf4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
     "fp4_linear": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
     "linear_4bit": lambda a: a["x"] @ a["qw"].dequantize().t() + a["bias"],
+    "linears_4bit": lambda a: torch.cat(
+        [
+            a["x"] @ qw.dequantize().t() + (0 if bias is None else bias)
+            for qw, bias in zip(a["qws"], a["biases"], strict=True)
+        ]
+    ),
     "linear_cross_entropy": lambda a: torch.nn.functional.cross_entropy(
         a["hidden"] @ a["weight"].dequantize().t() + a["bias"], a["labels"]
     ),
@@ -574,6 +586,8 @@ def test_a_public_function_gives_what_dense_arithmetic_gives(name: str) -> None:
         result, tolerance = result.dequantize(), 0.5
     elif name == "quantize_8bit":
         result, tolerance = qkern.dequantize_8bit(*result, map=inputs["map"]), 0.05
+    elif name == "linears_4bit":
+        result = torch.cat(result)
     expected = DENSE[name](inputs)
     assert result.shape == expected.shape
     assert (result - expected).abs().max() <= tolerance * expected.abs().max()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qkern
-from qkern import testing
+from qkern import _inductor, backends, testing
+from qkern.backends import cpu
 from qkern.testing import OPS, Case, OpSpec, Target
 
 compiled_by = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -176,3 +178,106 @@ def test_export_keeps_the_ops() -> None:
     assert "qkern.linear_4bit.default" in names
     other = torch.randn(9, 64)
     testing.assert_bitwise(program.module()(other), qkern.linear_4bit(other, qw))
+
+
+class OfModes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the ops that go through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def direct_calls() -> None:
+    module = pytest.importorskip("torch._inductor.codegen.custom_extern_kernel_codegen")
+    if not hasattr(module, "CUSTOM_EXTERN_KERNEL_CODEGEN"):
+        pytest.skip("this torch has no table of how a compiled graph calls an op")
+    if "linear_4bit" not in cpu.fast:
+        pytest.skip("qkern._C is not built")
+
+
+@pytest.mark.usefixtures("direct_calls")
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_compiled_code_calls_kernels_and_not_ops(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    block = Block().to(dtype)
+    x = torch.randn(3, 5, 64, dtype=dtype)
+    expected = block.down(block.up.base_layer(x).to(dtype)).detach()
+    calls: list[str] = []
+    kernels = {name: cpu.fast[name] for name in ("linear_4bit", "linear_4bit_dx")}
+
+    def noted(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            calls.append(name)
+            return kernels[name](*args)
+
+        return run
+
+    monkeypatch.setattr(cpu, "fast", {name: noted(name) for name in kernels})
+    compiled = torch.compile(lambda x: block.down(block.up.base_layer(x)), fullgraph=True)
+    given = x.clone().requires_grad_()
+    y, code = run_and_get_code(compiled, given)
+    y.sum().backward()
+    testing.assert_bitwise(y.detach(), expected)
+    assert "_qkern.linear_4bit(" in code[0]
+    # Neither do the dispatcher's implementations run.
+    monkeypatch.setattr("qkern.ops.select", None)
+    calls.clear()
+    y = compiled(given)
+    y.sum().backward()
+    assert calls == ["linear_4bit"] * 2 + ["linear_4bit_dx"] * 2
+    assert given.grad is not None
+
+
+@pytest.mark.usefixtures("direct_calls")
+def test_a_mode_sees_the_op_of_a_direct_call() -> None:
+    qw, x = qkern.quantize_4bit(torch.randn(40, 64)), torch.randn(3, 64)
+    with OfModes() as mode:
+        y = _inductor.linear_4bit(x, *qw.weight, 40, None, None)
+        dx = _inductor.linear_4bit_dx(y, *qw.weight, 64, None)
+    assert mode.seen == ["qkern.linear_4bit.default", "qkern.linear_4bit_dx.default"]
+    testing.assert_bitwise(y, _inductor.linear_4bit(x, *qw.weight, 40, None, False))
+    testing.assert_bitwise(dx, _inductor.linear_4bit_dx(y, *qw.weight, 64, False))
+
+
+@pytest.mark.usefixtures("direct_calls")
+def test_compiled_code_obeys_the_blocks_that_it_runs_in() -> None:
+    layer = Block().down
+    x = torch.randn(7, 96)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)
+        compiled(x)
+        for backend in ("reference", "cpu"):
+            with backends.use(backend):
+                testing.assert_bitwise(compiled(x), layer(x))
+        with qkern.batch_invariant():
+            testing.assert_bitwise(compiled(x)[:1], layer(x[:1]))
+        with torch.profiler.profile() as profile:
+            compiled(x)
+    assert any(event.name == "qkern::linear_4bit" for event in profile.events())
+
+
+@pytest.mark.usefixtures("direct_calls")
+def test_compiled_code_takes_tensors_that_the_kernel_does_not_read() -> None:
+    layer = Block().down
+    compiled = torch.compile(lambda x: layer(x.mT), fullgraph=True)
+    x = torch.randn(96, 5)
+    with torch.no_grad():
+        testing.assert_bitwise(compiled(x), layer(x.mT))
+        assert compiled(torch.randn(96, 0)).shape == (0, 64)
+
+
+@pytest.mark.slow
+def test_code_in_cpp_calls_the_op() -> None:
+    layer, x = Block().down, torch.randn(2, 96)
+    with torch.no_grad(), torch._inductor.config.patch(cpp_wrapper=True):
+        compiled = torch.compile(layer, fullgraph=True)
+        testing.assert_bitwise(compiled(x), layer(x))

@@ -211,6 +211,34 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
             ),
         )
     ),
+    # linears_4bit
+    *(
+        (f"linears_4bit-{kind}", error, lambda args=args: qkern.linears_4bit(*args()), message)
+        for kind, error, args, message in (
+            ("qws-empty", ValueError, lambda: (X, []), "qws: got none; takes one"),
+            ("qws-dense", TypeError, lambda: (X, [weight(), W]), r"qws\[1\]: got torch.float32 te"),
+            ("qws-one", TypeError, lambda: (X, weight()), "qws: got QuantizedTensor; takes a list"),
+            ("x-int", TypeError, lambda: (X.long(), [weight()]), "x: got torch.int64; takes"),
+            (
+                "qws-width",
+                ValueError,
+                lambda: (X, [weight(), weight(w=torch.zeros(6, 32))]),
+                r"x: got shape \[2, 64\]; takes \[\.\.\., 32\]",
+            ),
+            (
+                "biases-few",
+                ValueError,
+                lambda: (X, [weight(), weight()], [None]),
+                "biases: got 1 for 2 weights; takes as many",
+            ),
+            (
+                "biases-dtype",
+                TypeError,
+                lambda: (X, [weight()], [torch.zeros(6).half()]),
+                "bias: got torch.float16; takes torch.float32",
+            ),
+        )
+    ),
     (
         "nf4_linear-qw-fp4",
         ValueError,

@@ -26,10 +26,24 @@ def tiny_workload(tmp_path_factory) -> models.Workload:
 def test_model_contest(make, tiny_workload):
     problem, candidates, missing = make(tiny_workload, torch.float32, ())
     samples = timing.run_contest(problem, candidates, QUICK)
-    (row,) = report.records(problem, samples, LIMITS)
+    row, *others = report.records(problem, samples, LIMITS)
+    expected = [] if make is models.training_contest else [models.FOUR_BIT_HEAD]
+    assert [other["name"] for other in others] == expected
     assert not missing
     assert row["unit"] == "tokens/s"
     assert row["rate"] == pytest.approx(problem.work / row["ms"] * 1e3)
+
+
+def test_a_compiled_step_generates_the_same(tiny_workload, monkeypatch):
+    # How it is compiled is the compiler's; here it is how it is called.
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    for name in ("qkern", models.FOUR_BIT_HEAD):
+        model = models.build(name, tiny_workload, torch.float32, lora=False)
+        prompt = torch.arange(5)[None]
+        expected = models.generate(model, prompt, 4)
+        call = models.CompiledGeneration(model, prompt, 4)
+        assert torch.equal(call(), expected)
+        assert torch.equal(call(), expected)
 
 
 def test_wrong_model_is_detected(tiny_workload, monkeypatch):
@@ -50,7 +64,8 @@ def test_peers_on_equal_weights(tiny_workload):
         for make in (models.training_contest, models.generation_contest):
             problem, candidates, missing = make(tiny_workload, dtype, names)
             assert not missing
-            assert len(timing.run_contest(problem, candidates, QUICK)) == 3
+            own = 1 if make is models.training_contest else 2
+            assert len(timing.run_contest(problem, candidates, QUICK)) == own + 2
         for op in kernels.CONTESTS:
             problem, candidates, _ = kernels.contest(
                 op, (96, 128), 5, dtype, kernels.Choice(peers=names)

@@ -132,6 +132,17 @@ def products_are_those_of_the_dense_weight() -> None:
             near(leaf.grad, 2 * (x @ dense(qw).T) @ dense(qw))
 
 
+@checks("qkern.linears_4bit")
+def several_products_are_those_of_the_dense_weights() -> None:
+    x, bias, qws = drawn(5, 64, seed=1), drawn(32, seed=2), [weight("nf4"), weight("fp4", seed=3)]
+    leaf = x.clone().requires_grad_()
+    first, second = qkern.linears_4bit(leaf, qws, [bias, None])
+    near(first.detach(), x @ dense(qws[0]).T + bias)
+    near(second.detach(), x @ dense(qws[1]).T)
+    (first.sum() + second.sum()).backward()
+    near(leaf.grad, (dense(qws[0]).sum(0) + dense(qws[1]).sum(0)).expand(5, 64))
+
+
 @checks("qkern.lora_linear")
 def an_adapter_adds_its_product() -> None:
     x, a, b, qw = drawn(5, 64, seed=1), drawn(4, 64, seed=2), drawn(32, 4, seed=3), weight()
@@ -412,6 +423,28 @@ def a_model_becomes_dense_again() -> None:
     assert qnn.dequantize_model(made) is made
     assert [type(m) for m in made] == [nn.Linear, nn.ReLU, nn.Linear]
     near(made(x), expected)
+
+
+@checks("qkern.nn.quantize_head")
+def a_head_is_in_4_bits() -> None:
+    made, x = nn.ModuleDict({"lm_head": nn.Linear(64, 32)}), drawn(5, 64)
+    expected = made["lm_head"](x).detach()
+    assert qnn.quantize_head(made) is made
+    assert type(made["lm_head"]) is qnn.Linear4bit
+    assert 0 < (made["lm_head"](x) - expected).abs().max() < 0.5 * expected.abs().max()
+
+
+@checks("qkern.nn.share_inputs")
+def layers_share_an_input() -> None:
+    names = ("gate_proj", "up_proj")
+    made = qnn.quantize_model(nn.ModuleDict({name: nn.Linear(64, 32) for name in names}))
+    x = drawn(1, 64)
+    with torch.no_grad():
+        expected = [made[name](x) for name in names]
+        assert qnn.share_inputs(made) is made
+        assert made["gate_proj"]._shared is made["up_proj"]._shared is not None
+        for name, value in zip(names, expected, strict=True):
+            testing.assert_bitwise(made[name](x), value)
 
 
 @checks("qkern.nn.from_bnb")

@@ -1,0 +1,82 @@
+"""Calls of the matmuls from the code that torch's compiler writes, without the dispatcher.
+
+A compiled graph calls an op of another library by ``torch.ops``: for a layer of a small model the
+dispatcher then takes as long as the kernel. Newer versions of torch let a library say how its op is
+called instead; with older ones, and from code that is written in C++, the op is called as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkern._settings import none_set
+from qkern.backends import num_threads
+from qkern.ops import undispatched
+
+_REGISTRY = "torch._inductor.codegen.custom_extern_kernel_codegen"
+
+
+def _kernel(op: str) -> Callable[..., Any] | None:
+    """The kernel of an op where nobody would miss the op and no block sets anything."""
+    backend = undispatched() if none_set() else None
+    return None if backend is None else backend.fast.get(op)
+
+
+def linear_4bit(x: Tensor, *args: Any) -> Tensor:
+    """The op ``linear_4bit``; its kernel alone where nobody would miss the op."""
+    kernel = _kernel("linear_4bit")
+    if kernel is not None and len(args) == 10:
+        features, bias, invariant = args[7:]
+        y: Tensor | None = kernel(x, args[:7], features, bias, bool(invariant), num_threads())
+        if y is not None:
+            return y
+    return torch.ops.qkern.linear_4bit.default(x, *args)
+
+
+def linear_4bit_dx(dy: Tensor, *args: Any) -> Tensor:
+    """The op ``linear_4bit_dx`` likewise."""
+    kernel = _kernel("linear_4bit_dx")
+    if kernel is not None and len(args) == 9:
+        features, invariant = args[7:]
+        dx: Tensor | None = kernel(dy, args[:7], features, bool(invariant), num_threads())
+        if dx is not None:
+            return dx
+    return torch.ops.qkern.linear_4bit_dx.default(dy, *args)
+
+
+DIRECT = (linear_4bit, linear_4bit_dx)
+
+
+def tell_compiler() -> None:
+    """Have graphs that are compiled from now on call the functions above.
+
+    Asked whenever an op is traced, because qkern does not import the compiler, which takes longer
+    than all else that it imports.
+    """
+    registry = sys.modules.get(_REGISTRY)
+    table = getattr(registry, "CUSTOM_EXTERN_KERNEL_CODEGEN", None)
+    made = getattr(registry, "CustomCodegen", None)
+    if not isinstance(table, dict) or made is None:
+        return
+    for function in DIRECT:
+        op = f"torch.ops.qkern.{function.__name__}.default"
+        if op not in table:
+            table[op] = made(python=_writer(function.__name__))
+
+
+def _writer(name: str) -> Callable[[Any, Callable[[str], None]], None]:
+    """What writes a call of the function ``name``, as torch asks for it."""
+
+    def write(node: Any, writeline: Callable[[str], None]) -> None:
+        from torch._inductor.virtualized import V
+
+        V.graph.wrapper_code.add_import_once("from qkern import _inductor as _qkern")
+        arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+        writeline(f"{node.get_name()} = _qkern.{name}({arguments})")
+
+    return write
