@@ -23,7 +23,9 @@ FLAGS = {
     "simd_x86.h": ("-mavx2",),
     "simd_avx2.h": ("-mavx2", "-mfma", "-mf16c"),
     "simd_avx512.h": AVX512,
-    "kernels_dot.h": (*AVX512, "-mavx512vnni"),
+    "dot_avx2.h": ("-mavx2", "-mfma", "-mf16c"),
+    "dot_avx512.h": AVX512,
+    "kernels_dot.h": AVX512,
     "kernels_amx.h": (*AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 HEADERS = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
