@@ -33,8 +33,29 @@ struct Strip {
   std::int64_t ahead;           // how many groups of rows of W are fetched ahead
 };
 
-// Where a chunk's registers lie in memory: in the order of the steps that expose them.
-constexpr int step_order(int shift) { return shift % kSteps * Simd::kExposed + shift / kSteps; }
+// How a register of words becomes registers of weights: in steps, kExposed registers each, and
+// which elements of x these multiply. As for panels, unless Simd has an order of its own for sums.
+template <typename S, bool kOwn = S::kOwnOrder>
+struct OrderOf {
+  static constexpr int kExposed = S::kExposed;
+  using Lut = typename S::Lut;
+
+  static Lut make_lut(const float* table) { return S::make_lut(table); }
+  template <int kStep>
+  static void expose(const Lut& lut, Simd::I words, Simd::F (&w)[kExposed]) {
+    S::template expose<kStep>(lut, words, w);
+  }
+  static Simd::F gather(const float* chunk, int step, int i) {
+    // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
+    const int j = step + i * kSteps;
+    return S::gather_stride8(chunk + (j ^ 1));
+  }
+};
+template <typename S>
+struct OrderOf<S, true> : S::Order {};
+
+using Order = OrderOf<Simd>;
+constexpr int kOrderSteps = static_cast<int>(kWordCodes) / Order::kExposed;
 
 // x in the order in which steps expose the codes: [chunk][step][register][lane], zeros past the
 // end, so that the weights need no shuffling beyond the lookup. Chunks are `chunk_stride` apart.
@@ -45,10 +66,11 @@ void permute_row(const T* x, const Segment& segment, std::int64_t chunk_stride, 
     const std::int64_t n = min64(kChunk, segment.length - c * kChunk);
     convert_row(x + c * kChunk, n, values);
     for (std::int64_t i = n; i < kChunk; ++i) values[i] = 0.0f;
-    for (int j = 0; j < kWordCodes; ++j) {
-      // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
-      Simd::storeu(out + c * chunk_stride + step_order(j) * kLanes,
-                   Simd::gather_stride8(values + (j ^ 1)));
+    float* to = out + c * chunk_stride;
+    for (int step = 0; step < kOrderSteps; ++step) {
+      for (int i = 0; i < Order::kExposed; ++i, to += kLanes) {
+        Simd::storeu(to, Order::gather(values, step, i));
+      }
     }
   }
 }
@@ -57,7 +79,7 @@ void permute_row(const T* x, const Segment& segment, std::int64_t chunk_stride, 
 // for all where a step reads many registers.
 template <int kRows>
 struct XLayout {
-  static constexpr bool kTogether = Simd::kExposed > 1;
+  static constexpr bool kTogether = Order::kExposed > 1;
   static constexpr std::int64_t kChunkStride = kTogether ? kRows * kChunk : kChunk;
 
   static std::int64_t row_stride(const Segment& segment) {
@@ -66,16 +88,16 @@ struct XLayout {
 };
 
 struct FloatCodes {
-  const float* values;
+  Order::Lut values;
 
-  explicit FloatCodes(const Codebook& codes) : values(code_values(codes)) {}
-  Simd::Lut lut() const { return Simd::make_lut(values); }
+  explicit FloatCodes(const Codebook& codes) : values(Order::make_lut(code_values(codes))) {}
+  const Order::Lut& lut() const { return values; }
   static float unscaled(float sum) { return sum; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
-// registers of weights, exposed in kSteps steps. With few rows of x the scale enters once a chunk,
-// on the sums; with more it is cheaper on the weights, which all rows share.
+// registers of weights, exposed in kOrderSteps steps. With few rows of x the scale enters once a
+// chunk, on the sums; with more it is cheaper on the weights, which all rows share.
 template <int kRows, int kStreams>
 struct VectorKernel {
   using Codes = FloatCodes;
@@ -106,20 +128,21 @@ struct VectorKernel {
   // kStart: the step's first register of weights starts the sums.
   template <int kStep, bool kStart>
   __attribute__((always_inline)) static void step(const Simd::I (&words)[kStreams],
-                                                  const Simd::Lut& lut, const float* x,
+                                                  const Order::Lut& lut, const float* x,
                                                   std::int64_t x_stride,
                                                   const Simd::F (&scale)[kStreams],
                                                   Simd::F (&sum)[kStreams][kRows]) {
-    Simd::F w[kStreams][Simd::kExposed];
+    Simd::F w[kStreams][Order::kExposed];
     for (int s = 0; s < kStreams; ++s) {
-      Simd::expose<kStep>(lut, words[s], w[s]);
-      for (int i = 0; i < Simd::kExposed && kScaleWeights; ++i) {
+      Order::expose<kStep>(lut, words[s], w[s]);
+      for (int i = 0; i < Order::kExposed && kScaleWeights; ++i) {
         w[s][i] = Simd::mul(w[s][i], scale[s]);
       }
     }
-    for (int i = 0; i < Simd::kExposed; ++i) {
+    for (int i = 0; i < Order::kExposed; ++i) {
       for (int r = 0; r < kRows; ++r) {
-        const Simd::F value = Simd::loadu(x + r * x_stride + (kStep * Simd::kExposed + i) * kLanes);
+        const Simd::F value =
+            Simd::loadu(x + r * x_stride + (kStep * Order::kExposed + i) * kLanes);
         for (int s = 0; s < kStreams; ++s) {
           sum[s][r] =
               kStart && i == 0 ? Simd::mul(w[s][i], value) : Simd::fma(w[s][i], value, sum[s][r]);
@@ -131,20 +154,20 @@ struct VectorKernel {
   // Steps kStep and on, the sums taking turns.
   template <int kStep>
   __attribute__((always_inline)) static void steps(const Simd::I (&words)[kStreams],
-                                                   const Simd::Lut& lut, const float* x,
+                                                   const Order::Lut& lut, const float* x,
                                                    std::int64_t x_stride,
                                                    const Simd::F (&scale)[kStreams],
                                                    Simd::F (&sum)[kStreams][kRows],
                                                    Simd::F (&next)[kStreams][kRows]) {
     // Where two steps are all, each starts a chain, and zeros need no register.
-    constexpr bool kStart = kSteps == 2 && !kScaleWeights;
+    constexpr bool kStart = kOrderSteps == 2 && !kScaleWeights;
     step<kStep, kStart>(words, lut, x, x_stride, scale, sum);
-    if constexpr (kStep + 1 < kSteps) {
+    if constexpr (kStep + 1 < kOrderSteps) {
       steps<kStep + 1>(words, lut, x, x_stride, scale, next, sum);
     }
   }
 
-  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Simd::Lut& lut,
+  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Order::Lut& lut,
                                           const float* x, const Segment& segment,
                                           const Simd::F (&scale)[kStreams]) {
     const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);

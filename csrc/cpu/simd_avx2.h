@@ -13,7 +13,7 @@ struct Simd : SimdBase {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
-  static constexpr int kVectorAccumulators = 9;
+  static constexpr int kVectorAccumulators = 3;  // beside four tables and four registers of weights
   static constexpr int kVectorFactors = 6;
 
   using F = __m256;
@@ -143,6 +143,47 @@ struct Simd : SimdBase {
   static void expose(const Lut& lut, I words, F (&w)[kExposed]) {
     w[0] = lookup(lut, shift_right<4 * kStep>(words));
   }
+
+  // For sums, where any order of the weights serves: the bytes of 32 values are looked up, 32 codes
+  // an instruction, and joined. That is 12 instructions for four registers, which two units share,
+  // where the permutes above take eight and as many shifts and blends, and one unit has them.
+  struct Order {
+    static constexpr int kExposed = 4;
+    struct Lut {
+      I bytes[4];
+    };
+    static Lut make_lut(const float* table) {
+      Lut out;
+      for (int b = 0; b < 4; ++b) {
+        std::uint8_t bytes[16];
+        for (int i = 0; i < 16; ++i) {
+          bytes[i] = static_cast<std::uint8_t>(float_bits(table[i]) >> (8 * b));
+        }
+        out.bytes[b] =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+      }
+      return out;
+    }
+    // Step 0: the low nibble of each byte. Register i has four bytes' of each 16, from 4i on.
+    template <int kStep>
+    static void expose(const Lut& lut, I words, F (&w)[kExposed]) {
+      const I codes = _mm256_and_si256(shift_right<4 * kStep>(words), _mm256_set1_epi8(15));
+      I b[4];
+      for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(lut.bytes[i], codes);
+      const I low[2] = {_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1])};
+      const I high[2] = {_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3])};
+      for (int i = 0; i < 2; ++i) {
+        w[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+        w[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+      }
+    }
+    // The elements of a chunk that register i of a step multiplies.
+    static F gather(const float* chunk, int step, int i) {
+      return _mm256_i32gather_ps(chunk + 8 * i + 1 - step,
+                                 _mm256_setr_epi32(0, 2, 4, 6, 32, 34, 36, 38), 4);
+    }
+  };
+  static constexpr bool kOwnOrder = true;
 
   // 8 weights in their own order from 4 bytes.
   static F natural(const std::uint8_t* p, const Lut& lut) {

@@ -28,6 +28,7 @@ struct Simd {
   // The look-up serves 16 codes: half of a register of words.
   static constexpr bool kByteTables = true;
   static constexpr int kExposed = 4;
+  static constexpr bool kOwnOrder = false;
 
   using F = float32x4_t;
   using I = uint32x4_t;
