@@ -17,6 +17,7 @@ from qkern.functional import (
     linear_4bit,
     lora_linear,
     nf4_linear,
+    precision,
     quantize_4bit,
     quantize_8bit,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "nf4_linear",
     "nn",
     "optim",
+    "precision",
     "quantize_4bit",
     "quantize_8bit",
 ]

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels_elementwise.h"
+#include "kernels_int8.h"
 #include "kernels_optim.h"
 #include "kernels_panel.h"
 #include "kernels_tiled.h"

@@ -171,6 +171,9 @@ Status linear_4bit_dot(const Linear4bitArgs& args, int num_threads) {
 
 // The table with these kernels for 16-bit x.
 inline KernelTable with_dots(KernelTable table) {
+  table.linear_4bit_int8[0] = linear_4bit_int8<float>;
+  table.linear_4bit_int8[1] = linear_4bit_int8<BFloat16>;
+  table.linear_4bit_int8[2] = linear_4bit_int8<Float16>;
   table.linear_4bit[static_cast<int>(DType::kBFloat16)] = linear_4bit_dot<FloatEngine, BFloat16>;
   table.linear_4bit[static_cast<int>(DType::kFloat16)] = linear_4bit_dot<FloatEngine, Float16>;
   return table;

@@ -306,6 +306,36 @@ struct Simd : SimdBase {
     put<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
   }
 
+  // Weights of 8 bits, and their products with x in 8 bits: see kernels_int8.h.
+  static constexpr bool kByteSums = false;
+  struct Bytes {
+    I value[2], magnitude[2];
+  };
+  using ByteLut = __m256i;
+  static ByteLut make_byte_lut(const std::int8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  static Bytes decode_bytes(ByteLut lut, I words) {
+    const I mask = _mm256_set1_epi8(15);
+    Bytes out;
+    out.value[0] = _mm256_shuffle_epi8(lut, _mm256_and_si256(words, mask));
+    out.value[1] = _mm256_shuffle_epi8(lut, _mm256_and_si256(_mm256_srli_epi16(words, 4), mask));
+    for (int i = 0; i < 2; ++i) out.magnitude[i] = _mm256_abs_epi8(out.value[i]);
+    return out;
+  }
+  // The product of bytes takes one side unsigned: |w|, and x with w's sign. Sums of two fit 16
+  // bits.
+  static F dot_bytes(const Bytes& w, const float* x) {
+    const I ones = _mm256_set1_epi16(1);
+    I sum[2];
+    for (int i = 0; i < 2; ++i) {
+      const I q = _mm256_loadu_si256(reinterpret_cast<const I*>(x) + i);
+      const I pairs = _mm256_maddubs_epi16(w.magnitude[i], _mm256_sign_epi8(q, w.value[i]));
+      sum[i] = _mm256_madd_epi16(pairs, ones);
+    }
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum[0], sum[1]));
+  }
+
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
   using Thresholds = const float*;
   static I count_below(F t, Thresholds thresholds) {
