@@ -99,6 +99,8 @@ class Product(NamedTuple):
     bias: Tensor | None
     out: Tensor
     batch_invariant: bool
+    int8: bool = False
+    """Whether both factors are taken to 8 bits."""
 
 
 class KernelBackend(Backend):

@@ -71,7 +71,7 @@ class CpuBackend(CompiledBackend):
         product = self._product("x", x, weight, out_features, bias, batch_invariant)
         if product is None:
             return reference.linear_4bit(x, weight, out_features, bias, batch_invariant)
-        self._start("linear_4bit_int8", product.x.device, product_numbers(product))
+        self._multiply(product._replace(int8=True))
         return product.out
 
     def _device_of(self, tensor: Tensor) -> torch.device:
@@ -82,7 +82,8 @@ class CpuBackend(CompiledBackend):
         self._function(op)(*arguments, _args.num_threads())
 
     def _multiply(self, product: Product) -> None:
-        op = "linear_4bit_dx" if product.dx else "linear_4bit"
+        forward = "linear_4bit_int8" if product.int8 else "linear_4bit"
+        op = "linear_4bit_dx" if product.dx else forward
         self._start(op, product.x.device, product_numbers(product))
 
 
