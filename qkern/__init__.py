@@ -18,6 +18,7 @@ from qkern.functional import (
     linears_4bit,
     lora_linear,
     nf4_linear,
+    precision,
     quantize_4bit,
     quantize_8bit,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "nf4_linear",
     "nn",
     "optim",
+    "precision",
     "quantize_4bit",
     "quantize_8bit",
 ]

@@ -83,5 +83,8 @@ def _of_backward() -> _Blocks:
 batch_invariance: Setting[bool] = Setting()
 """See `qkern.batch_invariant`."""
 
+int8_activations: Setting[bool] = Setting()
+"""Whether `qkern.precision` is ``"int8"``."""
+
 forced_backend: Setting[Any] = Setting()
 """See `qkern.backends.use`; a `qkern.backends.Forced`."""

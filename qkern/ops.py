@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkern import _errors, backends, formats, weight
-from qkern._settings import batch_invariance, forced_backend, none_set
+from qkern._settings import batch_invariance, forced_backend, int8_activations, none_set
 from qkern.backends import Backend, num_threads, select
 from qkern.weight import Weight
 
@@ -211,6 +211,11 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 _product_fake,
             ),
             Op(
+                "linear_4bit_int8(Tensor x, Weight weight, SymInt out_features,"
+                " Tensor? bias=None, bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
                 "linear_4bit_dx(Tensor dy, Weight weight, SymInt in_features,"
                 " bool? batch_invariant=False) -> Tensor",
                 _product_fake,
@@ -230,25 +235,37 @@ compiler, that is not known before.
 """
 
 
+_NO_INT8_GRADIENT = (
+    'precision: got "int8" where a compiled backward runs; takes it where no tensor requires a '
+    "gradient"
+)
+
+
 def _implementation(op: Op) -> Callable[..., Any]:
     """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
     name, writes, at, defaults = op.name, op.writes, op.weight_at, op.defaults
     left_out = [defaults[given:] for given in range(len(defaults) + 1)]
     end = 0 if at is None else at + _FIELDS
     asks = op.parameters[-1] == "batch_invariant"
+    input_gradient = name == "linear_4bit_dx"
 
     def run(*args: Any) -> Any:
         # torch leaves out trailing arguments that have their default value.
         args += left_out[len(args)]
+        at_run = name
         if asks and args[-1] is None:
             args = (*args[:-1], bool(batch_invariance.get()))
+            if int8_activations.get():
+                if input_gradient:
+                    raise RuntimeError(_NO_INT8_GRADIENT)
+                at_run = "linear_4bit_int8"
         first = args[0]
         if type(first) is list:
             if not first:
                 return None
             first = first[0]
         backend = select(first.device)
-        kernel = backend.fast.get(name)
+        kernel = backend.fast.get(at_run)
         if at is not None:
             # Read as any tuple; the named tuple's own constructor takes longer.
             args = (*args[:at], args[at:end], *args[end:])
@@ -256,7 +273,7 @@ def _implementation(op: Op) -> Callable[..., Any]:
         if result is None:
             if at is not None:
                 args = op.canonical((*args[:at], Weight._make(args[at]), *args[at + 1 :]))
-            result = backend.table[name](*args)
+            result = backend.table[at_run](*args)
         if writes:
             op.count_changes(args)
             return None

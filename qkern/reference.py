@@ -425,6 +425,83 @@ def linear_4bit(
     return y.to(x.dtype)
 
 
+def linear_4bit_int8(
+    x: Tensor,
+    weight: Weight,
+    out_features: int,
+    bias: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``x @ W.T + bias`` with both factors in 8 bits: ``[..., K] -> [..., N]``.
+
+    A group of 32 elements of a row of ``x`` shares a scale: they are ``q * a / 127``, with ``a``
+    their largest magnitude and ``q`` integers, rounded to nearest. The codes' values are ``t / f``,
+    with ``f`` of `formats.INT8_FACTORS` and integers ``t``. So an element of ``x`` is off by at
+    most ``a / 254``, a weight by ``absmax / (2 * f)``. Products of integers are exact, their sums
+    are float32.
+
+    As `linear_4bit` computes it: more than 8 rows, unless ``batch_invariant``; weights whose rows
+    are no whole blocks, or whose codebook's largest magnitude is not between 2^-30 and 2^30; and
+    each row with an element that is not finite, or whose largest is not between 2^-60 and 2^80.
+    """
+    in_features = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    if (
+        in_features % weight.block_size
+        or (rows > formats.INT8_ROWS and not batch_invariant)
+        or (factor := int8_factor(weight)) is None
+    ):
+        return linear_4bit(x, weight, out_features, bias, batch_invariant)
+    y = linear_4bit(x, weight, out_features, None, batch_invariant).float()
+    y2 = y.view(rows, out_features)
+    x2 = x.reshape(rows, in_features).float()
+    taken = rows_in_8_bits(x2)
+    rounded = rounded_to_8_bits(x2[taken])
+    integers = int8_weight(weight, factor)
+    for columns, values in _weight_slices(integers, out_features, in_features):
+        y2[taken, columns] = _matmul(rounded, values.t(), batch_invariant) / factor
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype)
+
+
+def int8_factor(weight: Weight) -> float | None:
+    """What the codes' values are multiplied by before they are rounded to 8 bits, if they are."""
+    if weight.codebook is None:
+        return formats.INT8_FACTORS[weight.format]
+    largest = weight.codebook.abs().max()
+    if not 2.0**-30 < largest < 2.0**30:
+        return None
+    return (torch.full_like(largest, 127) / largest).item()  # 127 / largest would round twice
+
+
+def int8_weight(weight: Weight, factor: float) -> Weight:
+    """The same weight with ``factor`` times its codes' values, rounded to integers."""
+    values = weight.codebook
+    if values is None:
+        values = formats.code_tensor(weight.format, weight.device)
+    scaled = values * torch.tensor(factor, device=values.device)
+    integers = (scaled.abs() + 0.5).floor().copysign(scaled)
+    return weight._replace(format="custom", codebook=integers)
+
+
+def rows_in_8_bits(x: Tensor) -> Tensor:
+    """Which rows of the float32 matrix are computed in 8 bits, bool ``[M]``."""
+    largest = x.abs().amax(-1)
+    return (largest == 0) | ((largest > 2.0**-60) & (largest < 2.0**80))
+
+
+def rounded_to_8_bits(x: Tensor) -> Tensor:
+    """The float32 matrix with each element rounded to 8 bits, a scale for each 32 of a row."""
+    groups = x.unflatten(-1, (-1, formats.INT8_GROUP_SIZE))
+    largest = groups.abs().amax(-1, keepdim=True)
+    counts = largest > 2.0**-100
+    most = torch.full_like(largest, 127)
+    factor = torch.where(counts, most / largest, 0)  # 127 / largest would round twice
+    scale = torch.where(counts, largest / most, 0)
+    return ((groups * factor).round() * scale).flatten(-2)
+
+
 def linear_4bit_dx(
     dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool = False
 ) -> Tensor:

@@ -20,6 +20,7 @@ inline constexpr Op kCpuOps[] = {
     {"dequantize_8bit", run_on_cpu<read_args<Dequantize8bitArgs>, cpu::dequantize_8bit>},
     {"quantize_absmax", run_on_cpu<read_args<QuantizeAbsmaxArgs>, cpu::quantize_absmax>},
     {"linear_4bit", run_on_cpu<read_matmul<true>, cpu::linear_4bit>},
+    {"linear_4bit_int8", run_on_cpu<read_matmul<true>, cpu::linear_4bit_int8>},
     {"linear_4bit_dx", run_on_cpu<read_matmul<false>, cpu::linear_4bit_dx>},
     {"matmul_into", run_on_cpu<read_args<MatmulIntoArgs>, cpu::matmul_into>},
     {"adamw_step", run_on_cpu<read_adamw_step, cpu::adamw_step>},

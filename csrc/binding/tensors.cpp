@@ -191,12 +191,12 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, const Matmu
 }
 
 // (x, weight, out_features, bias, batch_invariant, num_threads[, in_features])
-PyObject* linear_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
+PyObject* forward(const char* op, Kernel kernel, PyObject* const* given, Py_ssize_t count) {
   if (count != 6 && count != 7) {
-    PyErr_SetString(PyExc_TypeError, "linear_4bit: takes 6 or 7 arguments");
+    PyErr_Format(PyExc_TypeError, "%s: takes 6 or 7 arguments", op);
     return nullptr;
   }
-  return matmul("linear_4bit", cpu::linear_4bit, false,
+  return matmul(op, kernel, false,
                 {given[0], given[1], given[2], given[3], given[4], given[5],
                  count == 7 ? given[6] : Py_None});
 }
@@ -301,6 +301,14 @@ PyObject* tensor_has_bytes(PyObject*, PyObject* const* given, Py_ssize_t count) 
   });
 }
 
+PyObject* linear_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return forward("linear_4bit", cpu::linear_4bit, given, count);
+}
+
+PyObject* linear_4bit_int8(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return forward("linear_4bit_int8", cpu::linear_4bit_int8, given, count);
+}
+
 // (dy, weight, in_features, batch_invariant, num_threads)
 PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 5) {
@@ -384,6 +392,7 @@ bool read_tensors_with(const py::object& capsule, const py::list& probes,
 
 PyMethodDef methods[] = {
     method("linear_4bit_on_tensors", linear_4bit),
+    method("linear_4bit_int8_on_tensors", linear_4bit_int8),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
     method("linears_4bit_on_tensors", linears_4bit),
     method("tensor_bytes", tensor_bytes),

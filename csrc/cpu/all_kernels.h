@@ -16,6 +16,8 @@ constexpr KernelTable kKernels = {
      linear_4bit<FloatEngine, Float16>},
     {linear_4bit_dx<FloatEngine, float>, linear_4bit_dx<FloatEngine, BFloat16>,
      linear_4bit_dx<FloatEngine, Float16>},
+    {linear_4bit_int8<float>, linear_4bit_int8<BFloat16>, linear_4bit_int8<Float16>},
+    {rows_in_8_bits<float>, rows_in_8_bits<BFloat16>, rows_in_8_bits<Float16>},
     {adamw_step<float>, adamw_step<BFloat16>, adamw_step<Float16>},
     dense_matmul,
 };

@@ -6,9 +6,14 @@
 #include "kernels.h"
 
 #include "all_kernels.h"
+#include "dot_avx2.h"
+#include "kernels_dot.h"
 
 namespace qkern::cpu {
 
-const KernelTable& kernels_avx2() { return kKernels; }
+const KernelTable& kernels_avx2() {
+  static const KernelTable table = with_dots(kKernels);
+  return table;
+}
 
 }  // namespace qkern::cpu

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 
+#include "dot_avx512.h"
 #include "kernels_bf16.h"
 #include "kernels_dot.h"
 #include "probe.h"

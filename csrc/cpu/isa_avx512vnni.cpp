@@ -4,16 +4,15 @@
 
 #include "kernels.h"
 
+#include "dot_avx512.h"
 #include "kernels_dot.h"
 
 namespace qkern::cpu {
 
 const KernelTable& kernels_avx512vnni() {
   static const KernelTable table = [] {
-    KernelTable found = kernels_avx512();
+    KernelTable found = with_dots(kernels_avx512());
     found.name = "avx512vnni";
-    found.linear_4bit[static_cast<int>(DType::kBFloat16)] = linear_4bit_dot<FloatEngine, BFloat16>;
-    found.linear_4bit[static_cast<int>(DType::kFloat16)] = linear_4bit_dot<FloatEngine, Float16>;
     return found;
   }();
   return table;

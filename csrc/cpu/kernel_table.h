@@ -93,6 +93,8 @@ struct KernelTable {
   Dequantize8bitFn dequantize_8bit[3];
   LinearFn linear_4bit[3];
   LinearFn linear_4bit_dx[3];
+  LinearFn linear_4bit_int8[3];  // of as many rows as rows_in_8_bits says, if any
+  std::int64_t (*rows_in_8_bits[3])(const Linear4bitArgs& args);
   AdamWFn adamw_step[3];
   MatmulIntoFn matmul_into;
 };

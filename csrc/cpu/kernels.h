@@ -5,6 +5,7 @@
 
 #include "kernels_dense.h"
 #include "kernels_elementwise.h"
+#include "kernels_int8.h"
 #include "kernels_optim.h"
 #include "kernels_panel.h"
 #include "kernels_tiled.h"

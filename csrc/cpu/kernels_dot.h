@@ -1,10 +1,13 @@
-// y = x W^T + bias for a few rows of 16-bit x, by VNNI's dot products of 16-bit integers: twice as
-// many products an instruction as float32, and two for a decoded register.
+// y = x W^T + bias for a few rows of 16-bit x, by dot products of 16-bit integers: twice as many
+// products an instruction as float32, or four, and decoding takes fewer look-ups.
 #pragma once
 
-#include <immintrin.h>
+#include <cstdint>
 
-#include "simd_avx512.h"
+// Dot, where an isa_*.cpp has not included another.
+#ifndef QKERN_HAS_DOT
+#include "dot_avx512.h"
+#endif
 
 #include "kernels.h"
 
@@ -39,24 +42,24 @@ struct IntegerCodes {
   float unscaled(float sum) const { return sum / factor; }
 };
 
-// Partial sums of kStreams rows of W with kRows rows of x, as VectorKernel's. A register of packed
-// words holds 32 words of 16 bits, of which each of four shifts exposes one code. So a lane's sum
-// is of eight neighbours, which share a scale of W, and have one of their own in x: only an x
-// beside one 128 times as large is rounded at all.
+// Partial sums of kStreams rows of W with kRows rows of x, as VectorKernel's. A lane's sum is of
+// eight elements, which share a scale of W, and have one of their own in x: only an x beside one
+// 128 times as large is rounded at all.
 template <int kRows, int kStreams>
 struct DotKernel {
   using Codes = IntegerCodes;
 
   // A chunk is one addition, so one chain takes a whole segment.
   static constexpr std::int64_t kChainChunks = kVectorPanelFloats / kChunk;
-  static constexpr int kShifts = 4;
-  // Of a chunk of x: integers [shift][row][lane][2], then the lanes' scales [row][lane].
-  static constexpr std::int64_t kXScales = std::int64_t{kShifts} * kRows * kLanes;
+  // Of a chunk of x: integers [row][register][lane][2], then the lanes' scales [row][lane].
+  static constexpr std::int64_t kXRow = std::int64_t{Dot::kRegisters} * kLanes;
+  static constexpr std::int64_t kXScales = kRows * kXRow;
   static constexpr std::int64_t kXChunk = kXScales + std::int64_t{kRows} * kLanes;
+  static constexpr std::int64_t kXFloats = kXChunk;
+  static constexpr int kPlannedRows = kRows;
   static_assert(kXChunk <= kRows * kChunk, "takes no more room than x in float32");
 
-  // As many as leave room for the sums of a chunk and those before it.
-  static constexpr int best_streams() { return kRows == 1 ? 4 : kRows == 2 ? 3 : 2; }
+  static constexpr int best_streams() { return Dot::streams(kRows); }
 
   template <typename T>
   static void place_row(const T* x, const Segment& segment, int r, float* out) {
@@ -66,65 +69,47 @@ struct DotKernel {
       convert_row(x + c * kChunk, n, values);
       for (std::int64_t i = n; i < kChunk; ++i) values[i] = 0.0f;
       float* to = out + c * kXChunk;
-      // Lane p takes elements 8p + j.
-      __m512 element[kWordCodes];
-      __m512 largest = Simd::zero();
+      Simd::F element[kWordCodes];
+      Simd::F largest = Simd::zero();
       for (int j = 0; j < kWordCodes; ++j) {
-        element[j] = Simd::gather_stride8(values + j);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(element[j]));
+        element[j] = Dot::gather(values, j);
+        largest = Dot::larger_magnitude(largest, element[j]);
       }
-      // Of a row that is in range, such neighbours add nothing that its result could hold.
-      const __mmask16 counts = _mm512_cmp_ps_mask(largest, Simd::set1(0x1p-100f), _CMP_GT_OQ);
-      const __m512 most = Simd::set1(kMostX);
-      const __m512 factor = _mm512_maskz_div_ps(counts, most, largest);
-      __m512i integer[kWordCodes];
-      for (int j = 0; j < kWordCodes; ++j) {
-        integer[j] = _mm512_cvtps_epi32(Simd::mul(element[j], factor));
+      // Of a row that is in range, smaller neighbours add nothing that its result could hold.
+      constexpr float kLeast = 0x1p-100f;
+      const Simd::F most = Simd::set1(kMostX);
+      const Simd::F factor = Dot::divide_where(largest, kLeast, most, largest);
+      for (int i = 0; i < Dot::kRegisters; ++i) {
+        const Simd::F low = Simd::mul(element[Dot::low_element(i)], factor);
+        const Simd::F high = Simd::mul(element[Dot::high_element(i)], factor);
+        Dot::store(to + r * kXRow + i * kLanes,
+                   Dot::pairs(Dot::to_integer(low), Dot::to_integer(high)));
       }
-      for (int s = 0; s < kShifts; ++s) {
-        // A 16-bit word holds its codes 1, 0, 3, 2 from the lowest bits up.
-        const __m512i low = _mm512_and_si512(integer[s ^ 1], _mm512_set1_epi32(0xffff));
-        const __m512i high = _mm512_slli_epi32(integer[4 + (s ^ 1)], 16);
-        _mm512_storeu_si512(to + (s * kRows + r) * kLanes, _mm512_or_si512(low, high));
-      }
-      Simd::storeu(to + kXScales + r * kLanes, _mm512_maskz_div_ps(counts, largest, most));
+      Simd::storeu(to + kXScales + r * kLanes, Dot::divide_where(largest, kLeast, largest, most));
     }
   }
 
   Simd::F total[kStreams][kRows];
 
-  using Words = Simd::I[kStreams];
-  using Sums = Simd::I[kStreams][kRows];
-
-  template <int kShift>
-  __attribute__((always_inline)) static void step(const Words& words, const Simd::Lut16& lut,
-                                                  const float* x, Sums& sum) {
-    Simd::I w[kStreams];
-    for (int s = 0; s < kStreams; ++s) {
-      const Simd::I index = kShift == 0 ? words[s] : _mm512_srli_epi16(words[s], 4 * kShift);
-      w[s] = _mm512_permutexvar_epi16(index, lut);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Simd::I value = _mm512_loadu_si512(x + (kShift * kRows + r) * kLanes);
-      for (int s = 0; s < kStreams; ++s) sum[s][r] = _mm512_dpwssd_epi32(sum[s][r], w[s], value);
-    }
-  }
-
-  __attribute__((always_inline)) void add(const Words& words, const Simd::Lut16& lut,
+  // All codes are decoded before any is multiplied, so that a row's integer sums live for a few
+  // instructions only: registers hold the weights and the totals.
+  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Simd::Lut16& lut,
                                           const float* x, const Segment&,
                                           const Simd::F (&scale)[kStreams]) {
-    Sums sum;
-    for (int s = 0; s < kStreams; ++s) {
-      for (int r = 0; r < kRows; ++r) sum[s][r] = _mm512_setzero_si512();
-    }
-    step<0>(words, lut, x, sum);
-    step<1>(words, lut, x, sum);
-    step<2>(words, lut, x, sum);
-    step<3>(words, lut, x, sum);
+    Simd::I w[kStreams][Dot::kRegisters];
+    for (int s = 0; s < kStreams; ++s) Dot::decode(lut, words[s], w[s]);
     for (int r = 0; r < kRows; ++r) {
+      Simd::I sum[kStreams];
+      for (int i = 0; i < Dot::kRegisters; ++i) {
+        const Simd::I value = Dot::load(x + r * kXRow + i * kLanes);
+        for (int s = 0; s < kStreams; ++s) {
+          sum[s] =
+              i == 0 ? Dot::multiply(w[s][i], value) : Dot::multiply_add(sum[s], w[s][i], value);
+        }
+      }
       const Simd::F x_scale = Simd::loadu(x + kXScales + r * kLanes);
       for (int s = 0; s < kStreams; ++s) {
-        const Simd::F unscaled = Simd::mul(_mm512_cvtepi32_ps(sum[s][r]), x_scale);
+        const Simd::F unscaled = Simd::mul(Dot::to_float(sum[s]), x_scale);
         total[s][r] = Simd::fma(unscaled, scale[s], total[s][r]);
       }
     }
@@ -163,8 +148,8 @@ bool integers_are_exact_enough(const Linear4bitArgs& args) {
     std::int64_t nonzero = 0, large = 0;
     for (std::int64_t i = 0; i < cols; i += kLanes) {
       const Simd::F x = load(i);
-      nonzero += __builtin_popcount(_mm512_cmp_ps_mask(x, Simd::zero(), _CMP_NEQ_UQ));
-      large += __builtin_popcount(_mm512_cmp_ps_mask(Simd::mul(x, x), typical, _CMP_GE_OQ));
+      nonzero += Dot::count_nonzero(x);
+      large += Dot::count_at_least(Simd::mul(x, x), typical);
     }
     if (2 * large < nonzero) return false;
   }
@@ -182,6 +167,16 @@ Status linear_4bit_dot(const Linear4bitArgs& args, int num_threads) {
     return VectorTable<ForwardDot, T, kMaxVectorRows>::run(args, useful_threads(args, num_threads));
   }
   return linear_4bit<Engine, T>(args, num_threads);
+}
+
+// The table with these kernels for 16-bit x.
+inline KernelTable with_dots(KernelTable table) {
+  table.linear_4bit_int8[0] = linear_4bit_int8<float>;
+  table.linear_4bit_int8[1] = linear_4bit_int8<BFloat16>;
+  table.linear_4bit_int8[2] = linear_4bit_int8<Float16>;
+  table.linear_4bit[static_cast<int>(DType::kBFloat16)] = linear_4bit_dot<FloatEngine, BFloat16>;
+  table.linear_4bit[static_cast<int>(DType::kFloat16)] = linear_4bit_dot<FloatEngine, Float16>;
+  return table;
 }
 
 }  // namespace

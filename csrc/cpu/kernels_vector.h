@@ -15,6 +15,7 @@ constexpr int kMaxVectorRows = 8;
 constexpr std::int64_t kMaxStreams = 4;  // rows of W read side by side
 constexpr std::int64_t kVectorPanelFloats = std::int64_t{1} << 17;
 constexpr std::int64_t kSegmentUnit = 4096;  // segments are multiples of it
+constexpr std::int64_t kStripFloats = 5120;  // of x: it stays in the first-level cache
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
@@ -25,8 +26,36 @@ struct Segment {
   std::int64_t blocks;
 };
 
-// Where a chunk's registers lie in memory: in the order of the steps that expose them.
-constexpr int step_order(int shift) { return shift % kSteps * Simd::kExposed + shift / kSteps; }
+// Chunks of a segment, [begin, end), that are summed for many rows of W before the next.
+struct Strip {
+  std::int64_t begin, end;
+  std::int64_t block0, blocks;  // of the segment's
+  std::int64_t ahead;           // how many groups of rows of W are fetched ahead
+};
+
+// How a register of words becomes registers of weights: in steps, kExposed registers each, and
+// which elements of x these multiply. As for panels, unless Simd has an order of its own for sums.
+template <typename S, bool kOwn = S::kOwnOrder>
+struct OrderOf {
+  static constexpr int kExposed = S::kExposed;
+  using Lut = typename S::Lut;
+
+  static Lut make_lut(const float* table) { return S::make_lut(table); }
+  template <int kStep>
+  static void expose(const Lut& lut, Simd::I words, Simd::F (&w)[kExposed]) {
+    S::template expose<kStep>(lut, words, w);
+  }
+  static Simd::F gather(const float* chunk, int step, int i) {
+    // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
+    const int j = step + i * kSteps;
+    return S::gather_stride8(chunk + (j ^ 1));
+  }
+};
+template <typename S>
+struct OrderOf<S, true> : S::Order {};
+
+using Order = OrderOf<Simd>;
+constexpr int kOrderSteps = static_cast<int>(kWordCodes) / Order::kExposed;
 
 // x in the order in which steps expose the codes: [chunk][step][register][lane], zeros past the
 // end, so that the weights need no shuffling beyond the lookup. Chunks are `chunk_stride` apart.
@@ -37,10 +66,11 @@ void permute_row(const T* x, const Segment& segment, std::int64_t chunk_stride, 
     const std::int64_t n = min64(kChunk, segment.length - c * kChunk);
     convert_row(x + c * kChunk, n, values);
     for (std::int64_t i = n; i < kChunk; ++i) values[i] = 0.0f;
-    for (int j = 0; j < kWordCodes; ++j) {
-      // Shift 4j exposes the low nibble of byte j / 2 for even j: the byte's second element.
-      Simd::storeu(out + c * chunk_stride + step_order(j) * kLanes,
-                   Simd::gather_stride8(values + (j ^ 1)));
+    float* to = out + c * chunk_stride;
+    for (int step = 0; step < kOrderSteps; ++step) {
+      for (int i = 0; i < Order::kExposed; ++i, to += kLanes) {
+        Simd::storeu(to, Order::gather(values, step, i));
+      }
     }
   }
 }
@@ -49,7 +79,7 @@ void permute_row(const T* x, const Segment& segment, std::int64_t chunk_stride, 
 // for all where a step reads many registers.
 template <int kRows>
 struct XLayout {
-  static constexpr bool kTogether = Simd::kExposed > 1;
+  static constexpr bool kTogether = Order::kExposed > 1;
   static constexpr std::int64_t kChunkStride = kTogether ? kRows * kChunk : kChunk;
 
   static std::int64_t row_stride(const Segment& segment) {
@@ -58,16 +88,16 @@ struct XLayout {
 };
 
 struct FloatCodes {
-  const float* values;
+  Order::Lut values;
 
-  explicit FloatCodes(const Codebook& codes) : values(code_values(codes)) {}
-  Simd::Lut lut() const { return Simd::make_lut(values); }
+  explicit FloatCodes(const Codebook& codes) : values(Order::make_lut(code_values(codes))) {}
+  const Order::Lut& lut() const { return values; }
   static float unscaled(float sum) { return sum; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
-// registers of weights, exposed in kSteps steps. With few rows of x the scale enters once a chunk,
-// on the sums; with more it is cheaper on the weights, which all rows share.
+// registers of weights, exposed in kOrderSteps steps. With few rows of x the scale enters once a
+// chunk, on the sums; with more it is cheaper on the weights, which all rows share.
 template <int kRows, int kStreams>
 struct VectorKernel {
   using Codes = FloatCodes;
@@ -75,6 +105,8 @@ struct VectorKernel {
   // Registers of words summed in one chain of additions; see multiply_tile.
   static constexpr std::int64_t kChainChunks = 32;
   static constexpr std::int64_t kXChunk = XLayout<kRows>::kChunkStride;
+  static constexpr std::int64_t kXFloats = kRows * kChunk;  // of a chunk of all rows
+  static constexpr int kPlannedRows = kRows;                // that segments and strips are for
   static constexpr bool kScaleWeights = kRows >= 4;
 
   // As many as the registers hold the sums of.
@@ -96,20 +128,21 @@ struct VectorKernel {
   // kStart: the step's first register of weights starts the sums.
   template <int kStep, bool kStart>
   __attribute__((always_inline)) static void step(const Simd::I (&words)[kStreams],
-                                                  const Simd::Lut& lut, const float* x,
+                                                  const Order::Lut& lut, const float* x,
                                                   std::int64_t x_stride,
                                                   const Simd::F (&scale)[kStreams],
                                                   Simd::F (&sum)[kStreams][kRows]) {
-    Simd::F w[kStreams][Simd::kExposed];
+    Simd::F w[kStreams][Order::kExposed];
     for (int s = 0; s < kStreams; ++s) {
-      Simd::expose<kStep>(lut, words[s], w[s]);
-      for (int i = 0; i < Simd::kExposed && kScaleWeights; ++i) {
+      Order::expose<kStep>(lut, words[s], w[s]);
+      for (int i = 0; i < Order::kExposed && kScaleWeights; ++i) {
         w[s][i] = Simd::mul(w[s][i], scale[s]);
       }
     }
-    for (int i = 0; i < Simd::kExposed; ++i) {
+    for (int i = 0; i < Order::kExposed; ++i) {
       for (int r = 0; r < kRows; ++r) {
-        const Simd::F value = Simd::loadu(x + r * x_stride + (kStep * Simd::kExposed + i) * kLanes);
+        const Simd::F value =
+            Simd::loadu(x + r * x_stride + (kStep * Order::kExposed + i) * kLanes);
         for (int s = 0; s < kStreams; ++s) {
           sum[s][r] =
               kStart && i == 0 ? Simd::mul(w[s][i], value) : Simd::fma(w[s][i], value, sum[s][r]);
@@ -121,20 +154,20 @@ struct VectorKernel {
   // Steps kStep and on, the sums taking turns.
   template <int kStep>
   __attribute__((always_inline)) static void steps(const Simd::I (&words)[kStreams],
-                                                   const Simd::Lut& lut, const float* x,
+                                                   const Order::Lut& lut, const float* x,
                                                    std::int64_t x_stride,
                                                    const Simd::F (&scale)[kStreams],
                                                    Simd::F (&sum)[kStreams][kRows],
                                                    Simd::F (&next)[kStreams][kRows]) {
     // Where two steps are all, each starts a chain, and zeros need no register.
-    constexpr bool kStart = kSteps == 2 && !kScaleWeights;
+    constexpr bool kStart = kOrderSteps == 2 && !kScaleWeights;
     step<kStep, kStart>(words, lut, x, x_stride, scale, sum);
-    if constexpr (kStep + 1 < kSteps) {
+    if constexpr (kStep + 1 < kOrderSteps) {
       steps<kStep + 1>(words, lut, x, x_stride, scale, next, sum);
     }
   }
 
-  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Simd::Lut& lut,
+  __attribute__((always_inline)) void add(const Simd::I (&words)[kStreams], const Order::Lut& lut,
                                           const float* x, const Segment& segment,
                                           const Simd::F (&scale)[kStreams]) {
     const std::int64_t x_stride = XLayout<kRows>::row_stride(segment);
@@ -157,12 +190,13 @@ struct VectorKernel {
   }
 };
 
-// out[s * kRows + r] += the sums of kStreams rows of W with kRows rows of x over the segment.
+// out[s * kRows + r] += the sums of kStreams rows of W with kRows rows of x over a strip of the
+// segment. `rows` and `x` are those of the segment, `scales` those of the strip.
 template <template <int, int> class Kernel, int kRows, int kStreams>
 void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
                  const float* const* scales, std::int64_t block_size,
                  const typename Kernel<kRows, kStreams>::Codes& codes, const float* x,
-                 const Segment& segment, float* out) {
+                 const Segment& segment, const Strip& strip, float* out) {
   using Sums = Kernel<kRows, kStreams>;
   const auto lut = codes.lut();
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
@@ -170,27 +204,28 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
       block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
   const Simd::I pattern = Simd::scale_pattern(lanes_per_scale);
   const std::int64_t whole = segment.length / kChunk;
-  for (std::int64_t begin = 0; begin < segment.chunks; begin += Sums::kChainChunks) {
+  for (std::int64_t begin = strip.begin; begin < strip.end; begin += Sums::kChainChunks) {
     Sums sums;
     for (int s = 0; s < kStreams; ++s) {
       for (int r = 0; r < kRows; ++r) sums.total[s][r] = Simd::zero();
     }
     Simd::I words[kStreams];
     Simd::F scale[kStreams];
-    const std::int64_t end = min64(begin + Sums::kChainChunks, segment.chunks);
+    const std::int64_t end = min64(begin + Sums::kChainChunks, strip.end);
     std::int64_t c = begin;
     for (; c < min64(end, whole); ++c) {
       for (int s = 0; s < kStreams; ++s) {
         const std::uint8_t* from = rows[s] + c * (kChunk / 2);
-        prefetch(from, kStreams * row_bytes);
+        prefetch(from, strip.ahead * kStreams * row_bytes);
         words[s] = Simd::load_words(from);
-        scale[s] = Simd::expand_scales(scales[s] + ((c * kChunk) >> shift), pattern);
+        const std::int64_t block = ((c * kChunk) >> shift) - strip.block0;
+        scale[s] = Simd::expand_scales(scales[s] + block, pattern);
       }
       sums.add(words, lut, x + c * Sums::kXChunk, segment, scale);
     }
     if (c < end) {
       const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
-      const std::int64_t block = (c * kChunk) >> shift;
+      const std::int64_t block = ((c * kChunk) >> shift) - strip.block0;
       for (int s = 0; s < kStreams; ++s) {
         words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
         // Nothing for the lanes past the end: what follows may be another row's NaN.
@@ -216,6 +251,8 @@ template <typename T, int kRows, template <int, int> class Kernel>
 struct VectorTask {
   static constexpr int kStreams = Kernel<kRows, 1>::best_streams();
   static constexpr std::int64_t kRun = 256;  // rows of W between two passes over x
+  static constexpr std::int64_t kStripChunks = kStripFloats / Kernel<kRows, 1>::kXFloats;
+  static_assert(kStripChunks > 0, "a chunk fits");
 
   const Linear4bitArgs& args;
   typename Kernel<kRows, 1>::Codes codes;
@@ -223,25 +260,25 @@ struct VectorTask {
   VectorScratch scratch;
 
   template <int kCount>
-  void streams(std::int64_t row, const Segment& segment, float* out) const {
+  void streams(std::int64_t row, const Segment& segment, const Strip& strip, float* out) const {
     const Weight4bit& weight = args.weight;
     const std::uint8_t* rows[kCount];
     const float* scales[kCount];
-    const std::int64_t block0 = segment.k0 / weight.block_size;
+    const std::int64_t block0 = segment.k0 / weight.block_size + strip.block0;
     for (int s = 0; s < kCount; ++s) {
       rows[s] = weight.packed + (row + s) * (weight.cols / 2) + segment.k0 / 2;
-      scales[s] = scratch.scales + s * segment.blocks;
+      scales[s] = scratch.scales + s * strip.blocks;
     }
-    if (segment.blocks == row_blocks) {
+    if (strip.blocks == row_blocks) {
       load_scales(weight, row * row_blocks, kCount * row_blocks, scratch.scales);
     } else {
       for (int s = 0; s < kCount; ++s) {
-        load_scales(weight, (row + s) * row_blocks + block0, segment.blocks,
-                    scratch.scales + s * segment.blocks);
+        load_scales(weight, (row + s) * row_blocks + block0, strip.blocks,
+                    scratch.scales + s * strip.blocks);
       }
     }
     sum_segment<Kernel, kRows, kCount>(rows, weight.cols / 2, scales, weight.block_size, codes,
-                                       scratch.x, segment, out);
+                                       scratch.x, segment, strip, out);
   }
 
   void place_x(const Segment& segment) const {
@@ -256,6 +293,16 @@ struct VectorTask {
     return {k0, length, ceil_div(length, kChunk), ceil_div(length, args.weight.block_size)};
   }
 
+  // Of `strips` of about the same length, number n.
+  Strip strip_of(const Segment& segment, std::int64_t n, std::int64_t strips) const {
+    const std::int64_t begin = n * segment.chunks / strips;
+    const std::int64_t end = (n + 1) * segment.chunks / strips;
+    const std::int64_t block0 = begin * kChunk / args.weight.block_size;
+    const std::int64_t stop = min64(end * kChunk, segment.length);
+    // As many as make about a whole row: memory takes that long to answer.
+    return {begin, end, block0, ceil_div(stop, args.weight.block_size) - block0, strips};
+  }
+
   void run_rows(std::int64_t begin, std::int64_t end) const {
     const bool single = segment_length >= args.weight.cols;
     for (std::int64_t row0 = begin; row0 < end; row0 += kRun) {
@@ -264,11 +311,15 @@ struct VectorTask {
       for (std::int64_t k0 = 0; k0 < args.weight.cols; k0 += segment_length) {
         const Segment segment = segment_at(k0);
         if (!single) place_x(segment);
-        std::int64_t i = 0;
-        for (; i + kStreams <= rows; i += kStreams) {
-          streams<kStreams>(row0 + i, segment, scratch.partial + i * kRows);
+        const std::int64_t strips = ceil_div(segment.chunks, kStripChunks);
+        for (std::int64_t n = 0; n < strips; ++n) {
+          const Strip strip = strip_of(segment, n, strips);
+          std::int64_t i = 0;
+          for (; i + kStreams <= rows; i += kStreams) {
+            streams<kStreams>(row0 + i, segment, strip, scratch.partial + i * kRows);
+          }
+          for (; i < rows; ++i) streams<1>(row0 + i, segment, strip, scratch.partial + i * kRows);
         }
-        for (; i < rows; ++i) streams<1>(row0 + i, segment, scratch.partial + i * kRows);
       }
       store(row0, rows);
     }
@@ -294,7 +345,7 @@ struct ForwardVectorBy {
     const Weight4bit& weight = args.weight;
     // Segments start on whole blocks and whole registers of words. Both sizes are powers of two, so
     // a mask rounds down to multiples of the larger one.
-    constexpr std::int64_t kMostSegment = kVectorPanelFloats / kRows;
+    constexpr std::int64_t kMostSegment = kVectorPanelFloats / Kernel<kRows, 1>::kPlannedRows;
     static_assert(kMostSegment >= kMaxBlockSize && kSegmentUnit % kChunk == 0, "a unit fits");
     const std::int64_t whole_segment = kMostSegment & -max64(kSegmentUnit, weight.block_size);
     const std::int64_t segment_length = min64(whole_segment, weight.cols);

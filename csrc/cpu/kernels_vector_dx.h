@@ -9,6 +9,9 @@
 namespace qkern::cpu {
 namespace {
 
+// Where a chunk's registers lie in memory: in the order of the steps that expose them.
+constexpr int step_order(int shift) { return shift % kSteps * Simd::kExposed + shift / kSteps; }
+
 constexpr std::int64_t kStripCols = 2048;  // columns of W that a thread sums at a time
 // Rows of W summed before the sums are added to the total; see multiply_tile.
 constexpr std::int64_t kChainRows = 256;

@@ -2,6 +2,7 @@
 #include "qkern/ops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -181,6 +182,39 @@ Status linear_4bit(const Linear4bitArgs& args, int num_threads) {
   if (args.m == 0 || args.weight.rows == 0) return Status::success();
   return with_kernels([&](const KernelTable& kernels) {
     return kernels.linear_4bit[index_of(args.dtype)](args, num_threads);
+  });
+}
+
+// Whether a weight's rows are whole blocks, and its codes far from the ends of float32's range.
+static bool takes_8_bits(const Weight4bit& weight) {
+  if (weight.cols % weight.block_size != 0) return false;
+  if (weight.codes.format != kFormatCustom) return true;
+  float largest = 0.0f;
+  for (int i = 0; i < 16; ++i) largest = std::max(largest, std::abs(weight.codes.codebook[i]));
+  return largest > 0x1p-30f && largest < 0x1p30f;
+}
+
+Status linear_4bit_int8(const Linear4bitArgs& args, int num_threads) {
+  if (!takes_8_bits(args.weight) || (args.m > kInt8Rows && !args.batch_invariant)) {
+    return linear_4bit(args, num_threads);
+  }
+  if (args.m == 0 || args.weight.rows == 0) return Status::success();
+  const std::int64_t bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  return with_kernels([&](const KernelTable& kernels) {
+    const int dtype = index_of(args.dtype);
+    // A row that does not fit is computed as usual, alone: it is no matter to the others.
+    for (std::int64_t row = 0; row < args.m;) {
+      Linear4bitArgs some = args;
+      some.m = args.m - row;
+      some.x = static_cast<const char*>(args.x) + row * args.x_row_stride * bytes;
+      some.y = static_cast<char*>(args.y) + row * args.weight.rows * bytes;
+      const std::int64_t fit = kernels.rows_in_8_bits[dtype](some);
+      some.m = std::max<std::int64_t>(fit, 1);
+      const auto kernel = fit > 0 ? kernels.linear_4bit_int8[dtype] : kernels.linear_4bit[dtype];
+      if (const Status status = kernel(some, num_threads); !status.ok()) return status;
+      row += some.m;
+    }
+    return Status::success();
   });
 }
 

@@ -13,7 +13,7 @@ struct Simd : SimdBase {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
-  static constexpr int kVectorAccumulators = 9;
+  static constexpr int kVectorAccumulators = 3;  // beside four tables and four registers of weights
   static constexpr int kVectorFactors = 6;
 
   using F = __m256;
@@ -144,6 +144,47 @@ struct Simd : SimdBase {
     w[0] = lookup(lut, shift_right<4 * kStep>(words));
   }
 
+  // For sums, where any order of the weights serves: the bytes of 32 values are looked up, 32 codes
+  // an instruction, and joined. That is 12 instructions for four registers, which two units share,
+  // where the permutes above take eight and as many shifts and blends, and one unit has them.
+  struct Order {
+    static constexpr int kExposed = 4;
+    struct Lut {
+      I bytes[4];
+    };
+    static Lut make_lut(const float* table) {
+      Lut out;
+      for (int b = 0; b < 4; ++b) {
+        std::uint8_t bytes[16];
+        for (int i = 0; i < 16; ++i) {
+          bytes[i] = static_cast<std::uint8_t>(float_bits(table[i]) >> (8 * b));
+        }
+        out.bytes[b] =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+      }
+      return out;
+    }
+    // Step 0: the low nibble of each byte. Register i has four bytes' of each 16, from 4i on.
+    template <int kStep>
+    static void expose(const Lut& lut, I words, F (&w)[kExposed]) {
+      const I codes = _mm256_and_si256(shift_right<4 * kStep>(words), _mm256_set1_epi8(15));
+      I b[4];
+      for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(lut.bytes[i], codes);
+      const I low[2] = {_mm256_unpacklo_epi8(b[0], b[1]), _mm256_unpackhi_epi8(b[0], b[1])};
+      const I high[2] = {_mm256_unpacklo_epi8(b[2], b[3]), _mm256_unpackhi_epi8(b[2], b[3])};
+      for (int i = 0; i < 2; ++i) {
+        w[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+        w[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+      }
+    }
+    // The elements of a chunk that register i of a step multiplies.
+    static F gather(const float* chunk, int step, int i) {
+      return _mm256_i32gather_ps(chunk + 8 * i + 1 - step,
+                                 _mm256_setr_epi32(0, 2, 4, 6, 32, 34, 36, 38), 4);
+    }
+  };
+  static constexpr bool kOwnOrder = true;
+
   // 8 weights in their own order from 4 bytes.
   static F natural(const std::uint8_t* p, const Lut& lut) {
     std::int32_t word;
@@ -263,6 +304,36 @@ struct Simd : SimdBase {
     const I second = _mm256_unpackhi_epi8(low, high);
     put<kStream>(out, _mm256_permute2x128_si256(first, second, 0x20));
     put<kStream>(out + 16, _mm256_permute2x128_si256(first, second, 0x31));
+  }
+
+  // Weights of 8 bits, and their products with x in 8 bits: see kernels_int8.h.
+  static constexpr bool kByteSums = false;
+  struct Bytes {
+    I value[2], magnitude[2];
+  };
+  using ByteLut = __m256i;
+  static ByteLut make_byte_lut(const std::int8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  static Bytes decode_bytes(ByteLut lut, I words) {
+    const I mask = _mm256_set1_epi8(15);
+    Bytes out;
+    out.value[0] = _mm256_shuffle_epi8(lut, _mm256_and_si256(words, mask));
+    out.value[1] = _mm256_shuffle_epi8(lut, _mm256_and_si256(_mm256_srli_epi16(words, 4), mask));
+    for (int i = 0; i < 2; ++i) out.magnitude[i] = _mm256_abs_epi8(out.value[i]);
+    return out;
+  }
+  // The product of bytes takes one side unsigned: |w|, and x with w's sign. Sums of two fit 16
+  // bits.
+  static F dot_bytes(const Bytes& w, const float* x) {
+    const I ones = _mm256_set1_epi16(1);
+    I sum[2];
+    for (int i = 0; i < 2; ++i) {
+      const I q = _mm256_loadu_si256(reinterpret_cast<const I*>(x) + i);
+      const I pairs = _mm256_maddubs_epi16(w.magnitude[i], _mm256_sign_epi8(q, w.value[i]));
+      sum[i] = _mm256_madd_epi16(pairs, ones);
+    }
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum[0], sum[1]));
   }
 
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.

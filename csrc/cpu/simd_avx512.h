@@ -250,6 +250,58 @@ struct Simd : SimdBase {
             : _mm512_storeu_si512(out, values);
   }
 
+  // Weights of 8 bits, and their products with x in 8 bits: see kernels_int8.h.
+  using ByteLut = __m512i;
+  static ByteLut make_byte_lut(const std::int8_t* table) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+#if defined(__AVX512VNNI__)
+  // The product of bytes takes one side unsigned: weights are 128 too large, which the sums that
+  // come with x make up for.
+  static constexpr bool kByteSums = true;
+  struct Bytes {
+    I value[2];
+  };
+  static Bytes decode_bytes(ByteLut lut, I words) {
+    const I mask = _mm512_set1_epi8(15);
+    return {
+        { _mm512_shuffle_epi8(lut, _mm512_and_si512(words, mask)),
+          _mm512_shuffle_epi8(lut, _mm512_and_si512(_mm512_srli_epi16(words, 4), mask)) }};
+  }
+  static F dot_bytes(const Bytes& w, const float* x) {
+    I sum = _mm512_loadu_si512(x + 2 * kLanes);
+    sum = _mm512_dpbusd_epi32(sum, w.value[0], _mm512_loadu_si512(x));
+    sum = _mm512_dpbusd_epi32(sum, w.value[1], _mm512_loadu_si512(x + kLanes));
+    return _mm512_cvtepi32_ps(sum);
+  }
+#else
+  static constexpr bool kByteSums = false;
+  struct Bytes {
+    I magnitude[2];
+    __mmask64 negative[2];
+  };
+  static Bytes decode_bytes(ByteLut lut, I words) {
+    const I mask = _mm512_set1_epi8(15);
+    const I value[2] = {
+        _mm512_shuffle_epi8(lut, _mm512_and_si512(words, mask)),
+        _mm512_shuffle_epi8(lut, _mm512_and_si512(_mm512_srli_epi16(words, 4), mask))};
+    return {{_mm512_abs_epi8(value[0]), _mm512_abs_epi8(value[1])},
+            {_mm512_movepi8_mask(value[0]), _mm512_movepi8_mask(value[1])}};
+  }
+  // The product of bytes takes one side unsigned: |w|, and x with w's sign. Sums of two fit 16
+  // bits.
+  static F dot_bytes(const Bytes& w, const float* x) {
+    const I ones = _mm512_set1_epi16(1);
+    I sum[2];
+    for (int i = 0; i < 2; ++i) {
+      const I q = _mm512_loadu_si512(x + i * kLanes);
+      const I turned = _mm512_mask_sub_epi8(q, w.negative[i], _mm512_setzero_si512(), q);
+      sum[i] = _mm512_madd_epi16(_mm512_maddubs_epi16(w.magnitude[i], turned), ones);
+    }
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(sum[0], sum[1]));
+  }
+#endif
+
   // 255 ascending thresholds. The first five steps of a bisection choose among 31 of them, which
   // registers hold as a tree: node n's children are 2n and 2n + 1.
   struct Thresholds {

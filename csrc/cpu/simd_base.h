@@ -22,6 +22,7 @@ struct SimdBase {
   static constexpr bool kByteTables = false;
   static constexpr int kExposed = 1;
   static constexpr int kTileSteps = 1;
+  static constexpr bool kOwnOrder = false;  // whether there is an Order: see kernels_vector.h
 };
 
 // n elements as S loads them, and zeros behind.

@@ -28,6 +28,7 @@ struct Simd {
   // The look-up serves 16 codes: half of a register of words.
   static constexpr bool kByteTables = true;
   static constexpr int kExposed = 4;
+  static constexpr bool kOwnOrder = false;
 
   using F = float32x4_t;
   using I = uint32x4_t;
@@ -178,6 +179,29 @@ struct Simd {
   // A word spans 8 codes and a block at least 32, so four words always share one scale.
   static I scale_pattern(int) { return vdupq_n_u32(0); }
   static F expand_scales(const float* scales, I) { return vld1q_dup_f32(scales); }
+
+  // Weights of 8 bits, and their products with x in 8 bits: see kernels_int8.h.
+  static constexpr bool kByteSums = false;
+  struct Bytes {
+    int8x16_t value[2];
+  };
+  using ByteLut = int8x16_t;
+  static ByteLut make_byte_lut(const std::int8_t* table) { return vld1q_s8(table); }
+  static Bytes decode_bytes(ByteLut lut, I words) {
+    const uint8x16_t bytes = vreinterpretq_u8_u32(words);
+    return {
+        {vqtbl1q_s8(lut, vandq_u8(bytes, vdupq_n_u8(15))), vqtbl1q_s8(lut, vshrq_n_u8(bytes, 4))}};
+  }
+  // Sums of two products fit 16 bits.
+  static F dot_bytes(const Bytes& w, const float* x) {
+    const auto* q = reinterpret_cast<const std::int8_t*>(x);
+    const int8x16_t low = vld1q_s8(q), high = vld1q_s8(q + 16);
+    int16x8_t first = vmull_s8(vget_low_s8(w.value[0]), vget_low_s8(low));
+    int16x8_t second = vmull_s8(vget_high_s8(w.value[0]), vget_high_s8(low));
+    first = vmlal_s8(first, vget_low_s8(w.value[1]), vget_low_s8(high));
+    second = vmlal_s8(second, vget_high_s8(w.value[1]), vget_high_s8(high));
+    return vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
+  }
 
   // Lane i takes p[8 * i].
   static F gather_stride8(const float* p) {

@@ -203,6 +203,39 @@ struct Simd : SimdBase {
     }
   }
 
+  // Weights of 8 bits, and their products with x in 8 bits: see kernels_int8.h.
+  static constexpr bool kByteSums = false;
+  struct Bytes {
+    std::int8_t value[2][4 * kLanes];
+  };
+  struct ByteLut {
+    std::int8_t value[16];
+  };
+  static ByteLut make_byte_lut(const std::int8_t* table) {
+    ByteLut out;
+    std::memcpy(out.value, table, sizeof(out.value));
+    return out;
+  }
+  static Bytes decode_bytes(const ByteLut& lut, I words) {
+    Bytes out;
+    for (int i = 0; i < 4 * kLanes; ++i) {
+      const std::uint32_t byte = words.lane[i / 4] >> (8 * (i % 4));
+      out.value[0][i] = lut.value[byte & 15u];
+      out.value[1][i] = lut.value[byte >> 4 & 15u];
+    }
+    return out;
+  }
+  static F dot_bytes(const Bytes& w, const float* x) {
+    const auto* q = reinterpret_cast<const signed char*>(x);
+    return map([&](int lane) {
+      int sum = 0;
+      for (int i = 4 * lane; i < 4 * lane + 4; ++i) {
+        sum += w.value[0][i] * q[i] + w.value[1][i] * q[4 * kLanes + i];
+      }
+      return static_cast<float>(sum);
+    });
+  }
+
   // 8-bit codes: number of the 255 ascending thresholds below t, by bisection.
   using Thresholds = const float*;
   static I count_below(F t, Thresholds thresholds) {

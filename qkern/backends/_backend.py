@@ -99,6 +99,8 @@ class Product(NamedTuple):
     bias: Tensor | None
     out: Tensor
     batch_invariant: bool
+    int8: bool = False
+    """Whether both factors are taken to 8 bits."""
 
 
 class KernelBackend(Backend):
@@ -305,6 +307,12 @@ class KernelBackend(Backend):
 
 class _Checker(KernelBackend):
     """Asks of arguments what every backend with kernels does, and starts none."""
+
+    def linear_4bit_int8(
+        self, x: Tensor, weight: Weight, out_features: int, *others: Any
+    ) -> Tensor:
+        """Of a product that few backends have; its arguments are `linear_4bit`'s."""
+        return self.linear_4bit(x, weight, out_features, *others)
 
     def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
         pass

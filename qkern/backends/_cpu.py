@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkern import reference
 from qkern.backends import _args
 from qkern.backends._backend import Product
 from qkern.backends._compiled import CompiledBackend, product_numbers
+from qkern.weight import Weight
 
 
 class CpuBackend(CompiledBackend):
@@ -58,6 +60,21 @@ class CpuBackend(CompiledBackend):
             return self.missing_reason() is None and bool(self.library().multiplies_bfloat16())
         return dtype == torch.float32
 
+    def linear_4bit_int8(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        bias: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.linear_4bit_int8``."""
+        product = self._product("x", x, weight, out_features, bias, batch_invariant)
+        if product is None:
+            return reference.linear_4bit(x, weight, out_features, bias, batch_invariant)
+        self._multiply(product._replace(int8=True))
+        return product.out
+
     def _device_of(self, tensor: Tensor) -> torch.device:
         # Also where a caller has set another default device, such as meta.
         return _args.CPU
@@ -75,7 +92,8 @@ class CpuBackend(CompiledBackend):
         self._start("matmul_into", out.device, [*arguments, _float_bits(alpha), accumulate])
 
     def _multiply(self, product: Product) -> None:
-        op = "linear_4bit_dx" if product.dx else "linear_4bit"
+        forward = "linear_4bit_int8" if product.int8 else "linear_4bit"
+        op = "linear_4bit_dx" if product.dx else forward
         self._start(op, product.x.device, product_numbers(product))
 
 
@@ -111,7 +129,7 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
 
     They read plain CPU tensors themselves, in a fraction of the time that Python takes to ask for
     addresses and sizes. They take the op's arguments, a `qkern.weight.Weight` as one, then the
-    number of threads; ``linear_4bit`` also the ``in_features`` that ``x`` must have.
+    number of threads; the two forward products also the ``in_features`` that ``x`` must have.
     ``linears_4bit`` takes tuples of weights, sizes and biases.
     """
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -119,7 +137,7 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
     if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
         return {}
-    ops = ("linear_4bit", "linear_4bit_dx", "adamw_step", "matmul_into")
+    ops = ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx", "adamw_step", "matmul_into")
     found = {op: getattr(library, f"{op}_on_tensors") for op in ops}
     # No op: several of the first, by one reading of their input.
     return found | {"linears_4bit": library.linears_4bit_on_tensors}

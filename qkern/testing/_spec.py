@@ -126,6 +126,9 @@ class OpSpec:
     """The input that has the case's layout; for a matmul, the activations."""
     input_gradient: bool = False
     """Of a matmul: whether it multiplies by W, not by its transpose."""
+    judge: Callable[[Tensor, Inputs, Tensor], None] | None = None
+    """Of a matmul whose factors are rounded: raises AssertionError unless the result is right, by
+    the inputs and the exact weight."""
 
     def __reduce__(self) -> Any:
         """An entry of the table is itself in another process, too."""

@@ -33,6 +33,11 @@ OPCHECK_CASES = {
         Case((2, 5, 66), layout="transposed", batch_invariant=True),
         Case((4, 5, 66), layout="expanded"),
     ],
+    "linear_4bit_int8": [
+        Case((3, 37, 128), double_quant=True, bias=True),
+        Case((3, 37, 128), torch.bfloat16, format="custom", codebook="unsorted"),
+        Case((9, 5, 64), layout="transposed", batch_invariant=True),
+    ],
     "linear_4bit_dx": [
         Case((3, 37, 130), double_quant=True),
         Case((4, 5, 66), torch.float16, layout="expanded"),

@@ -119,11 +119,12 @@ def pointers() -> list[tuple[str, list[Any], int, bool]]:
         "dequantize_8bit": ([64, 64, 64, 256, 64, 0, 64], [0, 1, 2, 4], []),
         "quantize_absmax": ([64, 0, 64, 64, 64, 64], [0, 3, 4, 5], []),
         "linear_4bit": ([64, 0, 1, 64, *weight, 1, 64, 64, 64, False], [0, 4, 5, 14], [13]),
+        "linear_4bit_int8": ([64, 0, 1, 64, *weight, 1, 64, 64, 64, False], [0, 4, 5, 14], [13]),
         "linear_4bit_dx": ([64, 0, 1, 64, *weight, 1, 64, 64, False], [0, 4, 5, 13], []),
     }
     found = []
     for op, (arguments, required, others) in calls.items():
-        start = {"dequantize_4bit": 0, "linear_4bit": 4, "linear_4bit_dx": 4}.get(op)
+        start = 0 if op == "dequantize_4bit" else 4 if op.startswith("linear_4bit") else None
         nested = [] if start is None else [start + k for k in optional]
         codebook = [3] if op == "quantize_4bit" else []
         places = [*((k, False) for k in required), *((k, True) for k in others + nested + codebook)]

@@ -569,7 +569,7 @@ def test_tangents_take_the_op(calls: Calls) -> None:
 
 
 def arguments(name: str, **options: Any) -> list[Any]:
-    """Of ``linear_4bit_on_tensors`` or ``linear_4bit_dx_on_tensors``."""
+    """Of one of `KERNELS`."""
     qw = weight(**options)
     if name == "linear_4bit_dx_on_tensors":
         return [torch.ones(3, 6), layout(qw), 64, False, 1]
@@ -580,7 +580,7 @@ def layout(qw: QuantizedTensor) -> tuple[Any, ...]:
     return tuple(qw.weight)
 
 
-KERNELS = ["linear_4bit_on_tensors", "linear_4bit_dx_on_tensors"]
+KERNELS = [f"{op}_on_tensors" for op in ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx")]
 WEIGHTS = [{}, {"double_quant": False}, {"format": "custom", "codebook": torch.linspace(-1, 1, 16)}]
 each_weight = pytest.mark.parametrize("options", WEIGHTS, ids=["double_quant", "plain", "custom"])
 

@@ -28,7 +28,7 @@ SIZES = [*((shape, 64) for shape in LARGE), ((8, 16, 32_768), 16_384), ((70, 16,
     ("shape", "block_size"), SIZES, ids=[f"{'x'.join(map(str, s))}-{b}" for s, b in SIZES]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.DTYPE_NAMES.get)
-@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_int8", "linear_4bit_dx"])
 def test_scratch_of_the_matmuls(
     isa: str, op: str, dtype: torch.dtype, shape: tuple[int, ...], block_size: int
 ) -> None:

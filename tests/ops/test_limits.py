@@ -83,6 +83,16 @@ def step_arguments() -> dict[str, Any]:
     return found | {"factors": factors, "seed": None, "indices": [0], "offsets": [0]}
 
 
+def forward_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.randn(2, COLS),
+        "weight": weight(True),
+        "out_features": ROWS,
+        "bias": torch.zeros(ROWS),
+        "batch_invariant": False,
+    }
+
+
 RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize_4bit": lambda: {
         "x": torch.randn(N),
@@ -110,13 +120,8 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "quantize_absmax": lambda: {"absmax": torch.rand(N)},
     "adamw_step": step_arguments,
-    "linear_4bit": lambda: {
-        "x": torch.randn(2, COLS),
-        "weight": weight(True),
-        "out_features": ROWS,
-        "bias": torch.zeros(ROWS),
-        "batch_invariant": False,
-    },
+    "linear_4bit": forward_arguments,
+    "linear_4bit_int8": forward_arguments,
     "linear_4bit_dx": lambda: {
         "dy": torch.randn(2, ROWS),
         "weight": weight(True),

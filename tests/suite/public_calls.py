@@ -184,6 +184,19 @@ def a_row_is_the_same_with_any_others() -> None:
     assert seen == [False, True, False]
 
 
+@checks("qkern.precision")
+def a_block_takes_activations_to_8_bits() -> None:
+    x, qw = drawn(3, 64), weight()
+    usual = qkern.linear_4bit(x, qw)
+    with qkern.precision("int8"):
+        rounded = qkern.linear_4bit(x, qw)
+        with qkern.precision(None):
+            assert torch.equal(qkern.linear_4bit(x, qw), usual)
+    expected = torch.ops.qkern.linear_4bit_int8(x, *qw.weight, 32, None, False)
+    assert torch.equal(rounded, expected)
+    assert not torch.equal(rounded, usual)
+
+
 @checks(
     *(
         f"qkern.QuantizedTensor.{name}"

@@ -70,7 +70,7 @@ def run_guarded(spec: testing.OpSpec, case: testing.Case, guarded: GuardedTorch)
 
 def main(isa: str, side: str) -> None:
     # These would allocate results elsewhere.
-    for op in ("linear_4bit", "linear_4bit_dx"):
+    for op in ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx"):
         backends.cpu.fast.pop(op, None)
     count = 0
     with testing.Target("cpu", isa).activate():

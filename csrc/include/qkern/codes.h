@@ -51,6 +51,9 @@ inline constexpr const char* kBlockSizes = "a power of two from 32 to 16384";
 inline constexpr int kNestedBlockSize = 256;
 inline constexpr int kStateBlockSize = 256;
 inline constexpr float kMaxGradient = 0x1p+63f;
+inline constexpr int kInt8Rows = 8;
+inline constexpr float kInt8FactorNf4 = 0x1.cp+6f;
+inline constexpr float kInt8FactorFp4 = 0x1.ep+6f;
 
 // Value of each NF4 code, ascending.
 inline constexpr float kNf4Codes[16] = {

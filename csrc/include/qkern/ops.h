@@ -148,6 +148,7 @@ Status dequantize_8bit(const Dequantize8bitArgs& args, int num_threads);
 Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads);
 Status linear_4bit(const Linear4bitArgs& args, int num_threads);
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
+Status linear_4bit_int8(const Linear4bitArgs& args, int num_threads);
 Status matmul_into(const MatmulIntoArgs& args, int num_threads);
 
 }  // namespace cpu

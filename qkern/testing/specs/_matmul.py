@@ -138,6 +138,25 @@ def matmul_flops(case: Case) -> int:
     return 2 * math.prod(case.shape)
 
 
+def int8_cases() -> tuple[Case, ...]:
+    """Of the forward product's cases those that differ in 8 bits, and some that do not."""
+    cases = [
+        case
+        for case in matmul_cases(with_bias=True)
+        if case.shape[0] <= formats.INT8_ROWS + 1 and case.shape[2] % case.block_size == 0
+    ]
+    for dtype in DTYPES:
+        cases += [
+            Case((5, 33, 128), dtype, format="custom", codebook="wide", bias=True),
+            Case((3, 37, 130), dtype),
+            Case((9, 40, 96), dtype, block_size=32),
+            Case((9, 40, 96), dtype, block_size=32, batch_invariant=True),
+            Case((19, 96, 512), dtype, values="special", batch_invariant=True, bias=True),
+            Case((4, 33, 256), dtype, values="large", batch_invariant=True),
+        ]
+    return unique(cases)
+
+
 def matmul_spec(name: str, main: str, size: str) -> OpSpec:
     """The entry of a product of activations called `main`; `size` is how many features it has."""
     forward = main == "x"

@@ -232,10 +232,16 @@ class Library:
         self._call("adamw_step", *arguments, _NONE if seed is None else seed, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
+        self._forward("linear_4bit", *arguments)
+
+    def linear_4bit_int8(self, *arguments: int) -> None:
+        self._forward("linear_4bit_int8", *arguments)
+
+    def _forward(self, op: str, *arguments: int) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
         item = _ITEM_SIZE[dtype]
         self._call(
-            "linear_4bit",
+            op,
             *(_in(x, ((m - 1) * stride + cols) * item), dtype, m, stride),
             *(*_weight(weight, rows * cols), rows, cols),
             *(_in(bias, rows * item), _out(y, m * rows * item), invariant, threads),

@@ -140,6 +140,12 @@ def _hash(flavour: Flavour, kernels: Path) -> str:
     return digest.hexdigest()
 
 
+def _own_flags(source: Path) -> list[str]:
+    """What the compiler itself defines where it is asked for the instructions that twins replace."""
+    with_vnni = {"isa_avx512vnni", "isa_avx512bf16", "isa_amx"}
+    return ["-D__AVX512VNNI__=1"] if source.stem in with_vnni else []
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -175,7 +181,9 @@ def build(
             for source in flavour.sources(kernels)
         }
         compilations = [
-            [*common, "-c", str(s), "-o", str(o)] for s, o in objects.items() if o.parent == folder
+            [*common, *_own_flags(s), "-c", str(s), "-o", str(o)]
+            for s, o in objects.items()
+            if o.parent == folder
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, compilations))

@@ -32,6 +32,7 @@ using __m512 = float __attribute__((vector_size(64), may_alias));
 using __m512i = long long __attribute__((vector_size(64), may_alias));
 using __m512bh = short __attribute__((vector_size(64), may_alias));
 using __mmask16 = std::uint16_t;
+using __mmask64 = std::uint64_t;
 
 namespace twins {
 
@@ -40,6 +41,7 @@ using U32 = std::uint32_t __attribute__((vector_size(64)));
 using U64 = std::uint64_t __attribute__((vector_size(64)));
 using I16 = std::int16_t __attribute__((vector_size(64)));
 using U16 = std::uint16_t __attribute__((vector_size(64)));
+using I8 = std::int8_t __attribute__((vector_size(64)));
 using U8 = std::uint8_t __attribute__((vector_size(64)));
 
 constexpr std::uint8_t kUndefined = 0xd5;
@@ -124,6 +126,12 @@ inline float multiply_add(float sum, std::uint16_t a, std::uint16_t b) {
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512i _mm512_setzero_si512() { return __m512i{}; }
 inline __m512 _mm512_set1_ps(float v) { return __m512{} + v; }
+inline __m512i _mm512_set1_epi8(char v) {
+  return twins::both(_mm256_set1_epi8(v), _mm256_set1_epi8(v));
+}
+inline __m512i _mm512_set1_epi16(short v) {
+  return twins::both(_mm256_set1_epi16(v), _mm256_set1_epi16(v));
+}
 inline __m512i _mm512_set1_epi32(int v) { return (__m512i)(twins::I32{} + v); }
 inline __m512i _mm512_set1_epi64(long long v) { return __m512i{} + v; }
 template <typename... T>
@@ -283,6 +291,24 @@ inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   }
   return (__m512i)v;
 }
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  const auto x = (twins::U8)a;
+  const auto y = (twins::I8)b;
+  auto v = (twins::U32)sum;
+  for (int i = 0; i < 64; ++i) v[i / 4] += static_cast<std::uint32_t>(x[i] * y[i]);
+  return (__m512i)v;
+}
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  return twins::both(_mm256_madd_epi16(twins::low(a), twins::low(b)),
+                     _mm256_madd_epi16(twins::high(a), twins::high(b)));
+}
+inline __m512i _mm512_maddubs_epi16(__m512i a, __m512i b) {
+  return twins::both(_mm256_maddubs_epi16(twins::low(a), twins::low(b)),
+                     _mm256_maddubs_epi16(twins::high(a), twins::high(b)));
+}
+inline __m512i _mm512_abs_epi8(__m512i v) {
+  return twins::both(_mm256_abs_epi8(twins::low(v)), _mm256_abs_epi8(twins::high(v)));
+}
 // Two fused additions, that of the odd elements first.
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   const auto x = (twins::U16)a, y = (twins::U16)b;
@@ -373,6 +399,20 @@ inline __m512i _mm512_mask_add_epi32(__m512i otherwise, __mmask16 mask, __m512i 
 }
 inline __m512i _mm512_mask_or_epi32(__m512i otherwise, __mmask16 mask, __m512i a, __m512i b) {
   return _mm512_mask_mov_epi32(otherwise, mask, a | b);
+}
+
+inline __mmask64 _mm512_movepi8_mask(__m512i v) {
+  const auto low = static_cast<std::uint32_t>(_mm256_movemask_epi8(twins::low(v)));
+  const auto high = static_cast<std::uint32_t>(_mm256_movemask_epi8(twins::high(v)));
+  return static_cast<__mmask64>(high) << 32 | low;
+}
+inline __m512i _mm512_mask_sub_epi8(__m512i otherwise, __mmask64 mask, __m512i a, __m512i b) {
+  const auto x = (twins::U8)a, y = (twins::U8)b;
+  auto v = (twins::U8)otherwise;
+  for (int i = 0; i < 64; ++i) {
+    if (twins::bit(mask, i)) v[i] = static_cast<std::uint8_t>(x[i] - y[i]);
+  }
+  return (__m512i)v;
 }
 
 // Look-ups: the low bits of each index count.

@@ -86,6 +86,10 @@ void show_arithmetic(Kind kind) {
   SHOW(_mm512_add_epi32, i, j);
   SHOW(_mm512_sub_epi32, i, j);
   SHOW(_mm512_dpwssd_epi32, i, j, k);
+  SHOW(_mm512_dpbusd_epi32, i, j, k);
+  SHOW(_mm512_madd_epi16, i, j);
+  SHOW(_mm512_maddubs_epi16, i, j);
+  SHOW(_mm512_abs_epi8, i);
   SHOW_FLOATS(_mm512_dpbf16_ps, a, y.as<__m512bh>(), z.as<__m512bh>());
   if (kind != kSpecials) show_float("_mm512_reduce_add_ps", _mm512_reduce_add_ps(a));
 }
@@ -125,6 +129,10 @@ void show_masks(Kind kind) {
   SHOW(_mm512_mask_mov_epi32, i, mask, j);
   SHOW(_mm512_maskz_mov_ps, mask, a);
   SHOW(_mm512_mask_set1_epi32, i, mask, 77);
+  SHOW(_mm512_movepi8_mask, i);
+  SHOW(_mm512_mask_sub_epi8, i, _mm512_movepi8_mask(k), j, k);
+  SHOW(_mm512_set1_epi8, 77);
+  SHOW(_mm512_set1_epi16, -777);
   SHOW(_mm512_mask_add_epi32, i, mask, j, k);
   SHOW(_mm512_mask_or_epi32, i, mask, j, k);
 }
