@@ -374,8 +374,8 @@ def has_own_product(y: Tensor, lora_a: Tensor, batch_invariant: bool | None) -> 
     return (
         y.is_cpu
         and lora_a.dtype is torch.float32
+        and not is_traced()  # before the rows, on which a compiled graph would depend
         and (batch_invariant or len(y) >= _OWN_PRODUCT_ROWS)
-        and not is_traced()
     )
 
 

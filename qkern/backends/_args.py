@@ -171,14 +171,30 @@ def rows(name: str, x: Tensor, width: int, device: torch.device = CPU) -> tuple[
     return x, x.shape[0], x.stride(0)
 
 
-def check_matrix(name: str, tensor: Tensor, device: torch.device = CPU) -> None:
-    """Raise unless the tensor is a matrix of a floating dtype, of any strides, on ``device``."""
-    dtype_id(name, tensor.dtype)
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
-    if not _is_on(tensor, device):
-        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
-    check_memory(name, tensor)
+def check_matmul_into(out: Tensor, a: Tensor, b: Tensor, device: torch.device = CPU) -> None:
+    """Raise unless ``out`` can take the product of ``a`` and ``b``, matrices on ``device``.
+
+    Their dtypes are any of three, the strides of ``a`` and ``b`` are any. A row of ``out`` is of
+    adjacent elements, and no part of its memory is another row's or another matrix's.
+    """
+    for name, tensor in (("out", out), ("a", a), ("b", b)):
+        dtype_id(name, tensor.dtype)
+        if not _is_on(tensor, device):
+            raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
+        check_memory(name, tensor)
+    (m, n), k = out.shape, a.shape[1]
+    for name, got, takes in (("a", a.shape, (m, k)), ("b", b.shape, (k, n))):
+        if got != takes:
+            raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
+    row_stride, column_stride = out.stride()
+    if (n > 1 and column_stride != 1) or (m > 1 and row_stride < n):
+        raise ValueError(
+            f"out: got strides {list(out.stride())}; takes rows of adjacent elements, apart from "
+            "one another"
+        )
+    _errors.check_apart("out", out, {"a": a, "b": b})
 
 
 def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:

@@ -245,37 +245,6 @@ class KernelBackend(Backend):
         self._multiply(product)
         return product.out
 
-    def matmul_into(
-        self, out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, accumulate: bool = False
-    ) -> None:
-        """See ``qkern.reference.matmul_into``; no other argument shares memory with ``out``."""
-        device = self._device_of(out)
-        for name, tensor in (("out", out), ("a", a), ("b", b)):
-            _args.check_matrix(name, tensor, device)
-        _errors.check_apart("out", out, {"a": a, "b": b})
-        for name, got, takes in (
-            ("a", a.shape, (out.shape[0], a.shape[1])),
-            ("b", b.shape, (a.shape[1], out.shape[1])),
-        ):
-            if got != takes:
-                raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
-        (m, n), (row_stride, column_stride) = out.shape, out.stride()
-        if (n > 1 and column_stride != 1) or (m > 1 and row_stride < n):
-            raise ValueError(
-                f"out: got strides {list(out.stride())}; takes rows of adjacent elements, apart "
-                "from one another"
-            )
-        if a.shape[1] == 0 and not accumulate:
-            out.zero_()
-        elif out.numel() and a.shape[1]:
-            self._matmul_into(out, a, b, alpha, accumulate)
-
-    def _matmul_into(
-        self, out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool
-    ) -> None:
-        # Torch's library has a kernel, but where a backend knows a better one.
-        reference.matmul_into(out, a, b, alpha, accumulate)
-
     def _product(
         self,
         name: str,
@@ -314,11 +283,12 @@ class _Checker(KernelBackend):
         """Of a product that few backends have; its arguments are `linear_4bit`'s."""
         return self.linear_4bit(x, weight, out_features, *others)
 
+    def matmul_into(self, out: Tensor, a: Tensor, b: Tensor, *others: Any) -> None:
+        """Of a dense product, which torch computes where a backend does not."""
+        _args.check_matmul_into(out, a, b, self._device_of(out))
+
     def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
         pass
 
     def _multiply(self, product: Product) -> None:
-        pass
-
-    def _matmul_into(self, *arguments: Any) -> None:
         pass

@@ -75,21 +75,27 @@ class CpuBackend(CompiledBackend):
         self._multiply(product._replace(int8=True))
         return product.out
 
+    def matmul_into(
+        self, out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, accumulate: bool = False
+    ) -> None:
+        """See ``qkern.reference.matmul_into``; no other argument shares memory with ``out``."""
+        device = self._device_of(out)
+        _args.check_matmul_into(out, a, b, device)
+        (m, n), k = out.shape, a.shape[1]
+        if k == 0 or out.numel() == 0:
+            reference.matmul_into(out, a, b, alpha, accumulate)
+            return
+        arguments: list[Any] = [out, _args.DTYPE_IDS[out.dtype], m, n, k, out.stride(0)]
+        for matrix in (a, b):
+            arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride())
+        self._launch("matmul_into", device, *arguments, _float_bits(alpha), accumulate)
+
     def _device_of(self, tensor: Tensor) -> torch.device:
         # Also where a caller has set another default device, such as meta.
         return _args.CPU
 
     def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
         self._function(op)(*arguments, _args.num_threads())
-
-    def _matmul_into(
-        self, out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool
-    ) -> None:
-        (m, n), k = out.shape, a.shape[1]
-        arguments: list[Any] = [out.data_ptr(), _args.DTYPE_IDS[out.dtype], m, n, k, out.stride(0)]
-        for matrix in (a, b):
-            arguments += (matrix.data_ptr(), _args.DTYPE_IDS[matrix.dtype], *matrix.stride())
-        self._start("matmul_into", out.device, [*arguments, _float_bits(alpha), accumulate])
 
     def _multiply(self, product: Product) -> None:
         forward = "linear_4bit_int8" if product.int8 else "linear_4bit"

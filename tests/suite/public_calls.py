@@ -655,7 +655,7 @@ def a_case_says_what_it_is() -> None:
 
 @checks(
     *(f"qkern.testing.OpSpec.{name}" for name in ("op", "writes", "arguments", "by_name", "run")),
-    *(f"qkern.testing.OpSpec.{name}" for name in ("reference", "exact_weight")),
+    *(f"qkern.testing.OpSpec.{name}" for name in ("reference", "exact_weight", "multiplies")),
     "qkern.testing.OpSpec",
 )
 def an_op_of_the_table() -> None:
@@ -671,6 +671,8 @@ def an_op_of_the_table() -> None:
     assert spec.by_name(inputs)["packed"] is inputs["weight"].packed
     assert spec.writes == ()
     assert spec.flops(MATMUL) == 2 * 3 * 32 * 64
+    assert spec.multiplies
+    assert not testing.OPS["quantize_4bit"].multiplies
     assert testing.OPS["quantize_4bit"].flops(CASE) == 0
     assert testing.OPS["adamw_step"].writes[0] == "params"
     assert replace(spec, name="other").name == "other"
@@ -710,7 +712,10 @@ def a_backend_is_judged() -> None:
         _targets._registered_targets.clear()
 
 
-@checks(*(f"qkern.testing.{n}" for n in ("assert_bitwise", "assert_matmul", "matmul_error")))
+@checks(
+    *(f"qkern.testing.{n}" for n in ("assert_bitwise", "assert_matmul", "matmul_error")),
+    "qkern.testing.assert_product",
+)
 def judges_notice() -> None:
     x, w = drawn(20, 64), drawn(32, 64, seed=1)
     testing.assert_bitwise(x, x.clone())
@@ -719,6 +724,10 @@ def judges_notice() -> None:
     testing.assert_matmul(x @ w.T, x, w)
     with pytest.raises(AssertionError, match="error"):
         testing.assert_matmul(x @ w.T * 1.01, x, w)
+    before = drawn(20, 32, seed=2)
+    testing.assert_product(before + 2 * x @ w.T, x, w.T, 2.0, before)
+    with pytest.raises(AssertionError, match="error"):
+        testing.assert_product(before + 2 * x @ w.T, x, w.T, 2.0)
     one = torch.ones(2, 2, dtype=torch.float64)
     error = testing.matmul_error(1 + 0.25 * torch.eye(2), one, one)
     assert (error.max, round(error.rms, 4)) == (0.25, 0.1768)

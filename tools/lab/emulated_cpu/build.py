@@ -141,7 +141,7 @@ def _hash(flavour: Flavour, kernels: Path) -> str:
 
 
 def _own_flags(source: Path) -> list[str]:
-    """What the compiler itself defines where it is asked for the instructions that twins replace."""
+    """What the compiler defines itself where it is asked for the instructions."""
     with_vnni = {"isa_avx512vnni", "isa_avx512bf16", "isa_amx"}
     return ["-D__AVX512VNNI__=1"] if source.stem in with_vnni else []
 
