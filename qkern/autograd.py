@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import linear, pad
 
+from qkern._errors import FLOAT_DTYPES
 from qkern.backends import forced, holding
 from qkern.ops import call, forward_derivatives, is_traced
 from qkern.weight import Weight
@@ -251,7 +252,7 @@ class LoRALinear4bit(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
         # Autocast may be on here alone, and would mix dtypes.
-        with no_autocast(dy.device.type):
+        with no_autocast(dy.device.type), _held(ctx.forced):
             return LoRALinear4bit._gradients(ctx, dy)
 
     @staticmethod
@@ -285,9 +286,12 @@ class AddAdapter(Function):
         batch_invariant: bool | None,
     ) -> Tensor:
         """Add to a copy; save ``x``, ``x @ lora_a.T``, A and B."""
-        total = y.clone()
-        hidden = add_adapter(total, x, lora_a, lora_b, scaling, batch_invariant)
-        ctx.save_for_backward(x, hidden, lora_a, lora_b)
+        total = y.clone(memory_format=torch.contiguous_format)
+        with no_autocast(y.device.type):  # as the backward, which needs the dtype of the factors
+            hidden = add_adapter(total, x, lora_a, lora_b, scaling, batch_invariant)
+        trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
+        ctx.save_for_backward(*((x, hidden) if trained else (None, None)), lora_a, lora_b)
+        ctx.forced = forced()
         ctx.scaling, ctx.batch_invariant = scaling, batch_invariant
         return total
 
@@ -296,7 +300,7 @@ class AddAdapter(Function):
         """Gradients of ``y``, ``x``, ``lora_a`` and ``lora_b``."""
         kept, hidden, lora_a, lora_b = ctx.saved_tensors
         factors = kept, hidden, lora_a, lora_b, ctx.scaling, ctx.batch_invariant
-        with no_autocast(dy.device.type):
+        with no_autocast(dy.device.type), _held(ctx.forced):
             gradients = _adapter_gradients(dy, *factors, ctx.needs_input_grad[1:4])
         return dy, *gradients, None, None
 
@@ -343,6 +347,11 @@ def _adapter_gradients(
     return dinput, da, db
 
 
+def _held(choice: Any) -> AbstractContextManager[Any]:
+    """The backend of a forward, ``choice``, in force again; None is no choice."""
+    return nullcontext() if choice is None else holding(choice)
+
+
 def add_adapter(
     y: Tensor,
     adapter_input: Tensor,
@@ -363,6 +372,7 @@ def add_adapter(
     return hidden
 
 
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 _OWN_PRODUCT_ROWS = 16  # with fewer, a call takes as long as the product
 
 
@@ -374,8 +384,10 @@ def has_own_product(y: Tensor, lora_a: Tensor, batch_invariant: bool | None) -> 
     return (
         y.is_cpu
         and lora_a.dtype is torch.float32
+        and y.dtype in FLOAT_DTYPES
         and not is_traced()  # before the rows, on which a compiled graph would depend
         and (batch_invariant or len(y) >= _OWN_PRODUCT_ROWS)
+        and not _is_batched(y)  # by the vmap of torch.autograd.grad, which nothing else tells of
     )
 
 

@@ -91,7 +91,10 @@ def precision(value: str | None) -> Iterator[None]:
     whose layers compute by qkern, and for graphs of ``torch.compile`` that run in it. It has no
     gradient: a matmul in the block raises ``RuntimeError`` where ``x``, the bias or an adapter
     requires one and gradients are on, or tangents are recorded; in a compiled graph its backward
-    does, if it runs in the block too. Raises ``ValueError`` for another value.
+    does, if it runs in the block too. Blocks inside a compiled function and blocks around its call
+    do not combine: of a matmul in a `batch_invariant` block inside, nobody asks for the precision
+    around it, and ``precision(None)`` inside does not end it. Raises ``ValueError`` for another
+    value.
     """
     global _traced_int8
     if value not in ("int8", None):
@@ -373,6 +376,10 @@ def linears_4bit(
         _check_quantized(f"qws[{index}]", qw)
     if not qws:
         raise ValueError("qws: got none; takes one QuantizedTensor or more")
+    if not isinstance(biases, list | tuple | None):
+        raise TypeError(
+            f"biases: got {_errors.type_name(biases)}; takes a list of tensors and None, or None"
+        )
     biases = (None,) * len(qws) if biases is None else tuple(biases)
     if len(biases) != len(qws):
         raise ValueError(f"biases: got {len(biases)} for {len(qws)} weights; takes as many")

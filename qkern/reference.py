@@ -441,28 +441,35 @@ def linear_4bit_int8(
     are float32.
 
     As `linear_4bit` computes it: more than 8 rows, unless ``batch_invariant``; weights whose rows
-    are no whole blocks, or whose codebook's largest magnitude is not between 2^-30 and 2^30; and
-    each row with an element that is not finite, or whose largest is not between 2^-60 and 2^80.
+    are no whole blocks, or whose codebook's largest magnitude is not between 2^-10 and 2^10; and
+    each row with an element that is not finite, whose largest is not between 2^-60 and 2^80, or
+    that has a group whose largest is below 2^-90 and not zero.
     """
     in_features = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     if (
-        in_features % weight.block_size
+        in_features == 0
+        or in_features % weight.block_size
         or (rows > formats.INT8_ROWS and not batch_invariant)
         or (factor := int8_factor(weight)) is None
     ):
         return linear_4bit(x, weight, out_features, bias, batch_invariant)
-    y = linear_4bit(x, weight, out_features, None, batch_invariant).float()
-    y2 = y.view(rows, out_features)
+    y = linear_4bit(x, weight, out_features, bias, batch_invariant)
     x2 = x.reshape(rows, in_features).float()
     taken = rows_in_8_bits(x2)
     rounded = rounded_to_8_bits(x2[taken])
+    product = rounded.new_zeros(len(rounded), out_features)
     integers = int8_weight(weight, factor)
     for columns, values in _weight_slices(integers, out_features, in_features):
-        y2[taken, columns] = _matmul(rounded, values.t(), batch_invariant) / factor
+        product[:, columns] = _matmul(rounded, values.t(), batch_invariant) / factor
     if bias is not None:
-        y += bias.float()
-    return y.to(x.dtype)
+        product += bias.float()
+    y.view(rows, out_features)[taken] = product.to(x.dtype)
+    return y
+
+
+_LEAST_MAGNITUDE = 2.0**-90
+"""Of a group in 8 bits: its scale over a code's factor is a normal number still."""
 
 
 def int8_factor(weight: Weight) -> float | None:
@@ -470,7 +477,7 @@ def int8_factor(weight: Weight) -> float | None:
     if weight.codebook is None:
         return formats.INT8_FACTORS[weight.format]
     largest = weight.codebook.abs().max()
-    if not 2.0**-30 < largest < 2.0**30:
+    if not 2.0**-10 < largest < 2.0**10:
         return None
     return (torch.full_like(largest, 127) / largest).item()  # 127 / largest would round twice
 
@@ -487,15 +494,17 @@ def int8_weight(weight: Weight, factor: float) -> Weight:
 
 def rows_in_8_bits(x: Tensor) -> Tensor:
     """Which rows of the float32 matrix are computed in 8 bits, bool ``[M]``."""
-    largest = x.abs().amax(-1)
-    return (largest == 0) | ((largest > 2.0**-60) & (largest < 2.0**80))
+    groups = x.abs().unflatten(-1, (-1, formats.INT8_GROUP_SIZE)).amax(-1)
+    largest = groups.amax(-1)
+    in_range = (largest == 0) | ((largest > 2.0**-60) & (largest < 2.0**80))
+    return in_range & ((groups == 0) | (groups > _LEAST_MAGNITUDE)).all(-1)
 
 
 def rounded_to_8_bits(x: Tensor) -> Tensor:
     """The float32 matrix with each element rounded to 8 bits, a scale for each 32 of a row."""
     groups = x.unflatten(-1, (-1, formats.INT8_GROUP_SIZE))
     largest = groups.abs().amax(-1, keepdim=True)
-    counts = largest > 2.0**-100
+    counts = largest > _LEAST_MAGNITUDE
     most = torch.full_like(largest, 127)
     factor = torch.where(counts, most / largest, 0)  # 127 / largest would round twice
     scale = torch.where(counts, largest / most, 0)

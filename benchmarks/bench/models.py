@@ -91,7 +91,7 @@ def build(name: str, workload: Workload, dtype: torch.dtype, lora: bool) -> nn.M
             qnn.prepare_for_training(model, gradient_checkpointing=False)
         return model
     if name == FOUR_BIT_HEAD:
-        return qnn.share_inputs(qnn.quantize_head(qnn.quantize_model(_load(workload, dtype))))
+        return qnn.quantize_head(qnn.quantize_model(_load(workload, dtype)))
     if name == "bitsandbytes":
         peers.bitsandbytes(workload.hide_bf16)
         from transformers import BitsAndBytesConfig

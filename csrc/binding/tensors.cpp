@@ -265,42 +265,6 @@ PyObject* linears_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
   });
 }
 
-// (tensor, most): its elements' memory as bytes, or None where it is not plain and contiguous or
-// has more than `most` bytes.
-PyObject* tensor_bytes(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  PlainTensor tensor;
-  Size most = 0;
-  if (count != 2 || !read_size(given[1], &most)) {
-    PyErr_SetString(PyExc_TypeError, "tensor_bytes: takes a tensor and a number");
-    return nullptr;
-  }
-  return with_python_errors("tensor_bytes", [&]() -> PyObject* {
-    if (library.read == nullptr || !tensor.read(given[0]) || tensor.contiguous_numel() <= 0 ||
-        tensor.contiguous_numel() * tensor.itemsize() > most || is_negated(given[0])) {
-      Py_RETURN_NONE;
-    }
-    return PyBytes_FromStringAndSize(tensor.data<const char>(),
-                                     tensor.contiguous_numel() * tensor.itemsize());
-  });
-}
-
-// (tensor, bytes): whether tensor_bytes of it would give these.
-PyObject* tensor_has_bytes(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  PlainTensor tensor;
-  if (count != 2 || !PyBytes_CheckExact(given[1])) {
-    PyErr_SetString(PyExc_TypeError, "tensor_has_bytes: takes a tensor and bytes");
-    return nullptr;
-  }
-  return with_python_errors("tensor_has_bytes", [&]() -> PyObject* {
-    const Py_ssize_t size = PyBytes_GET_SIZE(given[1]);
-    return PyBool_FromLong(
-        library.read != nullptr && tensor.read(given[0]) && tensor.contiguous_numel() > 0 &&
-        tensor.contiguous_numel() * tensor.itemsize() == size && !is_negated(given[0]) &&
-        std::memcmp(tensor.data<const char>(), PyBytes_AS_STRING(given[1]),
-                    static_cast<std::size_t>(size)) == 0);
-  });
-}
-
 PyObject* linear_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return forward("linear_4bit", cpu::linear_4bit, given, count);
 }
@@ -395,8 +359,6 @@ PyMethodDef methods[] = {
     method("linear_4bit_int8_on_tensors", linear_4bit_int8),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
     method("linears_4bit_on_tensors", linears_4bit),
-    method("tensor_bytes", tensor_bytes),
-    method("tensor_has_bytes", tensor_has_bytes),
     method("adamw_step_on_tensors", adamw_step_on_tensors),
     method("matmul_into_on_tensors", matmul_into_on_tensors),
     method("tensor_holds", tensor_holds),

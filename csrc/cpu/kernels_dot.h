@@ -39,7 +39,6 @@ struct IntegerCodes {
     integers = Simd::make_lut16(table);
   }
   Simd::Lut16 lut() const { return integers; }
-  float unscaled(float sum) const { return sum / factor; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x, as VectorKernel's. A lane's sum is of
@@ -62,7 +61,9 @@ struct DotKernel {
   static constexpr int best_streams() { return Dot::streams(kRows); }
 
   template <typename T>
-  static void place_row(const T* x, const Segment& segment, int r, float* out) {
+  static void place_row(const T* x, const Codes& codes, const Segment& segment, int r, float* out) {
+    // The codes' factor goes into the scales of x, so that sums are never larger than they mean.
+    const Simd::F unit = Simd::set1(kMostX * codes.factor);
     float values[kChunk];
     for (std::int64_t c = 0; c < segment.chunks; ++c) {
       const std::int64_t n = min64(kChunk, segment.length - c * kChunk);
@@ -75,17 +76,17 @@ struct DotKernel {
         element[j] = Dot::gather(values, j);
         largest = Dot::larger_magnitude(largest, element[j]);
       }
-      // Of a row that is in range, smaller neighbours add nothing that its result could hold.
-      constexpr float kLeast = 0x1p-100f;
-      const Simd::F most = Simd::set1(kMostX);
-      const Simd::F factor = Dot::divide_where(largest, kLeast, most, largest);
+      // Below are zeros alone: see integers_are_exact_enough.
+      const Simd::F factor =
+          Dot::divide_where(largest, kLeastMagnitude, Simd::set1(kMostX), largest);
       for (int i = 0; i < Dot::kRegisters; ++i) {
         const Simd::F low = Simd::mul(element[Dot::low_element(i)], factor);
         const Simd::F high = Simd::mul(element[Dot::high_element(i)], factor);
         Dot::store(to + r * kXRow + i * kLanes,
                    Dot::pairs(Dot::to_integer(low), Dot::to_integer(high)));
       }
-      Simd::storeu(to + kXScales + r * kLanes, Dot::divide_where(largest, kLeast, largest, most));
+      Simd::storeu(to + kXScales + r * kLanes,
+                   Dot::divide_where(largest, kLeastMagnitude, largest, unit));
     }
   }
 
@@ -121,8 +122,8 @@ struct DotKernel {
 // T, as the contract allows, would add r sum(x^2) over the x that meet weights other than zero,
 // with r = 2^-18.6 for bfloat16 and 2^-24.6 for float16. So it is enough that
 //   2^-30 2/3 sum(x^2) <= r n / 4 (kTypicalX rms(x))^2,
-// which kTypicalX makes an equality. Half of the nonzero x must be that large, because half of
-// those may meet weights of zero.
+// which kTypicalX makes an equality. Three quarters of the nonzero x must be that large, because
+// half of all may meet weights of zero. And none may be so small that its lane's scale is lost.
 template <typename T>
 constexpr float kTypicalX = 0x1p-5f;
 template <>
@@ -144,14 +145,18 @@ bool integers_are_exact_enough(const Linear4bitArgs& args) {
     }
     const float square = Simd::reduce(squares) / static_cast<float>(cols);
     if (!(square < 0x1p120f)) return false;
-    const Simd::F typical = Simd::set1(square * kTypicalX<T> * kTypicalX<T>);
-    std::int64_t nonzero = 0, large = 0;
+    const float least_square = square * kTypicalX<T> * kTypicalX<T>;
+    if (square != 0.0f && least_square < 0x1p-120f) return false;  // of too few bits
+    const Simd::F typical = Simd::set1(least_square), least = Simd::set1(2.0f * kLeastMagnitude);
+    std::int64_t nonzero = 0, large = 0, small = 0;
     for (std::int64_t i = 0; i < cols; i += kLanes) {
       const Simd::F x = load(i);
-      nonzero += Dot::count_nonzero(x);
+      const std::int64_t here = Dot::count_nonzero(x);
+      nonzero += here;
+      small += here - Dot::count_at_least(Dot::larger_magnitude(Simd::zero(), x), least);
       large += Dot::count_at_least(Simd::mul(x, x), typical);
     }
-    if (2 * large < nonzero) return false;
+    if (small != 0 || 4 * large < 3 * nonzero) return false;
   }
   return true;
 }

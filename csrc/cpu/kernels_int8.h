@@ -31,7 +31,6 @@ struct ByteCodes {
     integers = Simd::make_byte_lut(table);
   }
   const Simd::ByteLut& lut() const { return integers; }
-  float unscaled(float sum) const { return sum / factor; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x, as VectorKernel's. A word's eight codes
@@ -56,7 +55,9 @@ struct Int8Kernel {
   static constexpr int best_streams() { return kRows == 1 ? 2 : 1; }
 
   template <typename T>
-  static void place_row(const T* x, const Segment& segment, int r, float* out) {
+  static void place_row(const T* x, const Codes& codes, const Segment& segment, int r, float* out) {
+    // The codes' factor goes into the scales of x, so that sums are never larger than they mean.
+    const float unit = kMostByte * codes.factor;
     constexpr int kHalf = kGroup / 2;
     constexpr int kGroupLanes = kGroup / kWordCodes;
     for (std::int64_t c = 0; c < segment.chunks; ++c) {
@@ -68,8 +69,7 @@ struct Int8Kernel {
         const std::int64_t at = c * kChunk + g * kGroup;
         if (at < segment.length) convert_row(x + at, kGroup, values);
         const float largest = block_absmax(values, kGroup);
-        // Of a row that is in range, smaller neighbours add nothing that its result could hold.
-        const bool counts = largest > 0x1p-100f;
+        const bool counts = largest > kLeastMagnitude;  // below are zeros alone: see rows_in_8_bits
         const float factor = counts ? kMostByte / largest : 0.0f;
         int integers[kGroup];
         for (int i = 0; i < kGroup; ++i) {
@@ -81,7 +81,7 @@ struct Int8Kernel {
           high[g * kHalf + i] = static_cast<signed char>(integers[2 * i]);
         }
         for (int p = 0; p < kGroupLanes; ++p) {
-          to[kXScales + g * kGroupLanes + p] = counts ? largest / kMostByte : 0.0f;
+          to[kXScales + g * kGroupLanes + p] = counts ? largest / unit : 0.0f;
           if (!Simd::kByteSums) continue;
           std::int32_t sum = 0;
           for (int i = 0; i < kWordCodes; ++i) sum += integers[p * kWordCodes + i];
@@ -118,6 +118,12 @@ std::int64_t rows_in_8_bits(const Linear4bitArgs& args) {
     const T* row = static_cast<const T*>(args.x) + r * args.x_row_stride;
     const float largest = block_absmax(row, args.weight.cols);
     if (largest != 0.0f && !(largest > 0x1p-60f && largest < 0x1p80f)) break;
+    bool kept = true;  // each group's scale
+    for (std::int64_t k = 0; k < args.weight.cols; k += kGroup) {
+      const float least = block_absmax(row + k, kGroup);
+      kept = kept && (least == 0.0f || least > kLeastMagnitude);
+    }
+    if (!kept) break;
   }
   return r;
 }

@@ -19,6 +19,10 @@ constexpr std::int64_t kStripFloats = 5120;  // of x: it stays in the first-leve
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
+// Scales of x that are made of smaller magnitudes may not be normal numbers; see the kernels that
+// take x as integers.
+constexpr float kLeastMagnitude = 0x1p-90f;
+
 // A segment of the contraction, short enough that all rows of x fit in the scratch.
 struct Segment {
   std::int64_t k0, length;
@@ -92,7 +96,6 @@ struct FloatCodes {
 
   explicit FloatCodes(const Codebook& codes) : values(Order::make_lut(code_values(codes))) {}
   const Order::Lut& lut() const { return values; }
-  static float unscaled(float sum) { return sum; }
 };
 
 // Partial sums of kStreams rows of W with kRows rows of x. One register of words is eight
@@ -118,7 +121,7 @@ struct VectorKernel {
 
   // Row r of x.
   template <typename T>
-  static void place_row(const T* x, const Segment& segment, int r, float* out) {
+  static void place_row(const T* x, const Codes&, const Segment& segment, int r, float* out) {
     permute_row(x, segment, kXChunk, out + r * XLayout<kRows>::row_stride(segment));
   }
 
@@ -235,7 +238,7 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
     }
     for (int s = 0; s < kStreams; ++s) {
       for (int r = 0; r < kRows; ++r) {
-        out[s * kRows + r] += codes.unscaled(Simd::reduce(sums.total[s][r]));
+        out[s * kRows + r] += Simd::reduce(sums.total[s][r]);
       }
     }
   }
@@ -284,7 +287,8 @@ struct VectorTask {
   void place_x(const Segment& segment) const {
     const T* x = static_cast<const T*>(args.x);
     for (int r = 0; r < kRows; ++r) {
-      Kernel<kRows, 1>::place_row(x + r * args.x_row_stride + segment.k0, segment, r, scratch.x);
+      Kernel<kRows, 1>::place_row(x + r * args.x_row_stride + segment.k0, codes, segment, r,
+                                  scratch.x);
     }
   }
 

@@ -191,7 +191,7 @@ static bool takes_8_bits(const Weight4bit& weight) {
   if (weight.codes.format != kFormatCustom) return true;
   float largest = 0.0f;
   for (int i = 0; i < 16; ++i) largest = std::max(largest, std::abs(weight.codes.codebook[i]));
-  return largest > 0x1p-30f && largest < 0x1p30f;
+  return largest > 0x1p-10f && largest < 0x1p10f;
 }
 
 Status linear_4bit_int8(const Linear4bitArgs& args, int num_threads) {

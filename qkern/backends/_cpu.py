@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -103,12 +102,9 @@ class CpuBackend(CompiledBackend):
         self._start(op, product.x.device, product_numbers(product))
 
 
-_FLOAT = struct.Struct("<f")
-
-
 def _float_bits(value: float) -> int:
     """The bits of a number as float32; the library takes integers."""
-    return int.from_bytes(_FLOAT.pack(value), "little")
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 def _is_own(kind: type[CpuBackend], op: str) -> bool:

@@ -17,7 +17,6 @@ from qkern.nn.lora import (
     unmerge_lora,
 )
 from qkern.nn.model import add_lora, prepare_for_training, quantize_model
-from qkern.nn.sharing import share_inputs
 
 __all__ = [
     "Embedding4bit",
@@ -36,6 +35,5 @@ __all__ = [
     "prepare_for_training",
     "quantize_head",
     "quantize_model",
-    "share_inputs",
     "unmerge_lora",
 ]

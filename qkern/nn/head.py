@@ -63,6 +63,11 @@ def quantize_head(
     if isinstance(head, LoRALinear):
         raise TypeError("model: its head has an adapter; quantise the head first")
     layers = _holders(model, head)
+    if not any(layer is head for layer, _ in layers):
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose get_output_embeddings() gives a module that "
+            "is none of its own"
+        )
     weight = _checked(model, head, layers, block_size)
     with torch.inference_mode(False):  # its tensors could not be trained with
         qw = quantized_weight(weight, format, block_size, double_quant, codebook, check_finite)
@@ -90,9 +95,16 @@ def _holders(model: nn.Module, head: nn.Module) -> list[tuple[nn.Module, list[st
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = module._parameters.values()
-        if module is head or (weight is not None and any(held is weight for held in own)):
+        if module is head or (weight is not None and any(_same(held, weight) for held in own)):
             found.setdefault(id(module), (module, []))[1].append(path)
     return list(found.values())
+
+
+def _same(held: Tensor | None, weight: Tensor) -> bool:
+    """Whether both are one weight; two parameters may have one memory."""
+    if held is None or held is weight or held.is_meta or weight.is_meta:
+        return held is weight
+    return held.shape == weight.shape and held.data_ptr() == weight.data_ptr()
 
 
 def _checked(

@@ -78,7 +78,6 @@ class Linear4bit(QuantizedModule, nn.Linear):
 
     compute_dtype: torch.dtype | None = None
     source_class: type[nn.Module] = nn.Linear
-    _shared: Any = None  # of the layers with the same input: see qkern.nn.sharing
 
     def __init__(
         self,
@@ -251,18 +250,10 @@ class Linear4bit(QuantizedModule, nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]`` in x's dtype."""
         dtype = self.compute_dtype
         if dtype is None:
-            if self._shared is not None and not torch.compiler.is_dynamo_compiling():
-                y: Tensor | None = self._shared.result(self, x)
-                if y is not None:
-                    return y
             return linear_by_weight(x, self.as_operand(), self._weight_shape, self.bias_for(x))
         cast = as_input(x, dtype)
         weight, bias = self.as_operand(), self.bias_for(cast)
         return as_dtype(linear_by_weight(cast, weight, self._weight_shape, bias), x.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As of every object; a copy has other tensors, and does not share its input."""
-        return {name: value for name, value in vars(self).items() if name != "_shared"}
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype."""

@@ -113,3 +113,85 @@ def test_hooks_on_the_base_change_no_bits() -> None:
         results.append((y, x.grad, layer.lora_a.grad, layer.lora_b.grad))
     for plain, after in zip(*results, strict=True):
         testing.assert_bitwise(after, plain)
+
+
+def adapted(hook: Any = None, compute_dtype: torch.dtype | None = None) -> qkern.nn.LoRALinear:
+    base = qkern.nn.Linear4bit.from_linear(torch.nn.Linear(64, 48), compute_dtype=compute_dtype)
+    layer = qkern.nn.LoRALinear(base, 4, 8)
+    torch.nn.init.normal_(layer.lora_b)
+    if hook is not None:
+        base.register_forward_hook(hook)
+    return layer
+
+
+HOOKS = {"none": None, "one": lambda *_: None}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_many_gradients_at_once(hook: str) -> None:
+    """`torch.autograd.grad` maps over them by a vmap of its own."""
+    layer = adapted(HOOKS[hook])
+    x = torch.randn(2 * ROWS, 64, requires_grad=True)
+    y, dy = layer(x), torch.randn(3, 2 * ROWS, 48)
+    (found,) = torch.autograd.grad(y, x, dy, retain_graph=True, is_grads_batched=True)
+    for each, expected in zip(dy, found, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(y, x, each, retain_graph=True)[0], expected)
+
+
+@pytest.mark.parametrize("rows", [4, 2 * ROWS])
+def test_a_hook_may_change_layout_and_dtype(rows: int) -> None:
+    x = torch.randn(rows, 64)
+    layer = adapted()
+    expected = layer(x)
+    handle = layer.base_layer.register_forward_hook(lambda m, a, y: y.t().contiguous().t())
+    testing.assert_bitwise(layer(x), expected)
+    handle.remove()
+    layer.base_layer.register_forward_hook(lambda m, a, y: y.double())
+    wide = layer(x)
+    assert wide.dtype is torch.float64
+    torch.testing.assert_close(wide.float(), expected)
+
+
+@pytest.mark.parametrize("rows", [4, 2 * ROWS])
+def test_a_wider_compute_dtype_under_autocast(rows: int) -> None:
+    """With a hook on the base and without: the same bits, forward and back."""
+    layer = adapted(compute_dtype=torch.float32)
+    x = torch.randn(rows, 64, requires_grad=True)
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+        results.append((y, x.grad))
+        x.grad = None
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    for plain, hooked in zip(*results, strict=True):
+        assert hooked.dtype == plain.dtype
+        torch.testing.assert_close(hooked, plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_frozen_adapter_keeps_no_activation(hook: str) -> None:
+    layer = adapted(HOOKS[hook]).requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        layer(torch.randn(2 * ROWS, 64, requires_grad=True))
+    assert kept
+    assert not {(2 * ROWS, 64), (2 * ROWS, 4)} & {tuple(shape) for shape in kept}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_backend_of_the_forward_holds_in_backward(hook: str) -> None:
+    used = []
+
+    class Noting(qkern.backends.Backend):
+        def matmul_into(self, *args: Any) -> None:
+            used.append(args)
+            qkern.reference.matmul_into(*args)
+
+    x = torch.randn(2 * ROWS, 64, requires_grad=True)
+    with qkern.backends.use(Noting("noting")):
+        y = adapted(HOOKS[hook])(x)
+    assert len(used) == 2
+    y.sum().backward()
+    assert len(used) == 6

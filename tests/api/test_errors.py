@@ -226,6 +226,12 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
                 r"x: got shape \[2, 64\]; takes \[\.\.\., 32\]",
             ),
             (
+                "biases-number",
+                TypeError,
+                lambda: (X, [weight()], 3),
+                "biases: got int; takes a list of tensors and None, or None",
+            ),
+            (
                 "biases-few",
                 ValueError,
                 lambda: (X, [weight(), weight()], [None]),

@@ -447,19 +447,6 @@ def a_head_is_in_4_bits() -> None:
     assert 0 < (made["lm_head"](x) - expected).abs().max() < 0.5 * expected.abs().max()
 
 
-@checks("qkern.nn.share_inputs")
-def layers_share_an_input() -> None:
-    names = ("gate_proj", "up_proj")
-    made = qnn.quantize_model(nn.ModuleDict({name: nn.Linear(64, 32) for name in names}))
-    x = drawn(1, 64)
-    with torch.no_grad():
-        expected = [made[name](x) for name in names]
-        assert qnn.share_inputs(made) is made
-        assert made["gate_proj"]._shared is made["up_proj"]._shared is not None
-        for name, value in zip(names, expected, strict=True):
-            testing.assert_bitwise(made[name](x), value)
-
-
 @checks("qkern.nn.from_bnb")
 def a_model_of_bitsandbytes_is_turned_over() -> None:
     from bitsandbytes.nn import LinearNF4
