@@ -128,6 +128,13 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
         "in_features": COLS,
         "batch_invariant": False,
     },
+    "matmul_into": lambda: {
+        "out": torch.empty(ROWS, COLS),
+        "a": torch.randn(ROWS, 7),
+        "b": torch.randn(7, COLS),
+        "alpha": 1.0,
+        "accumulate": False,
+    },
 }
 """Right arguments of each op, by name."""
 

@@ -20,19 +20,23 @@ SHAPES = (
 )
 
 
+def _dtypes(case: Case) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of a, b and out: as activations and an adapter's factors are multiplied and added."""
+    if not case.mixed:
+        return case.dtype, case.dtype, case.dtype
+    wide = torch.float32
+    return (wide, wide, case.dtype) if case.accumulate else (case.dtype, wide, wide)
+
+
 def _inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
     m, n, k = case.shape
     a, b, out = (normal(shape, generator) for shape in ((m, k), (k, n), (m, n)))
     if case.values == "special":
         a = a * torch.exp2(4 * normal((m, 1), generator)).clamp(2**-8, 2**6)
-    factors, result = torch.float32, torch.float32
-    if not case.mixed:
-        factors = result = case.dtype
-    elif case.accumulate:
-        result = case.dtype
-    a = a.to(factors if case.accumulate else case.dtype)
-    b = with_layout(b.to(factors), case.layout if case.layout != "expanded" else "transposed")
-    out = with_layout(out.to(result), case.layout if case.layout == "rows" else "contiguous")
+    of_a, of_b, of_out = _dtypes(case)
+    a = a.to(of_a)
+    b = with_layout(b.to(of_b), case.layout if case.layout != "expanded" else "transposed")
+    out = with_layout(out.to(of_out), case.layout if case.layout == "rows" else "contiguous")
     inputs: Inputs = {"a": a, "b": b, "alpha": 0.75, "accumulate": case.accumulate, "out": out}
     return place(inputs, case, device, "a")
 
@@ -52,7 +56,8 @@ def _cases() -> tuple[Case, ...]:
 
 def _bytes(case: Case) -> int:
     m, n, k = case.shape
-    return case.dtype.itemsize * (m * k + n * k + (1 + case.accumulate) * m * n)
+    a, b, out = (dtype.itemsize for dtype in _dtypes(case))
+    return a * m * k + b * n * k + out * m * n * (1 + case.accumulate)
 
 
 def _flops(case: Case) -> int:
