@@ -44,11 +44,16 @@ def check_places(model: Any) -> None:
         assert parameter.is_meta == ("layers.1." in name and "lora_" not in name), name
 
 
+def check_same(model: Any, other: Any) -> None:
+    """The same but for the order of sums: around an offloaded base PEFT adds up itself."""
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
+
+
 def test_a_new_adapter_has_numbers_and_learns(folder: Path, offloaded: Any) -> None:
     whole = in_memory(folder)
     model = shake(get_peft_model(offloaded, LoraConfig(**OPTIONS))).eval()
     check_places(model)
-    assert torch.equal(logits(model), logits(whole))
+    check_same(model, whole)
     for one in (model, whole):
         one(IDS, labels=IDS).loss.backward()
     wanted = dict(whole.named_parameters())
@@ -64,7 +69,7 @@ def test_a_new_adapter_has_numbers_and_learns(folder: Path, offloaded: Any) -> N
         if isinstance(m, Linear4bit) and ".1." in n
     )
     with torch.no_grad():
-        assert not torch.equal(base(IDS).logits, logits(whole))
+        assert (base(IDS).logits - logits(whole)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -73,11 +78,11 @@ def test_a_saved_adapter_is_loaded(folder: Path, offloaded: Any, tmp_path: Path,
     whole.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(offloaded, tmp_path / "adapter", low_cpu_mem_usage=low)
     check_places(model)
-    assert torch.equal(logits(model), logits(whole))
+    check_same(model, whole)
     model.load_adapter(tmp_path / "adapter", "again", low_cpu_mem_usage=low)
     model.set_adapter("again")
     check_places(model)
-    assert torch.equal(logits(model), logits(whole))
+    check_same(model, whole)
 
 
 def test_transformers_own_methods(folder: Path, offloaded: Any, tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def test_transformers_own_methods(folder: Path, offloaded: Any, tmp_path: Path) 
     whole.save_pretrained(tmp_path / "adapter")
     offloaded.load_adapter(str(tmp_path / "adapter"))
     check_places(offloaded)
-    assert torch.equal(logits(offloaded), logits(whole))
+    check_same(offloaded, whole)
 
 
 @pytest.mark.parametrize(

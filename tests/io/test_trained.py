@@ -157,7 +157,7 @@ def test_everything_trained_comes_back(case: str, tmp_path: Path) -> None:
     expected = logits(model)
     assert case == "frozen classifier" or (expected - without).abs().max() > 0.01
     theirs = through_peft(dense_of(quantised(), make()), tmp_path)
-    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-3, atol=1e-4)
     # Read into a model without adapters, and into one with them.
     fresh = io.load_adapter(quantised(), tmp_path)
     again = qnn.add_lora(
