@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lab.emulated_cpu import backend
-from lab.emulated_cpu.build import AVX512, NEON, SANITIZED, Flavour
+from lab.emulated_cpu.build import AVX512, NEON, Flavour
 from qkern import testing
 from qkern.testing import DTYPES, OPS, Case, Inputs, OpSpec, Target
 from tests.ops import test_bitexact, test_conformance
@@ -66,7 +66,6 @@ SIDES = [
         for side in ("after", "before")
         if target != (NEON, "scalar") or side == "after"
     ),
-    *(parameter(SANITIZED, isa, "after", "sanitized") for isa in ("avx512bf16", "amx")),
 ]
 
 

@@ -104,14 +104,7 @@ BFLOAT16 = replace(
     stand_ins=("avx2", "avx512", "avx512vnni"),
 )
 """Only what this instruction set has of its own: quick to build."""
-SANITIZED = replace(
-    AVX512,
-    name="avx512_emulated_sanitized",
-    isas=("scalar", "avx512bf16", "amx"),
-    flags=(*AVX512.flags, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    stand_ins=BFLOAT16.stand_ins,
-)
-FLAVOURS = {flavour.name: flavour for flavour in (NEON, AVX512, BFLOAT16, SANITIZED)}
+FLAVOURS = {flavour.name: flavour for flavour in (NEON, AVX512, BFLOAT16)}
 
 
 class BuildError(RuntimeError):
