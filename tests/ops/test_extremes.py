@@ -1,126 +1,170 @@
-"""Few rows at the ends of float32's range, where scales and factors must not leave it."""
+"""Values at the ends of what floats and codes hold: nothing turns its sign or overflows unseen."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 import qkern
-from qkern import reference, testing
-from qkern.testing import Target, assert_matmul
+from qkern import formats, reference, testing
+from qkern.testing import DTYPES, OPS, Case
 
-LOW = (torch.bfloat16, torch.float16)
-low_dtypes = pytest.mark.parametrize("dtype", LOW, ids=testing.DTYPE_NAMES.get)
-formats = pytest.mark.parametrize("format", ["nf4", "fp4"])
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-2, 2)
+CPU = torch.device("cpu")
+MAP = formats.map_tensor("signed")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 
 
-def exact(qw: qkern.QuantizedTensor) -> Tensor:
-    return reference.dequantize_4bit(qw.weight, qw.shape, torch.float32)
+def nearest_codes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation by the nearest codes, whatever the signs of what they restore to."""
+    offset = reference.quantize_absmax(absmax)[2]
+    codes, nested = reference.quantize_8bit(absmax - offset, MAP, formats.NESTED_BLOCK_SIZE)
+    return codes, nested, offset
 
 
-@formats
-@pytest.mark.parametrize(("of_w", "of_x"), [(70, 48), (60, 55), (108, 8), (-90, -20), (-50, -55)])
-def test_large_scales_and_small_ones(target: Target, format: str, of_w: int, of_x: int) -> None:
-    """The product of both is in range, whatever a kernel multiplies them by on the way."""
-    qw = qkern.quantize_4bit(drawn(16, 128) / 2 * 2.0**of_w, format, 64, double_quant=False)
-    for rows in (1, 3, 8):
-        x = (drawn(rows, 128, seed=rows) * 2.0**of_x).bfloat16()
-        with target.activate():
-            y = qkern.linear_4bit(x, qw)
-        assert_matmul(y, x, exact(qw))
+def restored(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+    group = torch.arange(len(codes)) // formats.NESTED_BLOCK_SIZE
+    return MAP[codes.long()] * nested[group] + offset
 
 
-def test_float16_overflows_to_infinity(target: Target) -> None:
-    qw = qkern.quantize_4bit(drawn(16, 128) * 2.0**108, "nf4", 64, double_quant=False)
-    x = (drawn(3, 128, seed=1) * 2.0**8).half()
-    with target.activate():
-        y = qkern.linear_4bit(x, qw)
-    assert_matmul(y, x, exact(qw))
+@pytest.mark.parametrize("case", [c for c in OPS["quantize_absmax"].cases if c.values == "uneven"])
+def test_scales_are_restored_to_none_below_zero(case: Case) -> None:
+    inputs = OPS["quantize_absmax"].make_inputs(case, CPU, torch.Generator().manual_seed(0))
+    nearest = nearest_codes(inputs["absmax"])
+    was = restored(*nearest)
+    codes, *rest = reference.quantize_absmax(inputs["absmax"])
+    now = restored(codes, *rest)
+    assert (was < 0).sum() > 1000
+    assert (now >= 0).all()
+    # Only those, and to the least that there is.
+    assert torch.equal(codes[was >= 0], nearest[0][was >= 0])
+    assert (restored(codes - 1, *rest)[was < 0] < 0).all()
 
 
-@low_dtypes
-def test_small_elements_beside_weights_of_zero(target: Target, dtype: torch.dtype) -> None:
-    """They are all of the result, however large the others are."""
-    w = drawn(16, 256)
-    w[:, :128] = 0
-    x = torch.ones(3, 256)
-    x[:, 128:] = 2.0**-110 if dtype == torch.bfloat16 else 2.0**-24
-    qw = qkern.quantize_4bit(w, "nf4", 64, double_quant=False)
-    with target.activate():
-        y = qkern.linear_4bit(x.to(dtype), qw)
-    assert_matmul(y, x.to(dtype), exact(qw))
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_one_huge_block_turns_no_signs(backend: str) -> None:
+    if qkern.backends.available("cpu")[backend] is not None:
+        pytest.skip("qkern._C is not built")
+    w = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    w[7] *= 3000
+    with qkern.backends.use(backend):
+        values = qkern.quantize_4bit(w).dequantize()
+    assert (values * w >= 0).all()
 
 
-@low_dtypes
-@pytest.mark.parametrize("exponent", [-4, -8, -10, -12, -14])
-def test_large_elements_that_all_meet_weights_of_zero(
-    target: Target, dtype: torch.dtype, exponent: int
+@dtypes
+def test_weights_that_would_dequantise_to_infinities_are_refused(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    found = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.rand(16, 1, generator=generator) * largest
+        w = (torch.rand(16, 64, generator=generator) * rows).to(dtype)
+        w[seed % 16, 0] = largest
+        overflows = qkern.quantize_4bit(w, check_finite=False).dequantize().isinf()
+        if overflows.any():
+            found += 1
+            block = int(overflows.flatten().nonzero()[0]) // 64
+            message = (
+                rf"w: got block {block} \(elements {64 * block} to {64 * block + 63} of .*"
+                rf"infinity in {dtype}: its scale .* in 8 bits; takes double_quant=False,"
+            )
+            with pytest.raises(ValueError, match=message):
+                qkern.quantize_4bit(w)
+        else:
+            qkern.quantize_4bit(w)
+        assert qkern.quantize_4bit(w, double_quant=False).dequantize().isfinite().all()
+    assert found > 0
+
+
+def test_a_codebook_may_overflow_too() -> None:
+    """Only where it does: 1.5 is in the codebook, and 0.9 nearer to 1."""
+    beyond = torch.linspace(-1.5, 1.5, 16)
+    w = torch.full((2, 64), 60000.0, dtype=torch.float16)
+    qw = qkern.quantize_4bit(w, format="custom", codebook=beyond, double_quant=False)
+    assert qw.dequantize().isfinite().all()
+    beyond[10:] = 1.5
+    message = r"w: got block 0 .*: the codebook multiplies its scale 60000 by up to 1\.5; takes sm"
+    with pytest.raises(ValueError, match=message):
+        qkern.quantize_4bit(w, format="custom", codebook=beyond)
+
+
+@dtypes
+def test_the_largest_weights_dequantise_to_themselves(dtype: torch.dtype) -> None:
+    w = torch.full((2, 64), torch.finfo(dtype).max, dtype=dtype)
+    for signed in (w, -w):
+        assert torch.equal(qkern.quantize_4bit(signed).dequantize(), signed)
+
+
+def step(grad: Tensor, bits: int, backend: str, steps: int = 3) -> dict[str, Tensor]:
+    """A parameter of 600 ones after some steps with one gradient.
+
+    With the scales of its moments in 8 bits, or its second moment.
+    """
+    param = torch.ones(600).to(grad.dtype)
+    moments = [torch.zeros(600) for _ in range(2)]
+    scales: list[list[Tensor]] = [[], []]
+    if bits == 8:
+        maps = [formats.map_tensor(name) for name in formats.MAPS]
+        quantized = [reference.quantize_8bit(m, c, 256) for m, c in zip(moments, maps, strict=True)]
+        moments = [codes for codes, _ in quantized]
+        scales = [[absmax] for _, absmax in quantized]
+    with qkern.backends.use(backend):
+        for count in range(1, steps + 1):
+            factors = reference.adamw_factors(
+                torch.tensor([float(count)]), 1e-2, 0.9, 0.999, 1e-8, 0.0
+            )
+            lists = [[param], [grad], [moments[0]], [moments[1]], *scales]
+            torch.ops.qkern.adamw_step(*lists, factors)
+    second = torch.cat([absmax for (absmax,) in scales]) if bits == 8 else moments[1]
+    return {"param": param, "scales" if bits == 8 else "second": second}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.DTYPE_NAMES.get)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("huge", [3e19, -4e20, 1e38])
+def test_a_huge_gradient_stays_in_its_place(backend: str, dtype: torch.dtype, huge: float) -> None:
+    """Its square is infinite, which would make the 256 moments of its block NaN."""
+    if qkern.backends.available("cpu")[backend] is not None:
+        pytest.skip("qkern._C is not built")
+    grad = torch.full((600,), 0.5, dtype=dtype)
+    grad[300] = huge
+    found = step(grad, 8, backend)
+    assert found["param"].isfinite().all()
+    assert found["scales"].isfinite().all()
+    # It moves as any gradient that is the largest of its block does.
+    grad[300] = math.copysign(1e6, huge)
+    testing.assert_bitwise(found["param"][300], step(grad, 8, backend)["param"][300])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("huge", [1e19, 3e19, -4e20, 1e38])
+def test_a_huge_gradient_with_moments_of_32_bits_is_as_torch_has_it(
+    backend: str, huge: float
 ) -> None:
-    w = drawn(64, 512)
-    w[:, 0::2] = 0
-    x = drawn(4, 512, seed=1) * 2.0**exponent
-    x[:, 0::2] = drawn(4, 256, seed=2).sign()
-    qw = qkern.quantize_4bit(w, "nf4", 64, double_quant=False)
-    with target.activate():
-        y = qkern.linear_4bit(x.to(dtype), qw)
-    assert_matmul(y, x.to(dtype), exact(qw))
+    if qkern.backends.available("cpu")[backend] is not None:
+        pytest.skip("qkern._C is not built")
+    grad = torch.full((600,), 0.5)
+    grad[300] = huge
+    ours = step(grad, 32, backend)
+    theirs = torch.nn.Parameter(torch.ones(600))
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0, foreach=False)
+    theirs.grad = grad
+    for _ in range(3):
+        optimizer.step()
+    torch.testing.assert_close(ours["param"], theirs.detach())
+    torch.testing.assert_close(ours["second"], optimizer.state[theirs]["exp_avg_sq"])
 
 
-CODEBOOKS = {"tiny": 2.0**-29, "small": 2.0**-9, "large": 2.0**9, "huge": 2.0**29}
-
-
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize(("of_w", "of_x"), [(45, 60), (-60, -50), (0, 0)])
-def test_8_bits_with_codebooks_of_any_size(
-    target: Target, codebook: str, of_w: int, of_x: int
-) -> None:
-    values = torch.linspace(-1, 1, 16) * CODEBOOKS[codebook]
-    qw = qkern.quantize_4bit(
-        drawn(16, 128) * 2.0**of_w,
-        "custom",
-        64,
-        double_quant=False,
-        codebook=values,
-        check_finite=False,
-    )
-    qw.packed.random_(0, 256, generator=torch.Generator().manual_seed(2))
-    x = drawn(3, 128, seed=1) * 2.0**of_x
-    with target.activate(), qkern.precision("int8"):
-        y = qkern.linear_4bit(x, qw)
-    expected = x.double() @ exact(qw).double().mT
-    scale = x.double().abs() @ exact(qw).double().abs().mT
-    finite = expected.abs() < torch.finfo(torch.float32).max / 2
-    assert y[finite].isfinite().all()
-    error = ((y.double() - expected).abs() / scale)[finite]
-    assert (error < 0.02).all()
-
-
-def test_8_bits_leave_rows_alone_that_they_would_lose(target: Target) -> None:
-    w = drawn(16, 128)
-    w[:, :64] = 0
-    x = torch.ones(2, 128)
-    x[0, 64:] = 2.0**-110
-    qw = qkern.quantize_4bit(w, "nf4", 64, double_quant=False)
-    with target.activate(), qkern.precision("int8"):
-        y = qkern.linear_4bit(x, qw)
-    assert_matmul(y[:1], x[:1], exact(qw))
-
-
-def test_8_bits_round_the_other_rows_once() -> None:
-    x = (drawn(2, 64) * 2.0**82).bfloat16()
-    bias = (drawn(32, seed=1) * 2.0**83).bfloat16()
-    weight = qkern.quantize_4bit(drawn(32, 64, seed=2)).weight
-    testing.assert_bitwise(
-        reference.linear_4bit_int8(x, weight, 32, bias), reference.linear_4bit(x, weight, 32, bias)
-    )
-
-
-def test_8_bits_of_no_features(target: Target) -> None:
-    qw = qkern.quantize_4bit(torch.zeros(5, 0))
-    with target.activate(), qkern.precision("int8"):
-        testing.assert_bitwise(qkern.linear_4bit(torch.zeros(3, 0), qw), torch.zeros(3, 5))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_that_are_not_finite_show(backend: str, bad: float) -> None:
+    if qkern.backends.available("cpu")[backend] is not None:
+        pytest.skip("qkern._C is not built")
+    grad = torch.full((600,), 0.5)
+    grad[300] = bad
+    found = step(grad, 8, backend)
+    assert found["param"].isnan().nonzero().flatten().tolist() == list(range(256, 512))
+    assert found["scales"].isnan().tolist() == [False, True, False] * 2
