@@ -157,7 +157,9 @@ def test_everything_trained_comes_back(case: str, tmp_path: Path) -> None:
     expected = logits(model)
     assert case == "frozen classifier" or (expected - without).abs().max() > 0.01
     theirs = through_peft(dense_of(quantised(), make()), tmp_path)
-    torch.testing.assert_close(logits(theirs), expected, rtol=1e-3, atol=1e-4)
+    # In float64: PEFT's own logits in float32 are up to 7e-5 off, of 12.
+    exact = logits(copy.deepcopy(theirs).double())
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-4, atol=1e-4)
     # Read into a model without adapters, and into one with them.
     fresh = io.load_adapter(quantised(), tmp_path)
     again = qnn.add_lora(
