@@ -261,7 +261,9 @@ class LoRALinear4bit(Function):
         kept, hidden, lora_a, lora_b, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         dbias = dy.sum(0) if ctx.needs_input_grad[6] else None
-        dx = _input_gradient(ctx, dy, tensors) if needs[0] else None
+        dx = None
+        if needs[0]:
+            dx = _linear_4bit_dx(dy, _saved_weight(ctx, tensors), *ctx.static)
         if not any(needs):
             return (None,) * 6 + (dbias, *_NO_GRADIENTS)
         factors = (kept, hidden, lora_a, lora_b, ctx.scaling, ctx.static[1])
@@ -340,7 +342,7 @@ def _adapter_gradients(
         if needs_a:
             da = _product(dhidden.t(), kept, own)
         if total is not None and not graph:
-            dinput = _add_product(total, dhidden, lora_a, 1.0, batch_invariant)
+            dinput = _add_product(total, dhidden, lora_a, 1.0, batch_invariant, own)
         elif total is not None or needs_input:
             dinput = _product(dhidden, lora_a, own, by_rows=batch_invariant).to(dy.dtype)
             dinput = dinput if total is None else total + dinput
@@ -362,13 +364,14 @@ def add_adapter(
 ) -> Tensor:
     """Add the adapter's part to ``y``, in place; return ``adapter_input @ lora_a.T``."""
     y = as_matrix(y)
-    if has_own_product(y, lora_a, batch_invariant):
-        hidden = _product(adapter_input, lora_a.mT, True)
+    own = has_own_product(y, lora_a, batch_invariant)
+    if own:
+        hidden = _product(adapter_input, lora_a.mT, own)
     else:
         wide = as_dtype(adapter_input, lora_a.dtype)
         # For a plain product, linear() takes fewer steps.
         hidden = matmul(wide, lora_a.mT, True) if batch_invariant else linear(wide, lora_a)
-    _add_product(y, hidden, lora_b.mT, scaling, batch_invariant)
+    _add_product(y, hidden, lora_b.mT, scaling, batch_invariant, own)
     return hidden
 
 
@@ -528,13 +531,13 @@ def _parts(a: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 def _add_product(
-    total: Tensor, a: Tensor, b: Tensor, alpha: float, batch_invariant: bool | None
+    total: Tensor, a: Tensor, b: Tensor, alpha: float, batch_invariant: bool | None, own: bool
 ) -> Tensor:
     """``total += alpha * a @ b``, in place, rounded once; in one dtype, without a temporary.
 
-    Batch-invariant as `matmul` is.
+    Batch-invariant as `matmul` is; ``own`` as `has_own_product` says.
     """
-    if has_own_product(total, b, batch_invariant):
+    if own:
         call("matmul_into", total, a, b, alpha, True)
         return total
     if a.dtype is not total.dtype:

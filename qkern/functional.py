@@ -21,7 +21,7 @@ from qkern.autograd import (
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
-from qkern.backends import Backend, check_memory, has_cpu_matmul, num_threads
+from qkern.backends import check_memory, has_cpu_matmul, num_threads
 from qkern.ops import assume, call, forward_derivatives, is_watched, undispatched
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
@@ -385,7 +385,7 @@ def linears_4bit(
         raise ValueError(f"biases: got {len(biases)} for {len(qws)} weights; takes as many")
     weights = tuple(qw.weight for qw in qws)
     shapes = [qw.shape for qw in qws]
-    ys = several_by_kernel(x, weights, shapes, biases)
+    ys = _several_by_kernel(x, weights, shapes, biases)
     if ys is None:
         products = zip(weights, shapes, biases, strict=True)
         return tuple(linear_by_weight(x, *product) for product in products)
@@ -398,13 +398,7 @@ def linears_4bit(
     )
 
 
-def direct_backend() -> Backend | None:
-    """The CPU's backend where no block sets anything and nobody would miss an op or a cast."""
-    backend = undispatched()  # first, for a compiler cannot trace the rest
-    return None if backend is None or not none_set() or _any_autocast() else backend
-
-
-def several_by_kernel(
+def _several_by_kernel(
     x: Tensor,
     weights: tuple[Weight, ...],
     shapes: Sequence[Sequence[int]],
@@ -414,8 +408,10 @@ def several_by_kernel(
 
     None if a tracer must see the ops or an argument is unusual.
     """
-    backend = direct_backend()
-    if backend is None or any(len(shape) != 2 for shape in shapes):
+    backend = undispatched()  # first, for a compiler cannot trace the rest
+    if backend is None or not none_set() or _any_autocast():
+        return None
+    if any(len(shape) != 2 for shape in shapes):
         return None
     kernel = backend.fast.get("linears_4bit")
     features, width = tuple(shape[0] for shape in shapes), shapes[0][1]
@@ -469,14 +465,11 @@ def _linear_in_8_bits(
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:
     """``RuntimeError`` where a product in 8 bits would be differentiated."""
-    if not forward_derivatives() and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    ):
-        return
-    raise RuntimeError(
-        'precision: got "int8" where a gradient is recorded; takes it under torch.no_grad() or '
-        "torch.inference_mode(), or where no tensor requires a gradient"
-    )
+    if any(tensor is not None and _is_recorded(tensor, None) for tensor in tensors):
+        raise RuntimeError(
+            'precision: got "int8" where a gradient is recorded; takes it under torch.no_grad() or '
+            "torch.inference_mode(), or where no tensor requires a gradient"
+        )
 
 
 def _by_kernel_alone(

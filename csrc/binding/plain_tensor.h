@@ -117,7 +117,6 @@ class PlainTensor {
   }
 
   int ndim() const { return tensor_.ndim; }
-  Size itemsize() const { return tensor_.dtype.bits / 8; }
   Size size(int i) const { return tensor_.shape[i]; }
   Size stride(int i) const { return tensor_.strides[i]; }
 

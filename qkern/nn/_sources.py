@@ -71,7 +71,6 @@ _OF_QUANTIZED = frozenset(
         "_embed_scale",
         "_scale_is_rounded",
         "compute_dtype",
-        "_shared",
         "source_class",
     }
 )
