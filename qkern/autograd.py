@@ -7,7 +7,7 @@ is the forward op again, and gradients of any order exist.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -232,12 +232,9 @@ class LoRALinear4bit(Function):
         *weight: Any,
     ) -> Tensor:
         """Run the op and add the adapter; save the adapter's input, ``h``, A, B and the weight."""
-        if product is None:
-            y = _linear_4bit(x, *weight, out_features, bias, batch_invariant)
-        else:
-            y = product[0]
         kept = x if adapter_input is None else adapter_input
-        hidden = add_adapter(y, kept, lora_a, lora_b, scaling, batch_invariant)
+        adapter = kept, lora_a, lora_b, scaling
+        y, hidden = lora_product(x, *adapter, product, bias, out_features, batch_invariant, weight)
         trained = any(ctx.needs_input_grad[2:4])  # a frozen adapter keeps no activation
         ctx.save_for_backward(
             *((kept, hidden) if trained else (None, None)), lora_a, lora_b, *weight[:5]
@@ -261,13 +258,21 @@ class LoRALinear4bit(Function):
         kept, hidden, lora_a, lora_b, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         dbias = dy.sum(0) if ctx.needs_input_grad[6] else None
-        dx = None
-        if needs[0]:
-            dx = _linear_4bit_dx(dy, _saved_weight(ctx, tensors), *ctx.static)
         if not any(needs):
             return (None,) * 6 + (dbias, *_NO_GRADIENTS)
-        factors = (kept, hidden, lora_a, lora_b, ctx.scaling, ctx.static[1])
-        total = dx if ctx.shared_input else None
+        weight, (in_features, batch_invariant) = _saved_weight(ctx, tensors), ctx.static
+        factors = (kept, hidden, lora_a, lora_b, ctx.scaling, batch_invariant)
+
+        def both_gradients(dhidden: Tensor) -> Tensor:
+            term = dhidden, lora_a, 1.0
+            return call("linear_4bit_dx_add", dy, weight, in_features, *term, batch_invariant)
+
+        shared = needs[0] and ctx.shared_input
+        if shared and not _is_differentiated() and has_own_product(dy, lora_a, batch_invariant):
+            dx, da, db = _adapter_gradients(dy, *factors, needs[1:], add=both_gradients)
+            return dx, None, da, db, None, None, dbias, *_NO_GRADIENTS
+        dx = _linear_4bit_dx(dy, weight, in_features, batch_invariant) if needs[0] else None
+        total = dx if shared else None
         dinput, da, db = _adapter_gradients(dy, *factors, needs[1:], total)
         if total is not None:
             dx, dinput = dinput, None
@@ -317,11 +322,13 @@ def _adapter_gradients(
     batch_invariant: bool | None,
     needs: Sequence[bool],
     total: Tensor | None = None,
+    add: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the adapter's input ``kept``, of A and of B, those that ``needs`` names.
 
     ``hidden`` is ``kept @ lora_a.T``. Where ``total`` is given, the first is added to it, in place
-    unless gradients are differentiated in turn.
+    unless gradients are differentiated in turn. Where ``add`` is given, it makes the first of the
+    gradient of ``hidden``.
     """
     needs_input, needs_a, needs_b = needs
     graph = _is_differentiated()
@@ -337,11 +344,13 @@ def _adapter_gradients(
             hidden = kept @ lora_a.t()  # the saved one is no function of its factors
         # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
         db = _product(hidden.t(), wide_dy, own, scaling).t().contiguous()
-    if needs_input or needs_a or total is not None:
+    if needs_input or needs_a or total is not None or add is not None:
         dhidden = _product(wide_dy, lora_b, own, scaling, batch_invariant)
         if needs_a:
             da = _product(dhidden.t(), kept, own)
-        if total is not None and not graph:
+        if add is not None:
+            dinput = add(dhidden)
+        elif total is not None and not graph:
             dinput = _add_product(total, dhidden, lora_a, 1.0, batch_invariant, own)
         elif total is not None or needs_input:
             dinput = _product(dhidden, lora_a, own, by_rows=batch_invariant).to(dy.dtype)
@@ -352,6 +361,31 @@ def _adapter_gradients(
 def _held(choice: Any) -> AbstractContextManager[Any]:
     """The backend of a forward, ``choice``, in force again; None is no choice."""
     return nullcontext() if choice is None else holding(choice)
+
+
+def lora_product(
+    x: Tensor,
+    adapter_input: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    product: tuple[Tensor] | None,
+    bias: Tensor | None,
+    out_features: int,
+    batch_invariant: bool | None,
+    weight: Sequence[Any],
+) -> tuple[Tensor, Tensor]:
+    """What `LoRALinear4bit` computes, and ``adapter_input @ lora_a.T``."""
+    if product is None and has_own_product(x, lora_a, batch_invariant):
+        hidden = _product(adapter_input, lora_a.mT, True)
+        base = x, Weight(*weight), out_features, bias
+        term = hidden, lora_b.mT, scaling
+        return call("linear_4bit_add", *base, *term, batch_invariant), hidden
+    if product is None:
+        y = _linear_4bit(x, *weight, out_features, bias, batch_invariant)
+    else:
+        y = product[0]
+    return y, add_adapter(y, adapter_input, lora_a, lora_b, scaling, batch_invariant)
 
 
 def add_adapter(
@@ -377,6 +411,15 @@ def add_adapter(
 
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 _OWN_PRODUCT_ROWS = 16  # with fewer, a call takes as long as the product
+
+
+def may_have_own_product(x: Any, batch_invariant: bool | None) -> bool:
+    """Whether `has_own_product` may be true of ``x``, before anything is checked."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cpu
+        and (batch_invariant or x.numel() >= _OWN_PRODUCT_ROWS * x.shape[-1])
+    )
 
 
 def has_own_product(y: Tensor, lora_a: Tensor, batch_invariant: bool | None) -> bool:

@@ -14,10 +14,11 @@ from qkern import _errors, formats, reference
 from qkern._settings import batch_invariance, int8_activations, none_set
 from qkern.autograd import (
     LoRALinear4bit,
-    add_adapter,
     as_dtype,
     as_matrix,
+    lora_product,
     matmul,
+    may_have_own_product,
     record_known_linear_4bit,
     recorded_linear_4bit,
 )
@@ -632,7 +633,9 @@ def lora_by_weight(
     if _is_dynamo_compiling() or not none_set():
         invariant, in_8_bits = batch_invariant_now(), _int8_now()
     op = "linear_4bit_int8" if in_8_bits else "linear_4bit"
-    y = _by_kernel_alone(x, weight, shape, bias, invariant, op)
+    y = None
+    if in_8_bits or not may_have_own_product(x, invariant):
+        y = _by_kernel_alone(x, weight, shape, bias, invariant, op)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
     out_features, in_features = shape
@@ -661,11 +664,12 @@ def lora_by_weight(
         base = (bias, out_features, invariant, *weight)
         y = LoRALinear4bit.apply(matrix, *adapter, known, *base)
     else:
-        if y is None:
-            product = _linear_4bit_int8 if in_8_bits else _linear_4bit
-            y = product(matrix, *weight, out_features, bias, invariant)
+        if y is None and in_8_bits:
+            y = _linear_4bit_int8(matrix, *weight, out_features, bias, invariant)
+        known = None if y is None else (y,)
         kept = matrix if adapter_input is None else adapter_input
-        add_adapter(y, kept, lora_a, lora_b, scaling, invariant)
+        rest = known, bias, out_features, invariant, weight
+        y, _ = lora_product(matrix, kept, lora_a, lora_b, scaling, *rest)
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], out_features)
 
 

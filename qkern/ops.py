@@ -221,6 +221,17 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 _product_fake,
             ),
             Op(
+                "linear_4bit_add(Tensor x, Weight weight, SymInt out_features, Tensor? bias,"
+                " Tensor left, Tensor right, float alpha=1.0, bool? batch_invariant=False)"
+                " -> Tensor",
+                _product_fake,
+            ),
+            Op(
+                "linear_4bit_dx_add(Tensor dy, Weight weight, SymInt in_features, Tensor left,"
+                " Tensor right, float alpha=1.0, bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
                 "matmul_into(Tensor(a!) out, Tensor a, Tensor b, float alpha=1.0,"
                 " bool accumulate=False) -> ()",
                 _nothing_fake,
@@ -247,7 +258,9 @@ def _implementation(op: Op) -> Callable[..., Any]:
     left_out = [defaults[given:] for given in range(len(defaults) + 1)]
     end = 0 if at is None else at + _FIELDS
     asks = op.parameters[-1] == "batch_invariant"
-    input_gradient = name == "linear_4bit_dx"
+    in_8_bits = {"linear_4bit": "linear_4bit_int8", "linear_4bit_int8": "linear_4bit_int8"}.get(
+        name
+    )
 
     def run(*args: Any) -> Any:
         # torch leaves out trailing arguments that have their default value.
@@ -256,9 +269,9 @@ def _implementation(op: Op) -> Callable[..., Any]:
         if asks and args[-1] is None:
             args = (*args[:-1], bool(batch_invariance.get()))
             if int8_activations.get():
-                if input_gradient:
+                if in_8_bits is None:
                     raise RuntimeError(_NO_INT8_GRADIENT)
-                at_run = "linear_4bit_int8"
+                at_run = in_8_bits
         first = args[0]
         if type(first) is list:
             if not first:

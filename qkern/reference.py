@@ -425,6 +425,47 @@ def linear_4bit(
     return y.to(x.dtype)
 
 
+def linear_4bit_add(
+    x: Tensor,
+    weight: Weight,
+    out_features: int,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    alpha: float = 1.0,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``x @ W.T + bias + alpha * left @ right`` in float32, rounded once to ``x.dtype``.
+
+    ``x`` is ``[..., K]`` with ``M`` rows, ``left`` ``[M, r]``, ``right`` ``[r, N]``, both float32;
+    a LoRA adapter's term, for example.
+    """
+    wide_bias = None if bias is None else bias.float()
+    y = linear_4bit(x.float(), weight, out_features, wide_bias, batch_invariant)
+    return _plus_product(y, left, right, alpha, batch_invariant).to(x.dtype)
+
+
+def linear_4bit_dx_add(
+    dy: Tensor,
+    weight: Weight,
+    in_features: int,
+    left: Tensor,
+    right: Tensor,
+    alpha: float = 1.0,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``dy @ W + alpha * left @ right`` likewise: ``right`` is ``[r, K]``."""
+    dx = linear_4bit_dx(dy.float(), weight, in_features, batch_invariant)
+    return _plus_product(dx, left, right, alpha, batch_invariant).to(dy.dtype)
+
+
+def _plus_product(
+    total: Tensor, left: Tensor, right: Tensor, alpha: float, batch_invariant: bool
+) -> Tensor:
+    product = _matmul(left, right, batch_invariant) * alpha
+    return total + product.view(total.shape)
+
+
 def linear_4bit_int8(
     x: Tensor,
     weight: Weight,

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import plots, ratios, report
+from .models import CHUNKED_LOSS, COMPILED, FOUR_BIT_HEAD
 from .report import Record, digits
 
 STEM = "overview"
@@ -47,7 +48,11 @@ LINES = (
     Line("forward + backward, 512 rows", "forward_backward", 512),
     Line("LoRA training step", "train_step"),
     Line("its peak memory", "memory"),
+    Line("training step, chunked loss", "train_step", ours=CHUNKED_LOSS),
+    Line("peak memory, chunked loss", "memory", ours=CHUNKED_LOSS),
     Line("generation, batch 1", "generate"),
+    Line("generation, 4-bit head", "generate", ours=FOUR_BIT_HEAD),
+    Line("generation, compiled, 4-bit head", COMPILED, ours=FOUR_BIT_HEAD),
 )
 
 
@@ -117,8 +122,9 @@ def lines(content: dict[str, Any], dtype: str) -> list[tuple[Line, dict[str, Rec
             if (row["op"], row["m"], row["dtype"]) == (line.op, line.m, dtype)
         ]
         by_name = {row["name"]: row for row in rows if row["shape"] == rows[0]["shape"]}
-        if "qkern" in by_name:  # not where each instruction set has its own name
-            by_name["qkern"] = by_name.get(line.ours, by_name["qkern"])
+        # Not where each instruction set has its own name, nor before there was such a way.
+        if "qkern" in by_name and line.ours in by_name:
+            by_name["qkern"] = by_name[line.ours]
             found.append((line, by_name))
     return found
 

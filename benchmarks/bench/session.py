@@ -183,7 +183,7 @@ class Session:
         threads, limited = self.args.threads, self._limited()
         self._measure_peaks(
             problem,
-            models.names(self.args.peer),
+            models.steps(self.args.peer),
             lambda name: models.peak_memory_in_subprocess(name, workload, dtype, threads, limited),
         )
 

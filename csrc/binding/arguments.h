@@ -192,6 +192,16 @@ Linear4bitArgs read_matmul(Arguments& from) {
   return args;
 }
 
+// Of linear_4bit_add, and without a bias of linear_4bit_dx_add.
+template <bool kHasBias>
+Linear4bitArgs read_matmul_add(Arguments& from) {
+  Linear4bitArgs args = read_matmul<kHasBias>(from);
+  LowRank& added = args.added;
+  from.read(added.rank, added.left, added.left_row_stride, added.right, added.right_row_stride,
+            added.right_col_stride, added.alpha);
+  return args;
+}
+
 inline void read_fields(Arguments& from, MatmulIntoArgs& to) {
   from.read(to.out, to.out_dtype, to.m, to.n, to.k, to.out_row_stride, to.a, to.a_dtype,
             to.a_row_stride, to.a_col_stride, to.b, to.b_dtype, to.b_row_stride, to.b_col_stride,

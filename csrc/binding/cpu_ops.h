@@ -22,6 +22,8 @@ inline constexpr Op kCpuOps[] = {
     {"linear_4bit", run_on_cpu<read_matmul<true>, cpu::linear_4bit>},
     {"linear_4bit_int8", run_on_cpu<read_matmul<true>, cpu::linear_4bit_int8>},
     {"linear_4bit_dx", run_on_cpu<read_matmul<false>, cpu::linear_4bit_dx>},
+    {"linear_4bit_add", run_on_cpu<read_matmul_add<true>, cpu::linear_4bit>},
+    {"linear_4bit_dx_add", run_on_cpu<read_matmul_add<false>, cpu::linear_4bit_dx>},
     {"matmul_into", run_on_cpu<read_args<MatmulIntoArgs>, cpu::matmul_into>},
     {"adamw_step", run_on_cpu<read_adamw_step, cpu::adamw_step>},
 };

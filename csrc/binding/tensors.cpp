@@ -130,7 +130,28 @@ bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bit
 // None; `features` is the result's.
 struct MatmulArguments {
   PyObject *x, *weight, *features, *bias, *batch_invariant, *num_threads, *width;
+  PyObject *left, *right, *alpha;  // of the term that is added; absent where `left` is nullptr
 };
+
+// alpha left [m, rank] right [rank, features], both float32.
+bool read_added(const MatmulArguments& from, Size m, Size features, LowRank* added) {
+  PlainTensor left, right;
+  if (!left.read(from.left) || !right.read(from.right) || !left.is(dlpack::kFloat, 32) ||
+      !right.is(dlpack::kFloat, 32) || left.ndim() != 2 || right.ndim() != 2 || left.numel() <= 0 ||
+      right.numel() <= 0 || left.size(0) != m || right.size(0) != left.size(1) ||
+      right.size(1) != features || (left.size(1) > 1 && left.stride(1) != 1) ||
+      !PyFloat_Check(from.alpha) || is_negated(from.left) || is_negated(from.right)) {
+    return false;
+  }
+  added->rank = left.size(1);
+  added->left = left.data<const float>();
+  added->left_row_stride = left.stride(0);
+  added->right = right.data<const float>();
+  added->right_row_stride = right.stride(0);
+  added->right_col_stride = right.stride(1);
+  added->alpha = static_cast<float>(PyFloat_AS_DOUBLE(from.alpha));
+  return true;
+}
 
 bool read_arguments(const MatmulArguments& from, bool input_gradient, PlainTensor* x,
                     Linear4bitArgs* args, Size* features, Size* num_threads) {
@@ -146,7 +167,8 @@ bool read_arguments(const MatmulArguments& from, bool input_gradient, PlainTenso
   const Size rows = input_gradient ? width : *features;
   const Size cols = input_gradient ? *features : width;
   return width == expected && read_weight(from.weight, rows, cols, &args->weight) &&
-         read_bias(from.bias, *x, *features, args) && !is_negated(from.x);
+         read_bias(from.bias, *x, *features, args) && !is_negated(from.x) &&
+         (from.left == nullptr || read_added(from, args->m, *features, &args->added));
 }
 
 // x.new_empty(*x.shape[:-1], features)
@@ -198,7 +220,7 @@ PyObject* forward(const char* op, Kernel kernel, PyObject* const* given, Py_ssiz
   }
   return matmul(op, kernel, false,
                 {given[0], given[1], given[2], given[3], given[4], given[5],
-                 count == 7 ? given[6] : Py_None});
+                 count == 7 ? given[6] : Py_None, nullptr, nullptr, nullptr});
 }
 
 // The products of one x with several weights, all by one reading of x: (x, weights, out_features,
@@ -228,7 +250,10 @@ PyObject* linears_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
                                     PyTuple_GET_ITEM(given[3], at),
                                     given[4],
                                     given[5],
-                                    given[6]};
+                                    given[6],
+                                    nullptr,
+                                    nullptr,
+                                    nullptr};
       Linear4bitArgs& args = products[i];
       if (i > 0) args = products[0];  // which has x, and a weight and a bias of its own
       args.weight = {};
@@ -280,7 +305,30 @@ PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return nullptr;
   }
   return matmul("linear_4bit_dx", cpu::linear_4bit_dx, true,
-                {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None});
+                {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None, nullptr,
+                 nullptr, nullptr});
+}
+
+// (x, weight, out_features, bias, left, right, alpha, batch_invariant, num_threads)
+PyObject* linear_4bit_add(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "linear_4bit_add: takes 9 arguments");
+    return nullptr;
+  }
+  return matmul("linear_4bit_add", cpu::linear_4bit, false,
+                {given[0], given[1], given[2], given[3], given[7], given[8], Py_None, given[4],
+                 given[5], given[6]});
+}
+
+// (dy, weight, in_features, left, right, alpha, batch_invariant, num_threads)
+PyObject* linear_4bit_dx_add(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 8) {
+    PyErr_SetString(PyExc_TypeError, "linear_4bit_dx_add: takes 8 arguments");
+    return nullptr;
+  }
+  return matmul("linear_4bit_dx_add", cpu::linear_4bit_dx, true,
+                {given[0], given[1], given[2], Py_None, given[6], given[7], Py_None, given[3],
+                 given[4], given[5]});
 }
 
 // (tensor, kind, numel): whether it is plain, though on any device, and contiguous, has so many
@@ -358,6 +406,8 @@ PyMethodDef methods[] = {
     method("linear_4bit_on_tensors", linear_4bit),
     method("linear_4bit_int8_on_tensors", linear_4bit_int8),
     method("linear_4bit_dx_on_tensors", linear_4bit_dx),
+    method("linear_4bit_add_on_tensors", linear_4bit_add),
+    method("linear_4bit_dx_add_on_tensors", linear_4bit_dx_add),
     method("linears_4bit_on_tensors", linears_4bit),
     method("adamw_step_on_tensors", adamw_step_on_tensors),
     method("matmul_into_on_tensors", matmul_into_on_tensors),

@@ -48,7 +48,8 @@ bool gradients_stay_in_range(const Linear4bitArgs& args) {
 
 // The tiled path sums in an order that does not depend on the number of rows.
 inline bool takes_vector_path(const Linear4bitArgs& args, std::int64_t most_rows) {
-  return args.m <= most_rows && !args.batch_invariant && rows_are_blocks(args.weight);
+  return args.m <= most_rows && !args.batch_invariant && args.added.rank == 0 &&
+         rows_are_blocks(args.weight);
 }
 
 template <typename Engine, typename T>

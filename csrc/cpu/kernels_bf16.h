@@ -63,9 +63,9 @@ struct BFloat16Engine : PairEngine {
   static bool takes_in_place(const BFloat16*, std::int64_t, std::int64_t) { return false; }
   static constexpr std::int64_t row_stride(std::int64_t) { return kRowStride; }
 
-  void run_strip(const Element* a, std::int64_t, std::int64_t rows, const Element* panel,
+  void run_strip(const Element* a, std::int64_t stride, std::int64_t rows, const Element* panel,
                  std::int64_t depth, float* c, bool accumulate) const {
-    multiply[rows](a, panel, depth, c, accumulate);
+    multiply[rows](a, stride, panel, depth, c, accumulate);
   }
 };
 

@@ -26,24 +26,40 @@ void with_dtype(DType dtype, const Fn& fn) {
 }
 
 struct DensePlan {
-  // A strip and a panel of so many steps fit in the first-level cache together.
+  // Steps that are multiplied at a time: a strip and a panel of so many fit in the first-level
+  // cache together.
   static constexpr std::int64_t kDepth = FloatEngine::kDepth;
   static constexpr std::int64_t kStripRows = Simd::kTileRows;
   static constexpr std::int64_t kMostRows = 192;
   static constexpr std::int64_t kMostCols = 192;
+  static constexpr std::int64_t kLeastCols = 64;
+  static constexpr std::int64_t kPanelFloats = 1 << 15;  // with room for a in the second level
+  // A strip of more rows than that has more addresses than there are registers for them.
+  static constexpr bool kReadsInPlace = kStripRows <= 8;
 
+  bool in_place;       // a is read where it lies
   std::int64_t width;  // of a panel: a register's where there are no more columns
   std::int64_t slice, tile_rows, tile_cols, row_tiles, col_tiles;
 
   DensePlan(const MatmulIntoArgs& args, int num_threads) {
+    in_place = kReadsInPlace && args.a_dtype == DType::kFloat32 && args.a_col_stride == 1 &&
+               args.k % Simd::kTileSteps == 0;
     width = args.n <= kLanes ? kLanes : kTileCols;
-    slice = round_up(min64(args.k, kDepth), Simd::kTileSteps);
-    tile_cols = balanced(args.n, kMostCols, width);
+    // Of the sizes alone: the order of the sums depends on it.
+    const std::int64_t fit = kPanelFloats / round_up(min64(args.n, kMostCols), width);
+    slice = round_up(min64(args.k, fit > kDepth ? fit / kDepth * kDepth : fit), Simd::kTileSteps);
+    const std::int64_t least = ceil_div(args.n, kMostCols);
+    if (args.m > kMostRows) {
+      tile_cols = balanced(args.n, least, width);
+    } else {  // few rows: columns are what threads share
+      const std::int64_t most = max64(least, args.n / kLeastCols);
+      tile_cols = balanced(args.n, min64(round_up(least, num_threads), most), width);
+    }
     col_tiles = ceil_div(args.n, tile_cols);
     // Two tiles a thread where there are as many: one that comes late holds up less.
     const std::int64_t wanted = ceil_div(std::int64_t{2} * num_threads, col_tiles);
     const std::int64_t share = max64(ceil_div(args.m, wanted), 4 * kStripRows);
-    tile_rows = balanced(args.m, min64(share, kMostRows), kStripRows);
+    tile_rows = balanced(args.m, ceil_div(args.m, min64(share, kMostRows)), kStripRows);
     row_tiles = ceil_div(args.m, tile_rows);
   }
 
@@ -55,9 +71,9 @@ struct DensePlan {
   }
 
  private:
-  // Parts of `size` of at most `most`, about equal, in multiples of `unit`.
-  static std::int64_t balanced(std::int64_t size, std::int64_t most, std::int64_t unit) {
-    return round_up(ceil_div(size, ceil_div(size, most)), unit);
+  // `size` in so many parts, about equal, in multiples of `unit`.
+  static std::int64_t balanced(std::int64_t size, std::int64_t parts, std::int64_t unit) {
+    return round_up(ceil_div(size, parts), unit);
   }
 };
 
@@ -69,33 +85,33 @@ class DenseTask {
         panels_(scratch),
         strip_(panels_ + plan.panel_floats()),
         sums_(strip_ + plan.strip_floats()) {
-    constexpr int kRows = DensePlan::kStripRows, kStride = FloatEngine::kRowStride;
+    constexpr int kRows = DensePlan::kStripRows, kCopied = FloatEngine::kRowStride;
     if (plan.width == kLanes) {
-      fill_narrow<kRows, kStride>(multiply_);
+      plan.in_place ? fill_narrow<kRows, kAnyStride>(multiply_)
+                    : fill_narrow<kRows, kCopied>(multiply_);
     } else {
-      fill_multiply<kRows, kStride, FloatStep>(multiply_);
+      plan.in_place ? fill_multiply<kRows, kAnyStride, FloatStep>(multiply_)
+                    : fill_multiply<kRows, kCopied, FloatStep>(multiply_);
     }
   }
 
-  void compute(std::int64_t tile) const {
-    const std::int64_t row0 = tile / plan_.col_tiles * plan_.tile_rows;
-    const std::int64_t col0 = tile % plan_.col_tiles * plan_.tile_cols;
+  void compute(std::int64_t tile) {
+    // Tiles of the same columns follow each other, and may find those of b packed.
+    const std::int64_t row0 = tile % plan_.row_tiles * plan_.tile_rows;
+    const std::int64_t col0 = tile / plan_.row_tiles * plan_.tile_cols;
     const std::int64_t rows = min64(plan_.tile_rows, args_.m - row0);
     const std::int64_t cols = min64(plan_.tile_cols, args_.n - col0);
     const std::int64_t strips = ceil_div(rows, DensePlan::kStripRows);
     std::int64_t k = 0;
     do {
       const std::int64_t depth = min64(plan_.slice, args_.k - k);
-      const std::int64_t padded = round_up(depth, Simd::kTileSteps);
-      for (std::int64_t n = 0; n < cols; n += plan_.width) {
-        pack_panel(k, depth, padded, col0 + n, min64(plan_.width, cols - n), panel(n));
-      }
+      pack_panels(k, depth, col0, cols);
       for (std::int64_t s = 0; s < strips; ++s) {
         // As even as they come.
         const std::int64_t begin = s * rows / strips, end = (s + 1) * rows / strips;
-        pack_strip(row0 + begin, end - begin, k, depth, padded);
-        for (std::int64_t n = 0; n < cols; n += plan_.width) {
-          multiply_[end - begin](strip_, panel(n), padded, sums(n, begin), k > 0);
+        for (std::int64_t i = 0; i < depth; i += DensePlan::kDepth) {
+          multiply(row0 + begin, begin, end - begin, k, i, min64(DensePlan::kDepth, depth - i),
+                   cols);
         }
         if (k + plan_.slice < args_.k) continue;
         for (std::int64_t r = begin; r < end; ++r) store(row0 + r, r, col0, cols);
@@ -108,34 +124,70 @@ class DenseTask {
   const MatmulIntoArgs& args_;
   const DensePlan& plan_;
   MultiplyFn<float> multiply_[DensePlan::kStripRows + 1] = {};
-  float* panels_;  // [tile_cols / width][slice][width]
-  float* strip_;   // [kStripRows][FloatEngine::kRowStride]
-  float* sums_;    // [tile_cols / width][tile_rows][width]
+  float* panels_;                                 // [tile_cols / width][slice][width]
+  float* strip_;                                  // [kStripRows][FloatEngine::kRowStride]
+  float* sums_;                                   // [tile_cols / width][tile_rows][width]
+  std::int64_t packed_k_ = -1, packed_col_ = -1;  // where the panels begin
 
   float* panel(std::int64_t n) const { return panels_ + n * plan_.slice; }
   float* sums(std::int64_t n, std::int64_t row) const {
     return sums_ + n * plan_.tile_rows + row * plan_.width;
   }
 
-  // Steps [k, k + depth) of columns [col, col + cols) of b, and zeros.
-  void pack_panel(std::int64_t k, std::int64_t depth, std::int64_t padded, std::int64_t col,
-                  std::int64_t cols, float* to) const {
-    if (cols < plan_.width) {
-      std::memset(to, 0, static_cast<std::size_t>(depth * plan_.width) * sizeof(float));
+  // Rows [row, row + rows) of a, which are rows from `begin` on of the tile, by steps
+  // [k + i, k + i + depth) of the panels, which begin at k.
+  void multiply(std::int64_t row, std::int64_t begin, std::int64_t rows, std::int64_t k,
+                std::int64_t i, std::int64_t depth, std::int64_t cols) const {
+    const std::int64_t padded = round_up(depth, Simd::kTileSteps);
+    const float* a = strip_;
+    std::int64_t stride = FloatEngine::kRowStride;
+    if (plan_.in_place) {
+      a = static_cast<const float*>(args_.a) + row * args_.a_row_stride + k + i;
+      stride = args_.a_row_stride;
+    } else {
+      pack_strip(row, rows, k + i, depth, padded);
     }
-    std::memset(to + depth * plan_.width, 0,
-                static_cast<std::size_t>((padded - depth) * plan_.width) * sizeof(float));
+    for (std::int64_t n = 0; n < cols; n += plan_.width) {
+      multiply_[rows](a, stride, panel(n) + i * plan_.width, padded, sums(n, begin), k + i > 0);
+    }
+  }
+
+  // Steps [k, k + depth) of columns [col0, col0 + cols) of b, and zeros.
+  void pack_panels(std::int64_t k, std::int64_t depth, std::int64_t col0, std::int64_t cols) {
+    if (packed_k_ == k && packed_col_ == col0) return;
+    packed_k_ = k;
+    packed_col_ = col0;
+    const std::int64_t width = plan_.width, padded = round_up(depth, Simd::kTileSteps);
+    for (std::int64_t n = 0; n < cols; n += width) {
+      const std::int64_t zeroed = cols - n < width ? 0 : depth;
+      std::memset(panel(n) + zeroed * width, 0,
+                  static_cast<std::size_t>((padded - zeroed) * width) * sizeof(float));
+    }
     with_dtype(args_.b_dtype, [&](auto element) {
-      const auto* b = static_cast<const decltype(element)*>(args_.b);
-      if (args_.b_col_stride == 1) {
-        for (std::int64_t i = 0; i < depth; ++i) {
-          convert_row(b + (k + i) * args_.b_row_stride + col, cols, to + i * plan_.width);
-        }
-      } else {
+      const auto* b = static_cast<const decltype(element)*>(args_.b) + k * args_.b_row_stride;
+      if (args_.b_col_stride != 1) {
         for (std::int64_t c = 0; c < cols; ++c) {
-          spread_row(b + k * args_.b_row_stride + (col + c) * args_.b_col_stride,
-                     args_.b_row_stride, depth, to + c, plan_.width);
+          spread_row(b + (col0 + c) * args_.b_col_stride, args_.b_row_stride, depth,
+                     panel(c / width * width) + c % width, width);
         }
+        return;
+      }
+      // Row by row, as they lie: their ends are where the hardware stops fetching ahead.
+      constexpr std::int64_t kLine = 64 / sizeof(element), kAhead = 8;
+      b += col0;
+      for (std::int64_t i = 0; i < depth; ++i, b += args_.b_row_stride) {
+        const bool more = i + kAhead < depth;
+        for (std::int64_t c = 0; more && c < cols; c += kLine) {
+          __builtin_prefetch(b + kAhead * args_.b_row_stride + c);
+        }
+        std::int64_t n = 0;
+        for (float* to = panels_ + i * width; n + width <= cols; n += width) {
+          for (int j = 0; j < kTileCols && j < width; j += kLanes) {
+            Simd::storeu(to + j, Simd::load(b + n + j));
+          }
+          to += plan_.slice * width;
+        }
+        if (n < cols) convert_row(b + n, cols - n, panel(n) + i * width);
       }
     });
   }
@@ -197,7 +249,7 @@ inline Status dense_matmul(const MatmulIntoArgs& args, int num_threads) {
   auto body = [&] {
     float* scratch = static_cast<float*>(thread_scratch(plan.bytes()));
     if (scratch == nullptr) return status.fail(kOutOfMemory);
-    const DenseTask task(args, plan, scratch);
+    DenseTask task(args, plan, scratch);
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) task.compute(begin);
   };

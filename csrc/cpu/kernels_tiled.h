@@ -84,9 +84,44 @@ struct FloatEngine {
   static void copy_row(const T* from, std::int64_t n, Element* to) {
     convert_row(from, n, to);
   }
-  void run_strip(const Element* a, std::int64_t, std::int64_t rows, const Element* panel,
+  void run_strip(const Element* a, std::int64_t stride, std::int64_t rows, const Element* panel,
                  std::int64_t depth, float* c, bool accumulate) const {
-    multiply[rows](a, panel, depth, c, accumulate);
+    multiply[rows](a, stride, panel, depth, c, accumulate);
+  }
+};
+
+// Begins a tile's sums with a term of low rank, in float32 whatever the engine. So the result is
+// written once, where adding to it afterwards would read and write all of it again.
+struct AddedTerm {
+  static constexpr std::int64_t kDepth = FloatEngine::kDepth;
+  static constexpr std::int64_t kStripRows = Simd::kTileRows;
+
+  MultiplyFn<float> multiply[kStripRows + 1] = {};
+
+  AddedTerm() { fill_by_broadcast<kStripRows, kAnyStride, FloatStep>(multiply); }
+
+  // c[rows][kTileCols] of rows from row0 and `cols` columns from col0 on; the panel is scratch.
+  void begin_sums(const LowRank& term, std::int64_t row0, std::int64_t rows, std::int64_t col0,
+                  std::int64_t cols, float* panel, float* c) const {
+    const std::int64_t stride = term.left_row_stride;
+    for (std::int64_t k = 0; k < term.rank; k += kDepth) {
+      const std::int64_t depth = min64(kDepth, term.rank - k);
+      for (std::int64_t i = 0; i < depth; ++i) {
+        const float* right =
+            term.right + (k + i) * term.right_row_stride + col0 * term.right_col_stride;
+        for (std::int64_t n = 0; n < kTileCols; ++n) {
+          panel[i * kTileCols + n] =
+              n < cols ? term.alpha * right[n * term.right_col_stride] : 0.0f;
+        }
+      }
+      const float* left = term.left + row0 * stride + k;
+      const std::int64_t strips = ceil_div(rows, kStripRows);
+      for (std::int64_t s = 0; s < strips; ++s) {
+        const std::int64_t begin = s * rows / strips, end = (s + 1) * rows / strips;
+        multiply[end - begin](left + begin * stride, stride, panel, depth, c + begin * kTileCols,
+                              k > 0);
+      }
+    }
   }
 };
 
@@ -94,7 +129,8 @@ struct FloatEngine {
 // slices: x's part of a slice stays in the second-level cache while panel after panel passes.
 struct TilePlan {
   std::int64_t m, cols, depth;
-  bool in_place;  // x is read where it lies; only the last, partial strip of rows is copied
+  std::int64_t rank;  // of the term that is added
+  bool in_place;      // x is read where it lies; only the last, partial strip of rows is copied
   std::int64_t slice;
   std::int64_t tile_rows, tile_cols;
   std::int64_t row_tiles, col_tiles;
@@ -103,14 +139,15 @@ struct TilePlan {
 // Where a thread's tile lives in its scratch.
 template <typename Engine>
 struct TileScratch {
-  std::int64_t panel_elements, x_elements, c_floats, scale_floats;
+  std::int64_t panel_elements, x_elements, c_floats, scale_floats, added_floats;
 
   TileScratch(const TilePlan& plan, std::int64_t tile_rows)
       : panel_elements(plan.slice * kTileCols),
         x_elements((plan.in_place ? Engine::kStripRows : tile_rows) *
                    Engine::row_stride(plan.slice)),
         c_floats(tile_rows * plan.tile_cols),
-        scale_floats(plan.slice * scale_stride(plan) + kLanes) {}
+        scale_floats(plan.slice * scale_stride(plan) + kLanes),
+        added_floats(min64(plan.rank, AddedTerm::kDepth) * kTileCols) {}
 
   // Scales in a row of W within a tile of the input gradient.
   static std::int64_t scale_stride(const TilePlan& plan) {
@@ -119,14 +156,14 @@ struct TileScratch {
   std::size_t bytes() const {
     return static_cast<std::size_t>(panel_elements + x_elements) *
                sizeof(typename Engine::Element) +
-           static_cast<std::size_t>(c_floats + scale_floats) * sizeof(float);
+           static_cast<std::size_t>(c_floats + scale_floats + added_floats) * sizeof(float);
   }
 };
 
 template <typename Engine>
-TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, bool in_place,
-                    int num_threads) {
-  TilePlan plan{m, cols, depth, in_place, 0, 0, 0, 0, 0};
+TilePlan plan_tiles(std::int64_t m, std::int64_t cols, std::int64_t depth, std::int64_t rank,
+                    bool in_place, int num_threads) {
+  TilePlan plan{m, cols, depth, rank, in_place, 0, 0, 0, 0, 0};
   const std::int64_t slices = depth == 0 ? 1 : ceil_div(depth, Engine::kDepth);
   plan.slice = round_up(ceil_div(depth, slices), kMinBlockSize);
   // As many column tiles as divide evenly among the threads; but x is copied once for each, so with
@@ -177,6 +214,7 @@ class TileTask {
     copy_ = panel_ + layout.panel_elements;
     c_ = reinterpret_cast<float*>(copy_ + layout.x_elements);
     scales_ = c_ + layout.c_floats;
+    added_panel_ = scales_ + layout.scale_floats;
   }
 
   void compute(std::int64_t tile) {
@@ -185,6 +223,10 @@ class TileTask {
     rows_ = min64(plan_.tile_rows, plan_.m - row0_);
     const std::int64_t col0 = tile % plan_.col_tiles * plan_.tile_cols;
     const std::int64_t cols = min64(plan_.tile_cols, plan_.cols - col0);
+    for (std::int64_t n = 0; args_.added.rank > 0 && n < cols; n += kTileCols) {
+      added_.begin_sums(args_.added, row0_, rows_, col0 + n, min64(kTileCols, cols - n),
+                        added_panel_, c_ + n * plan_.tile_rows);
+    }
     std::int64_t k = 0;
     do {
       const std::int64_t depth = min64(plan_.slice, plan_.depth - k);
@@ -210,6 +252,8 @@ class TileTask {
   Element* copy_;   // [rows][row_stride]
   float* c_;        // [tile_cols / kTileCols][tile_rows][kTileCols]
   float* scales_;   // [slice][scale_stride]; input gradient only
+  const AddedTerm added_;
+  float* added_panel_;
   std::int64_t row0_ = 0, rows_ = 0;
 
   const T* x() const { return static_cast<const T*>(args_.x) + row0_ * args_.x_row_stride; }
@@ -275,7 +319,7 @@ class TileTask {
     const T* bias = static_cast<const T*>(args_.bias);
     T* y = static_cast<T*>(args_.y) + row0_ * plan_.cols + col0 + n;
     if (bias != nullptr) bias += col0 + n;
-    const bool last = k + plan_.slice >= plan_.depth;
+    const bool last = k + plan_.slice >= plan_.depth, begun = k > 0 || args_.added.rank > 0;
     // Registers are filled evenly: 16 rows go as 8 + 8, not as 14 + 2.
     const std::int64_t strips = ceil_div(rows_, Engine::kStripRows);
     for (std::int64_t s = 0; s < strips; ++s) {
@@ -285,10 +329,10 @@ class TileTask {
       if (plan_.in_place && copied < 0) {
         // Only where T is Element.
         const auto* from = reinterpret_cast<const Element*>(x() + begin * args_.x_row_stride + k);
-        engine_.run_strip(from, args_.x_row_stride, end - begin, panel_, padded, c, k > 0);
+        engine_.run_strip(from, args_.x_row_stride, end - begin, panel_, padded, c, begun);
       } else {
         const std::int64_t stride = Engine::row_stride(plan_.slice);
-        engine_.run_strip(copy_ + copied * stride, stride, end - begin, panel_, padded, c, k > 0);
+        engine_.run_strip(copy_ + copied * stride, stride, end - begin, panel_, padded, c, begun);
       }
       if (!last) continue;
       for (std::int64_t r = begin; r < end; ++r) {
@@ -309,7 +353,8 @@ Status linear_tiled(const Linear4bitArgs& args, int num_threads) {
   const std::int64_t depth = kForward ? args.weight.cols : args.weight.rows;
   const bool in_place =
       Engine::takes_in_place(static_cast<const T*>(args.x), args.x_row_stride, depth);
-  const TilePlan plan = plan_tiles<Engine>(args.m, cols, depth, in_place, num_threads);
+  const TilePlan plan =
+      plan_tiles<Engine>(args.m, cols, depth, args.added.rank, in_place, num_threads);
   const std::size_t bytes = TileScratch<Engine>(plan, plan.tile_rows).bytes();
   WorkQueue queue(plan.row_tiles * plan.col_tiles, 1);
   SharedStatus status;

@@ -6,6 +6,7 @@ to memory is checked here: dtype, device, layout and number of elements of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,6 +196,27 @@ def check_matmul_into(out: Tensor, a: Tensor, b: Tensor, device: torch.device = 
             "one another"
         )
     _errors.check_apart("out", out, {"a": a, "b": b})
+
+
+def check_added(
+    x: Tensor, features: int, left: Tensor, right: Tensor, device: torch.device = CPU
+) -> None:
+    """Raise unless ``left @ right`` is float32 on ``device``, ``features`` for each row of x."""
+    rows = math.prod(x.shape[:-1])
+    for name, tensor in (("left", left), ("right", right)):
+        if tensor.dtype is not torch.float32:
+            raise ValueError(f"{name}: got {tensor.dtype}; takes torch.float32")
+        if not _is_on(tensor, device):
+            raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
+        check_memory(name, tensor)
+    for name, got, takes in (
+        ("left", left.shape, (rows, left.shape[1])),
+        ("right", right.shape, (left.shape[1], features)),
+    ):
+        if got != takes:
+            raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
 
 
 def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:

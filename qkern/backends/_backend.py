@@ -101,6 +101,9 @@ class Product(NamedTuple):
     batch_invariant: bool
     int8: bool = False
     """Whether both factors are taken to 8 bits."""
+    added: tuple[Tensor, Tensor, float] | None = None
+    """Float32 matrices ``[rows, r]``, of unit inner stride, and ``[r, features]`` whose product
+    times a number is added."""
 
 
 class KernelBackend(Backend):
@@ -282,6 +285,35 @@ class _Checker(KernelBackend):
     ) -> Tensor:
         """Of a product that few backends have; its arguments are `linear_4bit`'s."""
         return self.linear_4bit(x, weight, out_features, *others)
+
+    def linear_4bit_add(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Of a product with a term of low rank."""
+        _args.check_added(x, out_features, left, right, self._device_of(x))
+        return self.linear_4bit(x, weight, out_features, bias, batch_invariant)
+
+    def linear_4bit_dx_add(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        in_features: int,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Of an input gradient with such a term."""
+        _args.check_added(dy, in_features, left, right, self._device_of(dy))
+        return self.linear_4bit_dx(dy, weight, in_features, batch_invariant)
 
     def matmul_into(self, out: Tensor, a: Tensor, b: Tensor, *others: Any) -> None:
         """Of a dense product, which torch computes where a backend does not."""

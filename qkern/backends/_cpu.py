@@ -74,6 +74,45 @@ class CpuBackend(CompiledBackend):
         self._multiply(product._replace(int8=True))
         return product.out
 
+    def linear_4bit_add(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.linear_4bit_add``."""
+        _args.check_added(x, out_features, left, right)
+        product = self._product("x", x, weight, out_features, bias, batch_invariant)
+        if product is None:
+            term = left, right, alpha, batch_invariant
+            return reference.linear_4bit_add(x, weight, out_features, bias, *term)
+        self._multiply(_with_term(product, left, right, alpha))
+        return product.out
+
+    def linear_4bit_dx_add(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        in_features: int,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.linear_4bit_dx_add``."""
+        _args.check_added(dy, in_features, left, right)
+        product = self._product("dy", dy, weight, in_features, None, batch_invariant)
+        if product is None:
+            term = left, right, alpha, batch_invariant
+            return reference.linear_4bit_dx_add(dy, weight, in_features, *term)
+        self._multiply(_with_term(product, left, right, alpha))
+        return product.out
+
     def matmul_into(
         self, out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, accumulate: bool = False
     ) -> None:
@@ -97,9 +136,24 @@ class CpuBackend(CompiledBackend):
         self._function(op)(*arguments, _args.num_threads())
 
     def _multiply(self, product: Product) -> None:
-        forward = "linear_4bit_int8" if product.int8 else "linear_4bit"
-        op = "linear_4bit_dx" if product.dx else forward
-        self._start(op, product.x.device, product_numbers(product))
+        op = "linear_4bit_dx" if product.dx else "linear_4bit"
+        arguments = product_numbers(product)
+        if product.int8:
+            op += "_int8"
+        elif product.added is not None:
+            op += "_add"
+            left, right, alpha = product.added
+            arguments += (left.shape[1], left.data_ptr(), left.stride(0))
+            arguments += (right.data_ptr(), *right.stride(), _float_bits(alpha))
+        self._start(op, product.x.device, arguments)
+
+
+def _with_term(product: Product, left: Tensor, right: Tensor, alpha: float) -> Product:
+    if left.shape[1] == 0:
+        return product
+    if left.stride(1) != 1 and left.shape[1] > 1:
+        left = left.contiguous()
+    return product._replace(added=(left, right, alpha))
 
 
 def _float_bits(value: float) -> int:
@@ -139,7 +193,10 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
     if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
         return {}
-    ops = ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx", "adamw_step", "matmul_into")
+    ops = (
+        *("linear_4bit", "linear_4bit_int8", "linear_4bit_dx", "adamw_step", "matmul_into"),
+        *("linear_4bit_add", "linear_4bit_dx_add"),
+    )
     found = {op: getattr(library, f"{op}_on_tensors") for op in ops}
     # No op: several of the first, by one reading of their input.
     return found | {"linears_4bit": library.linears_4bit_on_tensors}

@@ -74,4 +74,5 @@ def check(
     if spec.judge is not None:
         spec.judge(actual[0], inputs, expected[0])
         return
-    assert_matmul(actual[0], inputs[spec.main], expected[0], inputs.get("bias"))
+    added = (inputs["left"], inputs["right"], inputs["alpha"]) if "left" in inputs else None
+    assert_matmul(actual[0], inputs[spec.main], expected[0], inputs.get("bias"), added)

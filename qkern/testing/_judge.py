@@ -61,13 +61,20 @@ def matmul_error(y: Tensor, exact: Tensor, scale: Tensor) -> MatmulError:
     return MatmulError(error.square().mean().sqrt().item(), error.max().item())
 
 
-def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def assert_matmul(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    added: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
     """Raise AssertionError unless ``y = x · weightᵀ + bias`` is as exact as qkern promises.
 
     x is ``[M, K]`` in float32, bfloat16 or float16, `weight` the float32 ``[N, K]`` exact
-    dequantised weight, bias ``[N]`` in x's dtype. The baseline rounds the weight to x's dtype,
-    multiplies and adds in float32 and rounds once. Errors are taken against float64 and in units of
-    ``|x| · |weightᵀ| + |bias|``:
+    dequantised weight, bias ``[N]`` in x's dtype. `added`, ``(left, right, alpha)``, is another
+    term, ``alpha · left · right`` of float32 ``[M, r]`` and ``[r, N]``. The baseline rounds the weight to
+    x's dtype, multiplies and adds in float32 and rounds once. Errors are taken against float64 and
+    in units of ``|x| · |weightᵀ| + |bias|``, and so on:
 
     - the root mean square is at most `MATMUL_MARGIN` times the baseline's plus half a float32 unit,
       where at least 256 elements make it a steady figure;
@@ -89,8 +96,18 @@ def assert_matmul(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
     exact = x.double() @ weight.double().mT + bias.double()
     scale = x.double().abs() @ weight.double().abs().mT + bias.double().abs()
-    baseline = (x.float() @ weight.to(dtype).float().mT + bias.float()).to(dtype)
-    _assert_sums(y, exact, scale, baseline, lambda: _left_to_right(x, weight) + bias)
+    baseline = x.float() @ weight.to(dtype).float().mT + bias.float()
+    left, right, alpha = (torch.zeros(len(x), 0), torch.zeros(0, shape[-1]), 0.0)
+    if added is not None:
+        left, right, alpha = added[0].detach().cpu(), added[1].detach().cpu(), added[2]
+    exact += alpha * (left.double() @ right.double())
+    scale += abs(alpha) * (left.double().abs() @ right.double().abs())
+    baseline = (baseline + alpha * (left @ right)).to(dtype)
+
+    def plain() -> Tensor:
+        return _left_to_right(x, weight) + alpha * _left_to_right(left, right.mT) + bias
+
+    _assert_sums(y, exact, scale, baseline, plain)
 
 
 def assert_product(

@@ -50,8 +50,8 @@ class Case:
     (large where the weights are zero), for block scales ``constant``, ``negative``, ``uneven`` (one
     of a group far larger) and ``halfway`` (`HALFWAY_TAILS`), and for gradients ``huge`` (their
     squares are infinite). `bits` and `stochastic_rounding` are an optimizer step's.
-    Of a dense product, `accumulate` adds to the result's memory, and `mixed` leaves some matrices
-    in float32.
+    `rank` is that of a term which a matmul adds. Of a dense product, `accumulate` adds to the
+    result's memory, and `mixed` leaves some matrices in float32.
     """
 
     shape: tuple[int, ...]
@@ -69,6 +69,7 @@ class Case:
     stochastic_rounding: bool = False
     mixed: bool = False
     accumulate: bool = False
+    rank: int = 0
 
     @property
     def numel(self) -> int:
@@ -88,6 +89,7 @@ class Case:
             if getattr(self, name)
         ]
         parts += [f"{self.bits}bit"] if self.bits != 32 else []
+        parts += [f"rank{self.rank}"] if self.rank else []
         parts += [value for value in (self.layout, self.values, self.map) if value not in _DEFAULTS]
         return "-".join(parts)
 
@@ -157,6 +159,11 @@ class OpSpec:
         """The inputs by the names of torch's schema: a weight's fields are arguments there."""
         names = [argument.name for argument in self.op.overload._schema.arguments]
         return dict(zip(names, self.arguments(inputs), strict=True))
+
+    def rows(self, inputs: Inputs, where: slice) -> Inputs:
+        """The inputs of a matmul with some rows of its activations, and of a term's left factor."""
+        names = [name for name in (self.main, "left") if name in inputs]
+        return inputs | {name: inputs[name][where] for name in names}
 
     def run(self, inputs: Inputs, in_place: bool = False) -> tuple[Tensor, ...]:
         """The op's results on the backend now selected, through the dispatcher.

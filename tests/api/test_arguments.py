@@ -32,9 +32,8 @@ def inputs_of(op: str, bits: int = 32, dtype: torch.dtype = torch.float32) -> In
     table = testing.OPS
     spec = table["dequantize_4bit" if op == "dequantize_4bit_out" else op]
     shape = (3, 40, 130) if spec.multiplies else (13, 100)
-    case = Case(
-        shape, dtype, format="custom", codebook="unsorted", double_quant=True, bias=True, bits=bits
-    )
+    weight = {"format": "custom", "codebook": "unsorted", "double_quant": True}
+    case = Case(shape, dtype, **weight, bias=True, bits=bits, rank=5)
     found = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
     if op == "dequantize_4bit_out":
         found = {"weight": found["weight"], "out": torch.zeros(13, 100)}
@@ -245,7 +244,7 @@ def test_a_tensor_that_just_has_its_memory_is_read(op: str, way: str) -> None:
                     testing.assert_bitwise(a, e, str(place))
 
 
-PRODUCTS = ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx")
+PRODUCTS = [name for name, spec in testing.OPS.items() if spec.comparison == "matmul"]
 
 
 def copied_inputs(inputs: Inputs) -> Inputs:

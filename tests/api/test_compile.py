@@ -38,6 +38,8 @@ OPCHECK_CASES = {
         Case((3, 37, 128), torch.bfloat16, format="custom", codebook="unsorted"),
         Case((9, 5, 64), layout="transposed", batch_invariant=True),
     ],
+    "linear_4bit_add": [Case((3, 37, 130), torch.bfloat16, bias=True, rank=5)],
+    "linear_4bit_dx_add": [Case((3, 37, 130), double_quant=True, rank=5)],
     "linear_4bit_dx": [
         Case((3, 37, 130), double_quant=True),
         Case((4, 5, 66), torch.float16, layout="expanded"),

@@ -27,8 +27,8 @@ def test_model_contest(make, tiny_workload):
     problem, candidates, missing = make(tiny_workload, torch.float32, ())
     samples = timing.run_contest(problem, candidates, QUICK)
     row, *others = report.records(problem, samples, LIMITS)
-    expected = [] if make is models.training_contest else [models.FOUR_BIT_HEAD]
-    assert [other["name"] for other in others] == expected
+    expected = models.CHUNKED_LOSS if make is models.training_contest else models.FOUR_BIT_HEAD
+    assert [other["name"] for other in others] == [expected]
     assert not missing
     assert row["unit"] == "tokens/s"
     assert row["rate"] == pytest.approx(problem.work / row["ms"] * 1e3)
@@ -64,8 +64,7 @@ def test_peers_on_equal_weights(tiny_workload):
         for make in (models.training_contest, models.generation_contest):
             problem, candidates, missing = make(tiny_workload, dtype, names)
             assert not missing
-            own = 1 if make is models.training_contest else 2
-            assert len(timing.run_contest(problem, candidates, QUICK)) == own + 2
+            assert len(timing.run_contest(problem, candidates, QUICK)) == 4
         for op in kernels.CONTESTS:
             problem, candidates, _ = kernels.contest(
                 op, (96, 128), 5, dtype, kernels.Choice(peers=names)

@@ -110,6 +110,7 @@ def pointers() -> list[tuple[str, list[Any], int, bool]]:
     """
     weight = [64, 64, 64, 64, 64, 2, 64]
     optional = range(2, 5)
+    term = [3, 64, 3, 64, 64, 1, 0]
     piece = (64, 64, 64, 64, 64, 64, 64, 0, 64, 0, 0)
     calls: dict[str, tuple[list[Any], list[int], list[int]]] = {
         # Arguments, positions that must be addresses, positions that may be.
@@ -121,6 +122,16 @@ def pointers() -> list[tuple[str, list[Any], int, bool]]:
         "linear_4bit": ([64, 0, 1, 64, *weight, 1, 64, 64, 64, False], [0, 4, 5, 14], [13]),
         "linear_4bit_int8": ([64, 0, 1, 64, *weight, 1, 64, 64, 64, False], [0, 4, 5, 14], [13]),
         "linear_4bit_dx": ([64, 0, 1, 64, *weight, 1, 64, 64, False], [0, 4, 5, 13], []),
+        "linear_4bit_add": (
+            [64, 0, 1, 64, *weight, 1, 64, 64, 64, False, *term],
+            [0, 4, 5, 14, 17, 19],
+            [13],
+        ),
+        "linear_4bit_dx_add": (
+            [64, 0, 1, 64, *weight, 1, 64, 64, False, *term],
+            [0, 4, 5, 13, 16, 18],
+            [],
+        ),
     }
     found = []
     for op, (arguments, required, others) in calls.items():

@@ -627,6 +627,37 @@ def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> N
             kernel(*[*right, None][:count])
 
 
+@pytest.mark.parametrize("dx", [False, True])
+def test_the_kernels_with_a_term_take_no_wrong_term(dx: bool) -> None:
+    name = "linear_4bit_dx" if dx else "linear_4bit"
+    *base, batch_invariant, threads = arguments(f"{name}_on_tensors")[: 5 if dx else 6]
+    left, right, alpha = torch.ones(3, 5), torch.ones(5, 64 if dx else 6), 0.5
+    kernel = getattr(cpu.library(), f"{name}_add_on_tensors")
+
+    def result(*term: Any) -> Any:
+        return kernel(*base, *term, batch_invariant, threads)
+
+    assert result(left, right, alpha) is not None
+    strided = right.t().contiguous().t(), left.repeat(1, 2)[:, :5]
+    testing.assert_bitwise(result(left, strided[0], alpha), result(strided[1], right, alpha))
+    each: dict[int, list[Any]] = {
+        0: [left[:2], left[:, :4], left.t().contiguous().t(), left[None], left[:, :0]],
+        1: [right[:4], right[:, 1:], right[None], right[:0]],
+        2: [1, None, "1", torch.ones(())],
+    }
+    for place in (0, 1):
+        value = (left, right)[place]
+        each[place] += [None, 1.0, [value], value.double(), value.bfloat16(), value.to("meta")]
+        each[place] += [value.to_sparse(), value.as_subclass(Tagged), torch._neg_view(value)]
+    for place, wrong in each.items():
+        for bad in wrong:
+            given: list[Any] = [left, right, alpha]
+            given[place] = bad
+            assert result(*given) is None, (place, bad)
+    with pytest.raises(TypeError, match=r"takes [89] arguments"):
+        kernel(*base, left, right, alpha, batch_invariant)
+
+
 @each_weight
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_weight_is_any_tuple_and_its_floats_may_be_integers(

@@ -28,13 +28,13 @@ SIZES = [*((shape, 64) for shape in LARGE), ((8, 16, 32_768), 16_384), ((70, 16,
     ("shape", "block_size"), SIZES, ids=[f"{'x'.join(map(str, s))}-{b}" for s, b in SIZES]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=testing.DTYPE_NAMES.get)
-@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_int8", "linear_4bit_dx"])
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("linear_4bit")])
 def test_scratch_of_the_matmuls(
     isa: str, op: str, dtype: torch.dtype, shape: tuple[int, ...], block_size: int
 ) -> None:
     from qkern import _C
 
-    case = Case(shape, dtype, block_size, double_quant=True)
+    case = Case(shape, dtype, block_size, double_quant=True, rank=64)
     inputs = OPS[op].make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
     for batch_invariant in (False, True):
         _C.scratch_bytes(True)

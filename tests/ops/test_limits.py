@@ -93,6 +93,21 @@ def forward_arguments() -> dict[str, Any]:
     }
 
 
+def with_term(arguments: dict[str, Any], features: int) -> dict[str, Any]:
+    last = {"batch_invariant": arguments.pop("batch_invariant")}
+    term = {"left": torch.randn(2, 5), "right": torch.randn(5, features), "alpha": 1.0}
+    return arguments | term | last
+
+
+def gradient_arguments() -> dict[str, Any]:
+    return {
+        "dy": torch.randn(2, ROWS),
+        "weight": weight(True),
+        "in_features": COLS,
+        "batch_invariant": False,
+    }
+
+
 RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize_4bit": lambda: {
         "x": torch.randn(N),
@@ -122,12 +137,9 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "adamw_step": step_arguments,
     "linear_4bit": forward_arguments,
     "linear_4bit_int8": forward_arguments,
-    "linear_4bit_dx": lambda: {
-        "dy": torch.randn(2, ROWS),
-        "weight": weight(True),
-        "in_features": COLS,
-        "batch_invariant": False,
-    },
+    "linear_4bit_dx": gradient_arguments,
+    "linear_4bit_add": lambda: with_term(forward_arguments(), ROWS),
+    "linear_4bit_dx_add": lambda: with_term(gradient_arguments(), COLS),
     "matmul_into": lambda: {
         "out": torch.empty(ROWS, COLS),
         "a": torch.randn(ROWS, 7),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qkern import backends, testing
+from qkern import backends, ops, testing
 from qkern.backends import _backend
 
 _PAGE = mmap.PAGESIZE
@@ -70,7 +70,7 @@ def run_guarded(spec: testing.OpSpec, case: testing.Case, guarded: GuardedTorch)
 
 def main(isa: str, side: str) -> None:
     # These would allocate results elsewhere.
-    for op in ("linear_4bit", "linear_4bit_int8", "linear_4bit_dx"):
+    for op in backends.cpu.fast.keys() & {name for name in ops.OPS if name.startswith("linear_")}:
         backends.cpu.fast.pop(op, None)
     count = 0
     with testing.Target("cpu", isa).activate():

@@ -81,6 +81,17 @@ struct QuantizeAbsmaxArgs {
 };
 
 // y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
+// alpha left right, float32, that a matmul adds before it rounds; nothing where the rank is 0.
+struct LowRank {
+  std::int64_t rank = 0;
+  const float* left = nullptr;  // [m, rank], its columns side by side
+  std::int64_t left_row_stride = 0;
+  const float* right = nullptr;  // [rank, the result's columns]
+  std::int64_t right_row_stride = 0;
+  std::int64_t right_col_stride = 0;
+  float alpha = 1;
+};
+
 struct Linear4bitArgs {
   const void* x = nullptr;  // [m, cols] forward, [m, rows] input gradient; unit inner stride
   DType dtype = DType::kFloat32;
@@ -90,6 +101,7 @@ struct Linear4bitArgs {
   const void* bias = nullptr;  // [rows], forward only
   void* y = nullptr;           // contiguous
   bool batch_invariant = false;
+  LowRank added;  // CPU
   CudaPath path = CudaPath::kTiled;
   float* workspace = nullptr;  // CUDA: as many bytes as linear_4bit_paths says
 };

@@ -11,7 +11,7 @@ import torch
 
 from qkern import formats
 from qkern.testing._spec import DTYPES, LAYOUTS, Case, Inputs, OpSpec
-from qkern.testing._values import normal, place, random_weight, weight_bytes
+from qkern.testing._values import normal, place, random_weight, weight_bytes, with_layout
 from qkern.testing.specs._common import unique
 
 ROWS = (0, 1, 2, 3, 5, 8, 13, 16, 17, 33, 64, 129, 300)
@@ -126,6 +126,56 @@ def matmul_cases(with_bias: bool) -> tuple[Case, ...]:
     return unique(cases)
 
 
+def added_inputs(
+    case: Case, device: torch.device, generator: torch.Generator, main: str, size: str
+) -> Inputs:
+    """`matmul_inputs` and a term of the case's rank, its factors as a LoRA layer has them."""
+    inputs = matmul_inputs(case, device, generator, main, size)
+    left = normal((case.shape[0], case.rank), generator)
+    right = normal((case.rank, inputs[size]), generator)
+    if case.values == "special":
+        left = left * 2**12
+    layout = {"x": "transposed", "dy": "contiguous"}[main]  # B's transpose, and A
+    if case.layout in ("rows", "step"):
+        left, layout = with_layout(left, case.layout), case.layout
+    right = with_layout(right, layout)
+    return inputs | {"left": left.to(device), "right": right.to(device), "alpha": 0.75}
+
+
+def added_cases(with_bias: bool) -> tuple[Case, ...]:
+    """Of the cases without a term some of each kind, with ranks that rotate."""
+    ranks = itertools.cycle((16, 1, 8, 5, 64, 33, 4, 260))
+    cases: list[Case] = []
+    for dtype in DTYPES:
+        taken = [
+            case
+            for case in matmul_cases(with_bias)
+            if case.dtype == dtype and case.values in ("normal", "special") and case.numel < 1 << 20
+        ]
+        cases += [replace(case, rank=next(ranks)) for case in taken[::3]]
+        cases += [
+            replace(case, rank=8)
+            for case in taken
+            if case.batch_invariant or case.layout in ("rows", "step") or case.values == "special"
+        ]
+        cases.append(Case((40, 64, 128), dtype, rank=0))
+    return unique(cases)
+
+
+def added_bytes(case: Case, forward: bool) -> int:
+    """Those of the matmul, and the factors of the term."""
+    rows, out_features, in_features = case.shape
+    features = out_features if forward else in_features
+    return matmul_bytes(case) + 4 * case.rank * (rows + features)
+
+
+def added_flops(case: Case, forward: bool) -> int:
+    """Two for each term of each result."""
+    rows, out_features, in_features = case.shape
+    features = out_features if forward else in_features
+    return matmul_flops(case) + 2 * rows * case.rank * features
+
+
 def matmul_bytes(case: Case) -> int:
     """Activations, weight, bias and result."""
     rows, out_features, in_features = case.shape
@@ -167,6 +217,21 @@ def matmul_spec(name: str, main: str, size: str) -> OpSpec:
         "matmul",
         matmul_bytes,
         matmul_flops,
+        main=main,
+        input_gradient=not forward,
+    )
+
+
+def added_spec(name: str, main: str, size: str) -> OpSpec:
+    """The entry of such a product with a term of low rank."""
+    forward = main == "x"
+    return OpSpec(
+        name,
+        added_cases(with_bias=forward),
+        partial(added_inputs, main=main, size=size),
+        "matmul",
+        partial(added_bytes, forward=forward),
+        partial(added_flops, forward=forward),
         main=main,
         input_gradient=not forward,
     )

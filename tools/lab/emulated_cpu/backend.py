@@ -116,6 +116,17 @@ def _weight(fields: Sequence[int | None], numel: int) -> tuple[_Buffer | int | N
     return (*map(_in, addresses, nbytes), format_id, block_size)
 
 
+def _term(fields: Sequence[int], m: int, features: int) -> tuple[_Buffer | int, ...]:
+    """A term of low rank, or nothing."""
+    if not fields:
+        return ()
+    rank, left, left_stride, right, *right_strides, alpha = fields
+    last = (rank - 1) * right_strides[0] + (features - 1) * right_strides[1]
+    left_bytes, right_bytes = 4 * ((m - 1) * left_stride + rank), 4 * (last + 1)
+    factors = _in(left, left_bytes), left_stride, _in(right, right_bytes), *right_strides
+    return rank, *factors, alpha
+
+
 class Library:
     """The functions of ``qkern._C`` that the CPU backend calls, run by a server."""
 
@@ -232,19 +243,41 @@ class Library:
         self._call("adamw_step", *arguments, _NONE if seed is None else seed, threads)
 
     def linear_4bit(self, *arguments: int) -> None:
-        self._forward("linear_4bit", *arguments)
+        self._forward("linear_4bit", arguments)
 
     def linear_4bit_int8(self, *arguments: int) -> None:
-        self._forward("linear_4bit_int8", *arguments)
+        self._forward("linear_4bit_int8", arguments)
 
-    def _forward(self, op: str, *arguments: int) -> None:
+    def linear_4bit_add(self, *arguments: int) -> None:
+        own, term, threads = arguments[:-8], arguments[-8:-1], arguments[-1]
+        self._forward("linear_4bit_add", (*own, threads), term)
+
+    def linear_4bit_dx(self, *arguments: int) -> None:
+        self._input_gradient("linear_4bit_dx", arguments)
+
+    def linear_4bit_dx_add(self, *arguments: int) -> None:
+        own, term, threads = arguments[:-8], arguments[-8:-1], arguments[-1]
+        self._input_gradient("linear_4bit_dx_add", (*own, threads), term)
+
+    def _forward(self, op: str, arguments: Sequence[int], term: Sequence[int] = ()) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
         item = _ITEM_SIZE[dtype]
         self._call(
             op,
             *(_in(x, ((m - 1) * stride + cols) * item), dtype, m, stride),
             *(*_weight(weight, rows * cols), rows, cols),
-            *(_in(bias, rows * item), _out(y, m * rows * item), invariant, threads),
+            *(_in(bias, rows * item), _out(y, m * rows * item), invariant),
+            *(*_term(term, m, rows), threads),
+        )
+
+    def _input_gradient(self, op: str, arguments: Sequence[int], term: Sequence[int] = ()) -> None:
+        dy, dtype, m, stride, *weight, rows, cols, dx, invariant, threads = arguments
+        item = _ITEM_SIZE[dtype]
+        self._call(
+            op,
+            *(_in(dy, ((m - 1) * stride + rows) * item), dtype, m, stride),
+            *(*_weight(weight, rows * cols), rows, cols),
+            *(_out(dx, m * cols * item), invariant, *_term(term, m, cols), threads),
         )
 
     def matmul_into(self, *arguments: int) -> None:
@@ -258,16 +291,6 @@ class Library:
             nbytes = (last + 1) * _ITEM_SIZE[dtype] if k else 0
             words += [_in(address, nbytes), dtype, *strides]
         self._call("matmul_into", *words, *rest[8:])
-
-    def linear_4bit_dx(self, *arguments: int) -> None:
-        dy, dtype, m, stride, *weight, rows, cols, dx, invariant, threads = arguments
-        item = _ITEM_SIZE[dtype]
-        self._call(
-            "linear_4bit_dx",
-            *(_in(dy, ((m - 1) * stride + rows) * item), dtype, m, stride),
-            *(*_weight(weight, rows * cols), rows, cols),
-            *(_out(dx, m * cols * item), invariant, threads),
-        )
 
 
 _servers: dict[tuple[Path, str], Server] = {}

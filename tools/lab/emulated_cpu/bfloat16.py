@@ -54,7 +54,7 @@ MUTANTS = (
         "Step::multiply_add(x, w0, high)",
     ),
     _bug("sums forgotten", _TILE, "accumulate ? Simd::add(Simd::loadu(c), low)", "false ? low"),
-    _bug("a row twice", _TILE, "a + kRowStride, w0", "a + kRows % 2 * kRowStride, w0"),
+    _bug("a row twice", _TILE, "a + stride, stride, w0", "a + kRows % 2 * stride, stride, w0"),
     _bug("the last pair", _TILE, "k < depth; k += Step", "k + 2 < depth; k += Step"),
     _bug("an odd step", _STRIP, "kDepthMultiple = PairStep::kSteps", "kDepthMultiple = 1"),
     _bug("rows overlap", _STRIP, "kRowStride = kDepth + 32", "kRowStride = kDepth - 32"),
