@@ -71,10 +71,10 @@ def assert_matmul(
     """Raise AssertionError unless ``y = x · weightᵀ + bias`` is as exact as qkern promises.
 
     x is ``[M, K]`` in float32, bfloat16 or float16, `weight` the float32 ``[N, K]`` exact
-    dequantised weight, bias ``[N]`` in x's dtype. `added`, ``(left, right, alpha)``, is another
-    term, ``alpha · left · right`` of float32 ``[M, r]`` and ``[r, N]``. The baseline rounds the weight to
-    x's dtype, multiplies and adds in float32 and rounds once. Errors are taken against float64 and
-    in units of ``|x| · |weightᵀ| + |bias|``, and so on:
+    dequantised weight, bias ``[N]`` in x's dtype. `added` is another term, ``alpha · left · right``
+    of float32 ``[M, r]`` and ``[r, N]``: ``(left, right, alpha)``. The baseline rounds the weight
+    to x's dtype, multiplies and adds in float32 and rounds once. Errors are taken against float64
+    and in units of ``|x| · |weightᵀ| + |bias|``, with `added` likewise:
 
     - the root mean square is at most `MATMUL_MARGIN` times the baseline's plus half a float32 unit,
       where at least 256 elements make it a steady figure;

@@ -642,7 +642,10 @@ def a_case_says_what_it_is() -> None:
 
 @checks(
     *(f"qkern.testing.OpSpec.{name}" for name in ("op", "writes", "arguments", "by_name", "run")),
-    *(f"qkern.testing.OpSpec.{name}" for name in ("reference", "exact_weight", "multiplies")),
+    *(
+        f"qkern.testing.OpSpec.{name}"
+        for name in ("reference", "exact_weight", "multiplies", "rows")
+    ),
     "qkern.testing.OpSpec",
 )
 def an_op_of_the_table() -> None:
@@ -656,6 +659,7 @@ def an_op_of_the_table() -> None:
     assert torch.equal(spec.arguments(inputs)[0], inputs["x"])
     assert len(spec.arguments(inputs)) == 11
     assert spec.by_name(inputs)["packed"] is inputs["weight"].packed
+    assert torch.equal(spec.rows(inputs, slice(1, 3))["x"], inputs["x"][1:3])
     assert spec.writes == ()
     assert spec.flops(MATMUL) == 2 * 3 * 32 * 64
     assert spec.multiplies
