@@ -416,7 +416,8 @@ _OWN_PRODUCT_ROWS = 16  # with fewer, a call takes as long as the product
 def may_have_own_product(x: Any, batch_invariant: bool | None) -> bool:
     """Whether `has_own_product` may be true of ``x``, before anything is checked."""
     return (
-        isinstance(x, Tensor)
+        not is_traced()  # before the rows, on which a compiled graph would depend
+        and isinstance(x, Tensor)
         and x.is_cpu
         and (batch_invariant or x.numel() >= _OWN_PRODUCT_ROWS * x.shape[-1])
     )

@@ -442,7 +442,7 @@ def linear_4bit_add(
     """
     wide_bias = None if bias is None else bias.float()
     y = linear_4bit(x.float(), weight, out_features, wide_bias, batch_invariant)
-    return _plus_product(y, left, right, alpha, batch_invariant).to(x.dtype)
+    return plus_product(y, left, right, alpha, batch_invariant).to(x.dtype)
 
 
 def linear_4bit_dx_add(
@@ -456,12 +456,13 @@ def linear_4bit_dx_add(
 ) -> Tensor:
     """``dy @ W + alpha * left @ right`` likewise: ``right`` is ``[r, K]``."""
     dx = linear_4bit_dx(dy.float(), weight, in_features, batch_invariant)
-    return _plus_product(dx, left, right, alpha, batch_invariant).to(dy.dtype)
+    return plus_product(dx, left, right, alpha, batch_invariant).to(dy.dtype)
 
 
-def _plus_product(
+def plus_product(
     total: Tensor, left: Tensor, right: Tensor, alpha: float, batch_invariant: bool
 ) -> Tensor:
+    """``total + alpha * left @ right``, the latter in float32 and the shape of ``total``."""
     product = _matmul(left, right, batch_invariant) * alpha
     return total + product.view(total.shape)
 

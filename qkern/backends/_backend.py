@@ -22,8 +22,26 @@ class _Functions(dict[str, Callable[..., Any]]):
         self._backend = backend
 
     def __missing__(self, op: str) -> Callable[..., Any]:
-        self[op] = found = getattr(self._backend, op, None) or _referred(op)
+        found = getattr(self._backend, op, None) or _composed(self._backend, op) or _referred(op)
+        self[op] = found
         return found
+
+
+def _composed(backend: Backend, op: str) -> Callable[..., Any] | None:
+    """A matmul with a term by the backend's own matmul, whose result is rounded before; or None."""
+    base = op.removesuffix("_add")
+    product = getattr(backend, base, None)
+    if base == op or product is None:
+        return None
+
+    def run(*args: Any) -> Tensor:
+        *first, left, right, alpha, batch_invariant = args
+        x, _, features, *_ = first
+        _args.check_added(x, features, left, right, x.device)
+        y: Tensor = product(*first, batch_invariant)
+        return reference.plus_product(y.float(), left, right, alpha, batch_invariant).to(y.dtype)
+
+    return run
 
 
 def _referred(op: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import qkern
 from qkern import autograd, testing
-from qkern.testing import DTYPES
+from qkern.testing import DTYPES, Case
 
 ROWS = autograd._OWN_PRODUCT_ROWS
 OPS = {
@@ -222,3 +222,31 @@ def test_a_backend_of_the_forward_holds_in_backward(hook: str) -> None:
     back = used[forward:]
     assert back.count("matmul_into") == (3 if hook == "none" else 4)
     assert back.count("linear_4bit_dx_add") == (hook == "none")
+
+
+@dtypes
+@pytest.mark.parametrize("op", ["linear_4bit_add", "linear_4bit_dx_add"])
+def test_a_backend_with_the_matmul_alone_computes_that(op: str, dtype: torch.dtype) -> None:
+    """Not the reference, which takes far longer; the term is added to its result."""
+    used = []
+
+    class Plain(qkern.backends.Backend):
+        def linear_4bit(self, *args: Any) -> Tensor:
+            used.append("linear_4bit_add")
+            return qkern.reference.linear_4bit(*args)
+
+        def linear_4bit_dx(self, *args: Any) -> Tensor:
+            used.append("linear_4bit_dx_add")
+            return qkern.reference.linear_4bit_dx(*args)
+
+    spec = testing.OPS[op]
+    case = Case((9, 37, 130), dtype, bias=True, rank=5)
+    inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
+    with qkern.backends.use(Plain("plain")):
+        (y,) = spec.run(inputs)
+        with pytest.raises(ValueError, match=r"^left: got shape"):
+            spec.run(inputs | {"left": inputs["left"][1:]})
+    assert used == [op]
+    # Rounded before the term is added and after.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, spec.reference(inputs)[0], rtol=tolerance, atol=tolerance * 10)
