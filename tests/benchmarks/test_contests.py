@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -147,6 +148,21 @@ def test_slow_candidate_leaves_the_time_to_others():
         timing.Problem("op", torch.float32), contestants, settings, clock=lambda call: call()
     )
     assert len(slow.seconds) == 2
+    assert len(quick.seconds) == 7
+
+
+def test_the_slowest_are_called_once(monkeypatch):
+    monkeypatch.setattr(timing, "_ONCE_SECONDS", 0.001)
+    calls = []
+
+    def slow():
+        calls.append(time.sleep(0.02))
+
+    contestants = [candidate("slow", slow), candidate("quick", lambda: None)]
+    settings = timing.Settings(repeat=7, max_seconds=0.01, min_rounds=5)
+    found, quick = timing.run_contest(timing.Problem("op", torch.float32), contestants, settings)
+    assert len(calls) == len(found.seconds) == 1
+    assert found.seconds[0] >= 0.02
     assert len(quick.seconds) == 7
 
 

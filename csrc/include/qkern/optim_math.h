@@ -26,8 +26,6 @@ struct PlainMath {
   static float sqrt(float a) { return __builtin_sqrtf(a); }
 };
 
-constexpr float kLargestFloat = 0x1.fffffep127f;
-
 // A finite gradient of kMaxGradient at most, so that its square is finite. By bits, which compilers
 // make vectors of; an infinity and a NaN stay what they are.
 QKERN_MATH float bounded_gradient(float grad) {
@@ -44,12 +42,22 @@ QKERN_MATH float bounded_gradient(float grad) {
 }
 
 // A gradient's share of the second moment. Where the square alone would be infinite it is
-// multiplied the other way about, as torch does always.
+// multiplied the other way about, as torch does always. By a mask, for a choice would move the other
+// product into a branch, and a loop with one is not made vectors of.
 template <typename Math>
 QKERN_MATH float square_share(const AdamWFactors& s, float g) {
   const float square = Math::mul(g, g);
+  const float usual = Math::mul(square, s.beta2_complement);
   const float other = Math::mul(Math::mul(s.beta2_complement, g), g);
-  return square > kLargestFloat ? other : Math::mul(square, s.beta2_complement);
+  std::int32_t square_bits, bits, other_bits;
+  std::memcpy(&square_bits, &square, sizeof(square));
+  std::memcpy(&bits, &usual, sizeof(usual));
+  std::memcpy(&other_bits, &other, sizeof(other));
+  const std::int32_t overflowed = -static_cast<std::int32_t>(square_bits == 0x7f800000);
+  bits = (other_bits & overflowed) | (bits & ~overflowed);
+  float share;
+  std::memcpy(&share, &bits, sizeof(bits));
+  return share;
 }
 
 // Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2:
