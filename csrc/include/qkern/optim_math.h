@@ -42,8 +42,8 @@ QKERN_MATH float bounded_gradient(float grad) {
 }
 
 // A gradient's share of the second moment. Where the square alone would be infinite it is
-// multiplied the other way about, as torch does always. By a mask, for a choice would move the other
-// product into a branch, and a loop with one is not made vectors of.
+// multiplied the other way about, as torch does always. By a mask, for a choice would move the
+// other product into a branch, and a loop with one is not made vectors of.
 template <typename Math>
 QKERN_MATH float square_share(const AdamWFactors& s, float g) {
   const float square = Math::mul(g, g);
