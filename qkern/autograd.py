@@ -419,6 +419,7 @@ def may_have_own_product(x: Any, batch_invariant: bool | None) -> bool:
         not is_traced()  # before the rows, on which a compiled graph would depend
         and isinstance(x, Tensor)
         and x.is_cpu
+        and x.dim() > 0
         and (batch_invariant or x.numel() >= _OWN_PRODUCT_ROWS * x.shape[-1])
     )
 

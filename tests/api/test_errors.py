@@ -290,6 +290,8 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
         )
         for kind, error, changes, message in (
             ("x", TypeError, {"x": None}, "x: got NoneType; takes"),
+            ("x-0d", ValueError, {"x": torch.tensor(1.0)}, r"x: got shape \[\]; takes"),
+            ("x-features", ValueError, {"x": torch.ones(99, 4)}, r"x: got shape \[99, 4\]; takes"),
             ("qw", TypeError, {"qw": W}, "qw: got torch.float32 tensor; takes"),
             ("lora_a-list", TypeError, {"lora_a": []}, "lora_a: got list; takes"),
             ("lora_a-dtype", TypeError, {"lora_a": torch.zeros(3, 64).int()}, "lora_a: got torch"),
