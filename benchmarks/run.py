@@ -90,7 +90,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_numbers,
         help="rows of activations (default: 1,4,8,64,512, mixed 1,64, crowded 1,512, overhead 1)",
     )
-    add("--dtype", type=_names, default=["float32", "bfloat16"], help="of activations; or float16")
+    add(
+        "--dtype",
+        type=_names,
+        help="of activations: float32, bfloat16 or float16 (default: the first two, and for ops of "
+        "many products only what torch does not emulate on this processor)",
+    )
     add("--threads", type=int, default=2, help="of torch and qkern; mixed is also run with one")
     add(
         "--isa",
@@ -136,6 +141,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--memory-of", help=argparse.SUPPRESS)  # the subprocess that measures peak memory
     args = parser.parse_args(argv)
+    args.every_dtype = args.dtype is not None
+    args.dtype = args.dtype or ["float32", "bfloat16"]
     for option, known in (("peer", PEERS), ("dtype", DTYPES)):
         if unknown := set(getattr(args, option)) - set(known):
             parser.error(f"--{option}: got {', '.join(unknown)}; takes {', '.join(known)}")

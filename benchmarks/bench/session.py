@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from qkern import testing
-from qkern.backends import cpu
+from qkern.backends import cpu, has_cpu_matmul
 
 from . import (
     crowded,
@@ -32,6 +32,8 @@ from . import (
     timing,
 )
 
+_OF_MANY_PRODUCTS = ("forward_backward", loss.OP, "train_step", "memory", crowded.OP)
+"""Ops a call of which takes a peer minutes in a dtype whose products torch emulates."""
 _MODEL_SECONDS = 20.0
 _MODEL_ROUNDS = 2
 
@@ -77,6 +79,8 @@ class Session:
         for op in self.args.op:
             start = time.monotonic()
             for dtype in self.dtypes:
+                if self._leaves_out(op, dtype):
+                    continue
                 if op == crowded.OP:
                     self._run_crowded(dtype)
                 elif op == loss.OP:
@@ -86,6 +90,16 @@ class Session:
                 else:
                     self._run_kernel(op, dtype)
             self.seconds[op] = time.monotonic() - start
+
+    def _leaves_out(self, op: str, dtype: torch.dtype) -> bool:
+        args = self.args
+        if args.every_dtype or op not in _OF_MANY_PRODUCTS or has_cpu_matmul(dtype):
+            return False
+        self.notes.append(
+            f"{op}: left out in {dtype}, whose products torch emulates here, so that a call takes "
+            "a peer minutes; with --dtype it is measured"
+        )
+        return True
 
     def _run_kernel(self, op: str, dtype: torch.dtype) -> None:
         args = self.args

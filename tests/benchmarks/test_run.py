@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import run
 import torch
-from bench import overview, peers, plots, ratios, report, timing
+from bench import overview, peers, plots, ratios, report, session, timing
 
 from lab import ROOT
 
@@ -18,6 +18,20 @@ pytestmark = pytest.mark.unpoisoned
 def test_crossover():
     rows = [{"name": "dense", "m": m, "ratio": r} for m, r in ((1, 4.0), (16, 0.25), (32, 0.5))]
     assert plots.crossovers(rows) == pytest.approx([4.0])
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_ops_of_many_products_are_left_out_where_those_are_emulated(emulated, monkeypatch):
+    monkeypatch.setattr(
+        session, "has_cpu_matmul", lambda dtype: dtype is torch.float32 or not emulated
+    )
+    for arguments, asked in (([], False), (["--dtype", "bfloat16"], True)):
+        found = session.Session(run.parse_args(arguments))
+        for op in ("loss", "train_step", "forward_backward", "memory", "crowded"):
+            assert found._leaves_out(op, torch.bfloat16) == (emulated and not asked)
+            assert not found._leaves_out(op, torch.float32)
+        assert not found._leaves_out("forward", torch.bfloat16)
+        assert len(found.notes) == 5 * (emulated and not asked) + ("probe" in str(found.notes))
 
 
 def test_run(quick_probes, tmp_path, capsys):
