@@ -102,6 +102,7 @@ class Sample:
     integers: bool
     copies: int
     cache: str
+    checked_in: float  # seconds of the call whose result was checked
     seconds: list[float] = field(default_factory=list)
 
     def percentile(self, percent: float) -> float:
@@ -158,9 +159,8 @@ def prepare(
             candidate.integers,
             copies,
             cache,
+            seconds,
         )
-        if seconds > max(settings.max_seconds, _ONCE_SECONDS):
-            sample.seconds.append(seconds)
         prepared.append((candidate, sample, calls))
     return prepared
 
@@ -178,15 +178,21 @@ def run_contest(
     when a check fails.
     """
     prepared = prepare(problem, candidates, settings)
+    quick = []
+    for contestant in prepared:
+        sample = contestant[1]
+        if sample.checked_in > max(settings.max_seconds, _ONCE_SECONDS):
+            sample.seconds.append(sample.checked_in)
+        else:
+            quick.append(contestant)
     start = time.perf_counter()
     for number in range(settings.repeat):
         enough = number >= settings.min_rounds
         if enough and time.perf_counter() - start > settings.max_seconds:
             break
-        first = number % len(prepared)
-        for candidate, sample, calls in prepared[first:] + prepared[:first]:
-            known = sum(sample.seconds[:1]) > max(settings.max_seconds, _ONCE_SECONDS)
-            enough = known or len(sample.seconds) >= settings.fewest_calls
+        first = number % max(1, len(quick))
+        for candidate, sample, calls in quick[first:] + quick[:first]:
+            enough = len(sample.seconds) >= settings.fewest_calls
             if enough and sum(sample.seconds) > settings.max_seconds:
                 continue
             call = calls[number % len(calls)]
