@@ -263,19 +263,20 @@ class LoRALinear4bit(Function):
         weight, (in_features, batch_invariant) = _saved_weight(ctx, tensors), ctx.static
         factors = (kept, hidden, lora_a, lora_b, ctx.scaling, batch_invariant)
 
-        def both_gradients(dhidden: Tensor) -> Tensor:
-            term = dhidden, lora_a, 1.0
-            return call("linear_4bit_dx_add", dy, weight, in_features, *term, batch_invariant)
+        def added_to_dx(dhidden: Tensor, own: bool) -> Tensor:
+            if own:
+                term = dhidden, lora_a, 1.0
+                return call("linear_4bit_dx_add", dy, weight, in_features, *term, batch_invariant)
+            dx = _linear_4bit_dx(dy, weight, in_features, batch_invariant)
+            if _is_differentiated():
+                return dx + matmul(dhidden, lora_a, batch_invariant).to(dy.dtype)
+            return _add_product(dx, dhidden, lora_a, 1.0, batch_invariant, own)
 
-        shared = needs[0] and ctx.shared_input
-        if shared and not _is_differentiated() and has_own_product(dy, lora_a, batch_invariant):
-            dx, da, db = _adapter_gradients(dy, *factors, needs[1:], add=both_gradients)
+        if needs[0] and ctx.shared_input:
+            dx, da, db = _adapter_gradients(dy, *factors, needs[1:], added_to_dx)
             return dx, None, da, db, None, None, dbias, *_NO_GRADIENTS
         dx = _linear_4bit_dx(dy, weight, in_features, batch_invariant) if needs[0] else None
-        total = dx if shared else None
-        dinput, da, db = _adapter_gradients(dy, *factors, needs[1:], total)
-        if total is not None:
-            dx, dinput = dinput, None
+        dinput, da, db = _adapter_gradients(dy, *factors, needs[1:])
         return dx, dinput, da, db, None, None, dbias, *_NO_GRADIENTS
 
 
@@ -321,14 +322,12 @@ def _adapter_gradients(
     scaling: float,
     batch_invariant: bool | None,
     needs: Sequence[bool],
-    total: Tensor | None = None,
-    add: Callable[[Tensor], Tensor] | None = None,
+    add: Callable[[Tensor, bool], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the adapter's input ``kept``, of A and of B, those that ``needs`` names.
 
-    ``hidden`` is ``kept @ lora_a.T``. Where ``total`` is given, the first is added to it, in place
-    unless gradients are differentiated in turn. Where ``add`` is given, it makes the first of the
-    gradient of ``hidden``.
+    ``hidden`` is ``kept @ lora_a.T``. Where ``add`` is given, it makes the first, from the gradient
+    of ``hidden`` and what `has_own_product` says.
     """
     needs_input, needs_a, needs_b = needs
     graph = _is_differentiated()
@@ -344,17 +343,14 @@ def _adapter_gradients(
             hidden = kept @ lora_a.t()  # the saved one is no function of its factors
         # The transpose of dy.T @ hidden: a product with few rows is faster than a narrow one.
         db = _product(hidden.t(), wide_dy, own, scaling).t().contiguous()
-    if needs_input or needs_a or total is not None or add is not None:
+    if needs_input or needs_a or add is not None:
         dhidden = _product(wide_dy, lora_b, own, scaling, batch_invariant)
         if needs_a:
             da = _product(dhidden.t(), kept, own)
         if add is not None:
-            dinput = add(dhidden)
-        elif total is not None and not graph:
-            dinput = _add_product(total, dhidden, lora_a, 1.0, batch_invariant, own)
-        elif total is not None or needs_input:
+            dinput = add(dhidden, own)
+        elif needs_input:
             dinput = _product(dhidden, lora_a, own, by_rows=batch_invariant).to(dy.dtype)
-            dinput = dinput if total is None else total + dinput
     return dinput, da, db
 
 
@@ -420,7 +416,7 @@ def may_have_own_product(x: Any, batch_invariant: bool | None) -> bool:
         and isinstance(x, Tensor)
         and x.is_cpu
         and x.dim() > 0
-        and (batch_invariant or x.numel() >= _OWN_PRODUCT_ROWS * x.shape[-1])
+        and (batch_invariant or x.shape[:-1].numel() >= _OWN_PRODUCT_ROWS)
     )
 
 
@@ -430,11 +426,9 @@ def has_own_product(y: Tensor, lora_a: Tensor, batch_invariant: bool | None) -> 
     A library's products on a CPU are slow where a matrix is narrow, and need one dtype.
     """
     return (
-        y.is_cpu
-        and lora_a.dtype is torch.float32
+        lora_a.dtype is torch.float32
+        and may_have_own_product(y, batch_invariant)
         and y.dtype in FLOAT_DTYPES
-        and not is_traced()  # before the rows, on which a compiled graph would depend
-        and (batch_invariant or len(y) >= _OWN_PRODUCT_ROWS)
         and not _is_batched(y)  # by the vmap of torch.autograd.grad, which nothing else tells of
     )
 

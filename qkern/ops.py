@@ -251,6 +251,13 @@ _NO_INT8_GRADIENT = (
     "gradient"
 )
 
+_NOT_IN_8_BITS = {
+    "linear_4bit_dx": _NO_INT8_GRADIENT,
+    "linear_4bit_dx_add": _NO_INT8_GRADIENT,
+    "linear_4bit_add": 'precision: got "int8" in linear_4bit_add; takes it in linear_4bit',
+}
+"""What is raised, by op, of the products that have no form in 8 bits."""
+
 
 def _implementation(op: Op) -> Callable[..., Any]:
     """The op as torch's dispatcher calls it, by the backend selected for its first tensor."""
@@ -258,9 +265,7 @@ def _implementation(op: Op) -> Callable[..., Any]:
     left_out = [defaults[given:] for given in range(len(defaults) + 1)]
     end = 0 if at is None else at + _FIELDS
     asks = op.parameters[-1] == "batch_invariant"
-    in_8_bits = {"linear_4bit": "linear_4bit_int8", "linear_4bit_int8": "linear_4bit_int8"}.get(
-        name
-    )
+    not_in_8_bits = _NOT_IN_8_BITS.get(name)
 
     def run(*args: Any) -> Any:
         # torch leaves out trailing arguments that have their default value.
@@ -269,9 +274,9 @@ def _implementation(op: Op) -> Callable[..., Any]:
         if asks and args[-1] is None:
             args = (*args[:-1], bool(batch_invariance.get()))
             if int8_activations.get():
-                if in_8_bits is None:
-                    raise RuntimeError(_NO_INT8_GRADIENT)
-                at_run = in_8_bits
+                if not_in_8_bits is not None:
+                    raise RuntimeError(not_in_8_bits)
+                at_run = "linear_4bit_int8"
         first = args[0]
         if type(first) is list:
             if not first:

@@ -130,7 +130,8 @@ bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bit
 // None; `features` is the result's.
 struct MatmulArguments {
   PyObject *x, *weight, *features, *bias, *batch_invariant, *num_threads, *width;
-  PyObject *left, *right, *alpha;  // of the term that is added; absent where `left` is nullptr
+  // Of the term that is added; absent where `left` is.
+  PyObject *left = nullptr, *right = nullptr, *alpha = nullptr;
 };
 
 // alpha left [m, rank] right [rank, features], both float32.
@@ -220,7 +221,7 @@ PyObject* forward(const char* op, Kernel kernel, PyObject* const* given, Py_ssiz
   }
   return matmul(op, kernel, false,
                 {given[0], given[1], given[2], given[3], given[4], given[5],
-                 count == 7 ? given[6] : Py_None, nullptr, nullptr, nullptr});
+                 count == 7 ? given[6] : Py_None});
 }
 
 // The products of one x with several weights, all by one reading of x: (x, weights, out_features,
@@ -250,10 +251,7 @@ PyObject* linears_4bit(PyObject*, PyObject* const* given, Py_ssize_t count) {
                                     PyTuple_GET_ITEM(given[3], at),
                                     given[4],
                                     given[5],
-                                    given[6],
-                                    nullptr,
-                                    nullptr,
-                                    nullptr};
+                                    given[6]};
       Linear4bitArgs& args = products[i];
       if (i > 0) args = products[0];  // which has x, and a weight and a bias of its own
       args.weight = {};
@@ -305,8 +303,7 @@ PyObject* linear_4bit_dx(PyObject*, PyObject* const* given, Py_ssize_t count) {
     return nullptr;
   }
   return matmul("linear_4bit_dx", cpu::linear_4bit_dx, true,
-                {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None, nullptr,
-                 nullptr, nullptr});
+                {given[0], given[1], given[2], Py_None, given[3], given[4], Py_None});
 }
 
 // (x, weight, out_features, bias, left, right, alpha, batch_invariant, num_threads)

@@ -34,7 +34,7 @@ struct DensePlan {
   static constexpr std::int64_t kMostCols = 192;
   static constexpr std::int64_t kLeastCols = 64;
   static constexpr std::int64_t kPanelFloats = 1 << 15;  // with room for a in the second level
-  // A strip of more rows than that has more addresses than there are registers for them.
+  // A strip of more than 8 rows has more addresses than there are registers for them.
   static constexpr bool kReadsInPlace = kStripRows <= 8;
 
   bool in_place;       // a is read where it lies
@@ -85,14 +85,13 @@ class DenseTask {
         panels_(scratch),
         strip_(panels_ + plan.panel_floats()),
         sums_(strip_ + plan.strip_floats()) {
-    constexpr int kRows = DensePlan::kStripRows, kCopied = FloatEngine::kRowStride;
-    if (plan.width == kLanes) {
-      plan.in_place ? fill_narrow<kRows, kAnyStride>(multiply_)
-                    : fill_narrow<kRows, kCopied>(multiply_);
-    } else {
-      plan.in_place ? fill_multiply<kRows, kAnyStride, FloatStep>(multiply_)
-                    : fill_multiply<kRows, kCopied, FloatStep>(multiply_);
+    if constexpr (DensePlan::kReadsInPlace) {
+      if (plan.in_place) {
+        fill<kAnyStride>();
+        return;
+      }
     }
+    fill<FloatEngine::kRowStride>();
   }
 
   void compute(std::int64_t tile) {
@@ -109,10 +108,12 @@ class DenseTask {
       for (std::int64_t s = 0; s < strips; ++s) {
         // As even as they come.
         const std::int64_t begin = s * rows / strips, end = (s + 1) * rows / strips;
-        for (std::int64_t i = 0; i < depth; i += DensePlan::kDepth) {
+        std::int64_t i = 0;
+        do {  // once without steps, too, which makes zeros
           multiply(row0 + begin, begin, end - begin, k, i, min64(DensePlan::kDepth, depth - i),
                    cols);
-        }
+          i += DensePlan::kDepth;
+        } while (i < depth);
         if (k + plan_.slice < args_.k) continue;
         for (std::int64_t r = begin; r < end; ++r) store(row0 + r, r, col0, cols);
       }
@@ -128,6 +129,13 @@ class DenseTask {
   float* strip_;                                  // [kStripRows][FloatEngine::kRowStride]
   float* sums_;                                   // [tile_cols / width][tile_rows][width]
   std::int64_t packed_k_ = -1, packed_col_ = -1;  // where the panels begin
+
+  template <int kRowStride>
+  void fill() {
+    constexpr int kRows = DensePlan::kStripRows;
+    plan_.width == kLanes ? fill_narrow<kRows, kRowStride>(multiply_)
+                          : fill_multiply<kRows, kRowStride, FloatStep>(multiply_);
+  }
 
   float* panel(std::int64_t n) const { return panels_ + n * plan_.slice; }
   float* sums(std::int64_t n, std::int64_t row) const {

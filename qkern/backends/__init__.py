@@ -148,7 +148,7 @@ def _check_name(argument: str, name: str) -> None:
 def use(name: str | Backend, isa: str | None = None) -> Iterator[None]:
     """Run every qkern op in the block on the backend ``name``.
 
-    A `Backend` of your own is taken too; what it lacks, the reference computes.
+    A `Backend` of your own is taken too; what it lacks is computed as `Backend` says.
     ``isa`` makes the ``cpu`` backend take an instruction set, for example ``"avx2"``.
     The block holds in the thread or task that entered it and in tasks made inside, not in other
     threads; and for the backward of a forward done inside. Graphs of a compiler take what is in

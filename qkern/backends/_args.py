@@ -180,15 +180,9 @@ def check_matmul_into(out: Tensor, a: Tensor, b: Tensor, device: torch.device = 
     """
     for name, tensor in (("out", out), ("a", a), ("b", b)):
         dtype_id(name, tensor.dtype)
-        if not _is_on(tensor, device):
-            raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
-        check_memory(name, tensor)
+        _check_matrix(name, tensor, device)
     (m, n), k = out.shape, a.shape[1]
-    for name, got, takes in (("a", a.shape, (m, k)), ("b", b.shape, (k, n))):
-        if got != takes:
-            raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
+    _check_shapes(a=(a, m, k), b=(b, k, n))
     row_stride, column_stride = out.stride()
     if (n > 1 and column_stride != 1) or (m > 1 and row_stride < n):
         raise ValueError(
@@ -202,21 +196,27 @@ def check_added(
     x: Tensor, features: int, left: Tensor, right: Tensor, device: torch.device = CPU
 ) -> None:
     """Raise unless ``left @ right`` is float32 on ``device``, ``features`` for each row of x."""
-    rows = math.prod(x.shape[:-1])
     for name, tensor in (("left", left), ("right", right)):
         if tensor.dtype is not torch.float32:
-            raise ValueError(f"{name}: got {tensor.dtype}; takes torch.float32")
-        if not _is_on(tensor, device):
-            raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
-        check_memory(name, tensor)
-    for name, got, takes in (
-        ("left", left.shape, (rows, left.shape[1])),
-        ("right", right.shape, (left.shape[1], features)),
-    ):
-        if got != takes:
-            raise ValueError(f"{name}: got shape {list(got)}; takes {list(takes)}")
+            raise TypeError(f"{name}: got {tensor.dtype}; takes {torch.float32}")
+        _check_matrix(name, tensor, device)
+    rank = left.shape[1]
+    _check_shapes(left=(left, math.prod(x.shape[:-1]), rank), right=(right, rank, features))
+
+
+def _check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
+    if not _is_on(tensor, device):
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
+    check_memory(name, tensor)
+
+
+def _check_shapes(**expected: tuple[Tensor, int, int]) -> None:
+    """Of matrices by name, each with its rows and columns."""
+    for name, (matrix, *takes) in expected.items():
+        if list(matrix.shape) != takes:
+            raise ValueError(f"{name}: got shape {list(matrix.shape)}; takes {takes}")
 
 
 def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:

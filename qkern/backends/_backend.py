@@ -22,17 +22,31 @@ class _Functions(dict[str, Callable[..., Any]]):
         self._backend = backend
 
     def __missing__(self, op: str) -> Callable[..., Any]:
-        found = getattr(self._backend, op, None) or _composed(self._backend, op) or _referred(op)
-        self[op] = found
+        backend, base = self._backend, without_term(op)
+        found = getattr(backend, op, None)
+        if base != op and hasattr(backend, base) and not has_newest(type(backend), op, base):
+            found = _composed(getattr(backend, base))
+        self[op] = found = found or _referred(op)
         return found
 
 
-def _composed(backend: Backend, op: str) -> Callable[..., Any] | None:
-    """A matmul with a term by the backend's own matmul, whose result is rounded before; or None."""
-    base = op.removesuffix("_add")
-    product = getattr(backend, base, None)
-    if base == op or product is None:
-        return None
+def without_term(op: str) -> str:
+    """The matmul that an op adds a term to, or the op itself."""
+    return op.removesuffix("_add")
+
+
+def has_newest(kind: type[Backend], op: str, base: str) -> bool:
+    """Whether no subclass on the way to ``kind``'s ``op`` has replaced its ``base``."""
+    for each in kind.__mro__:
+        if op in vars(each):
+            return True
+        if base in vars(each):
+            return False
+    return False
+
+
+def _composed(product: Callable[..., Any]) -> Callable[..., Any]:
+    """A matmul with a term by the matmul alone, whose result is rounded before."""
 
     def run(*args: Any) -> Tensor:
         *first, left, right, alpha, batch_invariant = args
@@ -63,7 +77,9 @@ class Backend:
     """One implementation of the ops.
 
     Each method with an op's name computes that op, with the parameters of its schema in
-    ``qkern.ops``; ``qkern.reference`` says what. What a backend lacks, the reference computes.
+    ``qkern.ops``; ``qkern.reference`` says what. What a backend lacks, the reference computes; a
+    matmul with a term, ``linear_4bit_add`` for one, comes of the backend's own matmul, and is then
+    rounded before the term is added, too.
     """
 
     fast: Mapping[str, Callable[..., Any]] = {}
@@ -308,30 +324,22 @@ class _Checker(KernelBackend):
         self,
         x: Tensor,
         weight: Weight,
-        out_features: int,
+        features: int,
         bias: Tensor | None,
         left: Tensor,
         right: Tensor,
-        alpha: float = 1.0,
-        batch_invariant: bool = False,
+        *others: Any,
     ) -> Tensor:
         """Of a product with a term of low rank."""
-        _args.check_added(x, out_features, left, right, self._device_of(x))
-        return self.linear_4bit(x, weight, out_features, bias, batch_invariant)
+        _args.check_added(x, features, left, right, self._device_of(x))
+        return self.linear_4bit(x, weight, features, bias)
 
     def linear_4bit_dx_add(
-        self,
-        dy: Tensor,
-        weight: Weight,
-        in_features: int,
-        left: Tensor,
-        right: Tensor,
-        alpha: float = 1.0,
-        batch_invariant: bool = False,
+        self, dy: Tensor, weight: Weight, features: int, left: Tensor, right: Tensor, *others: Any
     ) -> Tensor:
         """Of an input gradient with such a term."""
-        _args.check_added(dy, in_features, left, right, self._device_of(dy))
-        return self.linear_4bit_dx(dy, weight, in_features, batch_invariant)
+        _args.check_added(dy, features, left, right, self._device_of(dy))
+        return self.linear_4bit_dx(dy, weight, features)
 
     def matmul_into(self, out: Tensor, a: Tensor, b: Tensor, *others: Any) -> None:
         """Of a dense product, which torch computes where a backend does not."""

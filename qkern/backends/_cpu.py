@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkern import reference
 from qkern.backends import _args
-from qkern.backends._backend import Product
+from qkern.backends._backend import Product, without_term
 from qkern.backends._compiled import CompiledBackend, product_numbers
 from qkern.weight import Weight
 
@@ -86,13 +86,8 @@ class CpuBackend(CompiledBackend):
         batch_invariant: bool = False,
     ) -> Tensor:
         """See ``qkern.reference.linear_4bit_add``."""
-        _args.check_added(x, out_features, left, right)
-        product = self._product("x", x, weight, out_features, bias, batch_invariant)
-        if product is None:
-            term = left, right, alpha, batch_invariant
-            return reference.linear_4bit_add(x, weight, out_features, bias, *term)
-        self._multiply(_with_term(product, left, right, alpha))
-        return product.out
+        term = left, right, alpha, batch_invariant
+        return self._add("x", x, weight, out_features, bias, *term)
 
     def linear_4bit_dx_add(
         self,
@@ -105,12 +100,33 @@ class CpuBackend(CompiledBackend):
         batch_invariant: bool = False,
     ) -> Tensor:
         """See ``qkern.reference.linear_4bit_dx_add``."""
-        _args.check_added(dy, in_features, left, right)
-        product = self._product("dy", dy, weight, in_features, None, batch_invariant)
+        return self._add("dy", dy, weight, in_features, None, left, right, alpha, batch_invariant)
+
+    def _add(
+        self,
+        name: str,
+        x: Tensor,
+        weight: Weight,
+        features: int,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        alpha: float,
+        batch_invariant: bool,
+    ) -> Tensor:
+        """The product of ``x``, or of ``dy`` by its ``name``, with a term."""
+        _args.check_added(x, features, left, right)
+        product = self._product(name, x, weight, features, bias, batch_invariant)
         if product is None:
             term = left, right, alpha, batch_invariant
-            return reference.linear_4bit_dx_add(dy, weight, in_features, *term)
-        self._multiply(_with_term(product, left, right, alpha))
+            if name == "dy":
+                return reference.linear_4bit_dx_add(x, weight, features, *term)
+            return reference.linear_4bit_add(x, weight, features, bias, *term)
+        if left.shape[1]:
+            if left.stride(1) != 1 and left.shape[1] > 1:
+                left = left.contiguous()
+            product = product._replace(added=(left, right, alpha))
+        self._multiply(product)
         return product.out
 
     def matmul_into(
@@ -148,22 +164,15 @@ class CpuBackend(CompiledBackend):
         self._start(op, product.x.device, arguments)
 
 
-def _with_term(product: Product, left: Tensor, right: Tensor, alpha: float) -> Product:
-    if left.shape[1] == 0:
-        return product
-    if left.stride(1) != 1 and left.shape[1] > 1:
-        left = left.contiguous()
-    return product._replace(added=(left, right, alpha))
-
-
 def _float_bits(value: float) -> int:
     """The bits of a number as float32; the library takes integers."""
     return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 def _is_own(kind: type[CpuBackend], op: str) -> bool:
+    """Whether a kind of backend computes the op, and what that is made of, as `CpuBackend`."""
     op = "linear_4bit" if op == "linears_4bit" else op
-    return getattr(kind, op) is getattr(CpuBackend, op)
+    return all(getattr(kind, name) is getattr(CpuBackend, name) for name in {op, without_term(op)})
 
 
 def _storage_functions() -> tuple[int, ...]:

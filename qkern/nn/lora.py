@@ -280,8 +280,9 @@ class LoRALinear(nn.Module):
     def _plus_adapter(
         self, y: Tensor, x: Tensor, dropout: float, compute_dtype: torch.dtype | None
     ) -> Tensor:
-        """The base's result and the adapter's, with the bits that `lora_linear` gives.
+        """The base's result and the adapter's, as exact as `lora_linear` gives them.
 
+        On a CPU that begins the base's sums with the adapter's term, so the last bits may differ.
         A base that has a ``compute_dtype`` wider than x gave a result that is rounded already.
         """
         given = y.dtype

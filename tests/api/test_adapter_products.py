@@ -246,6 +246,8 @@ def test_a_backend_with_the_matmul_alone_computes_that(op: str, dtype: torch.dty
         (y,) = spec.run(inputs)
         with pytest.raises(ValueError, match=r"^left: got shape"):
             spec.run(inputs | {"left": inputs["left"][1:]})
+        with pytest.raises(TypeError, match=r"^right: got torch.float64; takes torch.float32"):
+            spec.run(inputs | {"right": inputs["right"].double()})
     assert used == [op]
     # Rounded before the term is added and after.
     tolerance = 4 * torch.finfo(dtype).eps

@@ -184,6 +184,18 @@ def test_a_block_in_a_compiled_function() -> None:
     testing.assert_bitwise(usual, qkern.linear_4bit(x, qw))
 
 
+def test_a_product_with_a_term_has_no_8_bits() -> None:
+    x, qw, left, right = torch.randn(2, 256), weight(), torch.ones(2, 3), torch.ones(3, 1)
+    features = qw.shape[0]
+    arguments = x, *qw.weight, features, None, left, right.expand(3, features), 1.0, None
+    torch.ops.qkern.linear_4bit_add(*arguments)
+    with (
+        qkern.precision("int8"),
+        pytest.raises(RuntimeError, match=r'^precision: got "int8" in linear_4bit_add; takes'),
+    ):
+        torch.ops.qkern.linear_4bit_add(*arguments)
+
+
 def test_a_compiled_backward_is_refused() -> None:
     x, qw = torch.randn(2, 256).requires_grad_(), weight()
     compiled = torch.compile(

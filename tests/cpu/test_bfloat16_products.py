@@ -43,7 +43,7 @@ def test_products_of_every_shape() -> None:
 
 
 @emulated
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize("name", list(bfloat16.PRODUCTS))
 def test_a_part_of_the_table(name: str) -> None:
     spec, target = OPS[name], backend.EmulatedTarget(BFLOAT16, bfloat16.ISA)
     cases = [case for case in spec.cases if case.dtype == torch.bfloat16]
@@ -52,7 +52,7 @@ def test_a_part_of_the_table(name: str) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize("name", list(bfloat16.PRODUCTS))
 def test_bits_depend_on_neither_threads_nor_rows(name: str) -> None:
     spec, target = OPS[name], backend.EmulatedTarget(BFLOAT16, bfloat16.ISA)
     device = torch.device("cpu")

@@ -103,6 +103,15 @@ def test_no_reference_is_kept() -> None:
     assert tensors[2].all()
 
 
+def test_a_product_without_steps_is_zero() -> None:
+    out = torch.full((2, 8), torch.nan)
+    a, b = torch.ones(2, 1), torch.ones(1, 8)
+    half = int(torch.tensor(0.5).view(torch.int32))
+    sizes = [out.data_ptr(), 0, 2, 8, 0, 8]
+    _C.matmul_into(*sizes, a.data_ptr(), 0, 1, 1, b.data_ptr(), 0, 8, 1, half, False, 1)
+    assert (out == 0).all()
+
+
 def pointers() -> list[tuple[str, list[Any], int, bool]]:
     """Each argument of each function that is an address: which, and whether it may be absent.
 

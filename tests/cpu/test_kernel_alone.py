@@ -800,6 +800,32 @@ def test_a_subclass_of_a_backend_has_its_own_methods_called() -> None:
         assert torch.equal(torch.ops.qkern.linear_4bit(X, *qw.weight, 6), expected)
 
 
+@pytest.mark.parametrize("rows", [15, 16])
+def test_a_matmul_of_a_subclass_is_that_of_an_adapted_layer_too(rows: int) -> None:
+    class Mine(backends.CpuBackend):
+        def linear_4bit(self, x: Tensor, *args: Any) -> Tensor:
+            return super().linear_4bit(x, *args) + 1
+
+        def linear_4bit_dx(self, dy: Tensor, *args: Any) -> Tensor:
+            return super().linear_4bit_dx(dy, *args) + 2
+
+    class Newer(Mine):
+        def linear_4bit_add(self, x: Tensor, *args: Any) -> Tensor:
+            return super().linear_4bit_add(x, *args) + 4
+
+    qw, a, b = weight(), torch.randn(3, 64), torch.randn(6, 3)
+    results = []
+    for backend in ("cpu", Mine("mine"), Newer("newer")):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with backends.use(backend):
+            y = qkern.lora_linear(x, qw, a, b, 0.5)
+            y.sum().backward()
+        results.append((y, x.grad))
+    (y, dx), mine, newer = results
+    torch.testing.assert_close(mine, (y + 1, dx + 2))
+    torch.testing.assert_close(newer, (y + (1 if rows < 16 else 4), dx + 2))
+
+
 def test_a_torch_that_tells_no_dispatch_keys_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = qkern.quantize_4bit(X).dequantize()
     monkeypatch.setattr(qkern.ops, "_PLAIN_KEYS", frozenset())

@@ -105,7 +105,7 @@ def test_dequantize_into_out(
 @all_ops
 def test_same_call_gives_the_same_bits(spec: OpSpec, target: Target, device: torch.device) -> None:
     shape = (19, 130, 515) if spec.multiplies else (40_001,)
-    inputs = inputs_of(spec, Case(shape, torch.float32), device)
+    inputs = inputs_of(spec, Case(shape, torch.float32, rank=9), device)
     first = run(spec, inputs, target)
     for _ in range(3):
         for again, before in zip(run(spec, inputs, target), first, strict=True):
@@ -124,7 +124,7 @@ def test_any_thread_count_gives_the_same_bits(
     if target.backend == "reference" and spec.multiplies:
         pytest.skip("the reference multiplies with torch, which promises no order of summation")
     for shape in THREAD_SHAPES["matmul" if spec.multiplies else "flat"]:
-        inputs = inputs_of(spec, Case(shape, dtype, double_quant=True), device)
+        inputs = inputs_of(spec, Case(shape, dtype, double_quant=True, rank=9), device)
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
@@ -186,7 +186,7 @@ def test_a_nonfinite_scale_stays_in_its_block(
     """It reaches its row of the weight (forward) or its columns (dx), and no other result."""
     forward = not spec.input_gradient
     blocks = cols // 32
-    inputs = inputs_of(spec, Case((rows, 37, cols), dtype, block_size=32), device)
+    inputs = inputs_of(spec, Case((rows, 37, cols), dtype, block_size=32, rank=9), device)
     (clean,) = run(spec, inputs, target)
     for value in (torch.nan, torch.inf):
         for row, block in ((5, 0), (6, blocks - 1), (36, blocks - 1)):
@@ -241,6 +241,14 @@ def test_a_huge_scale_and_gradient_spread_no_nan(target: Target, device: torch.d
         assert (dx == 0).all()
 
 
+def subnormal_inputs(spec: OpSpec, shape: tuple[int, ...]) -> testing.Inputs:
+    inputs = inputs_of(spec, Case(shape, values="special", rank=9), torch.device("cpu"))
+    if spec in MATMULS:
+        for name in {spec.main, "left"} & inputs.keys():
+            inputs[name] = torch.randn_like(inputs[name]) * 1e-39
+    return inputs
+
+
 SUBNORMAL_CASES = [
     *((spec, (300_001,)) for spec in OPS.values() if spec.comparison == "bitwise"),
     *((spec, (rows, 300, 384)) for spec in MATMULS for rows in (1, 21)),
@@ -254,10 +262,7 @@ def test_flushing_subnormals_to_zero_changes_no_bits(
     spec: OpSpec, shape: tuple[int, ...], isa: str
 ) -> None:
     """`torch.set_flush_denormal` holds for the calling thread alone: kernels must not heed it."""
-    inputs = inputs_of(spec, Case(shape, values="special"), torch.device("cpu"))
-    if spec in MATMULS:
-        main = spec.main
-        inputs[main] = torch.randn_like(inputs[main]) * 1e-39
+    inputs = subnormal_inputs(spec, shape)
     torch.set_num_threads(2)
     expected = spec.run(inputs)
     assert all((result != 0).any() for result in expected if result.numel() > 1000)

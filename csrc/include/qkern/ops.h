@@ -80,7 +80,6 @@ struct QuantizeAbsmaxArgs {
   float* nested_offset = nullptr;
 };
 
-// y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
 // alpha left right, float32, that a matmul adds before it rounds; nothing where the rank is 0.
 struct LowRank {
   std::int64_t rank = 0;
@@ -92,6 +91,7 @@ struct LowRank {
   float alpha = 1;
 };
 
+// y[m, :] = x[m, :] W^T + bias (forward) or y[m, :] = x[m, :] W (input gradient).
 struct Linear4bitArgs {
   const void* x = nullptr;  // [m, cols] forward, [m, rows] input gradient; unit inner stride
   DType dtype = DType::kFloat32;

@@ -7,6 +7,7 @@ WHAT`` and exits with 3 at the first mistake.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,9 @@ CASES = (
     Case((70, 96, 512), _DTYPE, 64, values="large"),
     Case((16, 31, 96), _DTYPE, 32, layout="offset"),
 )
-"""Of both matmuls."""
+"""Of each matmul."""
+PRODUCTS = {"linear_4bit": 0, "linear_4bit_dx": 0, "linear_4bit_add": 5, "linear_4bit_dx_add": 16}
+"""The matmuls, each with its term's rank."""
 
 _PAIRS, _STRIP, _TILE = "kernels_pairs.h", "kernels_bf16.h", "kernels_multiply.h"
 
@@ -76,9 +79,9 @@ def check(program: Path | None = None) -> str | None:
     """What notices a mistake, and where; None if nothing does."""
     for side in ("after", "before"):
         target = backend.EmulatedTarget(BFLOAT16, ISA, side, program=program)
-        for name in ("linear_4bit", "linear_4bit_dx"):
+        for name, rank in PRODUCTS.items():
             for case in CASES:
-                if found := _mistake(name, case, target):
+                if found := _mistake(name, replace(case, rank=rank), target):
                     return found
     return None
 
