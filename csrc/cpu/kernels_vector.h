@@ -16,6 +16,10 @@ constexpr std::int64_t kMaxStreams = 4;  // rows of W read side by side
 constexpr std::int64_t kVectorPanelFloats = std::int64_t{1} << 17;
 constexpr std::int64_t kSegmentUnit = 4096;  // segments are multiples of it
 constexpr std::int64_t kStripFloats = 5120;  // of x: it stays in the first-level cache
+// Scales that are restored at a time: those of many short rows of W, so that the work per row is
+// small, and few enough to stay in the first-level cache too.
+constexpr std::int64_t kScalesAtOnce = 1024;
+constexpr std::int64_t kLineBytes = 64;  // that a prefetch brings
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
@@ -110,7 +114,9 @@ struct VectorKernel {
   static constexpr std::int64_t kXChunk = XLayout<kRows>::kChunkStride;
   static constexpr std::int64_t kXFloats = kRows * kChunk;  // of a chunk of all rows
   static constexpr int kPlannedRows = kRows;                // that segments and strips are for
-  static constexpr bool kScaleWeights = kRows >= 4;
+  // Where two steps are all, a sum of one chain is short enough to begin anew each chunk.
+  static constexpr bool kScaleWeights = kRows >= (kOrderSteps == 2 ? 5 : 4);
+  static constexpr bool kTwoChains = kRows < 4;
 
   // As many as the registers hold the sums of.
   static constexpr int best_streams() {
@@ -162,8 +168,8 @@ struct VectorKernel {
                                                    const Simd::F (&scale)[kStreams],
                                                    Simd::F (&sum)[kStreams][kRows],
                                                    Simd::F (&next)[kStreams][kRows]) {
-    // Where two steps are all, each starts a chain, and zeros need no register.
-    constexpr bool kStart = kOrderSteps == 2 && !kScaleWeights;
+    // Where two steps are all, the first of a chain starts it, and zeros need no register.
+    constexpr bool kStart = kOrderSteps == 2 && !kScaleWeights && (kTwoChains || kStep == 0);
     step<kStep, kStart>(words, lut, x, x_stride, scale, sum);
     if constexpr (kStep + 1 < kOrderSteps) {
       steps<kStep + 1>(words, lut, x, x_stride, scale, next, sum);
@@ -177,15 +183,15 @@ struct VectorKernel {
     if constexpr (kScaleWeights) {
       steps<0>(words, lut, x, x_stride, scale, total, total);
     } else {
-      // Two chains a sum: one would wait for each multiply-add's latency.
+      // With few rows two chains a sum: one would wait for each multiply-add's latency.
       Simd::F even[kStreams][kRows], odd[kStreams][kRows];
       for (int s = 0; s < kStreams; ++s) {
         for (int r = 0; r < kRows; ++r) even[s][r] = odd[s][r] = Simd::zero();
       }
-      steps<0>(words, lut, x, x_stride, scale, even, odd);
+      steps<0>(words, lut, x, x_stride, scale, even, kTwoChains ? odd : even);
       for (int s = 0; s < kStreams; ++s) {
         for (int r = 0; r < kRows; ++r) {
-          const Simd::F sum = Simd::add(even[s][r], odd[s][r]);
+          const Simd::F sum = kTwoChains ? Simd::add(even[s][r], odd[s][r]) : even[s][r];
           total[s][r] = Simd::fma(sum, scale[s], total[s][r]);
         }
       }
@@ -194,14 +200,15 @@ struct VectorKernel {
 };
 
 // out[s * kRows + r] += the sums of kStreams rows of W with kRows rows of x over a strip of the
-// segment. `rows` and `x` are those of the segment, `scales` those of the strip.
-template <template <int, int> class Kernel, int kRows, int kStreams>
+// segment. `rows` and `x` are those of the segment, `scales` those of the strip. kOneScale: no
+// chunk has more.
+template <template <int, int> class Kernel, int kRows, int kStreams, bool kOneScale>
 void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
                  const float* const* scales, std::int64_t block_size,
                  const typename Kernel<kRows, kStreams>::Codes& codes, const float* x,
                  const Segment& segment, const Strip& strip, float* out) {
   using Sums = Kernel<kRows, kStreams>;
-  const auto lut = codes.lut();
+  const auto& lut = codes.lut();
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(block_size));
   const int lanes_per_scale =
       block_size / kWordCodes < kLanes ? static_cast<int>(block_size / kWordCodes) : kLanes;
@@ -209,7 +216,9 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
   const std::int64_t whole = segment.length / kChunk;
   for (std::int64_t begin = strip.begin; begin < strip.end; begin += Sums::kChainChunks) {
     Sums sums;
+    QKERN_UNROLL
     for (int s = 0; s < kStreams; ++s) {
+      QKERN_UNROLL
       for (int r = 0; r < kRows; ++r) sums.total[s][r] = Simd::zero();
     }
     Simd::I words[kStreams];
@@ -217,18 +226,22 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
     const std::int64_t end = min64(begin + Sums::kChainChunks, strip.end);
     std::int64_t c = begin;
     for (; c < min64(end, whole); ++c) {
+      const std::int64_t block = ((c * kChunk) >> shift) - strip.block0;
+      const bool new_line = kChunk / 2 >= kLineBytes || c * (kChunk / 2) % kLineBytes == 0;
+      QKERN_UNROLL
       for (int s = 0; s < kStreams; ++s) {
         const std::uint8_t* from = rows[s] + c * (kChunk / 2);
-        prefetch(from, strip.ahead * kStreams * row_bytes);
+        if (new_line) prefetch(from, strip.ahead * kStreams * row_bytes);
         words[s] = Simd::load_words(from);
-        const std::int64_t block = ((c * kChunk) >> shift) - strip.block0;
-        scale[s] = Simd::expand_scales(scales[s] + block, pattern);
+        scale[s] = kOneScale ? Simd::set1(scales[s][block])
+                             : Simd::expand_scales(scales[s] + block, pattern);
       }
       sums.add(words, lut, x + c * Sums::kXChunk, segment, scale);
     }
     if (c < end) {
       const int left = static_cast<int>((segment.length - c * kChunk) / kWordCodes);
       const std::int64_t block = ((c * kChunk) >> shift) - strip.block0;
+      QKERN_UNROLL
       for (int s = 0; s < kStreams; ++s) {
         words[s] = Simd::load_words_partial(rows[s] + c * (kChunk / 2), left);
         // Nothing for the lanes past the end: what follows may be another row's NaN.
@@ -236,7 +249,9 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
       }
       sums.add(words, lut, x + c * Sums::kXChunk, segment, scale);
     }
+    QKERN_UNROLL
     for (int s = 0; s < kStreams; ++s) {
+      QKERN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         out[s * kRows + r] += Simd::reduce(sums.total[s][r]);
       }
@@ -246,7 +261,7 @@ void sum_segment(const std::uint8_t* const* rows, std::int64_t row_bytes,
 
 struct VectorScratch {
   float* x;        // [kRows][chunks * kChunk] at most, as the kernel places it
-  float* scales;   // [rows of W side by side][blocks], and room for expand_scales
+  float* scales;   // [rows of W][blocks of a strip], and room for expand_scales
   float* partial;  // [run of W's rows][kRows], where the contraction has several segments
 };
 
@@ -262,26 +277,42 @@ struct VectorTask {
   std::int64_t row_blocks, segment_length;
   VectorScratch scratch;
 
+  // Rows [row, row + count) of W over a strip.
+  void sum_rows(std::int64_t row, std::int64_t count, const Segment& segment, const Strip& strip,
+                float* out) const {
+    const Weight4bit& weight = args.weight;
+    const std::int64_t block0 = segment.k0 / weight.block_size + strip.block0;
+    if (strip.blocks == row_blocks) {
+      load_scales(weight, row * row_blocks, count * row_blocks, scratch.scales);
+    } else {
+      for (std::int64_t i = 0; i < count; ++i) {
+        load_scales(weight, (row + i) * row_blocks + block0, strip.blocks,
+                    scratch.scales + i * strip.blocks);
+      }
+    }
+    std::int64_t i = 0;
+    for (; i + kStreams <= count; i += kStreams) {
+      streams<kStreams>(row + i, scratch.scales + i * strip.blocks, segment, strip,
+                        out + i * kRows);
+    }
+    for (; i < count; ++i) {
+      streams<1>(row + i, scratch.scales + i * strip.blocks, segment, strip, out + i * kRows);
+    }
+  }
+
   template <int kCount>
-  void streams(std::int64_t row, const Segment& segment, const Strip& strip, float* out) const {
+  void streams(std::int64_t row, const float* first_scales, const Segment& segment,
+               const Strip& strip, float* out) const {
     const Weight4bit& weight = args.weight;
     const std::uint8_t* rows[kCount];
     const float* scales[kCount];
-    const std::int64_t block0 = segment.k0 / weight.block_size + strip.block0;
     for (int s = 0; s < kCount; ++s) {
       rows[s] = weight.packed + (row + s) * (weight.cols / 2) + segment.k0 / 2;
-      scales[s] = scratch.scales + s * strip.blocks;
+      scales[s] = first_scales + s * strip.blocks;
     }
-    if (strip.blocks == row_blocks) {
-      load_scales(weight, row * row_blocks, kCount * row_blocks, scratch.scales);
-    } else {
-      for (int s = 0; s < kCount; ++s) {
-        load_scales(weight, (row + s) * row_blocks + block0, strip.blocks,
-                    scratch.scales + s * strip.blocks);
-      }
-    }
-    sum_segment<Kernel, kRows, kCount>(rows, weight.cols / 2, scales, weight.block_size, codes,
-                                       scratch.x, segment, strip, out);
+    const auto sum = weight.block_size >= kChunk ? sum_segment<Kernel, kRows, kCount, true>
+                                                 : sum_segment<Kernel, kRows, kCount, false>;
+    sum(rows, weight.cols / 2, scales, weight.block_size, codes, scratch.x, segment, strip, out);
   }
 
   void place_x(const Segment& segment) const {
@@ -318,11 +349,10 @@ struct VectorTask {
         const std::int64_t strips = ceil_div(segment.chunks, kStripChunks);
         for (std::int64_t n = 0; n < strips; ++n) {
           const Strip strip = strip_of(segment, n, strips);
-          std::int64_t i = 0;
-          for (; i + kStreams <= rows; i += kStreams) {
-            streams<kStreams>(row0 + i, segment, strip, scratch.partial + i * kRows);
+          const std::int64_t step = max64(kScalesAtOnce / strip.blocks, 1) * kStreams;
+          for (std::int64_t i = 0; i < rows; i += step) {
+            sum_rows(row0 + i, min64(step, rows - i), segment, strip, scratch.partial + i * kRows);
           }
-          for (; i < rows; ++i) streams<1>(row0 + i, segment, strip, scratch.partial + i * kRows);
         }
       }
       store(row0, rows);
@@ -354,8 +384,9 @@ struct ForwardVectorBy {
     const std::int64_t whole_segment = kMostSegment & -max64(kSegmentUnit, weight.block_size);
     const std::int64_t segment_length = min64(whole_segment, weight.cols);
     const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
+    const std::int64_t most_blocks = ceil_div(segment_length, weight.block_size);
     const std::int64_t scale_floats =
-        kMaxStreams * ceil_div(segment_length, weight.block_size) + kScalePadding;
+        Task::kStreams * max64(kScalesAtOnce, most_blocks) + kScalePadding;
     const std::int64_t floats = x_floats + scale_floats + Task::kRun * kRows;
 
     const std::int64_t grain =

@@ -13,7 +13,7 @@ struct Simd : SimdBase {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
-  static constexpr int kVectorAccumulators = 3;  // beside four tables and four registers of weights
+  static constexpr int kVectorAccumulators = 6;  // beside four tables and four registers of weights
   static constexpr int kVectorFactors = 6;
 
   using F = __m256;

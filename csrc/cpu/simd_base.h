@@ -10,6 +10,14 @@
 
 #define QKERN_HAS_SIMD 1
 
+// Before a loop over a few registers inside a loop over memory. GCC unrolls it otherwise too, but
+// so late that it still stores the registers' array in every turn.
+#if defined(__clang__)
+#define QKERN_UNROLL _Pragma("unroll")
+#else
+#define QKERN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace qkern::cpu {
 namespace {
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 
@@ -42,3 +43,35 @@ def test_an_optimizer_step_is_of_vectors() -> None:
     for code in found:
         assert "sqrtps" in code
         assert "divps" in code
+
+
+def loops(code: str) -> list[list[str]]:
+    """The instructions from the target of each jump backwards to the jump, the shortest first."""
+    lines = [line.split("\t") for line in code.splitlines()]
+    code_at = {int(line[0].strip(" :"), 16): line[1] for line in lines if len(line) == 2}
+    places, instructions = list(code_at), list(code_at.values())
+    found = []
+    for end, instruction in enumerate(instructions):
+        target = re.match(r"j\w+ +([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) in code_at:
+            begin = places.index(int(target[1], 16))
+            if begin < end:
+                found.append(instructions[begin : end + 1])
+    return sorted(found, key=len)
+
+
+def test_a_forward_of_one_row_keeps_its_sums_in_registers() -> None:
+    """An array of sums that the compiler takes for memory is stored again in every turn."""
+    products = re.compile("v?p(maddwd|maddubsw|dpwssd|dpbusd)")
+    store = re.compile(r"[xyz]mm\d+,.*\(%rsp\)$")
+    checked = 0
+    for kernel in ("DotKernel", "Int8Kernel"):
+        # One row of x, two of W, no more than one scale a register of codes.
+        for code in functions(f"{kernel}, 1, 2, true>(unsigned char"):
+            inner = [loop for loop in loops(code) if any(map(products.match, loop))]
+            assert not any(map(store.search, inner[0] if inner else [])), code
+            checked += bool(inner)
+    if not checked:
+        pytest.skip(
+            "no such function by name: the compiler has inlined it, or symbols are stripped"
+        )
