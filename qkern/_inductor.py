@@ -14,38 +14,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern._settings import none_set
+from qkern._settings import batch_invariance, int8_activations, none_set
 from qkern.backends import num_threads
 from qkern.ops import undispatched
 
 _REGISTRY = "torch._inductor.codegen.custom_extern_kernel_codegen"
 
 
-def _kernel(op: str) -> Callable[..., Any] | None:
-    """The kernel of an op where nobody would miss the op and no block sets anything."""
-    backend = undispatched() if none_set() else None
-    return None if backend is None else backend.fast.get(op)
-
-
 def linear_4bit(x: Tensor, *args: Any) -> Tensor:
     """The op ``linear_4bit``; its kernel alone where nobody would miss the op."""
-    kernel = _kernel("linear_4bit")
-    if kernel is not None and len(args) == 10:
+    backend = undispatched()
+    if backend is not None and len(args) == 10:
+        op = "linear_4bit"
         features, bias, invariant = args[7:]
-        y: Tensor | None = kernel(x, args[:7], features, bias, bool(invariant), num_threads())
-        if y is not None:
-            return y
+        if invariant is None and not none_set():
+            invariant = batch_invariance.get()
+            if int8_activations.get():
+                op = "linear_4bit_int8"
+        kernel = backend.fast.get(op)
+        if kernel is not None:
+            y: Tensor | None = kernel(x, args[:7], features, bias, bool(invariant), num_threads())
+            if y is not None:
+                return y
     return torch.ops.qkern.linear_4bit.default(x, *args)
 
 
 def linear_4bit_dx(dy: Tensor, *args: Any) -> Tensor:
-    """The op ``linear_4bit_dx`` likewise."""
-    kernel = _kernel("linear_4bit_dx")
-    if kernel is not None and len(args) == 9:
+    """The op ``linear_4bit_dx`` likewise; there is none in 8 bits, which the op says."""
+    backend = undispatched()
+    if backend is not None and len(args) == 9 and none_set():
+        kernel = backend.fast.get("linear_4bit_dx")
         features, invariant = args[7:]
-        dx: Tensor | None = kernel(dy, args[:7], features, bool(invariant), num_threads())
-        if dx is not None:
-            return dx
+        if kernel is not None:
+            dx: Tensor | None = kernel(dy, args[:7], features, bool(invariant), num_threads())
+            if dx is not None:
+                return dx
     return torch.ops.qkern.linear_4bit_dx.default(dy, *args)
 
 

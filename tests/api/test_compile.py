@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -270,6 +271,28 @@ def test_compiled_code_obeys_the_blocks_that_it_runs_in() -> None:
         with torch.profiler.profile() as profile:
             compiled(x)
     assert any(event.name == "qkern::linear_4bit" for event in profile.events())
+
+
+@pytest.mark.usefixtures("direct_calls")
+def test_direct_calls_obey_blocks_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Block().up.base_layer  # whose rows are whole blocks, as 8 bits need
+    x = torch.randn(7, 64)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)
+        exact = compiled(x)
+        blocks = {
+            "precision": partial(qkern.precision, "int8"),
+            "batch_invariant": qkern.batch_invariant,
+        }
+        expected = {}
+        for name, block in blocks.items():
+            with block():
+                expected[name] = layer(x)
+        assert not torch.equal(expected["precision"], exact)
+        monkeypatch.setattr("qkern.ops.select", None)  # which every op asks
+        for name, block in blocks.items():
+            with block():
+                testing.assert_bitwise(compiled(x), expected[name])
 
 
 @pytest.mark.usefixtures("direct_calls")
