@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build llama.cpp's CPU kernels from llama-cpp-python's source package, for `run.py --peer llama.cpp`:
+# Build llama.cpp for CPUs from llama-cpp-python's source package, for `run.py --peer llama.cpp`:
 #
 #   benchmarks/build_llama_cpp.sh DIRECTORY     # then: export LLAMA_CPP_LIB_PATH=DIRECTORY
 #
-# DIRECTORY gets libggml-base and libggml-cpu, compiled for this processor. That takes a few minutes;
-# pip would compile all of llama.cpp. PYTHON is the interpreter whose pip downloads.
+# DIRECTORY gets libllama and what it needs, compiled for this processor. That takes a few minutes;
+# pip would compile its tools too. PYTHON is the interpreter whose pip downloads.
 set -euo pipefail
 
 readonly version=0.3.36
@@ -35,6 +35,6 @@ cmake -S "${work}"/llama_cpp_python-*/vendor/llama.cpp -B "${work}/build" \
   -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
   -DCMAKE_C_FLAGS="-include ${work}/tiles.h" -DCMAKE_CXX_FLAGS="-include ${work}/tiles.h" \
   -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH="\$ORIGIN"
-cmake --build "${work}/build" --target ggml-cpu --parallel "${JOBS:-1}"
-cp -P "${work}"/build/bin/libggml-*.so* "${directory}"
+cmake --build "${work}/build" --target ggml-cpu llama --parallel "${JOBS:-1}"
+cp -P "${work}"/build/bin/lib{ggml,llama}*.so* "${directory}"
 echo "export LLAMA_CPP_LIB_PATH=${directory}"

@@ -27,6 +27,8 @@ def contest(
     case = weights.case((m, *shape), dtype)
     qw = weights.random_weight(shape, dtype)
     found, missing = peers.linear_peers(qw, dtype, choice, backward)
+    if "llama.cpp" in choice.peers and not backward and m <= peers.INT8_ROWS:
+        found[peers.INT8] = peers.qkern_in_8_bits(qw, dtype)
     x, dy = activations(m, shape, dtype)
     check = Check(qw, x, dy if backward else None)
     moved = sum(op.bytes(case) for op in ops) - len(ops) * qw.nbytes

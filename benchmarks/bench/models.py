@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import qkern
 from qkern import nn as qnn
 
-from . import peak, peers
+from . import llama_model, peak, peers
 from .matmul import relative_error
 from .timing import Candidate, Problem, SkippedError
 
@@ -35,7 +35,9 @@ COMPILED = "generate_compiled"
 OPS = ("train_step", "generate", COMPILED, "memory")
 PEERS = ("bitsandbytes", "dense")
 FOUR_BIT_HEAD = "qkern, 4-bit head"
-"""qkern with the output embedding in 4 bits too, and layers of one input in one call."""
+"""qkern with the output embedding in 4 bits too."""
+INT8 = "qkern, 4-bit head, int8"
+"""The same in a block of ``qkern.precision("int8")``: activations in 8 bits, as llama.cpp's are."""
 CHUNKED_LOSS = "qkern, chunked loss"
 """qkern whose training step takes the loss by `qkern.linear_cross_entropy`, as examples/ do."""
 
@@ -43,11 +45,12 @@ _PROMPT_TOKENS = 32
 _LEARNING_RATE = 2e-4
 _MAX_LOSS_ERROR = 0.02
 _ROUNDING_MARGIN = {"dense": 2.0, "bitsandbytes": 4.0}
-_ROUNDING_MARGIN |= dict.fromkeys(("qkern", FOUR_BIT_HEAD, CHUNKED_LOSS), 2.0)
+_ROUNDING_MARGIN |= dict.fromkeys(("qkern", FOUR_BIT_HEAD, INT8, CHUNKED_LOSS), 2.0)
 """How often the dense model's own error in a dtype, against float32, a candidate's may be."""
 _FLOOR = {"dense": 1e-3, "bitsandbytes": 0.02}
-_FLOOR |= dict.fromkeys(("qkern", FOUR_BIT_HEAD, CHUNKED_LOSS), 1e-3)
+_FLOOR |= dict.fromkeys(("qkern", FOUR_BIT_HEAD, CHUNKED_LOSS), 1e-3) | {INT8: 0.1}
 """What is allowed besides, which in float32 is all. bitsandbytes' scales differ a little."""
+_LLAMA_CPP_ERROR = 0.1  # of logits on its own weights: it rounds activations to 8 bits
 _EVAL_FLOOR = 0.15  # bitsandbytes' layout for inference computes in bfloat16 with such scales
 
 
@@ -94,7 +97,7 @@ def build(name: str, workload: Workload, dtype: torch.dtype, lora: bool) -> nn.M
         if lora:
             qnn.prepare_for_training(model, gradient_checkpointing=False)
         return model
-    if name == FOUR_BIT_HEAD:
+    if name in (FOUR_BIT_HEAD, INT8):
         return qnn.quantize_head(qnn.quantize_model(_load(workload, dtype)))
     if name == "bitsandbytes":
         peers.bitsandbytes(workload.hide_bf16)
@@ -227,7 +230,7 @@ def _dense_logits(workload: Workload, dtype: torch.dtype, head_too: bool) -> Ten
     with torch.inference_mode():
         if head_too:
             _round(model.get_output_embeddings().weight, 32, False)
-        return model(_tokens(model, 1, _PROMPT_TOKENS)).logits
+    return _logits(model, _tokens(model, 1, _PROMPT_TOKENS))
 
 
 def _assert_as_exact(name: str, what: str, value: Tensor, dense: Tensor, exact: Tensor) -> None:
@@ -283,20 +286,25 @@ def generation_contest(
     """
 
     def candidate(name: str) -> Candidate:
+        if name == llama_model.NAME:
+            return _llama_cpp(workload, dtype)
         model = build(name, workload, dtype, lora=False)
         prompt = _tokens(model, 1, _PROMPT_TOKENS)
         call: Callable[[], Tensor] = partial(generate, model, prompt, workload.new_tokens)
         if compiled:
             call = CompiledGeneration(model, prompt, workload.new_tokens)
-        with torch.inference_mode():
-            logits = model(prompt).logits
+        checked = partial(_logits, model, prompt)
+        if name == INT8:
+            call = partial(_in_8_bits, call)
+            checked = partial(_in_8_bits, partial(_logits, model, prompt[:, : peers.INT8_ROWS]))
+        logits = checked()
 
         def check(ids: Tensor) -> None:
-            expected = _PROMPT_TOKENS + workload.new_tokens
-            assert ids.shape == (1, expected), f"{ids.shape[1]} tokens, not {expected}"
-            head_too = name == FOUR_BIT_HEAD
-            exact = _dense_logits(workload, torch.float32, head_too)
-            dense = _dense_logits(workload, dtype, head_too)
+            _assert_as_long(ids, workload)
+            head_too = name in (FOUR_BIT_HEAD, INT8)
+            rows = logits.shape[1]  # the first, on which later ones have no influence
+            exact = _dense_logits(workload, torch.float32, head_too)[:, :rows]
+            dense = _dense_logits(workload, dtype, head_too)[:, :rows]
             _assert_as_exact(name, "logits", logits, dense, exact)
 
         return Candidate(name, lambda: call, check)
@@ -304,7 +312,43 @@ def generation_contest(
     op = COMPILED if compiled else "generate"
     problem = Problem(op, dtype, (1, _PROMPT_TOKENS), work=workload.new_tokens, unit="tokens/s")
     everyone = ["qkern", FOUR_BIT_HEAD, *names(chosen)[1:]]
+    if "llama.cpp" in chosen:
+        everyone += [INT8, llama_model.NAME]
     return problem, *_available(candidate, everyone)
+
+
+def _llama_cpp(workload: Workload, dtype: torch.dtype) -> Candidate:
+    """llama.cpp with its own weights; it computes in no dtype of torch's, so beside float32."""
+    if dtype != torch.float32:
+        raise SkippedError("float32 only")
+    model = _load(workload, dtype)
+    prompt = _tokens(model, 1, _PROMPT_TOKENS)
+    generation = llama_model.Generation(model, prompt, workload.new_tokens)
+    with torch.inference_mode():
+        exact = model(prompt, logits_to_keep=1).logits[0, -1]
+
+    def check(ids: Tensor) -> None:
+        _assert_as_long(ids, workload)
+        error = relative_error(generation.logits(), exact)
+        assert error <= _LLAMA_CPP_ERROR, f"relative error {error:.3g} of the logits"
+
+    return Candidate(llama_model.NAME, lambda: generation, check)
+
+
+@torch.inference_mode()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(ids).logits
+    return found
+
+
+def _in_8_bits(call: Callable[[], Tensor]) -> Tensor:
+    with qkern.precision("int8"):
+        return call()
+
+
+def _assert_as_long(ids: Tensor, workload: Workload) -> None:
+    expected = _PROMPT_TOKENS + workload.new_tokens
+    assert ids.shape == (1, expected), f"{ids.shape[1]} tokens, not {expected}"
 
 
 def names(chosen: Collection[str]) -> list[str]:
@@ -357,6 +401,7 @@ class CompiledGeneration:
         room = prompt.shape[1] + new_tokens
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         self.step = torch.compile(model, dynamic=False)
+        self()  # compiles, so that no call whose time counts does
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:

@@ -33,6 +33,9 @@ INT4_GROUP = 64
 Linear = Callable[[Tensor], Tensor]
 
 _MEMORY_SHARE = 0.7  # of what is free, that all candidates of a contest may take
+INT8 = "qkern (int8)"
+INT8_ROWS = 8
+"""The most rows of activations that qkern takes to 8 bits, where it is asked to."""
 _VNNI, _BFLOAT16 = "avx512vnni", "avx512bf16"  # what llama.cpp may use here besides AMX
 _SLOW_KIND_WEIGHTS = 1 << 27  # from more on, llama.cpp takes a minute to quantise to Q4_K
 
@@ -142,6 +145,21 @@ def qkern_linear(qw: qkern.QuantizedTensor, dtype: torch.dtype) -> LinearPeer:
         return lambda x: qkern.linear_4bit(x, copy)
 
     return LinearPeer(make, qw.nbytes, tolerance=0.0)  # held to a stricter rule
+
+
+def qkern_in_8_bits(qw: qkern.QuantizedTensor, dtype: torch.dtype) -> LinearPeer:
+    """The contestant with activations in 8 bits, as llama.cpp's are; few rows, no backward."""
+
+    def make(_: Tensor) -> Linear:
+        copy = deepcopy(qw)
+
+        def linear(x: Tensor) -> Tensor:
+            with qkern.precision("int8"), torch.no_grad():
+                return qkern.linear_4bit(x, copy)
+
+        return linear
+
+    return LinearPeer(make, qw.nbytes, tolerance=0.02, backward=False, integers=True)
 
 
 def _require_memory(size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench import kernels, models, optimizer, peers, report, timing, weights
+from bench import kernels, llama_model, models, optimizer, peers, report, timing, weights
 
 import qkern
 from tests.benchmarks.contests import LIMITS, QUICK
@@ -44,6 +44,51 @@ def test_a_compiled_step_generates_the_same(tiny_workload, monkeypatch):
         call = models.CompiledGeneration(model, prompt, 4)
         assert torch.equal(call(), expected)
         assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_file_has_the_model(tied, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, other = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    for parameter in other.parameters():
+        parameter.detach().zero_()
+    path = tmp_path / "model.gguf"
+    llama_model.write(model, path)
+    fields = gguf.GGUFReader(path).fields
+    heads = [
+        fields[f"llama.attention.{name}"].contents() for name in ("head_count", "head_count_kv")
+    ]
+    assert heads == [model.config.num_attention_heads, model.config.num_key_value_heads]
+    llama_model.read_into(other, path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    # Rows of queries and keys lie as llama.cpp rotates them, elements 2i and 2i + 1 together.
+    written = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+    width = model.config.head_dim
+    query = model.model.layers[0].self_attn.q_proj.weight
+    pair = torch.from_numpy(written["blk.0.attn_q.weight"][2 * 3 : 2 * 3 + 2].copy())
+    assert torch.equal(pair, query[[3, 3 + width // 2]])
+
+
+def test_gguf_of_other_models_is_refused(tmp_path):
+    pytest.importorskip("gguf")
+    model = tiny_llama()
+    model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(timing.SkippedError, match="plain Llama"):
+        llama_model.write(model, tmp_path / "model.gguf")
+
+
+def test_llama_cpp_generates_beside_others(tiny_workload):
+    problem, candidates, missing = models.generation_contest(
+        tiny_workload, torch.float32, ("llama.cpp",)
+    )
+    names = ["qkern", models.FOUR_BIT_HEAD, models.INT8]
+    if any("llama-cpp-python cannot be used" in reason for reason in missing):
+        pytest.skip("llama.cpp is not installed")
+    assert [candidate.name for candidate in candidates] == [*names, llama_model.NAME]
+    timing.run_contest(problem, candidates, QUICK)
+    _, _, missing = models.generation_contest(tiny_workload, torch.bfloat16, ("llama.cpp",))
+    assert missing == [f"{llama_model.NAME}: float32 only"]
 
 
 def test_wrong_model_is_detected(tiny_workload, monkeypatch):

@@ -130,7 +130,8 @@ def require_llama_cpp() -> tuple[str, ...]:
 def test_llama_cpp_peer(m):
     require_llama_cpp()
     _, samples = play("forward", (64, 512), m, chosen=("llama.cpp",))
-    assert [s.name for s in samples] == ["qkern", "llama.cpp Q4_0", "llama.cpp Q4_K"]
+    ours = ["qkern (int8)"] if m <= peers.INT8_ROWS else []
+    assert [s.name for s in samples] == ["qkern", "llama.cpp Q4_0", "llama.cpp Q4_K", *ours]
     play("mixed", (64, 512), m, chosen=("llama.cpp",))
     play("overhead", (64, 512), m, chosen=("llama.cpp",))
 
