@@ -20,6 +20,7 @@ constexpr std::int64_t kStripFloats = 5120;  // of x: it stays in the first-leve
 // small, and few enough to stay in the first-level cache too.
 constexpr std::int64_t kScalesAtOnce = 1024;
 constexpr std::int64_t kLineBytes = 64;  // that a prefetch brings
+constexpr std::int64_t kBytesAhead = 4096;
 // expand_scales reads a whole register from any scale.
 constexpr std::int64_t kScalePadding = kLanes;
 
@@ -334,8 +335,10 @@ struct VectorTask {
     const std::int64_t end = (n + 1) * segment.chunks / strips;
     const std::int64_t block0 = begin * kChunk / args.weight.block_size;
     const std::int64_t stop = min64(end * kChunk, segment.length);
-    // As many as make about a whole row: memory takes that long to answer.
-    return {begin, end, block0, ceil_div(stop, args.weight.block_size) - block0, strips};
+    // As many as make about a whole row, or several short ones: memory takes that long to answer.
+    const std::int64_t ahead = kBytesAhead / (kStreams * args.weight.cols / 2);
+    return {begin, end, block0, ceil_div(stop, args.weight.block_size) - block0,
+            max64(strips, ahead)};
   }
 
   void run_rows(std::int64_t begin, std::int64_t end) const {
@@ -391,7 +394,7 @@ struct ForwardVectorBy {
 
     const std::int64_t grain =
         ceil_div(ceil_div(weight.rows, std::int64_t{8} * num_threads), kMaxStreams) * kMaxStreams;
-    WorkQueue queue(weight.rows, grain);
+    PartedQueue queue(weight.rows, grain, num_threads);
     SharedStatus status;
     auto body = [&] {
       float* scratch =
@@ -401,8 +404,9 @@ struct ForwardVectorBy {
       const Task task{args, typename Kernel<kRows, 1>::Codes(weight.codes),
                       weight.cols / weight.block_size, segment_length, parts};
       if (segment_length >= weight.cols) task.place_x(task.segment_at(0));
+      PartedQueue::Reader reader(queue);
       std::int64_t begin, end;
-      while (queue.next(&begin, &end)) task.run_rows(begin, end);
+      while (reader.next(&begin, &end)) task.run_rows(begin, end);
     };
     parallel(num_threads, linear_nanoseconds(args), body);
     return status.get();

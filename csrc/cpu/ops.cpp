@@ -35,14 +35,16 @@ Status for_blocks(std::int64_t numel, std::int64_t block_size, int num_threads, 
   constexpr std::int64_t kRunElements = std::int64_t{1} << 16;
   const std::int64_t blocks = ceil_div(numel, block_size);
   const std::int64_t grain = std::max<std::int64_t>(1, kRunElements / block_size);
-  WorkQueue queue(blocks, grain);
-  auto body = [&] {
-    std::int64_t begin, end;
-    while (queue.next(&begin, &end)) fn(BlockRange{numel, block_size, begin, end});
-  };
   const std::int64_t runs = ceil_div(blocks, grain);
+  const int threads = static_cast<int>(std::min<std::int64_t>(runs, num_threads));
+  PartedQueue queue(blocks, grain, threads);
+  auto body = [&] {
+    PartedQueue::Reader reader(queue);
+    std::int64_t begin, end;
+    while (reader.next(&begin, &end)) fn(BlockRange{numel, block_size, begin, end});
+  };
   // One thread takes about a nanosecond for an element.
-  parallel(static_cast<int>(std::min<std::int64_t>(runs, num_threads)), numel, body);
+  parallel(threads, numel, body);
   return Status::success();
 }
 

@@ -145,6 +145,30 @@ bool WorkQueue::next(std::int64_t* begin, std::int64_t* end) {
   return true;
 }
 
+PartedQueue::PartedQueue(std::int64_t total, std::int64_t grain, int num_threads)
+    : grain_(grain), num_parts_(std::clamp(num_threads, 1, kMaxParts)) {
+  const std::int64_t runs = (total + grain - 1) / grain;
+  for (std::int64_t p = 0; p < num_parts_; ++p) {
+    const std::int64_t begin = p * runs / num_parts_, end = (p + 1) * runs / num_parts_;
+    parts_[p] = {begin * grain, std::min(end * grain, total)};
+  }
+}
+
+PartedQueue::Reader::Reader(PartedQueue& queue)
+    : queue_(queue),
+      first_(__atomic_fetch_add(&queue.readers_, 1, __ATOMIC_RELAXED) % queue.num_parts_) {}
+
+bool PartedQueue::Reader::next(std::int64_t* begin, std::int64_t* end) {
+  for (; done_ < queue_.num_parts_; ++done_) {
+    Part& part = queue_.parts_[(first_ + done_) % queue_.num_parts_];
+    *begin = __atomic_fetch_add(&part.next, queue_.grain_, __ATOMIC_RELAXED);
+    if (*begin >= part.end) continue;
+    *end = std::min(*begin + queue_.grain_, part.end);
+    return true;
+  }
+  return false;
+}
+
 void share_always(bool always) { late_threads.share_always(always); }
 
 const char* parallel_runtime() {

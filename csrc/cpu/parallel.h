@@ -26,7 +26,7 @@ void parallel(int num_threads, std::int64_t work, Body& body) {
 }
 
 // Hands out [0, total) in runs of `grain`. Which thread gets which run is a matter of timing, so
-// results must not depend on it.
+// results must not depend on it. For runs that have little memory of their own; see PartedQueue.
 class WorkQueue {
  public:
   WorkQueue(std::int64_t total, std::int64_t grain);
@@ -37,6 +37,39 @@ class WorkQueue {
   std::int64_t next_ = 0;
   std::int64_t total_;
   std::int64_t grain_;
+};
+
+// Hands out [0, total) in runs of `grain`, as WorkQueue does, to threads that each read one part of
+// it from the front: runs of one thread that lie apart would have memory begin anew at each. Who
+// has done a part, helps with the others.
+class PartedQueue {
+ public:
+  PartedQueue(std::int64_t total, std::int64_t grain, int num_threads);
+
+  // A thread's own place in the queue.
+  class Reader {
+   public:
+    explicit Reader(PartedQueue& queue);
+
+    bool next(std::int64_t* begin, std::int64_t* end);
+
+   private:
+    PartedQueue& queue_;
+    int first_;
+    int done_ = 0;
+  };
+
+ private:
+  static constexpr int kMaxParts = 64;  // more threads share them
+
+  struct alignas(64) Part {
+    std::int64_t next, end;
+  };
+
+  std::int64_t grain_;
+  int num_parts_;
+  int readers_ = 0;
+  Part parts_[kMaxParts];
 };
 
 }  // namespace qkern::cpu
