@@ -42,9 +42,13 @@ def linear_4bit(x: Tensor, *args: Any) -> Tensor:
 def linear_4bit_dx(dy: Tensor, *args: Any) -> Tensor:
     """The op ``linear_4bit_dx`` likewise; there is none in 8 bits, which the op says."""
     backend = undispatched()
-    if backend is not None and len(args) == 9 and none_set():
-        kernel = backend.fast.get("linear_4bit_dx")
+    if backend is not None and len(args) == 9:
         features, invariant = args[7:]
+        kernel = backend.fast.get("linear_4bit_dx")
+        if invariant is None and not none_set():
+            invariant = batch_invariance.get()
+            if int8_activations.get():
+                kernel = None
         if kernel is not None:
             dx: Tensor | None = kernel(dy, args[:7], features, bool(invariant), num_threads())
             if dx is not None:

@@ -86,7 +86,11 @@ def contest(
     problem, found, missing = matmul.contest(
         shape, m, dtype, choice, backward=op == "forward_backward"
     )
-    return problem, [*_per_isa(choice, found[0]), *found[1:]], missing
+    contestants: list[Candidate] = []
+    for candidate in found:
+        is_ours = candidate.name in ("qkern", peers.INT8)
+        contestants += _per_isa(choice, candidate) if is_ours else [candidate]
+    return problem, contestants, missing
 
 
 def _per_isa(choice: Choice, candidate: Candidate) -> Iterator[Candidate]:
@@ -102,6 +106,7 @@ def _per_isa(choice: Choice, candidate: Candidate) -> Iterator[Candidate]:
             candidate.bytes,
             candidate.footprint,
             before=partial(cpu.set_isa, isa),
+            integers=candidate.integers,
         )
 
 

@@ -30,6 +30,7 @@ from .timing import SkippedError
 DIRECTORY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 AMX = "AMX"  # its name in llama.cpp
 
+_VNNI, _BFLOAT16 = "avx512vnni", "avx512bf16"  # what its build may use here besides AMX
 _AMX_BYTES = 1 << 31  # of a weight: its offsets have 32 bits, and larger ones end in a crash
 
 _INSTALL = (
@@ -174,6 +175,18 @@ def working_layouts() -> tuple[str, ...]:
         said = finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"]
         raise SkippedError(f"no layout works: {said[-1]}")
     return tuple(name for name in known if name in right)
+
+
+def layouts_within(limit: str | None) -> tuple[str, ...]:
+    """The working layouts that use nothing beyond the instruction set `limit`.
+
+    Its build is for one processor: of what a run hides, it can leave out AMX alone. Raises
+    `SkippedError` where that is not enough.
+    """
+    found = working_layouts()
+    if limit not in (None, _VNNI, _BFLOAT16):
+        raise SkippedError(f"its build cannot be limited to {limit}")
+    return tuple(name for name in found if limit is None or name != AMX)
 
 
 def broken_layouts() -> list[str]:

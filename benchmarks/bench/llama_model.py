@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import llama_cpp
 from .timing import SkippedError
 
 NAME = "llama.cpp Q4_0"
@@ -54,6 +56,29 @@ def _library() -> ModuleType:
     return llama_cpp
 
 
+def require(limit: str | None) -> Callable[[], None] | None:
+    """What must run before timed calls, if anything; see `llama_cpp.before_calls`.
+
+    Raises `SkippedError` where llama.cpp cannot take part, or uses more than `limit` for a model.
+    """
+    _library()
+    layouts = llama_cpp.layouts_within(limit)
+    known = (*layouts, *llama_cpp.broken_layouts())
+    if llama_cpp.AMX in known and llama_cpp.AMX not in layouts:
+        raise SkippedError("its loader would choose the layout for AMX, which does not work")
+    if limit and llama_cpp.AMX in llama_cpp.working_layouts():
+        raise SkippedError(f"its loader cannot be limited to {limit}")
+    return llama_cpp.before_calls(llama_cpp.AMX) if llama_cpp.AMX in layouts else None
+
+
+def _gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise SkippedError(f"gguf cannot be imported: {error}") from None
+    return gguf
+
+
 def _heads(name: str, config: Any) -> int | None:
     """How many heads the rows of this weight are of, where they lie in pairs in a GGUF file."""
     return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
@@ -87,13 +112,14 @@ def _in_halves(weight: Tensor, heads: int) -> Tensor:
 
 def write(model: nn.Module, path: Path) -> None:
     """The model's float32 weights and sizes. Raises `SkippedError` unless it is a plain Llama."""
-    import gguf
-
+    gguf = _gguf()
     config: Any = model.config
+    if config.model_type != "llama":
+        raise SkippedError(f"takes plain Llama models here, not {config.model_type}")
     names, state = _names(model), model.state_dict()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if config.model_type != "llama" or set(state) - tied != {name for name, _ in names.values()}:
-        raise SkippedError(f"takes plain Llama models here, not {config.model_type}")
+    if config.hidden_act != "silu" or set(state) - tied != {name for name, _ in names.values()}:
+        raise SkippedError("takes plain Llama models here, not one with parts of its own")
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         raise SkippedError(f"takes plain rotary embeddings here, not {rope['rope_type']}")
@@ -131,10 +157,8 @@ def _quantize(path: Path, to: Path) -> None:
 @torch.no_grad()
 def read_into(model: nn.Module, path: Path) -> None:
     """Give `model` the dequantised weights of a file that `write` and llama.cpp have made of it."""
-    import gguf
-
-    names = _names(model)
-    state = model.state_dict()
+    gguf = _gguf()
+    names, state = _names(model), model.state_dict()
     for tensor in gguf.GGUFReader(path).tensors:
         source, heads = names[tensor.name]
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -180,7 +204,7 @@ class Generation:
             raise RuntimeError(f"llama_decode returned {status}")
 
     def _reset(self) -> None:
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
 
     def logits(self) -> Tensor:
         """Of the last token of the prompt, ``[vocabulary]``, as a copy."""

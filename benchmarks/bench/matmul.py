@@ -27,7 +27,8 @@ def contest(
     case = weights.case((m, *shape), dtype)
     qw = weights.random_weight(shape, dtype)
     found, missing = peers.linear_peers(qw, dtype, choice, backward)
-    if "llama.cpp" in choice.peers and not backward and m <= peers.INT8_ROWS:
+    takes_int8 = dtype == torch.float32 and m <= peers.INT8_ROWS and not shape[1] % qw.block_size
+    if "llama.cpp" in choice.peers and takes_int8 and not backward:
         found[peers.INT8] = peers.qkern_in_8_bits(qw, dtype)
     x, dy = activations(m, shape, dtype)
     check = Check(qw, x, dy if backward else None)

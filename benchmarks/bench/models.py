@@ -56,13 +56,17 @@ _EVAL_FLOOR = 0.15  # bitsandbytes' layout for inference computes in bfloat16 wi
 
 @dataclass(frozen=True)
 class Workload:
-    """The model's path and the sizes of a step and of a generation."""
+    """The model's path, the sizes of a step and of a generation, and `peers.Choice.limit`."""
 
     model: str = BUNDLED_MODEL
     batch: int = 4
     sequence: int = 256
     new_tokens: int = 32
-    hide_bf16: bool = False
+    limit: str | None = None
+
+    @property
+    def hide_bf16(self) -> bool:
+        return self.limit not in (None, "avx512bf16")
 
 
 @cache
@@ -298,6 +302,8 @@ def generation_contest(
             call = partial(_in_8_bits, call)
             checked = partial(_in_8_bits, partial(_logits, model, prompt[:, : peers.INT8_ROWS]))
         logits = checked()
+        if compiled:
+            call()  # compiles, so that no call whose time counts does
 
         def check(ids: Tensor) -> None:
             _assert_as_long(ids, workload)
@@ -321,6 +327,7 @@ def _llama_cpp(workload: Workload, dtype: torch.dtype) -> Candidate:
     """llama.cpp with its own weights; it computes in no dtype of torch's, so beside float32."""
     if dtype != torch.float32:
         raise SkippedError("float32 only")
+    before = llama_model.require(workload.limit)
     model = _load(workload, dtype)
     prompt = _tokens(model, 1, _PROMPT_TOKENS)
     generation = llama_model.Generation(model, prompt, workload.new_tokens)
@@ -332,7 +339,7 @@ def _llama_cpp(workload: Workload, dtype: torch.dtype) -> Candidate:
         error = relative_error(generation.logits(), exact)
         assert error <= _LLAMA_CPP_ERROR, f"relative error {error:.3g} of the logits"
 
-    return Candidate(llama_model.NAME, lambda: generation, check)
+    return Candidate(llama_model.NAME, lambda: generation, check, before=before)
 
 
 @torch.inference_mode()
@@ -401,7 +408,6 @@ class CompiledGeneration:
         room = prompt.shape[1] + new_tokens
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         self.step = torch.compile(model, dynamic=False)
-        self()  # compiles, so that no call whose time counts does
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:

@@ -36,7 +36,6 @@ _MEMORY_SHARE = 0.7  # of what is free, that all candidates of a contest may tak
 INT8 = "qkern (int8)"
 INT8_ROWS = 8
 """The most rows of activations that qkern takes to 8 bits, where it is asked to."""
-_VNNI, _BFLOAT16 = "avx512vnni", "avx512bf16"  # what llama.cpp may use here besides AMX
 _SLOW_KIND_WEIGHTS = 1 << 27  # from more on, llama.cpp takes a minute to quantise to Q4_K
 
 
@@ -268,17 +267,13 @@ def llama_cpp_linear(
     """llama.cpp's product in the layout that its users get: see `bench.llama_cpp`.
 
     Other formats, uniform: 32 weights a scale (Q4_0), or 32 a scale and a minimum (Q4_K). No
-    backward. Its build is for one processor: of what a run hides, it can leave out AMX alone.
+    backward.
     """
-    layouts = llama_cpp.working_layouts()
+    layouts = llama_cpp.layouts_within(limit)
     if dtype != torch.float32:
         raise SkippedError("takes float32 activations")
-    if limit not in (None, _VNNI, _BFLOAT16):
-        raise SkippedError(f"its build cannot be limited to {limit}")
     if kind != llama_cpp.KINDS[0] and qw.numel() > _SLOW_KIND_WEIGHTS:
         raise SkippedError("so many weights take it minutes to quantise")
-    if limit:
-        layouts = tuple(name for name in layouts if name != llama_cpp.AMX)
     weight = llama_cpp.Weight.quantize(kind, qw)
     first = llama_cpp.Linear(weight, layouts)
     layout, footprint = first.layout, first.nbytes

@@ -44,7 +44,6 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.dtypes = [getattr(torch, name) for name in args.dtype]
-        self.hide_bf16 = args.peer_isa not in (None, "avx512bf16")
         self.settings = timing.Settings(
             repeat=args.repeat,
             max_seconds=args.max_seconds,
@@ -73,7 +72,7 @@ class Session:
 
     def workload(self, sequence: int) -> models.Workload:
         args = self.args
-        return models.Workload(args.model, args.batch, sequence, args.new_tokens, self.hide_bf16)
+        return models.Workload(args.model, args.batch, sequence, args.new_tokens, args.peer_isa)
 
     def run(self) -> None:
         for op in self.args.op:

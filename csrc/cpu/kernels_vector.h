@@ -121,7 +121,7 @@ struct VectorKernel {
 
   // As many as the registers hold the sums of.
   static constexpr int best_streams() {
-    const int registers = kRows >= 4 ? kRows : 3 * kRows;
+    const int registers = (kTwoChains ? 3 : kScaleWeights ? 1 : 2) * kRows;
     const int fit = Simd::kVectorAccumulators / registers;
     return fit < 1 ? 1 : fit > kMaxStreams ? static_cast<int>(kMaxStreams) : fit;
   }
@@ -352,7 +352,7 @@ struct VectorTask {
         const std::int64_t strips = ceil_div(segment.chunks, kStripChunks);
         for (std::int64_t n = 0; n < strips; ++n) {
           const Strip strip = strip_of(segment, n, strips);
-          const std::int64_t step = max64(kScalesAtOnce / strip.blocks, 1) * kStreams;
+          const std::int64_t step = max64(kScalesAtOnce / (strip.blocks * kStreams), 1) * kStreams;
           for (std::int64_t i = 0; i < rows; i += step) {
             sum_rows(row0 + i, min64(step, rows - i), segment, strip, scratch.partial + i * kRows);
           }
@@ -389,7 +389,7 @@ struct ForwardVectorBy {
     const std::int64_t x_floats = kRows * ceil_div(segment_length, kChunk) * kChunk;
     const std::int64_t most_blocks = ceil_div(segment_length, weight.block_size);
     const std::int64_t scale_floats =
-        Task::kStreams * max64(kScalesAtOnce, most_blocks) + kScalePadding;
+        max64(kScalesAtOnce, Task::kStreams * most_blocks) + kScalePadding;
     const std::int64_t floats = x_floats + scale_floats + Task::kRun * kRows;
 
     const std::int64_t grain =

@@ -57,9 +57,9 @@ def test_alternates_with_torchs_own_parallel_regions(op: str, isa: str) -> None:
 @pytest.mark.parametrize("threads", [2, 3, 70])
 @pytest.mark.parametrize("op", ["linear_4bit", "quantize_4bit", "dequantize_4bit"])
 def test_threads_of_which_each_has_a_part(op: str, threads: int, isa: str) -> None:
-    """Few rows, and blocks: as many parts as threads up to 64, and perhaps as runs."""
-    for size in (1, 9, 531):
-        shape = (2, size, 128) if OPS[op].multiplies else (size, 128 * 64)
+    """Few rows, and blocks: as many parts as threads up to 64, some of them empty."""
+    for size in (1, 40, 531):
+        shape = (2, size, 1024) if OPS[op].multiplies else (size, 128 * 64)
         inputs = OPS[op].make_inputs(Case(shape), torch.device("cpu"), torch.Generator())
         torch.set_num_threads(1)
         expected = OPS[op].run(inputs)
