@@ -16,6 +16,7 @@ from qkern.backends import _args, _cuda_paths
 from qkern.backends._backend import Product
 from qkern.backends._compiled import product_numbers, weight_numbers
 from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
+from qkern.backends._exact_gemm import exact_products
 
 
 def start(library: Any, stream: int, product: Product) -> None:
@@ -95,15 +96,17 @@ def _slices_by_gemm(
     begin, end = slices[0]
     other = call.out_features if call.dx else call.in_features
     workspace = torch.empty((end - begin) * other, dtype=x.dtype, device=x.device)
-    for begin, end in slices:
-        width = end - begin
-        region = (0, begin, other, width) if call.dx else (begin, 0, width, other)
-        library.cuda_dequantize_4bit_region(
-            *weight, call.in_features, *region, workspace.data_ptr(), dtype_id, stream
-        )
-        part = workspace[: width * other].view(region[2], region[3])
-        part = part if call.dx else part.t()
-        multiply(x, part, None if bias is None else bias.detach()[begin:end], out[:, begin:end])
+    bias = None if bias is None else bias.detach()
+    with exact_products():
+        for begin, end in slices:
+            width = end - begin
+            region = (0, begin, other, width) if call.dx else (begin, 0, width, other)
+            library.cuda_dequantize_4bit_region(
+                *weight, call.in_features, *region, workspace.data_ptr(), dtype_id, stream
+            )
+            part = workspace[: width * other].view(region[2], region[3])
+            part = part if call.dx else part.t()
+            multiply(x, part, None if bias is None else bias[begin:end], out[:, begin:end])
 
 
 def multiply(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
