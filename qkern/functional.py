@@ -12,6 +12,7 @@ from torch.nn.functional import dropout as _dropout
 
 from qkern import _errors, formats, reference
 from qkern._settings import batch_invariance, int8_activations, none_set
+from qkern._tables import map_on
 from qkern.autograd import (
     LoRALinear4bit,
     as_dtype,
@@ -284,7 +285,7 @@ def _check_quantized(name: str, value: Any) -> None:
 
 def _map(map: str | Tensor, device: torch.device) -> Tensor:
     if isinstance(map, str):
-        return formats.map_tensor(map, device)
+        return map_on(map, device)
     _errors.check_buffer("map", map, torch.float32, (256,))
     check_memory_now("map", map)
     _errors.check_device("map", map, device, "the data")

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern import formats
+from qkern._tables import map_on
 from qkern.triton_kernels import codec, launch
 from qkern.triton_kernels.codec import block_absmax, block_reciprocal, count_below, look_up
 
@@ -357,7 +358,7 @@ def adamw_step(
     maps = [
         read(name, device) if in_codes else None
         for name in ("signed", "unsigned")
-        for read in (codec.dynamic_map, codec.dynamic_thresholds)
+        for read in (map_on, codec.dynamic_thresholds)
     ]
     for (dtype, aligned), words in tables.items():
         _adamw_step_kernel[(programs[dtype, aligned],)](

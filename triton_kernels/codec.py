@@ -7,7 +7,6 @@ under one scale. Every larger block is a whole number of units.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern import formats, reference
+from qkern._tables import kept_on_device, map_on
 from qkern.weight import Weight
 
 UNIT = tl.constexpr(formats.MIN_BLOCK_SIZE)
@@ -32,19 +32,13 @@ def unit_shift(block_size: int) -> int:
     return block_size.bit_length() - formats.MIN_BLOCK_SIZE.bit_length()
 
 
-@functools.cache
+@kept_on_device
 def code_table(format: str, device: torch.device) -> Tensor:
     """The float32 ``[16]`` values of ``"nf4"`` or ``"fp4"``, made once for a device."""
     return formats.code_tensor(format, device)
 
 
-@functools.cache
-def dynamic_map(name: str, device: torch.device) -> Tensor:
-    """The float32 ``[256]`` map ``"signed"`` or ``"unsigned"``, made once for a device."""
-    return formats.map_tensor(name, device)
-
-
-@functools.cache
+@kept_on_device
 def dynamic_thresholds(name: str, device: torch.device) -> Tensor:
     """A map's thresholds, float32 ``[256]``, the last infinite; made once for a device."""
     thresholds = {
@@ -59,7 +53,7 @@ def byte_thresholds(map: Tensor) -> Tensor:
     return torch.nn.functional.pad(reference.byte_thresholds(map), (0, 1), value=math.inf)
 
 
-@functools.cache
+@kept_on_device
 def _encode_tables(format: str, device: torch.device) -> tuple[Tensor, Tensor]:
     thresholds, codes = {
         "nf4": (formats.NF4_MIDPOINTS, tuple(range(16))),
@@ -89,7 +83,7 @@ def pointers(weight: Weight) -> tuple[Tensor | None, ...]:
     """The first six arguments of every kernel that decodes ``weight``, which is checked."""
     device = weight.device
     table = code_table(weight.format, device) if weight.codebook is None else weight.codebook
-    restore = None if weight.nested_absmax is None else dynamic_map("signed", device)
+    restore = None if weight.nested_absmax is None else map_on("signed", device)
     return *weight.tensors[:4], restore, table
 
 

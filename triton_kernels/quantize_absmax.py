@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qkern import formats
+from qkern._tables import map_on
 from qkern.triton_kernels import codec, launch
 from qkern.triton_kernels.quantize_8bit import encode_bytes
 
@@ -121,7 +122,7 @@ def quantize_absmax(
     encode_bytes(
         absmax,
         nested_offset,
-        codec.dynamic_map("signed", device),
+        map_on("signed", device),
         codec.dynamic_thresholds("signed", device),
         formats.NESTED_BLOCK_SIZE,
         codes,

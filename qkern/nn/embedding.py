@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qkern import _errors, formats
+from qkern._tables import map_on
 from qkern.functional import check_memory_now
 from qkern.nn import _sources
 from qkern.nn._layouts import PARAMETERS
@@ -227,6 +228,6 @@ def _scales(table: Weight, blocks: Tensor) -> Tensor:
     absmax = table.absmax.index_select(0, blocks)
     if table.nested_absmax is None or table.nested_offset is None:
         return absmax
-    values = formats.map_tensor("signed", absmax.device)
+    values = map_on("signed", absmax.device)
     nested = table.nested_absmax.index_select(0, blocks // formats.NESTED_BLOCK_SIZE)
     return values[absmax.long()] * nested + table.nested_offset

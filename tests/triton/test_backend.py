@@ -22,6 +22,7 @@ from lab import ROOT
 from lab.processes import fresh_python
 from lab.triton import semantics
 from qkern import backends, formats, reference
+from qkern._tables import map_on
 from qkern.backends import cuda, triton
 
 needs_triton = pytest.mark.skipif(
@@ -87,8 +88,8 @@ def test_tables_are_those_of_formats() -> None:
     cpu = torch.device("cpu")
     assert codec.code_table("nf4", cpu).tolist() == list(formats.NF4_CODES)
     assert codec.code_table("fp4", cpu).tolist() == list(formats.FP4_CODES)
-    assert codec.dynamic_map("signed", cpu).tolist() == list(formats.DYNAMIC_MAP_SIGNED)
-    assert codec.dynamic_map("unsigned", cpu).tolist() == list(formats.DYNAMIC_MAP_UNSIGNED)
+    assert map_on("signed", cpu).tolist() == list(formats.DYNAMIC_MAP_SIGNED)
+    assert map_on("unsigned", cpu).tolist() == list(formats.DYNAMIC_MAP_UNSIGNED)
     for name, expected in (
         ("signed", formats.DYNAMIC_THRESHOLDS_SIGNED),
         ("unsigned", formats.DYNAMIC_THRESHOLDS_UNSIGNED),
