@@ -21,36 +21,41 @@ from qkern.ops import undispatched
 _REGISTRY = "torch._inductor.codegen.custom_extern_kernel_codegen"
 
 
+def _kernel(op: str, invariant: bool | None) -> tuple[Callable[..., Any] | None, bool]:
+    """The kernel of an op and whether it is batch-invariant, in the blocks that the code runs in.
+
+    None where somebody would miss the op. The input gradient has no form in 8 bits, which the op
+    says.
+    """
+    backend = undispatched()
+    if backend is None:
+        return None, False
+    if invariant is None and not none_set():
+        invariant = batch_invariance.get()
+        if int8_activations.get():
+            op += "_int8"
+    return backend.fast.get(op), bool(invariant)
+
+
 def linear_4bit(x: Tensor, *args: Any) -> Tensor:
     """The op ``linear_4bit``; its kernel alone where nobody would miss the op."""
-    backend = undispatched()
-    if backend is not None and len(args) == 10:
-        op = "linear_4bit"
+    if len(args) == 10:
         features, bias, invariant = args[7:]
-        if invariant is None and not none_set():
-            invariant = batch_invariance.get()
-            if int8_activations.get():
-                op = "linear_4bit_int8"
-        kernel = backend.fast.get(op)
+        kernel, invariant = _kernel("linear_4bit", invariant)
         if kernel is not None:
-            y: Tensor | None = kernel(x, args[:7], features, bias, bool(invariant), num_threads())
+            y: Tensor | None = kernel(x, args[:7], features, bias, invariant, num_threads())
             if y is not None:
                 return y
     return torch.ops.qkern.linear_4bit.default(x, *args)
 
 
 def linear_4bit_dx(dy: Tensor, *args: Any) -> Tensor:
-    """The op ``linear_4bit_dx`` likewise; there is none in 8 bits, which the op says."""
-    backend = undispatched()
-    if backend is not None and len(args) == 9:
+    """The op ``linear_4bit_dx`` likewise."""
+    if len(args) == 9:
         features, invariant = args[7:]
-        kernel = backend.fast.get("linear_4bit_dx")
-        if invariant is None and not none_set():
-            invariant = batch_invariance.get()
-            if int8_activations.get():
-                kernel = None
+        kernel, invariant = _kernel("linear_4bit_dx", invariant)
         if kernel is not None:
-            dx: Tensor | None = kernel(dy, args[:7], features, bool(invariant), num_threads())
+            dx: Tensor | None = kernel(dy, args[:7], features, invariant, num_threads())
             if dx is not None:
                 return dx
     return torch.ops.qkern.linear_4bit_dx.default(dy, *args)

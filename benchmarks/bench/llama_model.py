@@ -62,13 +62,11 @@ def require(limit: str | None) -> Callable[[], None] | None:
     Raises `SkippedError` where llama.cpp cannot take part, or uses more than `limit` for a model.
     """
     _library()
-    layouts = llama_cpp.layouts_within(limit)
-    known = (*layouts, *llama_cpp.broken_layouts())
-    if llama_cpp.AMX in known and llama_cpp.AMX not in layouts:
-        raise SkippedError("its loader would choose the layout for AMX, which does not work")
-    if limit and llama_cpp.AMX in llama_cpp.working_layouts():
-        raise SkippedError(f"its loader cannot be limited to {limit}")
-    return llama_cpp.before_calls(llama_cpp.AMX) if llama_cpp.AMX in layouts else None
+    if llama_cpp.AMX in llama_cpp.layouts_within(limit):
+        return llama_cpp.before_calls(llama_cpp.AMX)
+    if llama_cpp.AMX in (*llama_cpp.working_layouts(), *llama_cpp.broken_layouts()):
+        raise SkippedError("its loader would choose the layout for AMX, which is broken or hidden")
+    return None
 
 
 def _gguf() -> ModuleType:
