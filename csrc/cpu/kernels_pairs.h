@@ -16,8 +16,9 @@ namespace {
 struct PairEngine {
   using Element = BFloat16;
   static constexpr int kInterleave = 2;
+  static constexpr int kParts = 1;
 
-  static Element element(float value) { return from_float<BFloat16>(value); }
+  static Element element(float value, int) { return from_float<BFloat16>(value); }
 
   // Two steps of 16 columns, interleaved to pairs.
   static void store_steps(Element* panel, Simd::F first, Simd::F second) {
@@ -33,20 +34,21 @@ struct PairEngine {
                           float first_scale, float second_scale, Element* to) {
     const __m512i table = reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(Simd::scale_lut(lut, second_scale), Simd::scale_lut(lut, first_scale)));
-    const __m512i bytes = _mm512_castsi256_si512(
-        _mm256_inserti128_si256(_mm256_castsi128_si256(load16(first)), load16(second), 1));
+    const __m512i bytes = both_rows(first, second);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(row_codes<0>(bytes), table));
     _mm512_storeu_si512(to + kTileCols, _mm512_permutexvar_epi16(row_codes<8>(bytes), table));
   }
-  static void copy_row(const BFloat16* from, std::int64_t n, Element* to) {
+  static void copy_row(const BFloat16* from, std::int64_t n, std::int64_t padded, Element* to) {
     std::memcpy(to, from, static_cast<std::size_t>(n) * sizeof(Element));
+    std::memset(to + n, 0, static_cast<std::size_t>(padded - n) * sizeof(Element));
   }
 
- private:
-  static __m128i load16(const std::uint8_t* p) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+ protected:
+  // 16 bytes of each row.
+  static __m512i both_rows(const std::uint8_t* first, const std::uint8_t* second) {
+    return _mm512_castsi256_si512(
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load16(first)), load16(second), 1));
   }
-
   // Indexes into decode_rows' table, pairs (first row, second row) by column, from the 16 bytes of
   // each row, of which 8 beginning with kByte count. Columns go from a byte's high nibble to its
   // low one.
@@ -67,6 +69,90 @@ struct PairEngine {
     const __m512i row = _mm512_set1_epi32(0x0010'0000);
     constexpr int kAndOr = 0xea;  // (a & b) | c
     return _mm512_ternarylogic_epi32(_mm512_srlv_epi16(spread, shifts), nibble, row, kAndOr);
+  }
+
+ private:
+  static __m128i load16(const std::uint8_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+};
+
+// float16 by products of bfloat16. A number is its eight highest significant bits, the first part,
+// and the rest, the second, which is exact for x and has eight more bits for weights, where
+// rounding them to float16 leaves eleven. A product is those of its parts but for both second ones,
+// a 2^14th of it at most.
+struct SplitPairEngine : PairEngine {
+  static constexpr int kParts = 2;
+  // A row of x is [step / kRun][kParts][kRun].
+  static constexpr std::int64_t kRun = 32;
+
+  static Element element(float value, int part) {
+    const float high = first_part(value);
+    return from_float<BFloat16>(part == 0 ? high : first_part(value - high));
+  }
+  static void store_steps(Element* panel, Simd::F first, Simd::F second) {
+    const Simd::F high[2] = {first_part(first), first_part(second)};
+    _mm512_storeu_si512(panel, pairs(first, second));
+    _mm512_storeu_si512(panel + kInterleave * kTileCols,
+                        pairs(_mm512_sub_ps(first, high[0]), _mm512_sub_ps(second, high[1])));
+  }
+  static void decode_rows(const std::uint8_t* first, const std::uint8_t* second, Simd::Lut lut,
+                          float first_scale, float second_scale, Element* to) {
+    const Simd::F value[2] = {Simd::scale_lut(lut, first_scale),
+                              Simd::scale_lut(lut, second_scale)};
+    const Simd::F high[2] = {first_part(value[0]), first_part(value[1])};
+    const __m512i table[2] = {halves(high[0], high[1]),
+                              halves(first_part(_mm512_sub_ps(value[0], high[0])),
+                                     first_part(_mm512_sub_ps(value[1], high[1])))};
+    const __m512i bytes = both_rows(first, second);
+    const __m512i codes[2] = {row_codes<0>(bytes), row_codes<8>(bytes)};
+    for (int part = 0; part < kParts; ++part) {
+      Element* at = to + part * kInterleave * kTileCols;
+      _mm512_storeu_si512(at, _mm512_permutexvar_epi16(codes[0], table[part]));
+      _mm512_storeu_si512(at + kTileCols, _mm512_permutexvar_epi16(codes[1], table[part]));
+    }
+  }
+  static void copy_row(const Float16* from, std::int64_t n, std::int64_t padded, Element* to) {
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+      const Simd::F x = i + kLanes <= n ? Simd::load(from + i)
+                        : i < n         ? Simd::load_partial(from + i, static_cast<int>(n - i))
+                                        : Simd::zero();
+      // Infinities and NaNs are second parts: these meet first parts of weights alone, so that a
+      // second part of zero makes no NaN of an infinity.
+      const __mmask16 finite =
+          _mm512_cmp_ps_mask(_mm512_abs_ps(x), Simd::set1(__builtin_inff()), _CMP_LT_OQ);
+      const Simd::F high = _mm512_maskz_mov_ps(finite, first_part(x));
+      Element* at = to + i / kRun * kParts * kRun + i % kRun;
+      store_upper(at, high);
+      store_upper(at + kRun, _mm512_sub_ps(x, high));
+    }
+  }
+
+ private:
+  static float first_part(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits &= 0xffff0000u;
+    std::memcpy(&value, &bits, sizeof(bits));
+    return value;
+  }
+  static Simd::F first_part(Simd::F value) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(-0x10000)));
+  }
+  // Pairs of the upper halves of the lanes.
+  static __m512i pairs(Simd::F first, Simd::F second) {
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    return _mm512_ternarylogic_epi32(_mm512_castps_si512(second), _mm512_set1_epi32(-0x10000),
+                                     _mm512_srli_epi32(_mm512_castps_si512(first), 16), kAndOr);
+  }
+  // The first's, then the second's, both of which bfloat16 holds exactly.
+  static __m512i halves(Simd::F first, Simd::F second) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  }
+  static void store_upper(Element* to, Simd::F value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
   }
 };
 

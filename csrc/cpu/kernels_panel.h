@@ -109,9 +109,9 @@ void decode_panel_forward(const Weight4bit& weight, std::int64_t row0, std::int6
         Simd::F value[kWordCodes];
         expose_all(lut, chunk[w], value);
         // Element 2j is the high nibble of byte j, element 2j + 1 the low one.
-        auto* to = out + step * kTileCols;
+        auto* to = out + step * Engine::kParts * kTileCols;
         for (int j = 0; j < kWordCodes; j += 2) {
-          Engine::store_steps(to + j * kTileCols, Simd::mul(value[j + 1], scale),
+          Engine::store_steps(to + j * Engine::kParts * kTileCols, Simd::mul(value[j + 1], scale),
                               Simd::mul(value[j], scale));
         }
       }
@@ -128,17 +128,18 @@ void decode_panel_dx(const Weight4bit& weight, std::int64_t row0, std::int64_t r
   const Simd::Lut lut = Simd::make_lut(code_values(weight.codes));
   const std::int64_t row_bytes = weight.cols / 2;
   const std::uint8_t* packed = weight.packed + row0 * row_bytes + col0 / 2;
+  constexpr std::int64_t kStep = Engine::kParts * kTileCols;
   std::int64_t r = 0;
   for (; r + 2 <= rows; r += 2) {
     const std::uint8_t* first = packed + r * row_bytes;
     prefetch(first, kTileCols / 2);  // the next panel's
     prefetch(first + row_bytes, kTileCols / 2);
     Engine::decode_rows(first, first + row_bytes, lut, scales[r * scale_stride],
-                        scales[(r + 1) * scale_stride], panel + r * kTileCols);
+                        scales[(r + 1) * scale_stride], panel + r * kStep);
   }
   if (r < rows) {
     const std::uint8_t* last = packed + r * row_bytes;
-    Engine::decode_rows(last, last, lut, scales[r * scale_stride], 0.0f, panel + r * kTileCols);
+    Engine::decode_rows(last, last, lut, scales[r * scale_stride], 0.0f, panel + r * kStep);
   }
 }
 
@@ -153,8 +154,11 @@ void decode_panel_any(const Weight4bit& weight, std::int64_t row0, std::int64_t 
     for (std::int64_t c = 0; c < cols; ++c) {
       const std::int64_t column = kForward ? r : c;
       const std::int64_t step = kForward ? c : r;
-      panel[(step / kInterleave * kTileCols + column) * kInterleave + step % kInterleave] =
-          Engine::element(values[c]);
+      const std::int64_t steps = step / kInterleave * Engine::kParts;
+      for (int part = 0; part < Engine::kParts; ++part) {
+        panel[((steps + part) * kTileCols + column) * kInterleave + step % kInterleave] =
+            Engine::element(values[c], part);
+      }
     }
   }
 }

@@ -35,12 +35,13 @@ std::int64_t linear_nanoseconds(const Linear4bitArgs& args) {
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";
 
 // How a tile is multiplied: this one in float32 with fused multiply-adds. An engine's panel is
-// [step / kInterleave][kTileCols][kInterleave] elements, steps being those of the contraction; its
-// copy of x is [row][row_stride].
+// [step / kInterleave][kParts][kTileCols][kInterleave] elements, steps being those of the
+// contraction and parts what a weight is the sum of; its copy of x is [row][row_stride].
 struct FloatEngine {
   using Element = float;
   static constexpr std::int64_t kDepth = 256;  // the most steps that a panel holds
   static constexpr int kInterleave = 1;
+  static constexpr int kParts = 1;
   static constexpr std::int64_t kStripRows = Simd::kTileRows;  // multiplied at a time
   static constexpr int kRowMultiple = 1;                       // strips come in multiples of this
   static constexpr int kDepthMultiple = Simd::kTileSteps;      // so do steps; zeros past the end
@@ -61,7 +62,7 @@ struct FloatEngine {
   static bool takes_in_place(const T*, std::int64_t, std::int64_t) {
     return false;
   }
-  static Element element(float value) { return value; }
+  static Element element(float value, int) { return value; }
   static void store_steps(Element* panel, Simd::F first, Simd::F second) {
     Simd::storeu(panel, first);
     Simd::storeu(panel + kTileCols, second);
@@ -80,9 +81,11 @@ struct FloatEngine {
       }
     }
   }
+  // n elements of a row of x, and zeros up to `padded`.
   template <typename T>
-  static void copy_row(const T* from, std::int64_t n, Element* to) {
+  static void copy_row(const T* from, std::int64_t n, std::int64_t padded, Element* to) {
     convert_row(from, n, to);
+    for (std::int64_t i = n; i < padded; ++i) to[i] = 0.0f;
   }
   void run_strip(const Element* a, std::int64_t stride, std::int64_t rows, const Element* panel,
                  std::int64_t depth, float* c, bool accumulate) const {
@@ -142,7 +145,7 @@ struct TileScratch {
   std::int64_t panel_elements, x_elements, c_floats, scale_floats, added_floats;
 
   TileScratch(const TilePlan& plan, std::int64_t tile_rows)
-      : panel_elements(plan.slice * kTileCols),
+      : panel_elements(plan.slice * Engine::kParts * kTileCols),
         x_elements((plan.in_place ? Engine::kStripRows : tile_rows) *
                    Engine::row_stride(plan.slice)),
         c_floats(tile_rows * plan.tile_cols),
@@ -248,7 +251,7 @@ class TileTask {
   const TilePlan& plan_;
   const Engine engine_;
   bool fast_;
-  Element* panel_;  // [slice / kInterleave][kTileCols][kInterleave]
+  Element* panel_;  // [slice / kInterleave][kParts][kTileCols][kInterleave]
   Element* copy_;   // [rows][row_stride]
   float* c_;        // [tile_cols / kTileCols][tile_rows][kTileCols]
   float* scales_;   // [slice][scale_stride]; input gradient only
@@ -265,8 +268,7 @@ class TileTask {
   void copy_x(std::int64_t k, std::int64_t depth, std::int64_t padded) const {
     Element* to = copy_;
     for (std::int64_t r = first_copied(); r < rows_; ++r) {
-      Engine::copy_row(x() + r * args_.x_row_stride + k, depth, to);
-      for (std::int64_t i = depth; i < padded; ++i) to[i] = Engine::element(0.0f);
+      Engine::copy_row(x() + r * args_.x_row_stride + k, depth, padded, to);
       to += Engine::row_stride(plan_.slice);
     }
   }
@@ -300,7 +302,8 @@ class TileTask {
               std::int64_t depth, std::int64_t padded) const {
     const Weight4bit& weight = args_.weight;
     if (!fast_ || padded != depth) {
-      std::memset(panel_, 0, static_cast<std::size_t>(padded * kTileCols) * sizeof(Element));
+      const std::int64_t elements = padded * Engine::kParts * kTileCols;
+      std::memset(panel_, 0, static_cast<std::size_t>(elements) * sizeof(Element));
     }
     if (!fast_) {
       kForward ? decode_panel_any<Engine, true>(weight, col0 + n, cols, k, depth, panel_)

@@ -1,7 +1,7 @@
-"""The instruction set ``avx512bf16``, whatever the processor.
+"""The instruction sets with products of bfloat16, whatever the processor.
 
-Its kernels with intrinsics in plain C++, those twins beside the intrinsics themselves, planted
-bugs, and the probe that selects it.
+Their kernels with intrinsics in plain C++, those twins beside the intrinsics themselves, planted
+bugs, and the probe that selects ``avx512bf16``.
 """
 
 from __future__ import annotations
@@ -37,27 +37,50 @@ def _servers() -> Iterator[None]:
     backend.close()
 
 
-@emulated
-def test_products_of_every_shape() -> None:
-    assert bfloat16.check() is None
+levels = pytest.mark.parametrize("level", bfloat16.ISAS)
+names = pytest.mark.parametrize("name", bfloat16.PRODUCTS)
+
+
+def target_of(level: str) -> backend.EmulatedTarget:
+    return backend.EmulatedTarget(bfloat16.FLAVOURS[level], level)
 
 
 @emulated
-@pytest.mark.parametrize("name", list(bfloat16.PRODUCTS))
-def test_a_part_of_the_table(name: str) -> None:
-    spec, target = OPS[name], backend.EmulatedTarget(BFLOAT16, bfloat16.ISA)
-    cases = [case for case in spec.cases if case.dtype == torch.bfloat16]
-    for case in cases[::12]:
-        testing.check(spec, case, target)
+@levels
+def test_products_of_every_shape(level: str) -> None:
+    assert bfloat16.check(level) is None
 
 
 @emulated
-@pytest.mark.parametrize("name", list(bfloat16.PRODUCTS))
-def test_bits_depend_on_neither_threads_nor_rows(name: str) -> None:
-    spec, target = OPS[name], backend.EmulatedTarget(BFLOAT16, bfloat16.ISA)
-    device = torch.device("cpu")
-    test_conformance.test_any_thread_count_gives_the_same_bits(spec, target, torch.bfloat16, device)
-    test_conformance.test_batch_invariant(spec, target, torch.bfloat16, (37, 130), device)
+@levels
+@names
+def test_a_part_of_the_table(name: str, level: str) -> None:
+    spec, target = OPS[name], target_of(level)
+    for dtype in bfloat16.ISAS[level]:
+        for case in [case for case in spec.cases if case.dtype == dtype][::12]:
+            testing.check(spec, case, target)
+
+
+@emulated
+@levels
+@names
+def test_bits_depend_on_neither_threads_nor_rows(name: str, level: str) -> None:
+    spec, target, device = OPS[name], target_of(level), torch.device("cpu")
+    for dtype in bfloat16.ISAS[level]:
+        test_conformance.test_any_thread_count_gives_the_same_bits(spec, target, dtype, device)
+        test_conformance.test_batch_invariant(spec, target, dtype, (37, 130), device)
+
+
+@emulated
+@levels
+@names
+def test_infinities(name: str, level: str) -> None:
+    spec, target, device = OPS[name], target_of(level), torch.device("cpu")
+    for dtype in bfloat16.ISAS[level]:
+        test_conformance.test_nonfinite_activations_stay_in_their_row(spec, target, dtype, device)
+        test_conformance.test_a_nonfinite_scale_stays_in_its_block(
+            spec, target, 416, 40, dtype, device
+        )
 
 
 @emulated
@@ -65,8 +88,12 @@ def test_bits_depend_on_neither_threads_nor_rows(name: str) -> None:
 @pytest.mark.parametrize("mutant", bfloat16.MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
     kernels = plant(mutant, KERNELS, tmp_path)
-    program = build.build(BFLOAT16, kernels, tmp_path / "build", only=["isa_avx512bf16.cpp"])
-    found, done = run_judge([sys.executable, "-m", "lab.emulated_cpu.bfloat16", str(program)])
+    changed = [f"isa_{mutant.scope}.cpp"]
+    program = build.build(
+        bfloat16.FLAVOURS[mutant.scope], kernels, tmp_path / "build", only=changed
+    )
+    judge = "-m", "lab.emulated_cpu.bfloat16", str(program), mutant.scope
+    found, done = run_judge([sys.executable, *judge])
     assert found == mutant.caught_by, done.stdout + done.stderr
 
 
@@ -78,10 +105,10 @@ def test_every_bug_can_be_planted(mutant: Mutant, tmp_path: Path) -> None:
 @emulated
 def test_the_probe_decides_where_nothing_is_chosen() -> None:
     """Twins of dot products are slow, so their rate is known to be low, not what it is."""
-    free, forced = (backend.server(BFLOAT16, isa) for isa in ("", bfloat16.ISA))
+    free, forced = (backend.server(BFLOAT16, isa) for isa in ("", "avx512bf16"))
     assert free.bfloat16_rate > 0
-    assert (free.active == bfloat16.ISA) == (free.bfloat16_rate >= 1.25)
-    assert (forced.active, forced.bfloat16_rate) == (bfloat16.ISA, 0)
+    assert (free.active == "avx512bf16") == (free.bfloat16_rate >= 1.25)
+    assert (forced.active, forced.bfloat16_rate) == ("avx512bf16", 0)
 
 
 @native
@@ -106,7 +133,7 @@ print(widest, *rates)
     widest, *rates = done.stdout.split()
     imported, forced, free = map(float, rates)
     assert (imported, forced) == (0, 0), done.stderr
-    assert (free > 0) == (widest == bfloat16.ISA)
+    assert (free > 0) == (widest == "avx512bf16")
 
 
 @pytest.mark.parametrize(

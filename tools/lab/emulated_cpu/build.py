@@ -104,7 +104,9 @@ BFLOAT16 = replace(
     stand_ins=("avx2", "avx512", "avx512vnni"),
 )
 """Only what this instruction set has of its own: quick to build."""
-FLAVOURS = {flavour.name: flavour for flavour in (NEON, AVX512, BFLOAT16)}
+AMX = replace(BFLOAT16, name="amx_emulated", isas=("scalar", "amx"), flags=AVX512.flags)
+"""The same of this one, optimised: its tiles are many lines of C++ each."""
+FLAVOURS = {flavour.name: flavour for flavour in (NEON, AVX512, BFLOAT16, AMX)}
 
 
 class BuildError(RuntimeError):

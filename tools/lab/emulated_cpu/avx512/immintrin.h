@@ -238,6 +238,7 @@ inline __m512i _mm512_broadcast_i32x4(__m128i v) {
 // Arithmetic.
 
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   return twins::both(_mm256_fmadd_ps(twins::low(a), twins::low(b), twins::low(c)),

@@ -76,6 +76,7 @@ void show_arithmetic(Kind kind) {
   const auto i = x.as<__m512i>(), j = y.as<__m512i>(), k = z.as<__m512i>();
   const auto mask = static_cast<__mmask16>(generator());
   SHOW_FLOATS(_mm512_add_ps, a, b);
+  SHOW_FLOATS(_mm512_sub_ps, a, b);
   SHOW_FLOATS(_mm512_mul_ps, a, b);
   SHOW_FLOATS(_mm512_fmadd_ps, a, b, c);
   SHOW_FLOATS(_mm512_maskz_div_ps, mask, a, b);
