@@ -26,7 +26,7 @@ PYTEST := QKERN_REQUIRE_NATIVE=1 OMP_NUM_THREADS=$(TEST_THREADS) OMP_WAIT_POLICY
 .DEFAULT_GOAL := help
 .PHONY: help setup native demo test test-slow test-all test-asan test-emulated test-triton test-neon \
     test-avx512 test-gpu \
-    mutants triton-versions transformers-versions support features bench lint format clean
+    mutants cuda-versions triton-versions transformers-versions support features bench lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -90,6 +90,15 @@ triton-versions: setup  ## compile the Triton kernels with other versions of Tri
 	        --target build/triton/$$version triton==$$version || exit 1; \
 	done
 	$(PYTEST) tests/triton/test_backend.py -k versions $(PYTEST_ARGS)
+
+CUDA_HEADERS ?= 12.1.105 12.6.77
+cuda-versions: setup  ## compile the CUDA kernels with the headers of other toolkits (downloads 2 MB)
+	for version in $(CUDA_HEADERS); do \
+	    at=build/cuda_headers/$$version; \
+	    [ -d $$at/nvidia ] || { $(RUN) -m pip download --quiet --no-deps --dest $$at \
+	        nvidia-cuda-runtime-cu12==$$version && $(RUN) -m zipfile -e $$at/*.whl $$at; } || exit 1; \
+	done
+	$(PYTEST) tests/cuda/test_toolkits.py $(PYTEST_ARGS)
 
 TRANSFORMERS_VERSIONS ?= 5.5.4 5.10.4 5.15.1 5.20.2 5.24.0
 # Training takes other packages, which ask for a new transformers.

@@ -3,7 +3,7 @@
 Environment variables:
     QKERN_NATIVE      OFF leaves the native kernels out (the PyTorch reference does all work).
     QKERN_BUILD_TYPE  CMake's build type (default: Release).
-    QKERN_CUDA, QKERN_SANITIZE, QKERN_WERROR
+    QKERN_CPU_ISAS, QKERN_CUDA, QKERN_CUDA_ARCHS, QKERN_SANITIZE, QKERN_WERROR
                       CMake's options of the same name; see CMakeLists.txt.
     CMAKE_ARGS        further arguments for CMake.
     CXX               the C++ compiler.
@@ -23,7 +23,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-FORWARDED_OPTIONS = ("QKERN_CUDA", "QKERN_CUDA_ARCHS", "QKERN_SANITIZE", "QKERN_WERROR")
+FORWARDED_OPTIONS = (
+    *("QKERN_CPU_ISAS", "QKERN_CUDA", "QKERN_CUDA_ARCHS"),
+    *("QKERN_SANITIZE", "QKERN_WERROR"),
+)
 HINT = "\n\nTo install qkern without its native kernels (slow), set QKERN_NATIVE=OFF."
 
 
@@ -35,7 +38,25 @@ class CMakeBuild(build_ext):
         require_toolchain()
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(self.build_temp).resolve()
-        configure = [*cmake_arguments(output_dir), "-S", str(ROOT), "-B", str(build_dir)]
+        arguments = cmake_arguments(output_dir)
+        try:
+            self.run_cmake(build_dir, arguments)
+        except subprocess.CalledProcessError:
+            asked = os.environ.get("QKERN_CUDA", "AUTO") != "AUTO"
+            if asked or not has_cuda_kernels(build_dir):
+                sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
+            # Nobody asked for them, and without them the CPU kernels are as good.
+            print(
+                "\nqkern: CUDA kernels left out: their build failed, see above\n", file=sys.stderr
+            )
+            try:
+                self.run_cmake(build_dir, [*arguments, "-DQKERN_CUDA=OFF"])
+            except subprocess.CalledProcessError:
+                sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
+
+    def run_cmake(self, build_dir: Path, arguments: list[str]) -> None:
+        """Configure and build in ``build_dir``; raises ``CalledProcessError``."""
+        configure = [*arguments, "-S", str(ROOT), "-B", str(build_dir)]
 
         # CMake's cache keeps paths of pip's throw-away build environments and old compilers.
         stamp = build_dir / "configured-with.txt"
@@ -45,13 +66,16 @@ class CMakeBuild(build_ext):
 
         cmake = find_program("cmake") or sys.exit("cmake not found: pip install cmake")
         jobs = str(self.parallel or os.cpu_count() or 1)
-        try:
-            if not stamp.exists():
-                subprocess.run([cmake, *configure], check=True)
-                stamp.write_text(description)
-            subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
-        except subprocess.CalledProcessError:
-            sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
+        if not stamp.exists():
+            subprocess.run([cmake, *configure], check=True)
+            stamp.write_text(description)
+        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+
+
+def has_cuda_kernels(build_dir: Path) -> bool:
+    """Whether the build there compiles CUDA kernels."""
+    cache = build_dir / "CMakeCache.txt"
+    return cache.exists() and "QKERN_HAS_CUDA:INTERNAL=TRUE" in cache.read_text()
 
 
 def cmake_arguments(output_dir: Path) -> list[str]:

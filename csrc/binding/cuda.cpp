@@ -87,12 +87,24 @@ pybind11::tuple device_limits() {
   return pybind11::make_tuple(limits.capability, limits.processors, limits.l2_bytes);
 }
 
+#ifdef QKERN_CUDA_ARCHITECTURES
+// (CUDA's version that the driver takes, the runtime's, the architectures that there is code for).
+pybind11::tuple versions() {
+  cuda::Versions found;
+  raise_on_error("versions", cuda::versions(&found));
+  return pybind11::make_tuple(found.driver, found.runtime, QKERN_CUDA_ARCHITECTURES);
+}
+#endif
+
 }  // namespace
 
 void bind_cuda(pybind11::module_& m) {
   add_ops(m, "cuda_", kCudaOps);
   m.def("cuda_linear_paths", linear_paths);
   m.def("cuda_device_limits", device_limits);
+#ifdef QKERN_CUDA_ARCHITECTURES
+  m.def("cuda_versions", versions);
+#endif
 }
 
 }  // namespace qkern::binding

@@ -28,6 +28,11 @@ QKERN_DEVICE float to_float<Float16>(Float16 value) {
   return __half2float(__ushort_as_half(value.bits));
 }
 
+// As __bfloat16_as_ushort, which CUDA 12.1 and earlier have for sm_80 and later only.
+QKERN_DEVICE std::uint16_t bits_of(__nv_bfloat16 value) {
+  return static_cast<__nv_bfloat16_raw>(value).x;
+}
+
 template <typename T>
 QKERN_DEVICE T from_float(float value);
 template <>
@@ -36,7 +41,7 @@ QKERN_DEVICE float from_float<float>(float value) {
 }
 template <>
 QKERN_DEVICE BFloat16 from_float<BFloat16>(float value) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  return {bits_of(__float2bfloat16_rn(value))};
 }
 template <>
 QKERN_DEVICE Float16 from_float<Float16>(float value) {
@@ -57,8 +62,8 @@ QKERN_DEVICE std::uint32_t pack_pair(float low, float high);
 template <>
 QKERN_DEVICE std::uint32_t pack_pair<BFloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.x)) |
-         static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+  return static_cast<std::uint32_t>(bits_of(pair.x)) | static_cast<std::uint32_t>(bits_of(pair.y))
+                                                           << 16;
 }
 template <>
 QKERN_DEVICE std::uint32_t pack_pair<Float16>(float low, float high) {

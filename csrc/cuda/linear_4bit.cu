@@ -118,6 +118,15 @@ Status device_limits(DeviceLimits* limits) {
   return Status::success();
 }
 
+#ifndef QKERN_CUDA_EMULATED
+Status versions(Versions* found) {
+  cudaError_t error = cudaDriverGetVersion(&found->driver);
+  if (error == cudaSuccess) error = cudaRuntimeGetVersion(&found->runtime);
+  return error == cudaSuccess ? Status::success()
+                              : Status::error("CUDA versions", cudaGetErrorString(error));
+}
+#endif
+
 Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool aligned,
                          MatmulPath (&paths)[kCudaPaths], int* count) {
   *count = 0;

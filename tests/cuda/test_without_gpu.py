@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 
 from lab import ROOT
 from lab.cuda import run_on_gpu
-from lab.processes import environment
-from qkern import backends
+from lab.processes import environment, fresh_python
+from qkern import backends, env
 from qkern.backends import CudaBackend, _library, cpu, cuda
+from qkern.backends._cuda import has_code
 
 has_driver = ctypes.util.find_library("cuda") is not None
 needs_kernels = pytest.mark.skipif(
@@ -68,6 +70,17 @@ def test_importing_kernels_without_a_driver_is_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@needs_kernels
+@needs_no_driver
+def test_the_library_tells_its_versions():
+    driver, runtime, architectures = cpu.library().cuda_versions()
+    assert driver == 0
+    built = cpu.library().build_info()["cuda"]  # nvcc 13.0.88: 75-real ...
+    assert built.startswith(f"nvcc {runtime // 1000}.{runtime % 1000 // 10}.")
+    assert built.endswith(f": {architectures}")
+    assert "-real" in architectures
+
+
 def test_a_cuda_tensor_without_a_device_is_torchs_error():
     if torch.cuda.is_available():
         pytest.skip("there is a device")
@@ -97,7 +110,7 @@ def test_no_native_module_at_all(monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
 def test_a_build_with_nvcc_passes_these_tests_where_there_is_no_driver(tmp_path):
     """All of this file again, on a module that has the kernels, for one architecture."""
-    environment = os.environ | {"QKERN_CUDA": "ON", "QKERN_CUDA_ARCHS": "80"}
+    environment = os.environ | {"QKERN_CUDA_ARCHS": "80", "QKERN_CPU_ISAS": "scalar"}
     folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
     built = subprocess.run(
         [sys.executable, "setup.py", "build_ext", *folders],
@@ -122,44 +135,57 @@ def test_a_build_with_nvcc_passes_these_tests_where_there_is_no_driver(tmp_path)
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    for name in ("a_launch_without_a_driver", "importing_kernels_without_a_driver"):
+    for name in ("a_launch_without_a_driver", "importing_kernels_without", "the_library_tells"):
         lines = [line for line in done.stdout.splitlines() if f"test_{name}" in line]
         assert lines
         assert all("PASSED" in line for line in lines), done.stdout
 
 
-def configure(folder: Path, cuda_option: str) -> subprocess.CompletedProcess[str]:
-    """CMake's configuration where no nvcc is to be found."""
+def configure(
+    folder: Path,
+    *options: str,
+    programs: Mapping[str, str] | None = None,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """CMake's configuration where no nvcc is to be found, nor another program of NVIDIA's.
+
+    But ``programs``: names, and lines of shell.
+    """
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if cmake is None:
         pytest.skip("no cmake")
     # Links to all programs but nvcc, for it may share a directory with the compiler.
-    programs = folder / "bin"
-    programs.mkdir()
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(parents=True)
+    for name, lines in (programs or {}).items():
+        (bin_folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (bin_folder / name).chmod(0o755)
     for directory in (
         Path(sys.executable).parent,
         *map(Path, os.environ["PATH"].split(os.pathsep)),
     ):
         for program in directory.glob("*") if directory.is_dir() else ():
-            link = programs / program.name
-            if program.name != "nvcc" and not link.exists() and not link.is_symlink():
+            link = bin_folder / program.name
+            hidden = program.name in ("nvcc", "nvidia-smi")
+            if not hidden and not link.exists() and not link.is_symlink():
                 link.symlink_to(program)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CXX"))}
     return subprocess.run(
-        [cmake, "-S", str(ROOT), "-B", str(folder / "build"), f"-DQKERN_CUDA={cuda_option}"]
-        + [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"],
+        [cmake, "-S", str(ROOT), "-B", str(folder / "build")]
+        + [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"]
+        + ["-DQKERN_NVCC_FOLDERS=", *options],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env=environment | {"PATH": str(programs)},
+        env=environment | {"PATH": str(bin_folder)} | variables,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["AUTO", "ON"])
 def test_a_build_without_nvcc_leaves_the_kernels_out_or_fails(tmp_path, option):
-    done = configure(tmp_path, option)
+    done = configure(tmp_path, f"-DQKERN_CUDA={option}", "-DQKERN_CUDA_ARCHS=80")
     said = done.stdout + done.stderr
     if option == "AUTO":
         assert done.returncode == 0, said
@@ -167,6 +193,148 @@ def test_a_build_without_nvcc_leaves_the_kernels_out_or_fails(tmp_path, option):
     else:
         assert done.returncode != 0
         assert "QKERN_CUDA=ON: nvcc not found" in said
+
+
+NVCC = shutil.which("nvcc")
+TWO_GPUS = {"nvidia-smi": r'[ "$1" = -L ] || printf "9.0\n8.6\n9.0\n"'}
+OLD_DRIVER = {"nvidia-smi": 'if [ "$1" = -L ]; then echo "GPU 0: Tesla T4"; else exit 6; fi'}
+ALL = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;90-virtual;100-virtual;120-virtual"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc not found")
+@pytest.mark.parametrize(
+    ("options", "programs", "built"),
+    [
+        ([], {}, "left out: no NVIDIA GPU here"),
+        ([], TWO_GPUS, "for 86-real;90-real;90-virtual"),
+        ([], OLD_DRIVER, f"for {ALL}"),
+        (["-DQKERN_CUDA=ON"], {}, f"for {ALL}"),
+        (["-DQKERN_CUDA=ON"], TWO_GPUS, f"for {ALL}"),
+        (["-DQKERN_CUDA_ARCHS=89"], TWO_GPUS, "for 89-real;89-virtual"),
+        (["-DQKERN_CUDA_ARCHS=80;90;100"], {}, "for 80-real;90-real;100-real;90-virtual;100-virt"),
+    ],
+    ids=["none", "two", "old-driver", "on", "on-two", "one", "some"],
+)
+def test_what_is_built_for_which_gpus(tmp_path, options, programs, built):
+    assert NVCC is not None
+    # By a folder that CUDA_HOME names, off PATH.
+    home = tmp_path / "toolkit"
+    home.mkdir()
+    (home / "bin").symlink_to(Path(NVCC).resolve().parent)
+    done = configure(tmp_path, *options, programs=programs, CUDA_HOME=str(home))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"qkern: CUDA kernels {built}" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_host_compiler_that_nvcc_refuses_is_named(tmp_path):
+    said = "#error -- unsupported GNU version! gcc versions later than 13 are not supported!"
+    program = {"nvcc": f'echo "{said}" >&2; exit 1'}
+    done = configure(tmp_path, "-DQKERN_CUDA_ARCHS=80", programs=program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"nvcc does not compile here: {said} (CUDAHOSTCXX" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc not found")
+@pytest.mark.parametrize("asked", [False, True])
+def test_cuda_kernels_that_do_not_compile_leave_those_for_the_cpu(tmp_path, asked):
+    """Unless they were asked for. Also a build of few instruction sets."""
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    variables = {
+        "QKERN_CUDA_ARCHS": "80",
+        "QKERN_CPU_ISAS": "scalar",
+        "NVCC_APPEND_FLAGS": "-DBFloat16=3",  # compiles what CMake tries, and no kernel
+    }
+    if asked:
+        variables["QKERN_CUDA"] = "ON"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    libraries = list((tmp_path / "lib").glob("**/_C*.so"))
+    if asked:
+        assert done.returncode != 0
+        assert "building the native kernels failed" in done.stderr
+        assert libraries == []
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CUDA kernels left out: their build failed" in done.stderr
+    code = (
+        "from qkern.backends import available, cpu;"
+        "print(cpu.available_isas(), available('cuda')['cuda'])"
+    )
+    found = fresh_python("-c", code, QKERN_NATIVE_LIBRARY=str(libraries[0]))
+    assert found.stdout == "['scalar'] qkern._C was built without CUDA kernels\n", found.stderr
+
+
+H100, T4 = 90, 75
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "jit", "runs"),
+    [
+        (H100, "90-real 90-virtual", False, True),
+        (H100, "80-real 80-virtual", False, False),
+        (H100, "80-real 80-virtual", True, True),
+        (89, "80-real", False, True),  # the same major version, a later minor one
+        (80, "86-real 86-virtual", True, False),
+        (T4, "80-real 120-virtual", True, False),
+        (110, "100-real 120-real 100-virtual 120-virtual", True, True),
+        (110, "100-real 120-real 120-virtual", True, False),
+        (103, "100-real", False, True),
+        (H100, "", True, False),
+    ],
+)
+def test_which_devices_a_build_runs_on(capability, architectures, jit, runs):
+    assert has_code(capability, architectures, jit) == runs
+
+
+class Built(types.ModuleType):
+    """A library with CUDA kernels of these versions."""
+
+    def __init__(self, driver: int, runtime: int, architectures: str = "80-real 80-virtual"):
+        super().__init__("_C")
+        self.cuda_linear_4bit = None
+        self.cuda_versions = lambda: (driver, runtime, architectures)
+
+
+def test_a_driver_older_than_the_runtime_leaves_the_tensors_to_triton(monkeypatch):
+    assert CudaBackend(library=Built(0, 13000)).missing_reason() is None  # no driver, no tensors
+    assert CudaBackend(library=Built(12010, 12080)).missing_reason() is None
+    assert CudaBackend(library=Built(13010, 12080)).missing_reason() is None
+    old = CudaBackend(library=Built(12080, 13000))
+    reason = "the driver is for CUDA 12.8; qkern._C needs one for CUDA 13.0 or newer"
+    assert old.missing_reason() == reason
+    monkeypatch.setitem(backends.BACKENDS, "cuda", old)
+    found = env.report()["devices"]["cuda"]
+    assert found["backends"]["cuda"] == reason
+    assert found["selected"] != "cuda"
+    with pytest.raises(RuntimeError, match=r"'cuda' is missing: the driver is for CUDA 12\.8"):
+        backends.use("cuda").__enter__()
+
+
+def test_a_device_without_code_leaves_the_tensors_to_triton(monkeypatch):
+    devices = [(8, 6), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
+    unasked = CudaBackend(library=Built(13000, 13000))
+    assert unasked.missing_reason() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert unasked.missing_reason() == (
+        "qkern._C has no code for cuda:1, compute capability 7.5: "
+        "it was built for 80-real 80-virtual"
+    )
+    assert CudaBackend(library=Built(13000, 13000, "75-real 80-real")).missing_reason() is None
+    # A driver before the toolkit compiles none of its PTX.
+    devices[1] = (9, 0)
+    assert unasked.missing_reason() is None
+    assert "cuda:1" in str(CudaBackend(library=Built(12010, 12080)).missing_reason())
 
 
 def test_the_program_for_compute_sanitizer_runs_its_cases():

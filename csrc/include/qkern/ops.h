@@ -188,6 +188,13 @@ struct DeviceLimits {
 };
 Status device_limits(DeviceLimits* limits);
 
+// CUDA's versions, major * 1000 + minor * 10: the newest that the driver takes (0: there is none),
+// and that of the runtime in this library.
+struct Versions {
+  int driver = 0, runtime = 0;
+};
+Status versions(Versions* found);
+
 // A path that can compute a matmul on the current device, and what it takes there.
 struct MatmulPath {
   CudaPath path = CudaPath::kTiled;

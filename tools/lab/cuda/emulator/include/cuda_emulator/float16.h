@@ -8,8 +8,13 @@
 struct __half {
   std::uint16_t bits;
 };
+struct __nv_bfloat16_raw {
+  unsigned short x;
+};
 struct __nv_bfloat16 {
   std::uint16_t bits;
+
+  operator __nv_bfloat16_raw() const { return {bits}; }
 };
 struct alignas(4) __half2 {
   __half x, y;
@@ -88,4 +93,3 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
 inline __half __ushort_as_half(std::uint16_t bits) { return {bits}; }
 inline std::uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(std::uint16_t bits) { return {bits}; }
-inline std::uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
