@@ -25,10 +25,12 @@ from . import kernels, machine, matmul, overview, peers, report, weights
 from .timing import (
     Call,
     Candidate,
+    Clock,
     Problem,
     Sample,
     Settings,
     SkippedError,
+    Times,
     WrongResultError,
     run_contest,
 )
@@ -41,21 +43,47 @@ _BLOCK_SIZE = 64
 
 
 class EventClock:
-    """Milliseconds between two events around a call; the cache is filled with other data before."""
+    """Times between two events around a call; the cache is filled with other data before.
+
+    The stream is kept busy until the host has launched everything, so that the device goes from one
+    kernel of the call to the next: else the time between the events is the host's, which takes
+    longer to launch a small kernel than the device to run it. A call that waits for the device
+    itself cannot be timed so, and has its time with the waiting in it.
+    """
+
+    _SHORTEST = 20_000  # cycles to keep the stream busy for
+    _LONGEST = 50_000_000  # some 30 ms
 
     def __init__(self, device: torch.device, cold: bool) -> None:
         self.device = device
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self.other = torch.empty(2 * size if cold else 0, dtype=torch.uint8, device=device)
+        self._cycles = self._SHORTEST
 
-    def __call__(self, call: Call) -> float:
+    def __call__(self, call: Call) -> Times:
+        cycles = self._cycles
+        while True:
+            found, launched_in_time = self._time(call, cycles)
+            if launched_in_time:
+                self._cycles = cycles
+                return found
+            if cycles >= self._LONGEST:  # it waits for the device: a longer time is of no use
+                return found
+            cycles = min(4 * cycles, self._LONGEST)
+
+    def _time(self, call: Call, cycles: int) -> tuple[Times, bool]:
+        """The call's times, and whether the stream was busy until all of it was launched."""
         self.other.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
         begin.record()
+        start = time.perf_counter()
         call()
+        host = time.perf_counter() - start
+        launched_in_time = not begin.query()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return Times(begin.elapsed_time(end) / 1e3, host), launched_in_time
 
 
 def contest(
@@ -219,7 +247,7 @@ def _matmul_4bit(module: Any, packed: Tensor, state: Any, rows: Tensor) -> Tenso
 
 def limits(
     dtypes: Sequence[torch.dtype],
-    clock: Callable[[Call], float],
+    clock: Clock,
     device: torch.device,
     probe_bytes: int = _PROBE_BYTES,
     size: int = _MATMUL_SIZE,
@@ -227,7 +255,8 @@ def limits(
     """What copies and ``torch.mm`` (cuBLAS) reach on the device."""
 
     def best(call: Call) -> float:
-        return min(clock(call) for _ in range(6))
+        found = [clock(call) for _ in range(6)]
+        return min(t.device if isinstance(t, Times) else t for t in found)
 
     half = probe_bytes // 8
     buffer = torch.ones(2 * half, device=device)
@@ -254,7 +283,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def play(
-    args: argparse.Namespace, device: torch.device, clock: Callable[[Call], float]
+    args: argparse.Namespace, device: torch.device, clock: Clock
 ) -> tuple[list[tuple[Problem, list[Sample]]], list[str], list[str]]:
     """All contests that the command line asks for: results, notes, wrong results."""
     settings = Settings(args.repeat, args.max_seconds, cold=False)

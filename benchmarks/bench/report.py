@@ -11,7 +11,7 @@ from typing import Any
 
 from . import mixed
 from .machine import Limits
-from .timing import Problem, Sample
+from .timing import Problem, Sample, percentile
 
 SCHEMA = 1
 
@@ -59,6 +59,8 @@ def _record(problem: Problem, sample: Sample, ours: float, limits: Limits) -> Re
         "ratio": seconds / ours,
         "integers": sample.integers,
     }
+    if sample.host_seconds:
+        record["host_us"] = percentile(sample.host_seconds, 50) * 1e6
     if sample.bytes:
         flops = 0 if sample.integers else problem.flops
         limit, bound = limits.seconds(sample.bytes, flops, problem.dtype)
@@ -92,8 +94,17 @@ HEADER = ("op", "shape", "M", "dtype", "who", "ms", "p20", "p80", "rate", "of li
 
 
 def table(rows: Iterable[Record]) -> str:
-    """Markdown, aligned; what qkern's candidates are to themselves is left out."""
-    return aligned([HEADER, *(_cells(row) for row in rows)])
+    """Markdown, aligned; what qkern's candidates are to themselves is left out.
+
+    With a column of the host's microseconds a call where a device did the work.
+    """
+    found = list(rows)
+    cells = [HEADER, *(_cells(row) for row in found)]
+    if any("host_us" in row for row in found):
+        host = ("host us", *(digits(row["host_us"]) if "host_us" in row else "" for row in found))
+        at = HEADER.index("rate")
+        cells = [(*row[:at], one, *row[at:]) for row, one in zip(cells, host, strict=True)]
+    return aligned(cells)
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

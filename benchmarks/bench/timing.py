@@ -6,12 +6,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 Call = Callable[[], Any]
+
+
+class Times(NamedTuple):
+    """Seconds of a call: of the device that did the work, and of the host that asked for it."""
+
+    device: float
+    host: float
+
+
+Clock = Callable[[Call], "float | Times"]
+"""Makes a call, and says how long it took: one figure where host and device are the same."""
 
 _ONCE_SECONDS = 1.0  # a call that takes longer, and as long as a contest may, is not repeated
 _MIN_ROUNDS = 5
@@ -104,6 +115,13 @@ class Sample:
     cache: str
     checked_in: float  # seconds of the call whose result was checked
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)  # of a device's calls
+
+    def add(self, found: float | Times) -> None:
+        if isinstance(found, Times):
+            self.host_seconds.append(found.host)
+            found = found.device
+        self.seconds.append(found)
 
     def percentile(self, percent: float) -> float:
         return percentile(self.seconds, percent)
@@ -169,12 +187,12 @@ def run_contest(
     problem: Problem,
     candidates: Sequence[Candidate],
     settings: Settings,
-    clock: Callable[[Call], float] = wall_clock,
+    clock: Clock = wall_clock,
 ) -> list[Sample]:
     """Check every candidate, then time them in turn, the first one changing from round to round.
 
     Who has taken the time of the whole contest alone is called no more, so that the others go on.
-    `clock` makes a call and returns its seconds. Raises `WrongResultError` before anything is timed
+    Raises `WrongResultError` before anything is timed
     when a check fails.
     """
     prepared = prepare(problem, candidates, settings)
@@ -198,7 +216,7 @@ def run_contest(
             call = calls[number % len(calls)]
             if candidate.before is not None:
                 candidate.before()
-            sample.seconds.append(clock(call))
+            sample.add(clock(call))
     return [sample for _, sample, _ in prepared]
 
 

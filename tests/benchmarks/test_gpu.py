@@ -8,7 +8,7 @@ import gpu_static
 import pytest
 import run
 import torch
-from bench import gpu, report
+from bench import gpu, report, timing
 
 from lab import ROOT
 from qkern import testing
@@ -66,6 +66,95 @@ def test_without_a_device_it_says_so(capsys):
         pytest.skip("there is one")
     assert run.main(["--device", "cuda"]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+class Stream:
+    """A device that does what is launched in order, and a host that takes its own time.
+
+    Times are in microseconds; a cycle is a thousandth of one.
+    """
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0  # the host's
+        self.free = 0.0  # when the device has done all
+        stream = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(stream.free, stream.now)
+
+            def query(self):
+                return stream.now >= self.at
+
+            def synchronize(self):
+                stream.now = max(stream.now, self.at)
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) / 1e3
+
+        properties = type("Properties", (), {"L2_cache_size": 64})
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(2, cycles / 1e3))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(gpu.time, "perf_counter", lambda: self.now / 1e6)
+
+    def launch(self, host, device):
+        """A kernel, which the host takes some time to launch and the device to run."""
+        self.now += host
+        self.free = max(self.free, self.now) + device
+
+    def wait(self):
+        self.now = max(self.now, self.free)
+
+
+def test_a_devices_time_has_none_of_the_hosts(monkeypatch):
+    stream = Stream(monkeypatch)
+    clock = gpu.EventClock(CPU, cold=True)
+    for kernels in (1, 3, 40):  # the last takes the host longer than the stream is first kept busy
+
+        def call(kernels=kernels):
+            for _ in range(kernels):
+                stream.launch(22, 7)
+
+        found = clock(call)
+        assert found.device * 1e6 == pytest.approx(7 * kernels)
+        assert found.host * 1e6 == pytest.approx(22 * kernels)
+
+
+def test_a_call_that_waits_for_the_device_is_timed_with_the_waiting(monkeypatch):
+    stream = Stream(monkeypatch)
+    clock = gpu.EventClock(CPU, cold=False)
+
+    def call():
+        stream.launch(22, 7)
+        stream.wait()
+        stream.launch(22, 7)
+
+    found = clock(call)
+    assert found.device * 1e6 == pytest.approx(7 + 22 + 7)
+    # The next one is not kept waiting as long.
+    before = stream.now
+    clock(lambda: stream.launch(5, 7))
+    assert stream.now - before < 100
+
+
+def test_the_hosts_time_is_a_column_of_its_own():
+    problem = timing.Problem("forward", torch.float32, (8, 8), 1)
+    sample = timing.Sample("qkern", 64, 64, False, 1, "warm", 0.0)
+    for device, host in ((3e-6, 8e-6), (5e-6, 9e-6), (4e-6, 30e-6)):
+        sample.add(timing.Times(device, host))
+    limits = gpu.limits([], lambda call: timing.Times(1.0, 5.0), CPU, probe_bytes=64, size=2)
+    assert limits.copy_gb_s == pytest.approx(64e-9)
+    (row,) = report.records(problem, [sample], limits)
+    assert (row["ms"], row["host_us"]) == (pytest.approx(4e-3), pytest.approx(9.0))
+    header, _, cells = report.table([row]).splitlines()
+    at = header.split("|").index(next(c for c in header.split("|") if c.strip() == "host us"))
+    assert cells.split("|")[at].strip() == "9"
+    del row["host_us"]
+    assert "host us" not in report.table([row])
 
 
 def entry(library: str, op: str, **fields) -> gpu_static.Entry:
