@@ -48,6 +48,16 @@ Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfi
                                        config.shared_bytes, [&] { kernel(args...); });
   return error == nullptr ? Status::success() : Status::error(what, error);
 #else
+  // A kernel's first launch loads its code, which a stream under capture forbids a thread that does
+  // not ask for leave.
+  struct Leave {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Leave() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    ~Leave() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    Leave(const Leave&) = delete;
+    Leave& operator=(const Leave&) = delete;
+  };
+  const Leave leave;
   // A kernel takes more than this much shared memory only when told to.
   constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
   if (config.shared_bytes > kDefaultSharedBytes) {

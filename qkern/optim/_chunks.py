@@ -36,6 +36,11 @@ class MomentSpec(NamedTuple):
         """Elements of each moment."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Of both moments and their scales."""
+        return Piece(0, 0, self.numel, self.bits, 0).end
+
 
 @dataclass(frozen=True)
 class Piece:

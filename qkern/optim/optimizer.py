@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from qkern.optim import _checkpointing, _driver, _updates
+from qkern.optim import _checkpointing, _chunks, _driver, _updates
 from qkern.optim._chunks import MomentSpec, Piece
 from qkern.optim._file_pager import FilePager
 from qkern.optim._gpu_pager import UnifiedPager
@@ -49,8 +50,9 @@ class PagedAdamW(Optimizer):
             and leave again chunk by chunk during a step; as CUDA's managed memory, or where CPU and
             GPU cannot use that at the same time (WSL, Windows, ROCm) page-locked and copied:
             ``paging`` tells which. ``"mmap"``: in the file ``path``, read and written by chunks
-            during a step. ``"auto"``: ``"mmap"`` where there is a ``path``, ``"unified"`` where all
-            parameters are on GPUs, else ``"none"``; the attribute ``pager`` tells.
+            during a step. ``"auto"``: ``"mmap"`` where there is a ``path``; ``"unified"`` where all
+            parameters are on GPUs and a budget is given, or one of the GPUs has more than 256 MiB
+            of moments; else ``"none"``. The attribute ``pager`` tells.
         path: The file, which must not exist; or with ``resume`` must, written by an optimizer of
             the same parameters, whose steps and moments are then taken as last committed. Every
             ``step`` commits: if the process is killed within one, the file has the step before.
@@ -128,8 +130,7 @@ class PagedAdamW(Optimizer):
         self.register_state_dict_post_hook(_add_moments)
         params = self._params()
         if pager == "auto":
-            on_gpus = all(_driver.current.takes(param.device) for param in params)
-            self.pager = "unified" if on_gpus else "none"
+            self.pager = self._choose_pager(budget_bytes)
         check_paging(self.pager, path, resume, durable, budget_bytes)
         if self.pager == "none":
             return
@@ -341,6 +342,20 @@ class PagedAdamW(Optimizer):
         if not narrow or param.numel() < max(self._min_8bit_size, 1):
             return 32
         return 8
+
+    def _choose_pager(self, budget_bytes: int | None) -> str:
+        """``"unified"`` or ``"none"``, for the parameters there are so far.
+
+        Moments within the default budget would never leave the GPU but to wait for others.
+        """
+        specs = self._specs(self.param_groups)
+        if not all(_driver.current.takes(spec.device) for spec in specs):
+            return "none"
+        sizes: Counter[torch.device] = Counter()
+        for spec in specs:
+            sizes[spec.device] += spec.nbytes
+        large = max(sizes.values(), default=0) > _chunks.DEFAULT_BUDGET_BYTES
+        return "unified" if large or budget_bytes is not None else "none"
 
     def _specs(self, groups: Sequence[dict[str, Any]]) -> list[MomentSpec]:
         """What a pager must know of the groups' parameters, of whose shape a part may be here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,13 +18,19 @@ from qkern.testing._targets import Target
 from qkern.testing.specs import OPS
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Fill what torch allocates with NaN (integers: their maximum) while the context lasts.
 
-    So an element that a kernel forgot to write never passes for a result.
+    So an element that a kernel forgot to write never passes for a result. torch fills only where
+    algorithms are to be deterministic, and then warns of a cuBLAS that was not told to be.
     """
     deterministic: Any = torch.utils.deterministic
+    told = os.environ.get(_CUBLAS)
+    os.environ[_CUBLAS] = told or ":4096:8"
     mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = True
@@ -32,6 +39,8 @@ def poisoned_outputs() -> Iterator[None]:
     finally:
         deterministic.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
+        if told is None:
+            del os.environ[_CUBLAS]
 
 
 def _generator(spec: OpSpec, case: Case) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_poisoned_outputs_fills_and_restores() -> None:
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.mark.parametrize("told", [None, ":16:8"])
+def test_poisoned_outputs_tells_cublas_to_be_deterministic(
+    monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    """Else torch warns at the first matmul on a GPU, which tests take for an error."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    if told is not None:
+        monkeypatch.setenv(name, told)
+    with testing.poisoned_outputs():
+        assert os.environ[name] == (told or ":4096:8")
+    assert os.environ.get(name) == told
 
 
 def test_bytes_and_flops() -> None:

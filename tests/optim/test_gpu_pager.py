@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lab.fake_gpu import FakeGpu
-from qkern.optim import PagedAdamW
+from qkern.optim import PagedAdamW, _chunks
 from qkern.optim._chunks import MomentSpec
 from tests.optim.schedules import BUDGET, KIB, SCHEDULES, Use
 from tests.optim.simulated import expected, make_params, set_grads, trained
@@ -151,18 +151,34 @@ def test_what_fits_the_budget_is_not_copied_again(use: Use) -> None:
 
 def test_pinned_and_managed_by_capability(use: Use) -> None:
     use(FakeGpu(managed=True))
-    assert PagedAdamW(make_params()).paging == {"cpu": "managed memory"}
+    assert PagedAdamW(make_params(), pager="unified").paging == {"cpu": "managed memory"}
     use(FakeGpu(managed=False))
-    optimizer = PagedAdamW(make_params())
+    optimizer = PagedAdamW(make_params(), pager="unified")
     assert optimizer.pager == "unified"
     assert optimizer.paging == {"cpu": "pinned memory (no concurrent managed access)"}
     assert PagedAdamW(make_params(), pager="none").paging == {}
 
 
+def test_few_moments_stay_on_the_device(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(FakeGpu())
+    params = make_params()
+    assert PagedAdamW(params).pager == "none"
+    assert PagedAdamW(params, budget_bytes=1 << 20).pager == "unified"
+    for bits in (32, 8):
+        optimizer = PagedAdamW(params, bits=bits, pager="none")
+        trained(optimizer, params, 1)
+        moments = [t for s in optimizer.state.values() for t in s.values() if t.numel() > 1]
+        least, most = sum(t.nbytes for t in moments), 64 * len(moments)  # each begins aligned
+        monkeypatch.setattr(_chunks, "DEFAULT_BUDGET_BYTES", least + most)
+        assert PagedAdamW(params, bits=bits).pager == "none"
+        monkeypatch.setattr(_chunks, "DEFAULT_BUDGET_BYTES", least - 1)
+        assert PagedAdamW(params, bits=bits).pager == "unified"
+
+
 def test_managed_memory_has_no_bound_by_default(use: Use) -> None:
     gpu = use(FakeGpu())
     params = make_params()
-    trained(PagedAdamW(params), params, 3)
+    trained(PagedAdamW(params, pager="unified"), params, 3)
     assert gpu.names("evict") == []
     assert len(gpu.names("prefetch")) == 3  # again each step: the driver may have moved it away
 

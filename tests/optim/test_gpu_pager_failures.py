@@ -150,7 +150,7 @@ def test_a_device_without_any_room(use: Use) -> None:
 def test_capture_is_refused(use: Use) -> None:
     gpu = use(FakeGpu())
     params = make_params()
-    optimizer = PagedAdamW(params)
+    optimizer = PagedAdamW(params, pager="unified")
     set_grads(params, 0)
     gpu.capturing = True
     with pytest.raises(RuntimeError, match='pager: got "unified" while a CUDA graph is captured'):

@@ -607,7 +607,7 @@ def where_moments_are() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_driver, "current", FakeGpu())
         param = nn.Parameter(drawn(8))
-        assert qkern.optim.PagedAdamW([param]).paging == {"cpu": "managed memory"}
+        assert qkern.optim.PagedAdamW([param], pager="unified").paging == {"cpu": "managed memory"}
 
 
 @contextmanager
