@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 NATIVE_TESTS := tests/ops/test_conformance.py tests/ops/test_bitexact.py tests/cpu/test_kernel_alone.py \
     tests/cpu/test_step_alone.py
-GPU_TESTS := tests/ops/test_conformance.py tests/optim/test_gpu.py
+GPU_TESTS := tests/ops/test_conformance.py tests/cuda/test_ways.py tests/optim/test_gpu.py
 COMPUTE_SANITIZER ?= compute-sanitizer
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FORMATTED := $(filter-out CMakeLists.txt setup.py,$(NATIVE_SOURCES)) \

@@ -11,12 +11,14 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
+from lab.cuda import ways
 from lab.cuda.emulator import backend, build
 from lab.processes import environment
 from qkern import backends, testing
-from qkern.backends import _cuda_paths
 from qkern.testing import OPS, Case, OpSpec
+from tests.cuda import test_ways
 
 if build.compiler() is None:
     pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
@@ -94,30 +96,28 @@ MATMULS = [(spec, case) for spec, case in TABLE if spec.comparison == "matmul"]
 def forced_params() -> list[object]:
     found = []
     for i, (spec, case) in enumerate(MATMULS):
-        m, out_features, in_features = case.shape
         schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
-        call = _cuda_paths.Matmul(
-            *(spec.input_gradient, case.dtype, m, out_features, in_features),
-            batch_invariant=case.batch_invariant,
-            aligned=case.layout == "contiguous",
-        )
-        allowed = backend.expected_paths(call, schedule.capability)
-        for j, path in enumerate(_cuda_paths.PATHS):
-            if path in allowed:
-                marks = [] if i % 23 == j and case.numel <= 1 << 18 else [pytest.mark.slow]
-                name = f"{spec.name}-{path}-{schedule}-{case}"
-                found.append(pytest.param(spec, case, path, schedule, id=name, marks=marks))
+        for way in ways.ways_of(spec, case, schedule.capability):
+            quick = i % 23 == ways.WAYS.index(way) and case.numel <= 1 << 18
+            marks = [] if quick else [pytest.mark.slow]
+            name = f"{spec.name}-{way}-{schedule}-{case}"
+            found.append(pytest.param(spec, case, way, schedule, id=name, marks=marks))
     return found
 
 
-@pytest.mark.parametrize(("spec", "case", "path", "schedule"), forced_params())
-def test_matmul_by_a_forced_path(
-    spec: OpSpec,
-    case: Case,
-    path: str,
-    schedule: backend.Schedule,
-    library: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("spec", "case", "way", "schedule"), forced_params())
+def test_matmul_by_a_forced_way(
+    spec: OpSpec, case: Case, way: str, schedule: backend.Schedule, library: ModuleType
 ) -> None:
-    monkeypatch.setenv("QKERN_CUDA_PATH", path)
-    testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")
+    with ways.forced(way):
+        testing.check(spec, case, backend.EmulatedTarget(library, schedule), "cpu")
+
+
+@pytest.mark.parametrize("spec", [OPS["linear_4bit"], OPS["linear_4bit_dx"]], ids=lambda s: s.name)
+def test_the_devices_test_of_every_way(spec: OpSpec, library: ModuleType) -> None:
+    """It runs as written, on the emulator in a device's place, and takes each way."""
+    target, taken = backend.EmulatedTarget(library, backend.SCHEDULES[0]), set()
+    case = Case((9, 160, 192), torch.bfloat16, bias=spec.name == "linear_4bit")
+    for way in test_ways.check_every_way(spec, case, target, 80, torch.device("cpu")):
+        taken.add(way)
+    assert taken == set(ways.WAYS) - ({"vector"} if spec.input_gradient else set())

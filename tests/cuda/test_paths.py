@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lab.cuda.emulator import backend, build
+from lab.cuda.ways import expected_paths
 from qkern import testing
 from qkern.backends import _cuda_matmul, _cuda_paths
 from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
@@ -43,7 +44,7 @@ def forced_cases() -> list[object]:
                 call = Matmul(name.endswith("dx"), dtype, *shape)
                 found += [
                     pytest.param(name, case, path, id=f"{name}-{path}-{case}")
-                    for path in backend.expected_paths(call, AMPERE.capability)
+                    for path in expected_paths(call, AMPERE.capability)
                 ]
     return found
 
@@ -119,7 +120,7 @@ def test_slices_cover_w_once_and_fit() -> None:
 
 def choose(call: Matmul, limits: Limits) -> str:
     """The path of a call, on a device of which only the limits are known."""
-    ways = [Way(path) for path in backend.expected_paths(call, limits.capability)]
+    ways = [Way(path) for path in expected_paths(call, limits.capability)]
     return (_cuda_paths.forced(call, ways) or _cuda_paths.best(call, limits, ways)).path
 
 
@@ -138,7 +139,7 @@ def test_the_kernels_answer_which_paths_there_are(library: ModuleType, capabilit
         ):
             call = Matmul(dx, dtype, m, n, k, invariant, aligned)
             ways, best = _cuda_matmul._ranked(library, call, limits)
-            assert tuple(way.path for way in ways) == backend.expected_paths(call, capability)
+            assert tuple(way.path for way in ways) == expected_paths(call, capability)
             assert best in ways
             for way in ways:
                 rows = min(m, 64) if way.path == "vector" else m

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from qkern import backends
 from qkern.backends import CudaBackend, _cuda_matmul
-from qkern.backends._cuda_paths import Matmul
 from qkern.testing import Target
 
 NAME = "cuda_emulated"
@@ -21,17 +19,6 @@ NAME = "cuda_emulated"
 def backend(library: ModuleType) -> CudaBackend:
     """The backend ``cuda`` on CPU tensors, with the emulated kernels."""
     return CudaBackend(NAME, library, stream=lambda device: contextlib.nullcontext(0))
-
-
-def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
-    """The paths that can compute a call, by the rules that csrc/cuda/linear_4bit.cu must follow."""
-    found = [] if call.dx else ["vector"]
-    least = {torch.float16: 75, torch.bfloat16: 80}.get(call.dtype)
-    depth = call.out_features if call.dx else call.in_features
-    whole_pieces = call.aligned and call.in_features % 32 == 0 and depth % 8 == 0
-    if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
-        found.append("mma")
-    return (*found, "tiled") if call.batch_invariant else (*found, "tiled", "gemm")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,82 @@
+"""Every matmul of the op table on every way that it can take on a GPU, whatever would be chosen.
+
+The table by itself reaches `gemm` hardly ever, and in slices never: its cases are small, and an L2
+cache holds their weights whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from lab.cuda import ways
+from qkern import testing
+from qkern.backends import _cuda_matmul, cuda
+from qkern.testing import OPS, Case, OpSpec, Target
+
+MATMULS = (OPS["linear_4bit"], OPS["linear_4bit_dx"])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    params = [
+        pytest.param(spec, case, id=f"{spec.name}-{case}")
+        for spec in MATMULS
+        for case in spec.cases
+    ]
+    if metafunc.config.getoption("--device") != "cuda":
+        # Skipped once, not once for each case.
+        skip = pytest.mark.skip(reason="on a GPU: --device cuda")
+        params = [pytest.param(MATMULS[0], MATMULS[0].cases[0], marks=skip)]
+    metafunc.parametrize(("spec", "case"), params)
+
+
+@contextmanager
+def recorded(name: str, started: list[str], path: Callable[..., str]) -> Iterator[None]:
+    """Notes what a function of `_cuda_matmul` is called for."""
+    original = getattr(_cuda_matmul, name)
+
+    def record(*arguments: Any) -> None:
+        started.append(path(*arguments))
+        original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cuda_matmul, name, record)
+        yield
+
+
+def check_every_way(
+    spec: OpSpec, case: Case, target: Target, capability: int, device: torch.device
+) -> Iterator[str]:
+    """The ways, each after its check; what ran is what was forced, in as many slices."""
+    inputs = spec.make_inputs(case, device, torch.Generator().manual_seed(1))
+    for way in ways.ways_of(spec, case, capability):
+        started: list[str] = []
+        with (
+            target.activate(),
+            ways.forced(way),
+            recorded("_fused", started, lambda library, stream, way, product: str(way.path)),
+            recorded("multiply", started, lambda x, part, bias, out: "gemm"),
+        ):
+            spec.run(inputs)
+        wanted = "gemm" if way == ways.SLICES else way
+        assert set(started) == ({wanted} if case.numel else set()), (way, started)
+        assert len(started) > 1 or way != ways.SLICES or not case.numel
+        with ways.forced(way):
+            testing.check(spec, case, target, device)
+        yield way
+
+
+def test_matmul_by_every_way(spec: OpSpec, case: Case, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("on a GPU: --device cuda")
+    if reason := cuda.missing_reason():
+        pytest.skip(reason)
+    capability = _cuda_matmul.device_limits(cuda.library()).capability
+    found = list(check_every_way(spec, case, Target("cuda", None, "cuda"), capability, device))
+    assert found

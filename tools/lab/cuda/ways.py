@@ -1,0 +1,68 @@
+"""Every way that a 4-bit matmul can take on a device, to be forced one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qkern.backends import _cuda_matmul, _cuda_paths
+from qkern.backends._cuda_paths import Limits, Matmul
+from qkern.testing import Case, OpSpec
+
+SLICES = "gemm-slices"
+"""``gemm`` on a device with so small a cache that W goes in slices of 128 rows or columns."""
+WAYS = (*_cuda_paths.PATHS, SLICES)
+
+
+def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
+    """The paths that can compute a call, by the rules that csrc/cuda/linear_4bit.cu must follow."""
+    found = [] if call.dx else ["vector"]
+    least = {torch.float16: 75, torch.bfloat16: 80}.get(call.dtype)
+    depth = call.out_features if call.dx else call.in_features
+    whole_pieces = call.aligned and call.in_features % 32 == 0 and depth % 8 == 0
+    if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
+        found.append("mma")
+    return (*found, "tiled") if call.batch_invariant else (*found, "tiled", "gemm")
+
+
+def call_of(spec: OpSpec, case: Case) -> Matmul:
+    """The call that a case of a matmul is. In another layout its weight is misaligned too."""
+    return Matmul(
+        *(spec.input_gradient, case.dtype, *case.shape),
+        batch_invariant=case.batch_invariant,
+        aligned=case.layout == "contiguous",
+    )
+
+
+def ways_of(spec: OpSpec, case: Case, capability: int) -> tuple[str, ...]:
+    """What can be forced for a case: its paths, and `SLICES` where these are several."""
+    call = call_of(spec, case)
+    found = expected_paths(call, capability)
+    several = "gemm" in found and len(_cuda_paths.slices_of(call, Limits(capability, 1, 0))) > 1
+    return (*found, SLICES) if several else found
+
+
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Every CUDA matmul inside the context on one of `WAYS`."""
+    limits = _cuda_matmul.device_limits
+
+    def without_cache(library: Any) -> Limits:
+        return replace(limits(library), l2_bytes=0)
+
+    before = os.environ.get("QKERN_CUDA_PATH")
+    os.environ["QKERN_CUDA_PATH"] = "gemm" if way == SLICES else way
+    if way == SLICES:
+        _cuda_matmul.device_limits = without_cache
+    try:
+        yield
+    finally:
+        _cuda_matmul.device_limits = limits
+        del os.environ["QKERN_CUDA_PATH"]
+        if before is not None:
+            os.environ["QKERN_CUDA_PATH"] = before
