@@ -1,6 +1,6 @@
-// Panels of bfloat16 pairs, [step / 2][kTileCols][2], as the dot products of AVX512-BF16 and of AMX
-// read them. Weights are rounded to bfloat16, as "dequantise to x's dtype, then multiply" would.
-// The instructions take subnormal inputs for zeros.
+// Panels of bfloat16 pairs, [step / 2][kParts][kTileCols][2], as the dot products of AVX512-BF16
+// and of AMX read them. Weights are rounded to bfloat16, as "dequantise to x's dtype, then
+// multiply" would, or are the sums of two. The instructions take subnormal inputs for zeros.
 #pragma once
 
 #include <immintrin.h>
@@ -77,39 +77,39 @@ struct PairEngine {
   }
 };
 
-// float16 by products of bfloat16. A number is its eight highest significant bits, the first part,
-// and the rest, the second, which is exact for x and has eight more bits for weights, where
-// rounding them to float16 leaves eleven. A product is those of its parts but for both second ones,
-// a 2^14th of it at most.
+// float16 by products of bfloat16. A number is the sum of itself rounded to bfloat16, the first
+// part, and of the rest, rounded likewise: exactly so for x, and for weights but for 2^-18 of them,
+// where rounding them to float16 takes up to 2^-12. A product is those of the parts but for that of
+// both second ones, which is 2^-18 of it at most.
 struct SplitPairEngine : PairEngine {
   static constexpr int kParts = 2;
   // A row of x is [step / kRun][kParts][kRun].
   static constexpr std::int64_t kRun = 32;
 
   static Element element(float value, int part) {
-    const float high = first_part(value);
-    return from_float<BFloat16>(part == 0 ? high : first_part(value - high));
+    const Element first = from_float<BFloat16>(value);
+    return part == 0 ? first : from_float<BFloat16>(value - to_float(first));
   }
   static void store_steps(Element* panel, Simd::F first, Simd::F second) {
-    const Simd::F high[2] = {first_part(first), first_part(second)};
-    _mm512_storeu_si512(panel, pairs(first, second));
-    _mm512_storeu_si512(panel + kInterleave * kTileCols,
-                        pairs(_mm512_sub_ps(first, high[0]), _mm512_sub_ps(second, high[1])));
+    PairEngine::store_steps(panel, first, second);
+    const __m512i pairs = _mm512_loadu_si512(panel);
+    PairEngine::store_steps(panel + kInterleave * kTileCols, _mm512_sub_ps(first, low(pairs)),
+                            _mm512_sub_ps(second, high(pairs)));
   }
   static void decode_rows(const std::uint8_t* first, const std::uint8_t* second, Simd::Lut lut,
                           float first_scale, float second_scale, Element* to) {
     const Simd::F value[2] = {Simd::scale_lut(lut, first_scale),
                               Simd::scale_lut(lut, second_scale)};
-    const Simd::F high[2] = {first_part(value[0]), first_part(value[1])};
-    const __m512i table[2] = {halves(high[0], high[1]),
-                              halves(first_part(_mm512_sub_ps(value[0], high[0])),
-                                     first_part(_mm512_sub_ps(value[1], high[1])))};
+    const __m512i table = rounded(value[0], value[1]);
+    const Simd::F rest[2] = {_mm512_sub_ps(value[0], widened(_mm512_castsi512_si256(table))),
+                             _mm512_sub_ps(value[1], widened(_mm512_extracti64x4_epi64(table, 1)))};
+    const __m512i tables[kParts] = {table, rounded(rest[0], rest[1])};
     const __m512i bytes = both_rows(first, second);
     const __m512i codes[2] = {row_codes<0>(bytes), row_codes<8>(bytes)};
     for (int part = 0; part < kParts; ++part) {
       Element* at = to + part * kInterleave * kTileCols;
-      _mm512_storeu_si512(at, _mm512_permutexvar_epi16(codes[0], table[part]));
-      _mm512_storeu_si512(at + kTileCols, _mm512_permutexvar_epi16(codes[1], table[part]));
+      _mm512_storeu_si512(at, _mm512_permutexvar_epi16(codes[0], tables[part]));
+      _mm512_storeu_si512(at + kTileCols, _mm512_permutexvar_epi16(codes[1], tables[part]));
     }
   }
   static void copy_row(const Float16* from, std::int64_t n, std::int64_t padded, Element* to) {
@@ -121,38 +121,24 @@ struct SplitPairEngine : PairEngine {
       // second part of zero makes no NaN of an infinity.
       const __mmask16 finite =
           _mm512_cmp_ps_mask(_mm512_abs_ps(x), Simd::set1(__builtin_inff()), _CMP_LT_OQ);
-      const Simd::F high = _mm512_maskz_mov_ps(finite, first_part(x));
       Element* at = to + i / kRun * kParts * kRun + i % kRun;
-      store_upper(at, high);
-      store_upper(at + kRun, _mm512_sub_ps(x, high));
+      Simd::store(at, _mm512_maskz_mov_ps(finite, x));
+      Simd::store(at + kRun, _mm512_sub_ps(x, Simd::load(at)));
     }
   }
 
  private:
-  static float first_part(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    bits &= 0xffff0000u;
-    std::memcpy(&value, &bits, sizeof(bits));
-    return value;
+  // Of pairs, the elements in the lower halves of lanes, and those in the upper ones.
+  static Simd::F low(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static Simd::F high(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
   }
-  static Simd::F first_part(Simd::F value) {
-    return _mm512_castsi512_ps(
-        _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(-0x10000)));
-  }
-  // Pairs of the upper halves of the lanes.
-  static __m512i pairs(Simd::F first, Simd::F second) {
-    constexpr int kAndOr = 0xea;  // (a & b) | c
-    return _mm512_ternarylogic_epi32(_mm512_castps_si512(second), _mm512_set1_epi32(-0x10000),
-                                     _mm512_srli_epi32(_mm512_castps_si512(first), 16), kAndOr);
-  }
-  // The first's, then the second's, both of which bfloat16 holds exactly.
-  static __m512i halves(Simd::F first, Simd::F second) {
+  // The first's lanes, then the second's, in bfloat16.
+  static __m512i rounded(Simd::F first, Simd::F second) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
   }
-  static void store_upper(Element* to, Simd::F value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
+  static Simd::F widened(__m256i values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
   }
 };
 

@@ -22,7 +22,7 @@ from lab.mutants import Mutant, plant, run_judge
 from lab.processes import fresh_python
 from qkern import env, testing
 from qkern.backends import cpu
-from qkern.testing import OPS
+from qkern.testing import OPS, Case
 from tests.ops import test_conformance
 
 KERNELS = ROOT / "csrc" / "cpu"
@@ -81,6 +81,31 @@ def test_infinities(name: str, level: str) -> None:
         test_conformance.test_a_nonfinite_scale_stays_in_its_block(
             spec, target, 416, 40, dtype, device
         )
+
+
+@emulated
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize("scale", [0.8, 0.9, 1.0, 1.1])
+def test_float16_products_whose_small_terms_add_up(name: str, scale: float) -> None:
+    """All of a sum's terms have the same small errors, and the sum itself all but cancels.
+
+    Rounding weights to float16 has 2^-12 of a term; here a term has 2^-17.
+    """
+    spec, case, size = OPS[name], Case((40, 1024, 1024), torch.float16), 1024
+    inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(1))
+    codes = torch.full((size, size // 2), 0x99, dtype=torch.uint8)
+    negative = round(size / (1 + 0.28444138169288635 / 0.16093020141124725))
+    (codes if spec.input_gradient else codes.T)[: negative // (2 - spec.input_gradient)] = 0x44
+    weight = inputs["weight"]
+    absmax = torch.full_like(weight.absmax, scale)
+    inputs["weight"] = weight._replace(packed=codes.view_as(weight.packed), absmax=absmax)
+    inputs[spec.main] = torch.full_like(inputs[spec.main], 1 + 7 / 1024)
+    with target_of("amx").activate():
+        (y,) = spec.run(inputs)
+    x, weight = inputs[spec.main].double(), spec.exact_weight(inputs, case).mT.double()
+    assert y.abs().max() < 0.5
+    limit = 2.0**-17 * (x.abs() @ weight.abs()) + 2.0**-12 * y.abs()
+    assert ((y - x @ weight).abs() <= limit).all()
 
 
 @emulated

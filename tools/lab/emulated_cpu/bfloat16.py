@@ -83,10 +83,10 @@ MUTANTS = (
     _amx_bug("parts overlap", _AMX, "kParts * slice + 32", "slice + 32"),
     _amx_bug("half the panel", _TILED, "slice * Engine::kParts * kTileCols)", "slice * kTileCols)"),
     _amx_bug("rows as they lie", _AMX, "std::is_same_v<T, Element> && ", ""),
-    _amx_bug("a part twice", _PAIRS, "first_part(value - high)", "high"),
-    _amx_bug("the rest of the other", _PAIRS, "value[1], high[1]", "value[1], high[0]"),
+    _amx_bug("a part twice", _PAIRS, "(value - to_float(first))", "(to_float(first))"),
+    _amx_bug("the rest of the other", _PAIRS, "second, high(pairs)", "second, low(pairs)"),
     _amx_bug("a run too long", _PAIRS, "kParts * kRun + i % kRun", "kRun + i % kRun"),
-    _amx_bug("half a run", _PAIRS, "store_upper(at + kRun", "store_upper(at + kRun / 2"),
+    _amx_bug("half a run", _PAIRS, "Simd::store(at + kRun,", "Simd::store(at + kRun / 2,"),
 )
 
 
