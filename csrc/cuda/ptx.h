@@ -66,6 +66,17 @@ QKERN_DEVICE unsigned warp_max(unsigned value) {
 #endif
 }
 
+// The sum of a warp's values, in all of its lanes, which all call it.
+QKERN_DEVICE unsigned warp_sum(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAllLanes, value);
+#else
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+#endif
+}
+
 // base + index, in the one instruction that this is; the compiler takes four where it knows that
 // the index is a byte.
 QKERN_DEVICE const float* address_of(const float* base, unsigned index) {

@@ -20,20 +20,23 @@ struct SumState {
 // A thread's sum of values whose exponents lie close together, as scales' do: exact in 64 bits.
 class WindowSum {
  public:
+  // `first`: the window begins around its exponent.
+  QKERN_DEVICE explicit WindowSum(float first) : first_(window_of(bin_of(exponent_of(first)))) {}
+
   QKERN_DEVICE void add(float value, SumState& state) {
     const unsigned bits = __float_as_uint(value);
-    const int exponent = static_cast<int>((bits >> 23) & 0xffu);
+    const int exponent = exponent_of(value);
     if (exponent == 0xff) {
       atomicAdd(&state.not_finite, 1ull);
       return;
     }
     const long long mantissa =
         static_cast<long long>((bits & 0x7fffffu) | (exponent != 0 ? 0x800000u : 0u));
-    const int bin = exponent != 0 ? exponent - 1 : 0;
+    const int bin = bin_of(exponent);
     // 47-bit terms, and at most 2^15 of them, leave the sum below 2^63.
     if (bin < first_ || bin >= first_ + kWindow || terms_ == kMaxTerms) {
       flush(state);
-      first_ = bin < kWindow / 2 ? 0 : bin - kWindow / 2;
+      first_ = window_of(bin);
     }
     const long long term = mantissa << (bin - first_);
     sum_ += (bits >> 31) != 0 ? -term : term;
@@ -52,10 +55,35 @@ class WindowSum {
     terms_ = 0;
   }
 
+  // The sums of a warp, whose lanes all call this. 64-bit atomics in shared memory are loops, in
+  // which each thread waits for all others; so lanes of one window, which are all of them unless
+  // values differ by 2^12, add their pieces before.
+  QKERN_DEVICE void flush_warp(SumState& state) {
+    if (__all_sync(kAllLanes, first_ == __shfl_sync(kAllLanes, first_, 0)) == 0) {
+      flush(state);
+      return;
+    }
+    // 32 of 24 bits, and of 16, fit 32.
+    const unsigned low = warp_sum(static_cast<unsigned>(sum_) & 0xffffffu);
+    const unsigned middle = warp_sum(static_cast<unsigned>(sum_ >> 24) & 0xffffffu);
+    const int high = static_cast<int>(warp_sum(static_cast<unsigned>(sum_ >> 48)));
+    if (threadIdx.x % kWarp != 0) return;
+    atomicAdd(&state.bins[first_], static_cast<unsigned long long>(low));
+    atomicAdd(&state.bins[first_ + 24], static_cast<unsigned long long>(middle));
+    atomicAdd(&state.bins[first_ + 48],
+              static_cast<unsigned long long>(static_cast<long long>(high)));
+  }
+
  private:
+  QKERN_DEVICE static int exponent_of(float value) {
+    return static_cast<int>((__float_as_uint(value) >> 23) & 0xffu);
+  }
+  QKERN_DEVICE static int bin_of(int exponent) { return exponent != 0 ? exponent - 1 : 0; }
+  QKERN_DEVICE static int window_of(int bin) { return bin < kWindow / 2 ? 0 : bin - kWindow / 2; }
+
   static constexpr int kWindow = 24;
   static constexpr int kMaxTerms = 1 << 15;
-  int first_ = 0;
+  int first_;
   int terms_ = 0;
   long long sum_ = 0;
 };
@@ -131,7 +159,7 @@ absmax_mean_kernel(const float* __restrict__ absmax, std::int64_t numel,
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kSumThreads) state.bins[i] = 0;
   if (threadIdx.x == 0) state.not_finite = 0;
   __syncthreads();
-  WindowSum sum;
+  WindowSum sum(numel > 0 ? absmax[0] : 0.0f);
   const std::int64_t vectors = is_aligned16(absmax) ? numel / 4 : 0;
   for (std::int64_t i = threadIdx.x; i < vectors; i += kSumThreads) {
     const uint4 bits = load_global16(absmax + 4 * i);
@@ -143,7 +171,7 @@ absmax_mean_kernel(const float* __restrict__ absmax, std::int64_t numel,
   for (std::int64_t i = 4 * vectors + threadIdx.x; i < numel; i += kSumThreads) {
     sum.add(absmax[i], state);
   }
-  sum.flush(state);
+  sum.flush_warp(state);
   __syncthreads();
   if (threadIdx.x != 0) return;
   const double mean = numel == 0 ? 0.0 : round_sum(state) / static_cast<double>(numel);

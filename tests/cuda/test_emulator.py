@@ -25,6 +25,7 @@ SCHEDULES = tuple(
 RIGHT = (
     *("reverse", "reverse_warp", "uninitialised", "blocks_write_their_own", "counted_by_atomics"),
     *("sum_rows", "copy_zero_fill", "shuffles", "votes", "ldmatrix_feeds_mma", "words", "warp_max"),
+    "warp_sum",
     *("mma_f16_k8", "mma_f16_k16", "mma_bf16_k8", "mma_bf16_k16"),
     *("conversions", "byte_perm", "never_contracted", "grids", "launch_limits"),
 )

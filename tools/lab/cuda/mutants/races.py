@@ -105,8 +105,8 @@ RACES = (
     Mutant(
         "sum_read_early",
         "quantize_absmax.cu",
-        "  sum.flush(state);\n  __syncthreads();",
-        "  sum.flush(state);",
+        "  sum.flush_warp(state);\n  __syncthreads();",
+        "  sum.flush_warp(state);",
         "absmax_mean_kernel",
         "race",
     ),

@@ -43,6 +43,13 @@ inline unsigned warp_max(unsigned value, QKERN_EMULATOR_SITE) {
   return value;
 }
 
+inline unsigned warp_sum(unsigned value, QKERN_EMULATOR_SITE) {
+  for (int step = 1; step < emulator::kWarpSize; step *= 2) {
+    value += __shfl_xor_sync(emulator::kFullMask, value, step, emulator::kWarpSize, file, line);
+  }
+  return value;
+}
+
 inline const float* address_of(const float* base, unsigned index) { return base + index; }
 
 inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {

@@ -39,6 +39,20 @@ std::string warp_max() {
   return outcome(failure, right);
 }
 
+std::string warp_sum() {
+  Buffer<unsigned> out(64);
+  const char* failure = emulator::launch(dim3(1), dim3(64), 0, [&] {
+    // Modulo 2^32; in the second warp another's.
+    out[threadIdx.x] = cuda::warp_sum(threadIdx.x * 0x04000001u);
+  });
+  bool right = true;
+  for (unsigned i = 0; i < 64; ++i) {
+    const unsigned numbers = i < 32 ? 31 * 16 : 31 * 16 + 32 * 32;
+    right = right && out[i] == numbers * 0x04000001u;
+  }
+  return outcome(failure, right);
+}
+
 std::string votes() {
   Buffer<bool> right(32);
   const char* failure = emulator::launch(dim3(1), dim3(32), 0, [&] {
@@ -202,6 +216,7 @@ Tests warps() {
   return {
       {"shuffles", shuffles},
       {"warp_max", warp_max},
+      {"warp_sum", warp_sum},
       {"votes", votes},
       {"lane_not_in_mask", lane_not_in_mask},
       {"mask_beyond_block", mask_beyond_block},
