@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,43 +40,63 @@ class CMakeBuild(build_ext):
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(self.build_temp).resolve()
         arguments = cmake_arguments(output_dir)
+        # Of a build whose CUDA kernels did not compile, so that the next one does not try again.
+        failed = build_dir / "failed-with-cuda.txt"
+        description = surroundings(arguments)
+        if failed.exists() and failed.read_text() == description:
+            arguments += WITHOUT_CUDA
         try:
             self.run_cmake(build_dir, arguments)
         except subprocess.CalledProcessError:
-            asked = os.environ.get("QKERN_CUDA", "AUTO") != "AUTO"
-            if asked or not has_cuda_kernels(build_dir):
+            if not has_unasked_cuda(build_dir):
                 sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
-            # Nobody asked for them, and without them the CPU kernels are as good.
-            print(
-                "\nqkern: CUDA kernels left out: their build failed, see above\n", file=sys.stderr
-            )
+            # Without them the CPU kernels are as good.
+            print("\nqkern: the build with CUDA kernels failed, see above: again without them\n")
             try:
-                self.run_cmake(build_dir, [*arguments, "-DQKERN_CUDA=OFF"])
+                self.run_cmake(build_dir, [*arguments, *WITHOUT_CUDA])
             except subprocess.CalledProcessError:
                 sys.exit(f"\nqkern: building the native kernels failed; see above.{HINT}")
+            failed.write_text(description)
 
     def run_cmake(self, build_dir: Path, arguments: list[str]) -> None:
         """Configure and build in ``build_dir``; raises ``CalledProcessError``."""
-        configure = [*arguments, "-S", str(ROOT), "-B", str(build_dir)]
-
         # CMake's cache keeps paths of pip's throw-away build environments and old compilers.
         stamp = build_dir / "configured-with.txt"
-        description = "\n".join([*configure, os.environ.get("CXX", ""), ""])
+        description = surroundings(arguments)
         if build_dir.exists() and (not stamp.exists() or stamp.read_text() != description):
             shutil.rmtree(build_dir)
 
         cmake = find_program("cmake") or sys.exit("cmake not found: pip install cmake")
         jobs = str(self.parallel or os.cpu_count() or 1)
         if not stamp.exists():
+            configure = [*arguments, "-S", str(ROOT), "-B", str(build_dir)]
             subprocess.run([cmake, *configure], check=True)
             stamp.write_text(description)
         subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
 
 
-def has_cuda_kernels(build_dir: Path) -> bool:
-    """Whether the build there compiles CUDA kernels."""
+WITHOUT_CUDA = ("-DQKERN_CUDA=OFF", "-DQKERN_CUDA_LEFT_OUT=their build failed")
+
+
+def surroundings(arguments: Sequence[str]) -> str:
+    """All that a configuration follows from, to notice that it is another one."""
+    variables = ("CXX", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH", "NVCC_APPEND_FLAGS")
+    found = [f"{name}={os.environ.get(name, '')}" for name in variables]
+    found.append(f"nvcc={shutil.which('nvcc')}")
+    if smi := shutil.which("nvidia-smi"):
+        try:
+            listed = subprocess.run([smi, "-L"], capture_output=True, check=False, timeout=20)
+            found.append(listed.stdout.decode(errors="replace"))
+        except (OSError, subprocess.TimeoutExpired):
+            found.append("GPUs: unknown")
+    return "\n".join([*arguments, *found, ""])
+
+
+def has_unasked_cuda(build_dir: Path) -> bool:
+    """Whether the build there has CUDA kernels that nobody asked for."""
     cache = build_dir / "CMakeCache.txt"
-    return cache.exists() and "QKERN_HAS_CUDA:INTERNAL=TRUE" in cache.read_text()
+    lines = cache.read_text().splitlines() if cache.exists() else []
+    return {"QKERN_HAS_CUDA:INTERNAL=TRUE", "QKERN_CUDA:STRING=AUTO"} <= set(lines)
 
 
 def cmake_arguments(output_dir: Path) -> list[str]:

@@ -16,6 +16,8 @@ import pytest
 # Before torch loads OpenMP: several test workers share the processor, and threads that spin while
 # they wait would take it from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Outputs are poisoned where torch is to be deterministic; then it warns of a cuBLAS that is not.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from hypothesis import HealthCheck, settings

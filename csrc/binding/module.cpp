@@ -54,11 +54,7 @@ py::dict build_info() {
   info["compiler"] = QKERN_COMPILER;
   info["cxx_flags"] = QKERN_CXX_FLAGS;
   info["threads"] = qkern::cpu::parallel_runtime();
-#ifdef QKERN_HAVE_CUDA
   info["cuda"] = QKERN_CUDA_BUILD;
-#else
-  info["cuda"] = py::none();
-#endif
   return info;
 }
 

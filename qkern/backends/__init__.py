@@ -109,7 +109,7 @@ def select(device: torch.device) -> Backend:
     known = selected if use is None else use.selected
     backend = known.get(device)
     if backend is None:
-        backend = known[device] = _choose(device.type)
+        backend = known[device] = _choose(device)
     return backend
 
 
@@ -118,12 +118,15 @@ def selected_name(device_type: str = "cpu") -> str:
     return select(torch.device(device_type)).name
 
 
-def _choose(device_type: str) -> Backend:
+def _choose(device: torch.device) -> Backend:
     use = _forced.get()
     backend = None if use is None else use.backend
     if isinstance(backend, Backend):
         return backend
-    reasons = available(device_type)
+    reasons = {
+        name: reason or BACKENDS[name].unfit_reason(device)
+        for name, reason in available(device.type).items()
+    }
     name = backend or os.environ.get("QKERN_BACKEND")
     if not name:
         return next(BACKENDS[name] for name, reason in reasons.items() if reason is None)
@@ -131,7 +134,7 @@ def _choose(device_type: str) -> Backend:
     _check_name(source, name)
     if name not in reasons:
         raise RuntimeError(
-            f"{source}: the backend {name!r} does not take {device_type} tensors; "
+            f"{source}: the backend {name!r} does not take {device.type} tensors; "
             f"there it takes {', '.join(reasons)}"
         )
     if reason := reasons[name]:

@@ -97,6 +97,10 @@ class Backend:
         """Why it cannot run, or None."""
         return None
 
+    def unfit_reason(self, device: torch.device) -> str | None:
+        """Why it cannot run on ``device``, although it can on others; or None."""
+        return None
+
     def __repr__(self) -> str:
         return f"<backend {self.name}>"
 

@@ -41,24 +41,15 @@ def has_code(capability: int, architectures: str, jit: bool) -> bool:
     return False
 
 
-def unfit_reason(library: Any) -> str | None:
-    """Why the driver or a device cannot run the library's kernels, or None.
-
-    Devices are asked for only once torch has initialised CUDA: to do so here would keep a process
-    from forking. A library that does not tell its versions runs anywhere.
-    """
-    if not hasattr(library, "cuda_versions"):
-        return None
-    driver, runtime, architectures = library.cuda_versions()
+def _driver_reason(library: Any) -> str | None:
+    """Why the driver cannot run the library's kernels, or None."""
+    try:
+        driver, runtime, _ = library.cuda_versions()
+    except RuntimeError as error:
+        return f"CUDA does not tell its versions: {error}"
     if 0 < driver // 1000 < runtime // 1000:
         wanted = f"qkern._C needs one for CUDA {runtime // 1000}.0 or newer"
         return f"the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}; {wanted}"
-    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    for index in range(devices):
-        major, minor = torch.cuda.get_device_capability(index)
-        if not has_code(10 * major + minor, architectures, driver >= runtime):
-            where = f"cuda:{index}, compute capability {major}.{minor}"
-            return f"qkern._C has no code for {where}: it was built for {architectures}"
     return None
 
 
@@ -76,13 +67,50 @@ class CudaBackend(CompiledBackend):
     ) -> None:
         super().__init__(name, library)
         self._stream = stream
+        self._unfit: dict[int, str | None] = {}
+        """By device, once that is known."""
+        self._missing: list[str | None] = []
+        """The answer of `missing_reason`, once it can change no more."""
 
     def missing_reason(self) -> str | None:
-        """Why the kernels are missing, or None."""
+        """Why the kernels are missing, too new for the driver, or for none of the devices; or None.
+
+        Devices are asked for only once torch has initialised CUDA: to do so here would keep a
+        process from forking.
+        """
+        if self._missing:
+            return self._missing[0]
         reason = super().missing_reason()
         if reason is None and not hasattr(self._library, "cuda_linear_4bit"):
-            return "qkern._C was built without CUDA kernels"
-        return reason or unfit_reason(self._library)
+            reason = "qkern._C was built without CUDA kernels"
+        if reason is None and hasattr(self._library, "cuda_versions"):
+            reason = _driver_reason(self._library)
+        if reason is None:
+            if not torch.cuda.is_initialized():
+                return None
+            devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+            reasons = [self.unfit_reason(device) for device in devices]
+            reason = reasons[0] if reasons and all(reasons) else None
+        self._missing.append(reason)
+        return reason
+
+    def unfit_reason(self, device: torch.device) -> str | None:
+        """Why the kernels cannot run on ``device``, or None.
+
+        A library that does not tell its versions runs anywhere.
+        """
+        versions = getattr(self._library, "cuda_versions", None)
+        if versions is None or not torch.cuda.is_initialized():
+            return None
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._unfit:
+            driver, runtime, architectures = versions()
+            major, minor = torch.cuda.get_device_capability(index)
+            runs = has_code(10 * major + minor, architectures, driver >= runtime)
+            where = f"cuda:{index}, compute capability {major}.{minor}"
+            reason = f"qkern._C has no code for {where}: it was built for {architectures}"
+            self._unfit[index] = None if runs else reason
+        return self._unfit[index]
 
     def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
         with self._stream(device) as stream:

@@ -17,7 +17,6 @@ from qkern.testing._spec import Case, Inputs, OpSpec
 from qkern.testing._targets import Target
 from qkern.testing.specs import OPS
 
-
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -26,7 +25,8 @@ def poisoned_outputs() -> Iterator[None]:
     """Fill what torch allocates with NaN (integers: their maximum) while the context lasts.
 
     So an element that a kernel forgot to write never passes for a result. torch fills only where
-    algorithms are to be deterministic, and then warns of a cuBLAS that was not told to be.
+    algorithms are to be deterministic, and then warns of a cuBLAS that was not told to be: at a
+    process's first matmul on a GPU, which should be inside.
     """
     deterministic: Any = torch.utils.deterministic
     told = os.environ.get(_CUBLAS)
@@ -40,7 +40,7 @@ def poisoned_outputs() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
         if told is None:
-            del os.environ[_CUBLAS]
+            os.environ.pop(_CUBLAS, None)
 
 
 def _generator(spec: OpSpec, case: Case) -> torch.Generator:

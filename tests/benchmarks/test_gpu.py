@@ -135,6 +135,7 @@ def test_a_call_that_waits_for_the_device_is_timed_with_the_waiting(monkeypatch)
 
     found = clock(call)
     assert found.device * 1e6 == pytest.approx(7 + 22 + 7)
+    assert found.host * 1e6 < 2 * 22 + 20 + 7  # of which it waits as long as the stream is busy
     # The next one is not kept waiting as long.
     before = stream.now
     clock(lambda: stream.launch(5, 7))

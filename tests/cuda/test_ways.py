@@ -6,6 +6,7 @@ cache holds their weights whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,7 @@ def test_matmul_by_every_way(spec: OpSpec, case: Case, device: torch.device) -> 
     if device.type != "cuda":
         pytest.skip("on a GPU: --device cuda")
     if reason := cuda.missing_reason():
+        assert not os.environ.get("QKERN_REQUIRE_NATIVE"), reason
         pytest.skip(reason)
     capability = _cuda_matmul.device_limits(cuda.library()).capability
     found = list(check_every_way(spec, case, Target("cuda", None, "cuda"), capability, device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def configure(
         pytest.skip("no cmake")
     # Links to all programs but nvcc, for it may share a directory with the compiler.
     bin_folder = folder / "bin"
-    bin_folder.mkdir(parents=True)
+    bin_folder.mkdir(parents=True, exist_ok=True)
     for name, lines in (programs or {}).items():
         (bin_folder / name).write_text(f"#!/bin/sh\n{lines}\n")
         (bin_folder / name).chmod(0o755)
@@ -198,6 +199,16 @@ def test_a_build_without_nvcc_leaves_the_kernels_out_or_fails(tmp_path, option):
 NVCC = shutil.which("nvcc")
 TWO_GPUS = {"nvidia-smi": r'[ "$1" = -L ] || printf "9.0\n8.6\n9.0\n"'}
 OLD_DRIVER = {"nvidia-smi": 'if [ "$1" = -L ]; then echo "GPU 0: Tesla T4"; else exit 6; fi'}
+LISTED = (
+    re.findall(
+        r"compute_(\d+)",
+        subprocess.run(
+            [NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=False
+        ).stdout,
+    )
+    if NVCC
+    else ["0"]
+)
 ALL = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;90-virtual;100-virtual;120-virtual"
 
 
@@ -213,8 +224,9 @@ ALL = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;90-virtual;100-
         (["-DQKERN_CUDA=ON"], TWO_GPUS, f"for {ALL}"),
         (["-DQKERN_CUDA_ARCHS=89"], TWO_GPUS, "for 89-real;89-virtual"),
         (["-DQKERN_CUDA_ARCHS=80;90;100"], {}, "for 80-real;90-real;100-real;90-virtual;100-virt"),
+        (["-DQKERN_CUDA_ARCHS=20;9999"], {}, f"for {LISTED[-1]}-real;{LISTED[-1]}-virtual"),
     ],
-    ids=["none", "two", "old-driver", "on", "on-two", "one", "some"],
+    ids=["none", "two", "old-driver", "on", "on-two", "one", "some", "other"],
 )
 def test_what_is_built_for_which_gpus(tmp_path, options, programs, built):
     assert NVCC is not None
@@ -231,9 +243,17 @@ def test_what_is_built_for_which_gpus(tmp_path, options, programs, built):
 def test_a_host_compiler_that_nvcc_refuses_is_named(tmp_path):
     said = "#error -- unsupported GNU version! gcc versions later than 13 are not supported!"
     program = {"nvcc": f'echo "{said}" >&2; exit 1'}
-    done = configure(tmp_path, "-DQKERN_CUDA_ARCHS=80", programs=program)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"nvcc does not compile here: {said} (CUDAHOSTCXX" in done.stdout
+    for _ in range(2):  # configured again, it says the same
+        done = configure(tmp_path, "-DQKERN_CUDA_ARCHS=80", programs=program)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"nvcc does not compile here: {said} (CUDAHOSTCXX" in done.stdout
+        assert "dropping" not in done.stderr
+    if NVCC is None:
+        return
+    # What was found to do is not lost when the variable that named it is.
+    for variables in ({"CUDACXX": NVCC}, {}):
+        done = configure(tmp_path, "-DQKERN_CUDA_ARCHS=80", programs=program, **variables)
+        assert "CUDA kernels for 80-real;80-virtual" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -264,13 +284,24 @@ def test_cuda_kernels_that_do_not_compile_leave_those_for_the_cpu(tmp_path, aske
         assert libraries == []
         return
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "CUDA kernels left out: their build failed" in done.stderr
+    assert "the build with CUDA kernels failed, see above: again without them" in done.stdout
+    again = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0
+    assert "CUDA kernels failed" not in again.stdout  # nor is it tried a second time
     code = (
         "from qkern.backends import available, cpu;"
-        "print(cpu.available_isas(), available('cuda')['cuda'])"
+        "print(cpu.available_isas(), available('cuda')['cuda'], cpu.library().build_info()['cuda'])"
     )
     found = fresh_python("-c", code, QKERN_NATIVE_LIBRARY=str(libraries[0]))
-    assert found.stdout == "['scalar'] qkern._C was built without CUDA kernels\n", found.stderr
+    said = "qkern._C was built without CUDA kernels left out: their build failed"
+    assert found.stdout == f"['scalar'] {said}\n", found.stderr
 
 
 H100, T4 = 90, 75
@@ -319,22 +350,61 @@ def test_a_driver_older_than_the_runtime_leaves_the_tensors_to_triton(monkeypatc
         backends.use("cuda").__enter__()
 
 
-def test_a_device_without_code_leaves_the_tensors_to_triton(monkeypatch):
+def test_a_driver_that_does_not_tell_its_version_is_a_reason():
+    def versions():
+        raise RuntimeError("versions: stub library")
+
+    library = Built(0, 13000)
+    library.cuda_versions = versions
+    assert str(CudaBackend(library=library).missing_reason()).endswith("versions: stub library")
+
+
+def test_a_device_without_code_leaves_its_tensors_to_triton(monkeypatch):
     devices = [(8, 6), (7, 5)]
+    asked = []
+
+    def capability(index):
+        asked.append(index)
+        return devices[index]
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", devices.__getitem__)
-    unasked = CudaBackend(library=Built(13000, 13000))
-    assert unasked.missing_reason() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = (torch.device("cuda", i) for i in range(2))
+    found = CudaBackend(library=Built(13000, 13000))
+    assert found.missing_reason() is found.unfit_reason(second) is None
+    assert asked == []  # before torch has initialised CUDA
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert unasked.missing_reason() == (
-        "qkern._C has no code for cuda:1, compute capability 7.5: "
-        "it was built for 80-real 80-virtual"
-    )
-    assert CudaBackend(library=Built(13000, 13000, "75-real 80-real")).missing_reason() is None
-    # A driver before the toolkit compiles none of its PTX.
-    devices[1] = (9, 0)
-    assert unasked.missing_reason() is None
-    assert "cuda:1" in str(CudaBackend(library=Built(12010, 12080)).missing_reason())
+    for _ in range(2):
+        assert found.missing_reason() is found.unfit_reason(first) is None
+        assert found.unfit_reason(torch.device("cuda")) is None
+        assert found.unfit_reason(second) == (
+            "qkern._C has no code for cuda:1, compute capability 7.5: "
+            "it was built for 80-real 80-virtual"
+        )
+    assert sorted(asked) == [0, 1]  # once each
+    monkeypatch.setitem(backends.BACKENDS, "cuda", found)
+    monkeypatch.setattr(backends, "selected", {})
+    assert backends.select(first) is found
+    assert backends.select(second) is not found
+    with backends.use("cuda"), pytest.raises(RuntimeError, match=r"missing: .* no code for cuda:1"):
+        backends.select(second)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "runtime", "runs"),
+    [((7, 5), 13000, 13000, False), ((9, 0), 12080, 12080, True), ((9, 0), 12010, 12080, False)],
+)
+def test_without_any_device_that_it_runs_on_it_is_missing(
+    monkeypatch, capability, driver, runtime, runs
+):
+    """PTX counts where the driver is as new as the toolkit."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    reason = CudaBackend(library=Built(driver, runtime)).missing_reason()
+    assert (reason is None) == runs
+    assert runs or "no code for cuda:0" in reason
 
 
 def test_the_program_for_compute_sanitizer_runs_its_cases():

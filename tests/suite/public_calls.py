@@ -751,7 +751,7 @@ def inputs_that_stress() -> None:
 
 @checks(
     *(f"qkern.backends.{name}" for name in ("use", "select", "selected_name", "available")),
-    *(f"qkern.backends.Backend{name}" for name in ("", ".has", ".missing_reason")),
+    *(f"qkern.backends.Backend{name}" for name in ("", ".has", ".missing_reason", ".unfit_reason")),
 )
 def a_backend_is_chosen() -> None:
     assert backends.available()["reference"] is None
@@ -760,7 +760,7 @@ def a_backend_is_chosen() -> None:
     right = qkern.dequantize_8bit(codes, absmax)
     own = Doubling("doubling")
     assert own.has("dequantize_8bit")
-    assert own.missing_reason() is None
+    assert own.missing_reason() is own.unfit_reason(torch.device("cpu")) is None
     before = backends.selected_name()
     with backends.use(own):
         assert backends.select(torch.device("cpu")) is own
