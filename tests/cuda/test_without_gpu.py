@@ -106,21 +106,25 @@ def test_no_native_module_at_all(monkeypatch):
     assert CudaBackend().missing_reason() == "qkern._C cannot be imported"
 
 
+def build(folder: Path, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """The native module, built into ``folder``."""
+    folders = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 @needs_no_driver
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
 def test_a_build_with_nvcc_passes_these_tests_where_there_is_no_driver(tmp_path):
     """All of this file again, on a module that has the kernels, for one architecture."""
-    environment = os.environ | {"QKERN_CUDA_ARCHS": "80", "QKERN_CPU_ISAS": "scalar"}
-    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
-    built = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *folders],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    built = build(tmp_path, {"QKERN_CUDA_ARCHS": "80", "QKERN_CPU_ISAS": "scalar"})
     said = built.stdout + built.stderr
     assert built.returncode == 0, said
     assert "qkern: CUDA kernels for 80-real;80-virtual" in said
@@ -261,7 +265,6 @@ def test_a_host_compiler_that_nvcc_refuses_is_named(tmp_path):
 @pytest.mark.parametrize("asked", [False, True])
 def test_cuda_kernels_that_do_not_compile_leave_those_for_the_cpu(tmp_path, asked):
     """Unless they were asked for. Also a build of few instruction sets."""
-    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
     variables = {
         "QKERN_CUDA_ARCHS": "80",
         "QKERN_CPU_ISAS": "scalar",
@@ -269,14 +272,7 @@ def test_cuda_kernels_that_do_not_compile_leave_those_for_the_cpu(tmp_path, aske
     }
     if asked:
         variables["QKERN_CUDA"] = "ON"
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *folders],
-        cwd=ROOT,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = build(tmp_path, variables)
     libraries = list((tmp_path / "lib").glob("**/_C*.so"))
     if asked:
         assert done.returncode != 0
@@ -285,14 +281,7 @@ def test_cuda_kernels_that_do_not_compile_leave_those_for_the_cpu(tmp_path, aske
         return
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the build with CUDA kernels failed, see above: again without them" in done.stdout
-    again = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", *folders],
-        cwd=ROOT,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = build(tmp_path, variables)
     assert again.returncode == 0
     assert "CUDA kernels failed" not in again.stdout  # nor is it tried a second time
     code = (
