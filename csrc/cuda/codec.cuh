@@ -62,8 +62,8 @@ QKERN_DEVICE std::uint32_t pack_pair(float low, float high);
 template <>
 QKERN_DEVICE std::uint32_t pack_pair<BFloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return static_cast<std::uint32_t>(bits_of(pair.x)) | static_cast<std::uint32_t>(bits_of(pair.y))
-                                                           << 16;
+  const std::uint32_t low_bits = bits_of(pair.x), high_bits = bits_of(pair.y);
+  return low_bits | high_bits << 16;
 }
 template <>
 QKERN_DEVICE std::uint32_t pack_pair<Float16>(float low, float high) {

@@ -43,14 +43,11 @@ class WindowSum {
     ++terms_;
   }
 
-  // Integer atomics: exact, so the order in which threads come does not matter.
   QKERN_DEVICE void flush(SumState& state) {
     if (terms_ == 0) return;
     const unsigned long long low = static_cast<unsigned long long>(sum_) & 0xffffffu;
     const unsigned long long middle = static_cast<unsigned long long>(sum_ >> 24) & 0xffffffu;
-    atomicAdd(&state.bins[first_], low);
-    atomicAdd(&state.bins[first_ + 24], middle);
-    atomicAdd(&state.bins[first_ + 48], static_cast<unsigned long long>(sum_ >> 48));
+    add_pieces(low, middle, sum_ >> 48, state);
     sum_ = 0;
     terms_ = 0;
   }
@@ -68,13 +65,18 @@ class WindowSum {
     const unsigned middle = warp_sum(static_cast<unsigned>(sum_ >> 24) & 0xffffffu);
     const int high = static_cast<int>(warp_sum(static_cast<unsigned>(sum_ >> 48)));
     if (threadIdx.x % kWarp != 0) return;
-    atomicAdd(&state.bins[first_], static_cast<unsigned long long>(low));
-    atomicAdd(&state.bins[first_ + 24], static_cast<unsigned long long>(middle));
-    atomicAdd(&state.bins[first_ + 48],
-              static_cast<unsigned long long>(static_cast<long long>(high)));
+    add_pieces(low, middle, high, state);
   }
 
  private:
+  // Integer atomics: exact, so the order in which threads come does not matter.
+  QKERN_DEVICE void add_pieces(unsigned long long low, unsigned long long middle, long long high,
+                               SumState& state) const {
+    atomicAdd(&state.bins[first_], low);
+    atomicAdd(&state.bins[first_ + 24], middle);
+    atomicAdd(&state.bins[first_ + 48], static_cast<unsigned long long>(high));
+  }
+
   QKERN_DEVICE static int exponent_of(float value) {
     return static_cast<int>((__float_as_uint(value) >> 23) & 0xffu);
   }

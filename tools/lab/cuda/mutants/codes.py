@@ -62,7 +62,7 @@ CODES = (
     Mutant(
         "sum_of_scales_without_atomics",
         _ABSMAX,
-        "atomicAdd(&state.bins[first_], static_cast<unsigned long long>(low));",
+        "atomicAdd(&state.bins[first_], low);",
         "state.bins[first_] += low;",
         "quantize_absmax",
         "thread",
@@ -78,8 +78,8 @@ CODES = (
     Mutant(
         "sign_of_a_warps_sum_lost",
         _ABSMAX,
-        "static_cast<unsigned long long>(static_cast<long long>(high))",
-        "static_cast<unsigned long long>(static_cast<unsigned>(high))",
+        "add_pieces(low, middle, high, state);",
+        "add_pieces(low, middle, static_cast<unsigned>(high), state);",
         "quantize_absmax",
         "numbers",
     ),
