@@ -128,14 +128,19 @@ features: setup  ## run the features' tests, slow ones too, and write the tables
 	$(PYTEST) -n $(WORKERS) tests/integrations --record-features tests/docs/features.json
 	$(RUN) tools/features.py --write
 
-# Each tool of compute-sanitizer on some of the table: it slows kernels down a hundred times.
-test-gpu: setup  ## run the op table on the GPU, then parts of it under compute-sanitizer
-	$(PYTEST) --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
+# Without `make setup`: by the Python of .venv where there is one, on a build for the GPUs here alone. The
+# first run's other steps, with times, are tools/first_gpu_run.sh by itself. Each tool of compute-sanitizer
+# takes some of the table: it slows kernels down a hundred times.
+GPU_PYTHON := $(if $(wildcard $(VENV)/stamp-native),$(RUN),$(PYTHON))
+GPU_RUN := QKERN_NATIVE_LIBRARY="$$(echo build/gpu/module/_C*.so)" PYTHONPATH=.:tools
+test-gpu:  ## run the op table on the GPU, then parts of it under compute-sanitizer; needs no `make setup`
+	PY=$(GPU_PYTHON) OUT=runs/test-gpu WORK=build/gpu tools/first_gpu_run.sh --only machine,build,env
+	$(GPU_RUN) QKERN_REQUIRE_NATIVE=1 $(GPU_PYTHON) -m pytest --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
 	@command -v $(COMPUTE_SANITIZER) >/dev/null || \
 	    { echo '$(COMPUTE_SANITIZER) not found: it is part of the CUDA toolkit'; exit 1; }
 	for tool in memcheck racecheck initcheck synccheck; do \
-	    PYTHONPATH=tools $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
-	        $(RUN) -m lab.cuda.run_on_gpu || exit 1; \
+	    $(GPU_RUN) $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(GPU_PYTHON) -m lab.cuda.run_on_gpu || exit 1; \
 	done
 
 bench: setup  ## time qkern beside its peers (leave the machine quiet)

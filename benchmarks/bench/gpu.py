@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import qkern
 from qkern import testing
 
-from . import kernels, machine, matmul, overview, peers, report, weights
+from . import kernels, machine, matmul, peers, report, weights
 from .timing import (
     Call,
     Candidate,
@@ -329,5 +329,7 @@ def run(args: argparse.Namespace) -> int:
     found = found.better_of(limits(dtypes, clock, device))
     rows = [row for one in contests for row in report.records(*one, found)]
     content = report.content(about, found, report.settings(args), rows, wrong + notes, seconds)
+    from . import overview  # which needs matplotlib; contests alone do not
+
     overview.publish(args, content)
     return 1 if wrong else 0

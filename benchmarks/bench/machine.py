@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import qkern.env
 
-from . import machinecode
+from . import machinecode, memory
 
 _FLAGS = re.compile(r"avx2|fma|f16c|avx512\w*|avx_vnni|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
 _PACKAGES = ("torch", "numpy", "bitsandbytes", "peft", "transformers", "accelerate", "torchao")
@@ -115,7 +114,7 @@ def measure(dtypes: list[torch.dtype], threads: int, isa: str, buffer_bytes: int
 
 def probe_buffer_bytes(cache: int) -> int:
     """More than twice the cache, if a quarter of the free memory allows."""
-    affordable = psutil.virtual_memory().available // 4
+    affordable = memory.available() // 4
     return max(_MIN_BUFFER // 8, min(max(_MIN_BUFFER, 3 * cache), affordable)) // 4096 * 4096
 
 
@@ -144,7 +143,7 @@ def describe(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "cpu_flags": cpu_flags(),
         "last_level_cache_bytes": cache_bytes(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": memory.total(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {"qkern": qkern.__version__} | _versions(),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ from qkern import reference
 from qkern.optim import PagedAdamW
 from qkern.optim._moments import of_zeros
 
-from . import peers
+from . import memory, peers
 from .timing import Call, Candidate, Problem, SkippedError
 
 OP = "adamw"
@@ -189,7 +188,7 @@ def file_contest(
     candidates, missing = [Candidate("qkern", in_file, check_file)], []
     # The parameters and gradients of both, and the moments of one; some is left for the rest.
     needed = 4 * shape[0] * shape[1] * dtype.itemsize + state_bytes + BUDGET_BYTES
-    available = psutil.virtual_memory().available
+    available = memory.available()
     if needed < 0.9 * available:
         candidates.append(Candidate("qkern (in memory)", in_memory, lambda _: None))
     else:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
+from . import memory
 from .timing import SkippedError
 
 
@@ -30,7 +29,7 @@ def during(call: Callable[[], object]) -> dict[str, int]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     except OSError as error:
         raise SkippedError(f"peak memory cannot be reset: {error}") from None
-    before = psutil.Process().memory_info().rss
+    before = memory.resident()
     call()
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s*(\d+) kB", status)

@@ -16,7 +16,6 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 import qkern
 from qkern import formats
 
-from . import llama_cpp
+from . import llama_cpp, memory
 from .timing import SkippedError
 
 PEERS = ("bitsandbytes", "dense", "torchao", "llama.cpp")
@@ -85,7 +84,7 @@ def linear_peers(
     """
     ours = qkern_linear(qw, dtype)
     found, missing = {"qkern": ours}, []
-    free = psutil.virtual_memory().available
+    free = memory.available()
     taken, scratch = copies * ours.footprint, 0
     for name, make in _makers(choice):
         try:
@@ -163,7 +162,7 @@ def qkern_in_8_bits(qw: qkern.QuantizedTensor, dtype: torch.dtype) -> LinearPeer
 
 def _require_memory(size: int) -> None:
     """Raise `SkippedError` where `size` bytes would not leave half of the free memory."""
-    free = psutil.virtual_memory().available
+    free = memory.available()
     if size > free / 2:
         raise SkippedError(f"needs {size / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free")
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import psutil
 import torch
+
+from . import memory
 
 Call = Callable[[], Any]
 
@@ -145,7 +146,7 @@ def copies_needed(candidate: Candidate, settings: Settings) -> tuple[int, str]:
     if not settings.cold or not candidate.footprint:
         return 1, "warm"
     wanted = max(1, math.ceil(2 * settings.cache_bytes / candidate.footprint))
-    affordable = int(_MEMORY_SHARE * psutil.virtual_memory().available / candidate.footprint)
+    affordable = int(_MEMORY_SHARE * memory.available() / candidate.footprint)
     copies = max(1, min(wanted, affordable, _MAX_COPIES))
     return copies, "cold" if copies == wanted else "partly cold"
 

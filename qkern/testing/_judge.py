@@ -107,7 +107,7 @@ def assert_matmul(
     def plain() -> Tensor:
         return _left_to_right(x, weight) + alpha * _left_to_right(left, right.mT) + bias
 
-    _assert_sums(y, exact, scale, baseline, plain)
+    assert_sums(y, exact, scale, baseline, plain)
 
 
 def assert_product(
@@ -126,7 +126,7 @@ def assert_product(
     exact = alpha * (a.double() @ b.double()) + added.double()
     scale = abs(alpha) * (a.double().abs() @ b.double().abs()) + added.double().abs()
     baseline = (alpha * (a.float() @ b.float()) + added).to(out.dtype)
-    _assert_sums(
+    assert_sums(
         out,
         exact,
         scale,
@@ -135,7 +135,7 @@ def assert_product(
     )
 
 
-def _assert_sums(
+def assert_sums(
     y: Tensor, exact: Tensor, scale: Tensor, baseline: Tensor, plain: Callable[[], Tensor]
 ) -> None:
     """Judge ``y`` as `assert_matmul` says; ``plain`` gives sums from left to right."""

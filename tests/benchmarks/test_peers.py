@@ -46,7 +46,7 @@ def test_peers_share_the_memory(monkeypatch):
 
     dense = 4 * qw.numel()
     free = int((qw.nbytes + dense) / peers._MEMORY_SHARE) + 2
-    monkeypatch.setattr(peers.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(peers.memory, "available", lambda: free)
     assert left(copies=1) == []
     (reason,) = left(copies=2)
     assert reason.startswith("dense: needs 0.0 GiB")
@@ -62,8 +62,7 @@ def test_scratch_of_one_peer_counts_for_all(monkeypatch):
 
     def found(room: int) -> list[str]:
         free = (qw.nbytes + room) / peers._MEMORY_SHARE + 1
-        memory = SimpleNamespace(available=free)
-        monkeypatch.setattr(peers.psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(peers.memory, "available", lambda: free)
         return list(peers.linear_peers(qw, torch.float32, peers.Choice())[0])
 
     assert found(room=1300) == ["qkern", "large scratch", "next"]

@@ -7,15 +7,12 @@ cache holds their weights whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from lab.cuda import ways
-from qkern import testing
 from qkern.backends import _cuda_matmul, cuda
 from qkern.testing import OPS, Case, OpSpec, Target
 
@@ -37,39 +34,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("spec", "case"), params)
 
 
-@contextmanager
-def recorded(name: str, started: list[str], path: Callable[..., str]) -> Iterator[None]:
-    """Notes what a function of `_cuda_matmul` is called for."""
-    original = getattr(_cuda_matmul, name)
-
-    def record(*arguments: Any) -> None:
-        started.append(path(*arguments))
-        original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cuda_matmul, name, record)
-        yield
-
-
 def check_every_way(
     spec: OpSpec, case: Case, target: Target, capability: int, device: torch.device
 ) -> Iterator[str]:
-    """The ways, each after its check; what ran is what was forced, in as many slices."""
-    inputs = spec.make_inputs(case, device, torch.Generator().manual_seed(1))
+    """The ways, each after its check."""
     for way in ways.ways_of(spec, case, capability):
-        started: list[str] = []
-        with (
-            target.activate(),
-            ways.forced(way),
-            recorded("_fused", started, lambda library, stream, way, product: str(way.path)),
-            recorded("multiply", started, lambda x, part, bias, out: "gemm"),
-        ):
-            spec.run(inputs)
-        wanted = "gemm" if way == ways.SLICES else way
-        assert set(started) == ({wanted} if case.numel else set()), (way, started)
-        assert len(started) > 1 or way != ways.SLICES or not case.numel
-        with ways.forced(way):
-            testing.check(spec, case, target, device)
+        ways.check_way(spec, case, way, target, device)
         yield way
 
 

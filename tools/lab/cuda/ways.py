@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from qkern import testing
 from qkern.backends import _cuda_matmul, _cuda_paths
 from qkern.backends._cuda_paths import Limits, Matmul
-from qkern.testing import Case, OpSpec
+from qkern.testing import Case, OpSpec, Target
 
 SLICES = "gemm-slices"
 """``gemm`` on a device with so small a cache that W goes in slices of 128 rows or columns."""
@@ -66,3 +67,42 @@ def forced(way: str) -> Iterator[None]:
         del os.environ["QKERN_CUDA_PATH"]
         if before is not None:
             os.environ["QKERN_CUDA_PATH"] = before
+
+
+@contextmanager
+def _recorded(name: str, started: list[str], path: Callable[..., str]) -> Iterator[None]:
+    """Notes what a function of `_cuda_matmul` is called for."""
+    original = getattr(_cuda_matmul, name)
+
+    def record(*arguments: Any) -> None:
+        started.append(path(*arguments))
+        original(*arguments)
+
+    setattr(_cuda_matmul, name, record)
+    try:
+        yield
+    finally:
+        setattr(_cuda_matmul, name, original)
+
+
+def check_way(
+    spec: OpSpec, case: Case, way: str, target: Target, device: torch.device | str
+) -> None:
+    """`testing.check` of a matmul's case on one of `WAYS`; what ran is what was forced.
+
+    `SLICES` must have run in several.
+    """
+    inputs = spec.make_inputs(case, torch.device(device), torch.Generator().manual_seed(1))
+    started: list[str] = []
+    with (
+        target.activate(),
+        forced(way),
+        _recorded("_fused", started, lambda library, stream, way, product: str(way.path)),
+        _recorded("multiply", started, lambda x, part, bias, out: "gemm"),
+    ):
+        spec.run(inputs)
+    wanted = "gemm" if way == SLICES else way
+    assert set(started) == ({wanted} if case.numel else set()), (way, started)
+    assert len(started) > 1 or way != SLICES or not case.numel
+    with forced(way):
+        testing.check(spec, case, target, device)
