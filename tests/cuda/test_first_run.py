@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,7 +214,7 @@ def test_shards_go_on_after_checks_that_end_or_hang(
     assert shards.main(2, 0.5, ["table"], "planted") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "FAIL way0 check2: the process ended with status -11: ",
+        "FAIL way0 check2: the process ended with status -11",
         "FAIL way0 check4: it hangs, nothing for 0 s",
         "FAIL way0 check6: CUDA error",
         "9 checks, 3 failed: way0 5, way1 4",
@@ -225,7 +227,7 @@ def test_a_shard_that_never_begins_is_a_failure(
     (tmp_path / "planted.py").write_text("raise SystemExit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert shards.main(1, 5, ["table"], "planted") == 1
-    assert "FAIL shard 0: it ended before its first check, status 3" in capsys.readouterr().out
+    assert "FAIL before the first check: exit status 3" in capsys.readouterr().out
 
 
 def program(code: str) -> list[list[str]]:
@@ -455,6 +457,52 @@ def test_the_clock_rate_is_of_a_kernel_that_waits(monkeypatch: pytest.MonkeyPatc
     assert device.Gpu.megahertz(gpu) == pytest.approx(1000.0)
 
 
+def test_work_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        done.append("begin")
+        yield
+        done.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    replay = device.Gpu.captured(SimpleNamespace(), lambda: done.append("work") or "memory")
+    assert done == ["begin", "work", "end"]
+    assert replay() == "memory"
+    assert done[3:] == ["replay"]
+
+
+def test_another_stream_waits_for_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Queue:
+        def __init__(self, name: str = "other") -> None:
+            self.name = name
+
+        def wait_stream(self, stream: Queue) -> None:
+            done.append(f"{self.name} waits for {stream.name}")
+
+    @contextlib.contextmanager
+    def use(stream: Queue) -> Iterator[None]:
+        done.append(f"on {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Queue("current"))
+    monkeypatch.setattr(torch.cuda, "Stream", Queue)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
+    with device.Gpu.other_stream(SimpleNamespace()):
+        done.append("work")
+    waits = "other waits for current", "current waits for other"
+    assert done == ["busy", waits[0], "on other", "work", waits[1]]
+
+
 RAW = """==PROF== Connected to process 1
 "ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum"
 "","","","us","Mbyte"
@@ -516,12 +564,19 @@ def test_a_path_that_fails_is_said_and_the_others_are_timed(
     monkeypatch.setattr(times, "multiply", multiply)
     monkeypatch.setattr(times, "DRY_SHAPES", ((32, 64),))
     monkeypatch.setattr(times, "DRY_ROWS", (2,))
-    assert times.main(tmp_path / "times.json", dry=True) == 1
-    said = capsys.readouterr().out
-    assert "FAIL qkern gemm forward 32x64 bfloat16 M=2: RuntimeError: cuBLAS has none" in said
-    assert "FAIL qkern tiled dx 32x64 bfloat16 M=2: WrongResultError" in said
-    rows = json.loads((tmp_path / "times.json").read_text())["results"]
+    file = tmp_path / "times.json"
+    assert checks.main(["times", "--dry", "--file", str(file)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 2
+    assert failed[0].startswith("FAIL times forward 32x64 M=2: AssertionError: qkern tiled: Wrong")
+    assert failed[0].endswith("; qkern gemm: RuntimeError: cuBLAS has none")
+    rows = json.loads(file.read_text())["results"]
     assert {row["path"] for row in rows if "path" in row} == {"vector", "mma"}
+    # A process that is begun again goes on with the file.
+    assert checks.main(["times", "0", "1", "2", "--dry", "--file", str(file)]) == 1
+    more = json.loads(file.read_text())["results"]
+    assert more[: len(rows)] == rows
+    assert {row["op"] for row in more[len(rows) :]} == {"dx"}
 
 
 def test_make_test_gpu_needs_no_setup(tmp_path: Path) -> None:

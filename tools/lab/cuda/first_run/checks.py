@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from lab.cuda.first_run.steps import FAILURE, SECONDS
@@ -23,12 +24,12 @@ OK = "ok"
 LEFT = "left "
 RAN = "ran "
 AGAIN = 75
-KINDS = ("table", "triton", "sizes", "streams")
+KINDS = ("table", "triton", "sizes", "streams", "times")
 LONGEST = 300
 """Characters of a failure that are of use."""
 
 _LOST = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
-_SHARE = 0.9  # of the limit, after which no check is begun
+_SHARE = 0.85  # of the limit, after which no check is begun
 
 
 class Check(NamedTuple):
@@ -40,12 +41,14 @@ class Check(NamedTuple):
 
 def checks(args: argparse.Namespace) -> Iterable[Check]:
     """Those of a kind. Raises ``RuntimeError`` where there is no device for them."""
-    from lab.cuda.first_run import device, sizes, streams, table
+    from lab.cuda.first_run import device, sizes, streams, table, times
 
     if args.kind == "sizes":
         return sizes.checks(device.get(args.dry))
     if args.kind == "streams":
         return streams.checks(device.get(args.dry))
+    if args.kind == "times":
+        return times.checks(device.get(args.dry), args.file)
     name = "triton" if args.kind == "triton" else "cuda"
     return table.checks(device.get(args.dry, name), args.stride, args.largest)
 
@@ -63,8 +66,8 @@ def run(found: Sequence[Check], indices: Iterable[int], end: float) -> int:
         try:
             check.run()
         except Exception as error:  # noqa: BLE001 (whatever it is, the others are of interest)
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
-            print(f"{FAILURE}{check.label}: {text}", flush=True)
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"{FAILURE}{check.label}: {text[:LONGEST]}", flush=True)
             if any(words in text for words in _LOST):
                 return AGAIN
             failed = 1
@@ -83,8 +86,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--largest", type=int, default=1 << 40)
+    parser.add_argument("--file", type=Path, help="that times are written to")
     parser.add_argument("--shuffle", action="store_true", help="for a run that is cut short")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.kind == "times" and args.file is None:
+        parser.error("--file: times are written to one")
+    return args
 
 
 def main(arguments: Sequence[str]) -> int:

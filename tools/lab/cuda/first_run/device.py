@@ -42,6 +42,10 @@ class Gpu:
     def library(self) -> Any:
         return backends.cuda.library()
 
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """In which tensors of the device take the kernels, and those of others what they take."""
+        return contextlib.nullcontext()
+
     def clock(self) -> timing.Clock:
         """Times calls between which the L2 cache is filled with other data."""
         return gpu.EventClock(self.device, cold=True)
@@ -93,6 +97,9 @@ class Emulator:
         self.name = name
         self.library: Any = build.load(build.build("plain"))
         self.target = backend.EmulatedTarget(self.library, backend.SCHEDULES[0])
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        return self.target.activate()
 
     def clock(self) -> timing.Clock:
         return timing.wall_clock

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 OURS = "qkern"
+"""Who takes the path that is chosen; on another, this and the path."""
 PEERS = ("dense", "bitsandbytes")
 OPS = ("forward", "dx")
 FEW, MANY = 16, 256

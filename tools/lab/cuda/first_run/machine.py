@@ -83,7 +83,7 @@ def _devices(faults: list[str]) -> list[dict[str, Any]]:
 def main(file: Path, dry: bool) -> int:
     """The exit status."""
     faults: list[str] = []
-    about = {
+    about: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "dry": dry,
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +121,12 @@ def _sanitized(tool: str, *options: str) -> Step:
     )
 
 
+def _of_time(folders: Folders, option: Sequence[str]) -> Step:
+    # One process, and nothing else beside it; not deterministic, which makes cuBLAS slower.
+    command = _program("shards", 1, 2 * _STALL, "times", *option, "--file", folders.times)
+    return Step("times", 110, [command], needs=("build", "env"))
+
+
 def _counted(folders: Folders) -> Step:
     ncu = tools.find("ncu")
     program = [ncu or "", folders.counters, *_program("launches")]
@@ -187,7 +193,7 @@ def steps(folders: Folders, dry: bool) -> list[Step]:
         checked("table", 110, count, _STALL, *small),
         checked("sizes", 60, max(1, count // 2), 2 * _STALL),
         checked("streams", 45, 1, _STALL),
-        Step("times", 110, [_program("times", folders.times, *option)], needs=ready),
+        _of_time(folders, option),
     ]
     if dry:
         found.append(Step("launches", 45, [_program("launches", "--dry")], needs=ready))

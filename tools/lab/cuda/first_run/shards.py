@@ -47,12 +47,13 @@ class Shard:
     def work(self, end: float) -> None:
         """All checks of the shard; what is to be said is printed."""
         for _ in range(_RESTARTS):
-            self.label = ""
+            self.label, before = "", self.failed
             status = self._process(end)
-            if status in (0, 1) or self.left:
+            if status == 0 or self.left:
                 return
-            if not self.label:
-                self._fail(f"shard {self.number}: it ended before its first check, status {status}")
+            if self.failed == before:
+                self._fail(f"{self.label or 'before the first check'}: exit status {status}")
+            if status == 1 or not self.label:
                 return
         self._fail(f"shard {self.number}: given up after {_RESTARTS} processes, at {self.label}")
 
@@ -99,7 +100,7 @@ class Shard:
                 print(line, flush=True)
         status = process.wait()
         if status not in (0, 1, checks.AGAIN) and self.label and not failed_here:
-            self._fail(f"{self.label}: the process ended with status {status}: {other}")
+            self._fail(f"{self.label}: the process ended with status {status} {other}".rstrip())
         return status
 
     def _way(self) -> str:

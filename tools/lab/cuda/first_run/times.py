@@ -1,14 +1,15 @@
 """Times of products on every path, beside dense weights, bitsandbytes and what the model expects.
 
-``python -m lab.cuda.first_run.times FILE [--dry]``. The file is written after each shape, so that a
-run cut short leaves what it had. Its records are those of ``benchmarks/run.py``, with the path that
-a call took, the one that is chosen, and the modelled time.
+Each check is a contest on one problem. The file is written after each, and one that is there is
+gone on with, so that a process that ends loses no more than its contest. Its records are those of
+``benchmarks/run.py``, with the path that a call took, the one that is chosen, and the modelled
+time.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -23,12 +24,11 @@ from torch.nn import functional as F
 
 import qkern
 from lab.cuda import ways
-from lab.cuda.first_run import device as devices
 from lab.cuda.first_run import model
-from lab.cuda.first_run.checks import LONGEST
+from lab.cuda.first_run.checks import LONGEST, Check
 from lab.cuda.first_run.device import Device
+from lab.cuda.first_run.differences import OURS, size
 from lab.cuda.first_run.products import Shape, multiply, possible, quantized, random
-from lab.cuda.first_run.steps import FAILURE, SECONDS
 from qkern import testing
 from qkern.backends._cuda_paths import PATHS, Matmul
 
@@ -38,50 +38,51 @@ DRY_SHAPES, DRY_ROWS = ((96, 128), (32, 64)), (1, 4)
 DTYPE = torch.bfloat16
 SETTINGS = timing.Settings(repeat=25, max_seconds=0.5, min_rounds=3, cold=False)
 DRY_SETTINGS = replace(SETTINGS, repeat=2, max_seconds=0.05, min_rounds=2)
-OURS = "qkern"
-"""The path that is chosen; others are this and a path."""
-
 _CHECKED_ROWS = 64
 _TOLERANCE = 0.02
-_SHARE = 0.85  # of the limit, after which no problem is begun
 _DRY_PROBE = {"probe_bytes": 1 << 16, "size": 32}
 
 
 class Times:
     """All that is measured, and the file."""
 
-    def __init__(self, device: Device, file: Path, end: float) -> None:
-        self.device, self.file, self.end = device, file, end
+    def __init__(self, device: Device, file: Path) -> None:
+        self.device, self.file = device, file
         self.settings = DRY_SETTINGS if device.dry else SETTINGS
         self.clock = device.clock()
         probe = _DRY_PROBE if device.dry else {}
         self.limits = gpu.limits([DTYPE], self.clock, device.device, **probe)
-        self.rows: list[report.Record] = []
-        self.notes: list[str] = []
-        self.failed = 0
-        self.seconds: dict[str, float] = {}
         threads = torch.get_num_threads()
         self.about = machine.describe(threads) if device.dry else gpu.describe(device.device)
         variables = self.about["environment"].items()
         # Paths are of no use to who reads the file elsewhere.
         self.about["environment"] = {k: v for k, v in variables if os.sep not in v}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.rows: list[report.Record] = before.get("results", [])
+        self.notes: list[str] = before.get("notes", [])
+        self.seconds: dict[str, float] = before.get("seconds", {})
 
-    def run(self) -> int:
-        """The exit status."""
+    def checks(self) -> Iterator[Check]:
+        """Shape by shape, so that neighbours share a weight."""
         for shape in DRY_SHAPES if self.device.dry else SHAPES:
+            yield self._check(f"dequantize {size(shape)}", partial(self._dequantize, shape))
+            for m in DRY_ROWS if self.device.dry else ROWS:
+                for dx in (False, True):
+                    label = f"{'dx' if dx else 'forward'} {size(shape)} M={m}"
+                    yield self._check(label, partial(self._multiply, shape, m, dx))
+
+    def _check(self, label: str, contest: Callable[[], list[str]]) -> Check:
+        def run() -> None:
             begin = time.monotonic()
-            self.about["megahertz"] = self.device.megahertz()
-            with self.device.target.activate(), torch.no_grad():
-                self._dequantize(shape)
-                for m in DRY_ROWS if self.device.dry else ROWS:
-                    for dx in (False, True):
-                        self._multiply(shape, m, dx)
-            self.seconds["x".join(map(str, shape))] = time.monotonic() - begin
+            with self.device.context(), torch.no_grad():
+                wrong = contest()
+            op = label.partition(" ")[0]
+            self.seconds[op] = self.seconds.get(op, 0.0) + time.monotonic() - begin
             self.write()
-        for note in dict.fromkeys(self.notes):
-            print(note)
-        print(f"{len(self.rows)} times, {self.failed} failed")
-        return bool(self.failed)
+            if wrong:
+                raise AssertionError("; ".join(wrong))
+
+        return Check(f"times {label}", run)
 
     def write(self) -> None:
         self.about["load_average_after"] = list(os.getloadavg())
@@ -91,30 +92,30 @@ class Times:
         )
         report.write_json(self.file, found)
 
-    def _dequantize(self, shape: Shape) -> None:
-        problem, candidates, missing = gpu.contest(
-            "dequantize", shape, 1, DTYPE, gpu.PEERS, self.device.device
-        )
-        self.notes += [f"{problem}: without {reason}" for reason in missing]
-        self._play(problem, candidates, {})
+    def _dequantize(self, shape: Shape) -> list[str]:
+        contest = partial(gpu.contest, "dequantize", shape, 1, DTYPE)
+        try:
+            problem, candidates, missing = contest(gpu.PEERS, self.device.device)
+        except Exception as error:  # noqa: BLE001 (whatever keeps a peer from running here)
+            self.notes.append(f"dequantize without peers: {_in_a_line(error)}")
+            problem, candidates, missing = contest((), self.device.device)
+        self.notes += [f"without {reason}" for reason in missing]
+        return self._play(problem, candidates, {})
 
-    def _multiply(self, shape: Shape, m: int, dx: bool) -> None:
+    def _multiply(self, shape: Shape, m: int, dx: bool) -> list[str]:
         call = Matmul(dx, DTYPE, m, *shape)
         case = testing.Case((m, *shape), DTYPE, double_quant=True)
         spec = testing.OPS["linear_4bit_dx" if dx else "linear_4bit"]
         problem = timing.Problem("dx" if dx else "forward", DTYPE, shape, m, spec.flops(case))
-        if time.monotonic() > self.end:
-            self.notes.append(f"{problem}: not timed, the time was over")
-            return
         paths = tuple(way for way in possible(self.device, call) if way in PATHS)
-        expected = model.of(self.device, call, paths, self.about["megahertz"])
-        made = list(self._candidates(call, paths, spec.bytes(case)))
+        megahertz = self.about["megahertz"] = self.device.megahertz()
+        expected = model.of(self.device, call, paths, megahertz)
         paths_of = {OURS: expected.chosen} | {f"{OURS} {path}": path for path in paths}
         extra = {
             name: {"path": path, "chosen": expected.chosen, "modelled_ms": expected.ms[path]}
             for name, path in paths_of.items()
         }
-        self._play(problem, made, extra)
+        return self._play(problem, list(self._candidates(call, paths, spec.bytes(case))), extra)
 
     def _candidates(
         self, call: Matmul, paths: Sequence[str], size: int
@@ -141,38 +142,50 @@ class Times:
         yield candidate("dense", theirs, dense.nbytes - qw.nbytes)
         try:
             yield candidate("bitsandbytes", _bitsandbytes(qw, x, call.dx))
-        except timing.SkippedError as error:
-            self.notes.append(f"without bitsandbytes: {error}")
-
-    def _is_right(self, problem: timing.Problem, candidate: timing.Candidate) -> bool:
-        """Whether a call of it gives what it must; else that is said, and counted."""
-        try:
-            timing.prepare(problem, [candidate], self.settings)
-            self.device.synchronize()
-        except Exception as error:  # noqa: BLE001 (a peer's, too, and the others count)
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
-            print(f"{FAILURE}{candidate.name} {problem}: {text}", flush=True)
-            self.failed += 1
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 (whatever keeps it from running here)
+            self.notes.append(f"without bitsandbytes: {_in_a_line(error)}")
 
     def _play(
         self,
         problem: timing.Problem,
         candidates: Sequence[timing.Candidate],
         extra: dict[str, dict[str, Any]],
-    ) -> None:
-        """Each candidate is tried by itself first: what fails is said, and the others are timed."""
-        right = [candidate for candidate in candidates if self._is_right(problem, candidate)]
-        if not right:
-            return
-        samples = timing.run_contest(problem, right, self.settings, self.clock)
-        cache = "warm" if self.device.dry else "cold"  # which the clock sees to
-        samples = [replace(sample, cache=cache) for sample in samples]
-        for row in report.records(problem, samples, self.limits):
-            self.rows.append(row | extra.get(row["name"], {}))
-        found = ", ".join(f"{s.name} {s.percentile(50) * 1e3:.4g}" for s in samples)
-        print(f"{problem}: ms {found}", flush=True)
+    ) -> list[str]:
+        """Each candidate is tried by itself first; what is wrong with ours, the others are timed.
+
+        What is wrong with a peer is a note.
+        """
+        right, wrong = [], []
+        for candidate in candidates:
+            fault = self._fault(problem, candidate)
+            if fault is None:
+                right.append(candidate)
+            elif candidate.name.startswith(OURS):
+                wrong.append(f"{candidate.name}: {fault}")
+            else:
+                self.notes.append(f"{problem}: without {candidate.name}: {fault}")
+        if right:
+            samples = timing.run_contest(problem, right, self.settings, self.clock)
+            cache = "warm" if self.device.dry else "cold"  # which the clock sees to
+            samples = [replace(sample, cache=cache) for sample in samples]
+            for row in report.records(problem, samples, self.limits):
+                self.rows.append(row | extra.get(row["name"], {}))
+            found = ", ".join(f"{s.name} {s.percentile(50) * 1e3:.4g}" for s in samples)
+            print(f"{problem}: ms {found}", flush=True)
+        return wrong
+
+    def _fault(self, problem: timing.Problem, candidate: timing.Candidate) -> str | None:
+        """What is wrong with a call of it; None where nothing is."""
+        try:
+            timing.prepare(problem, [candidate], self.settings)
+            self.device.synchronize()
+        except Exception as error:  # noqa: BLE001 (it is said, and the others count)
+            return _in_a_line(error)
+        return None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
 
 
 def _near(at: Tensor, exact: Tensor, y: Tensor) -> None:
@@ -189,16 +202,6 @@ def _bitsandbytes(qw: qkern.QuantizedTensor, x: Tensor, dx: bool) -> Callable[[]
     return lambda: module.matmul_4bit(x, packed.t(), state)
 
 
-def main(file: Path, dry: bool) -> int:
-    """The exit status."""
-    end = time.monotonic() + _SHARE * float(os.environ.get(SECONDS, "inf"))
-    try:
-        device = devices.get(dry)
-    except RuntimeError as error:
-        print(f"{FAILURE}{error}")
-        return 1
-    return Times(device, file, end).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), "--dry" in sys.argv[2:]))
+def checks(device: Device, file: Path) -> Iterator[Check]:
+    """All contests, measured into ``file``."""
+    return Times(device, file).checks()
