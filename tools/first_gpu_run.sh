@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first run on a GPU, without network or venv: build for it, check, time, and write a page of results.
 #
-#   [PY=python3] [OUT=runs/gpu] [PEERS=folder] tools/first_gpu_run.sh [--dry] [--seconds 480] [--only STEPS]
+#   [PY=python3] [OUT=runs/gpu] [PEERS=folder] tools/first_gpu_run.sh [--dry] [--seconds 470] [--only STEPS]
 #
 # docs/gpu.md says more. What this Python lacks may lie in PEERS, as `pip install --target` leaves it.
 set -u

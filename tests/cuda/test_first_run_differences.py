@@ -74,16 +74,28 @@ def test_wrong_choices_are_named_with_what_they_cost() -> None:
 
 def test_ratios_tell_which_constant_is_wrong() -> None:
     page = page_of(WRONG)
-    assert "| forward | mma | 1.12 (1.00 to 1.25) | 0.80 (0.80 to 0.80) |  |" in page
-    assert "| forward | vector | 2.55 (1.10 to 4.00) | 1.11 (1.11 to 1.11) |  |" in page
+    assert "| forward | mma | 1.12 (1.00 to 1.25) | 0.80 (0.80 to 0.80) |  | " in page
+    assert "| forward | vector | 2.55 (1.10 to 4.00) | 1.11 (1.11 to 1.11) |  | " in page
+
+
+def test_a_line_tells_launches_from_rates() -> None:
+    slow = [rows(m, "mma", {"mma": 5.0 + 2.0 * m}, {"mma": 1.0 * m}) for m in (1, 16, 256, 4096)]
+    assert "| 5.0 us + 2.00 x |" in page_of(content(*slow))
+    assert differences.line([(4.0, 6.0), (4.0, 6.0)]) == (0.0, 1.5)
+    # Errors count by their share: the longest time does not bend the line of the others.
+    us, factor = differences.line([(1.0, 3.0), (2.0, 4.0), (4.0, 6.0), (1000.0, 1102.0)])
+    assert us == pytest.approx(2.0, abs=0.3)
+    assert factor == pytest.approx(1.1, abs=0.03)
 
 
 def test_peers_and_limits() -> None:
     page = page_of(WRONG)
     assert "copies 4300 GB/s, bfloat16 products of torch 788.0 TFLOP/s" in page
     assert "processors ran at 1980 MHz" in page
-    assert "| forward | 16 | 2.00 | 1.50 | 22 |" in page
-    assert "| forward | 256 | 0.25 |  | 22 |" in page
+    assert "| op | M | 1 | 16 | 256 |" in page
+    assert "| forward | x dense | 2.00 | 2.00 | 0.25 |" in page
+    assert "| forward | x bitsandbytes |  | 1.50 |  |" in page
+    assert "| forward | host us | 22 | 22 | 22 |" in page
     assert page.count("- one") == 1
 
 

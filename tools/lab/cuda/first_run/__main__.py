@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "(a folder with bitsandbytes and whatever this Python lacks).",
     )
     parser.add_argument("--dry", action="store_true", help="on a CPU, the emulator as the device")
-    parser.add_argument("--seconds", type=float, default=480, help="for everything (480)")
+    parser.add_argument("--seconds", type=float, default=470, help="for everything (470)")
     parser.add_argument("--only", default="", help="names of steps, say machine,build,env")
     args = parser.parse_args(arguments)
     if args.seconds <= 0:

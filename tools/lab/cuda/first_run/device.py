@@ -79,9 +79,10 @@ class Gpu:
         current.wait_stream(other)
 
     def others(self) -> list[torch.device]:
-        """The other devices that the kernels run on."""
+        """The other devices of this kind; another kind may sum in another order."""
+        own = torch.cuda.get_device_name(0)
         devices = [torch.device("cuda", i) for i in range(1, torch.cuda.device_count())]
-        return [d for d in devices if backends.cuda.unfit_reason(d) is None]
+        return [d for d in devices if torch.cuda.get_device_name(d) == own]
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

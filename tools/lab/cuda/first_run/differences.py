@@ -155,18 +155,40 @@ def _never_chosen(found: Sequence[Problem]) -> Iterator[str]:
 
 def _ratios(found: Sequence[Problem]) -> str:
     """Measured over modelled, by op and path: a constant that is right gives 1 in all columns."""
-    groups: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in found:
-        column = 0 if problem.m <= FEW else 1 if problem.m <= MANY else 2
-        for path, ms in problem.paths.items():
-            groups[problem.op, path][column].append(ms / problem.modelled[path])
-    rows = [
-        (op, path, *(_spread(columns.get(column, [])) for column in range(3)))
-        for (op, path), columns in sorted(groups.items())
-    ]
-    header = ("op", "path", f"M <= {FEW}", f"M <= {MANY}", f"M > {MANY}")
-    text = "Median, and least to most, of the measured over the modelled time."
+        for path in problem.paths:
+            groups[problem.op, path].append(problem)
+    rows = []
+    for (op, path), members in sorted(groups.items()):
+        columns: list[list[float]] = [[], [], []]
+        for p in members:
+            column = 0 if p.m <= FEW else 1 if p.m <= MANY else 2
+            columns[column].append(p.paths[path] / p.modelled[path])
+        us, factor = line([(p.modelled[path] * 1e3, p.paths[path] * 1e3) for p in members])
+        rows.append((op, path, *map(_spread, columns), f"{us:.1f} us + {factor:.2f} x"))
+    header = ("op", "path", f"M <= {FEW}", f"M <= {MANY}", f"M > {MANY}", "line")
+    text = (
+        "Median, and least to most, of the measured over the modelled time. The line is what fits "
+        "best to all of a path: the constant part is of launches, the factor of rates."
+    )
     return f"## Measured over modelled\n\n{text}\n\n" + table(header, rows)
+
+
+def line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """``(a, b)`` of the ``y = a + b x`` with the least relative errors of y, squared and summed.
+
+    A single x gives the ``b`` of ``y = b x``.
+    """
+    weights = [1 / y**2 for _, y in pairs]
+    total = sum(weights)
+    mean_x = sum(w * x for w, (x, _) in zip(weights, pairs, strict=True)) / total
+    mean_y = sum(w * y for w, (_, y) in zip(weights, pairs, strict=True)) / total
+    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, pairs, strict=True))
+    if spread <= 1e-12 * total * mean_x**2:
+        return 0.0, mean_y / mean_x
+    both = sum(w * (x - mean_x) * y for w, (x, y) in zip(weights, pairs, strict=True))
+    return mean_y - both / spread * mean_x, both / spread
 
 
 def _spread(ratios: Sequence[float]) -> str:
@@ -228,20 +250,22 @@ def _cell(problem: Problem) -> str:
 
 def _beside(found: Sequence[Problem]) -> str:
     """How many times as fast as its peers the chosen path is, over all shapes."""
-    groups: dict[tuple[str, int], list[Problem]] = defaultdict(list)
-    for problem in found:
-        groups[problem.op, problem.m].append(problem)
+    numbers = sorted({problem.m for problem in found})
     rows = []
-    for (op, m), members in sorted(groups.items(), key=lambda g: (g[0][0] != "forward", g[0])):
-        cells = []
+    for op in OPS:
+        by_rows = [[p for p in found if p.op == op and p.m == m] for m in numbers]
         for peer in PEERS:
-            ratios = [p.peers[peer] / p.ours for p in members if peer in p.peers]
-            cells.append(f"{mean(ratios):.2f}" if ratios else "")
-        hosts = [p.host_us for p in members if p.host_us is not None]
-        rows.append((op, str(m), *cells, f"{median(hosts):.0f}" if hosts else ""))
-    header = ("op", "M", *(f"x {peer}" for peer in PEERS), "host us")
-    text = "How many times as fast as each the chosen path is: the geometric mean over the shapes."
-    return f"## Beside others\n\n{text}\n\n" + table(header, rows)
+            ratios = [[p.peers[peer] / p.ours for p in ps if peer in p.peers] for ps in by_rows]
+            if any(ratios):
+                rows.append((op, f"x {peer}", *(f"{mean(r):.2f}" if r else "" for r in ratios)))
+        hosts = [[p.host_us for p in ps if p.host_us is not None] for ps in by_rows]
+        if any(hosts):
+            rows.append((op, "host us", *(f"{median(h):.0f}" if h else "" for h in hosts)))
+    text = (
+        "How many times as fast as each the chosen path is: the geometric mean over the shapes; "
+        "and the host's microseconds a call, of which nothing is in the times."
+    )
+    return f"## Beside others\n\n{text}\n\n" + table(("op", "M", *map(str, numbers)), rows)
 
 
 def _dequantized(results: Iterable[dict[str, Any]]) -> str:

@@ -124,7 +124,7 @@ def _do(step: Step, log: Path, limit: float, variables: Mapping[str, str]) -> Ou
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     failures = [
-        line.removeprefix(FAILURE).strip()
+        line.removeprefix(FAILURE).strip(" =")
         for line in lines
         if line.startswith(FAILURE) or (step.faults and re.match(step.faults, line))
     ]
