@@ -234,7 +234,7 @@ def test_work_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done[3:] == ["replay"]
 
 
-def test_another_stream_waits_for_a_busy_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_stream_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
     class Queue:
@@ -256,7 +256,7 @@ def test_another_stream_waits_for_a_busy_one(monkeypatch: pytest.MonkeyPatch) ->
     with device.Gpu.other_stream(SimpleNamespace()):
         done.append("work")
     waits = "other waits for current", "current waits for other"
-    assert done == ["busy", waits[0], "on other", "work", waits[1]]
+    assert done == [waits[0], "on other", "busy", "work", waits[1]]
 
 
 @needs_emulator
@@ -287,6 +287,33 @@ def test_a_path_that_fails_is_said_and_the_others_are_timed(
     more = json.loads(file.read_text())["results"]
     assert more[: len(rows)] == rows
     assert {row["op"] for row in more[len(rows) :]} == {"dx"}
+
+
+@needs_emulator
+def test_a_path_that_ended_its_process_is_left_out_of_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = products.multiply
+
+    def multiply(qw, x, dx):
+        if os.environ.get("QKERN_CUDA_PATH") == "mma":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(qw, x, dx)
+
+    monkeypatch.setattr(times, "multiply", multiply)
+    monkeypatch.setattr(times, "DRY_SHAPES", ((32, 64),))
+    monkeypatch.setattr(times, "DRY_ROWS", (2,))
+    file = tmp_path / "times.json"
+    arguments = ["--dry", "--file", str(file)]
+    assert checks.main(["times", "0", "1", "0", *arguments]) == checks.AGAIN
+    assert (tmp_path / "times.trying").read_text() == "qkern mma"
+    assert "FAIL times forward 32x64 M=2: RuntimeError: CUDA error" in capsys.readouterr().out
+    assert checks.main(["times", "0", "1", "2", *arguments]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["times.json"]
+    content = json.loads(file.read_text())
+    assert content["notes"] == ["left out, having ended or held up a process: qkern mma"]
+    assert {row.get("path") for row in content["results"] if row["op"] == "dx"} >= {"tiled", "gemm"}
+    assert "mma" not in {row.get("path") for row in content["results"] if row["name"] != "qkern"}
 
 
 def test_make_test_gpu_needs_no_setup(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ def checks(args: argparse.Namespace) -> Iterable[Check]:
     return table.checks(device.get(args.dry, name), args.stride, args.largest)
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether the process can use its device no more."""
+    return any(words in str(error) for words in _LOST)
+
+
 def run(found: Sequence[Check], indices: Iterable[int], end: float) -> int:
     """The exit status: 1 where something failed, or `AGAIN`."""
     failed = done = 0
@@ -68,7 +73,7 @@ def run(found: Sequence[Check], indices: Iterable[int], end: float) -> int:
         except Exception as error:  # noqa: BLE001 (whatever it is, the others are of interest)
             text = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"{FAILURE}{check.label}: {text[:LONGEST]}", flush=True)
-            if any(words in text for words in _LOST):
+            if is_lost(error):
                 return AGAIN
             failed = 1
         else:
@@ -86,6 +91,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--largest", type=int, default=1 << 40)
+    parser.add_argument("--without", nargs="*", default=[], help="ways that are not checked")
     parser.add_argument("--file", type=Path, help="that times are written to")
     parser.add_argument("--shuffle", action="store_true", help="for a run that is cut short")
     args = parser.parse_args(arguments)
@@ -105,7 +111,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{FAILURE}{args.kind}: {error}", flush=True)
         return 1
     own = range(args.shard, len(found), args.shards)
-    return run(found, [index for index in own if index >= args.first], end)
+    left_out = {i for i in own if found[i].label.partition(" ")[0] in args.without}
+    return run(found, [i for i in own if i >= args.first and i not in left_out], end)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ class Gpu:
 
     @contextlib.contextmanager
     def other_stream(self) -> Iterator[None]:
-        """Runs what is inside on a stream that waits for the current one, which is kept busy."""
+        """Runs what is inside on another stream, late: on the first one it would come too early."""
         current, other = torch.cuda.current_stream(), torch.cuda.Stream()
-        torch.cuda._sleep(_SPIN_CYCLES // 4)
         other.wait_stream(current)
         with torch.cuda.stream(other):
+            torch.cuda._sleep(_SPIN_CYCLES // 4)
             yield
         current.wait_stream(other)
 

@@ -64,7 +64,9 @@ class Folders:
     @property
     def results(self) -> tuple[Path, ...]:
         """All files of a run; those of an older one are removed before."""
-        return self.machine, self.times, self.counters, self.steps, self.log, self.summary
+        trying = self.times.with_suffix(".trying")
+        own = self.machine, self.times, trying, self.counters
+        return *own, self.steps, self.log, self.summary
 
 
 def processes(dry: bool) -> int:

@@ -2,8 +2,8 @@
 
 ``python -m lab.cuda.first_run.shards SHARDS STALL KIND [OPTION ...]``: `checks` of a kind. A check
 that ends its process, or leaves it without a usable device, fails. So does one that takes longer
-than STALL seconds: a kernel hangs, and its process is killed. Prints the failures, and last what
-was done on which way.
+than STALL seconds: a kernel hangs, and its process is killed. A way to which that happens again
+and again is checked no more. Prints the failures, and last what was done on which way.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from lab.cuda.first_run import checks
 from lab.cuda.first_run.steps import FAILURE, SECONDS
 
 PROGRAM = "lab.cuda.first_run.checks"
+TIMES = "times"
+"""No way: each such check is of all ways, and notes itself which of them ended a process."""
 
-_RESTARTS = 6  # of a shard; each costs the seconds that torch takes to start
+_PROCESSES = 12  # of a shard; each costs the seconds that torch takes to start
+_PROCESSES_OF_A_WAY = 2  # that it may end, if it is one of several
 _KILL_SECONDS = 5.0
 _BEGIN_SECONDS = 90.0  # to import torch and list the checks, beside as many others
 
@@ -43,10 +46,12 @@ class Shard:
     done: Counter[str] = field(default_factory=Counter)
     failed: int = 0
     left: bool = False
+    ended: Counter[str] = field(default_factory=Counter)
+    """How many processes each way has ended."""
 
     def work(self, end: float) -> None:
         """All checks of the shard; what is to be said is printed."""
-        for _ in range(_RESTARTS):
+        for _ in range(_PROCESSES):
             self.label, before = "", self.failed
             status = self._process(end)
             if status == 0 or self.left:
@@ -55,12 +60,17 @@ class Shard:
                 self._fail(f"{self.label or 'before the first check'}: exit status {status}")
             if status == 1 or not self.label:
                 return
-        self._fail(f"shard {self.number}: given up after {_RESTARTS} processes, at {self.label}")
+            self.ended[self._way()] += 1
+            if self.ended[self._way()] == _PROCESSES_OF_A_WAY and self._way() != TIMES:
+                text = f"{self._way()} is left out of shard {self.number} from here on"
+                print(f"{FAILURE}{text}", flush=True)
+        self._fail(f"shard {self.number}: given up after {_PROCESSES} processes, at {self.label}")
 
     def _process(self, end: float) -> int | None:
         """The exit status of a process that begins at ``first``; None where it was killed."""
         place = [str(self.number), str(self.shards), str(self.first)]
-        command = [*self.command[:1], *place, *self.command[1:]]
+        without = [w for w, n in self.ended.items() if n >= _PROCESSES_OF_A_WAY and w != TIMES]
+        command = [*self.command[:1], *place, *self.command[1:], "--without", *without]
         seconds = max(0.1, end - time.monotonic())
         process = subprocess.Popen(
             [sys.executable, "-m", self.program, *command],

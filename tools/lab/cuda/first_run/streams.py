@@ -46,7 +46,7 @@ def graph(device: Device, call: Matmul, way: str) -> None:
 
 
 def stream(device: Device, call: Matmul, way: str) -> None:
-    """A product on another stream, of rows that the first one still works on."""
+    """A product on another stream, of rows that come to be there."""
     qw = quantized(device, (call.out_features, call.in_features))
     with device.target.activate(), ways.forced(way):
         x = _input(device, call)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import qkern
 from lab.cuda import ways
 from lab.cuda.first_run import model
-from lab.cuda.first_run.checks import LONGEST, Check
+from lab.cuda.first_run.checks import LONGEST, Check, is_lost
 from lab.cuda.first_run.device import Device
 from lab.cuda.first_run.differences import OURS, size
 from lab.cuda.first_run.products import Shape, multiply, possible, quantized, random
@@ -38,6 +38,7 @@ DRY_SHAPES, DRY_ROWS = ((96, 128), (32, 64)), (1, 4)
 DTYPE = torch.bfloat16
 SETTINGS = timing.Settings(repeat=25, max_seconds=0.5, min_rounds=3, cold=False)
 DRY_SETTINGS = replace(SETTINGS, repeat=2, max_seconds=0.05, min_rounds=2)
+_ENDED = "left out, having ended or held up a process: "
 _CHECKED_ROWS = 64
 _TOLERANCE = 0.02
 _DRY_PROBE = {"probe_bytes": 1 << 16, "size": 32}
@@ -61,6 +62,15 @@ class Times:
         self.rows: list[report.Record] = before.get("results", [])
         self.notes: list[str] = before.get("notes", [])
         self.seconds: dict[str, float] = before.get("seconds", {})
+        self.trying = file.with_suffix(".trying")
+        self.without = self._without()
+
+    def _without(self) -> set[str]:
+        """Candidates at whose first call a process ended or hung: it left the name in `trying`."""
+        if self.trying.exists():
+            self.notes.append(f"{_ENDED}{self.trying.read_text(encoding='utf-8')}")
+            self.trying.unlink()
+        return {note.removeprefix(_ENDED) for note in self.notes if note.startswith(_ENDED)}
 
     def checks(self) -> Iterator[Check]:
         """Shape by shape, so that neighbours share a weight."""
@@ -156,7 +166,7 @@ class Times:
         What is wrong with a peer is a note.
         """
         right, wrong = [], []
-        for candidate in candidates:
+        for candidate in (c for c in candidates if c.name not in self.without):
             fault = self._fault(problem, candidate)
             if fault is None:
                 right.append(candidate)
@@ -175,13 +185,18 @@ class Times:
         return wrong
 
     def _fault(self, problem: timing.Problem, candidate: timing.Candidate) -> str | None:
-        """What is wrong with a call of it; None where nothing is."""
+        """What is wrong with a call of it; None where nothing is. Raises if the device is lost."""
+        self.trying.write_text(candidate.name, encoding="utf-8")
+        fault = None
         try:
             timing.prepare(problem, [candidate], self.settings)
             self.device.synchronize()
-        except Exception as error:  # noqa: BLE001 (it is said, and the others count)
-            return _in_a_line(error)
-        return None
+        except Exception as error:
+            if is_lost(error):
+                raise
+            fault = _in_a_line(error)
+        self.trying.unlink()
+        return fault
 
 
 def _in_a_line(error: Exception) -> str:
