@@ -205,6 +205,14 @@ def test_the_plan_of_a_gpu_says_what_is_absent(
     assert absent == {"counters", "memcheck", "racecheck", "triton", "optimizer"}
 
 
+def test_results_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", "/proc/nowhere")
+    assert first_run.main([]) == 2
+    assert "OUT: cannot write /proc/nowhere: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dry", [False, True])
 def test_the_programs_take_what_the_plan_gives_them(
     dry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -108,7 +108,11 @@ class Report:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    where = folders(args.dry)
+    try:
+        where = folders(args.dry)
+    except OSError as error:
+        print(f"OUT: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     logs = where.work / "logs"
     for file in (*where.results, *logs.glob("*.log")):
         file.unlink(missing_ok=True)
