@@ -21,13 +21,13 @@ from qkern.ops import undispatched
 _REGISTRY = "torch._inductor.codegen.custom_extern_kernel_codegen"
 
 
-def _kernel(op: str, invariant: bool | None) -> tuple[Callable[..., Any] | None, bool]:
-    """The kernel of an op and whether it is batch-invariant, in the blocks that the code runs in.
+def _kernel(x: Tensor, op: str, invariant: bool | None) -> tuple[Callable[..., Any] | None, bool]:
+    """The kernel of an op on ``x``, and whether it is batch-invariant, in the blocks around it.
 
     None where somebody would miss the op. The input gradient has no form in 8 bits, which the op
     says.
     """
-    backend = undispatched()
+    backend = undispatched(x)
     if backend is None:
         return None, False
     if invariant is None and not none_set():
@@ -41,7 +41,7 @@ def linear_4bit(x: Tensor, *args: Any) -> Tensor:
     """The op ``linear_4bit``; its kernel alone where nobody would miss the op."""
     if len(args) == 10:
         features, bias, invariant = args[7:]
-        kernel, invariant = _kernel("linear_4bit", invariant)
+        kernel, invariant = _kernel(x, "linear_4bit", invariant)
         if kernel is not None:
             y: Tensor | None = kernel(x, args[:7], features, bias, invariant, num_threads())
             if y is not None:
@@ -53,7 +53,7 @@ def linear_4bit_dx(dy: Tensor, *args: Any) -> Tensor:
     """The op ``linear_4bit_dx`` likewise."""
     if len(args) == 9:
         features, invariant = args[7:]
-        kernel, invariant = _kernel("linear_4bit_dx", invariant)
+        kernel, invariant = _kernel(dy, "linear_4bit_dx", invariant)
         if kernel is not None:
             dx: Tensor | None = kernel(dy, args[:7], features, invariant, num_threads())
             if dx is not None:

@@ -391,11 +391,11 @@ def linears_4bit(
     if ys is None:
         products = zip(weights, shapes, biases, strict=True)
         return tuple(linear_by_weight(x, *product) for product in products)
-    if not any(_is_recorded(x, bias) for bias in biases):
+    if not any(_has_gradient(x, bias) for bias in biases):
         return ys
     known = zip(ys, weights, biases, strict=True)
     return tuple(
-        record_known_linear_4bit(x, bias, weight, False, (y,)) if _is_recorded(x, bias) else y
+        record_known_linear_4bit(x, bias, weight, False, (y,)) if _has_gradient(x, bias) else y
         for y, weight, bias in known
     )
 
@@ -410,7 +410,7 @@ def _several_by_kernel(
 
     None if a tracer must see the ops or an argument is unusual.
     """
-    backend = undispatched()  # first, for a compiler cannot trace the rest
+    backend = undispatched(x)  # first, for a compiler cannot trace the rest
     if backend is None or not none_set() or _any_autocast():
         return None
     if any(len(shape) != 2 for shape in shapes):
@@ -443,7 +443,7 @@ def linear_by_weight(
         if _is_recorded(x, bias):
             return recorded_linear_4bit(x, bias, shape[0], invariant, *weight)
         return _linear_4bit(x, *weight, shape[0], bias, invariant)
-    if _is_recorded(x, bias):
+    if _has_gradient(x, bias):  # tangents are never without the op
         return record_known_linear_4bit(x, bias, weight, invariant, (y,))
     return y
 
@@ -486,7 +486,7 @@ def _by_kernel_alone(
 
     None if a tracer must see the op or an argument is unusual.
     """
-    backend = undispatched()
+    backend = undispatched(x)
     if backend is None or _any_autocast() or len(shape) != 2:
         return None
     kernel = backend.fast.get(op)
@@ -496,8 +496,12 @@ def _by_kernel_alone(
 
 
 def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
-    return forward_derivatives() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return forward_derivatives() or _has_gradient(x, bias)
+
+
+def _has_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
     )
 
 

@@ -345,20 +345,34 @@ def is_watched() -> Any:
     return is_traced() or _is_profiled()
 
 
-def undispatched() -> Backend | None:
-    """The backend of CPU tensors where its functions may be called without the dispatcher, or None.
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
-    None where somebody would miss the op: tracers, modes, functorch's transforms, profilers and
-    forward-mode derivatives. What depends on the tensors is the caller's to look after: gradients,
-    autocast, and that they are plain, which `Backend.fast` looks after itself.
+
+def undispatched(first: Any) -> Backend | None:
+    """The backend whose functions may be called without the dispatcher on ``first``, or None.
+
+    ``first`` is the op's first tensor. None where somebody would miss the op: tracers, modes,
+    functorch's transforms, profilers and forward-mode derivatives. What else depends on the
+    tensors is the caller's to look after: gradients, autocast, and that they are plain, which
+    `Backend.fast` looks after itself.
     """
-    if is_watched():
+    if is_traced() or _is_profiled():
         return None
+    # Of anything but a plain tensor nothing is asked, for it might notice; no kernel takes it.
+    device = _CPU if type(first) not in _PLAIN_TYPES or first.is_cpu else first.device
     # No entry before the first op has run, whose errors for a wrong choice are the right ones.
     if none_set() or (forced := forced_backend.get()) is None:
-        return backends.selected.get(_CPU)
-    known: Backend | None = forced.selected.get(_CPU)
+        return backends.selected.get(device)
+    known: Backend | None = forced.selected.get(device)
     return known
+
+
+def _first_tensor(args: Sequence[Any]) -> Any:
+    """Of an op's arguments, in whose first a list or a weight may be; None where it is empty."""
+    first = args[0]
+    while isinstance(first, list | tuple):
+        first = first[0] if first else None
+    return first
 
 
 def _plain_keys() -> frozenset[int]:
@@ -397,7 +411,7 @@ def call(name: str, *args: Any) -> Any:
     """The op with all its arguments, the weight as one; undispatched where nobody would know."""
     op = OPS[name]
     result, done = None, False
-    if (backend := undispatched()) is not None:
+    if (backend := undispatched(_first_tensor(args))) is not None:
         kernel = backend.fast.get(name)
         if kernel is not None:
             result = kernel(*args, num_threads())

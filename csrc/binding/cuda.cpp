@@ -102,6 +102,7 @@ void bind_cuda(pybind11::module_& m) {
   add_ops(m, "cuda_", kCudaOps);
   m.def("cuda_linear_paths", linear_paths);
   m.def("cuda_device_limits", device_limits);
+  bind_cuda_tensors(m);
 #ifdef QKERN_CUDA_ARCHITECTURES
   m.def("cuda_versions", versions);
 #endif

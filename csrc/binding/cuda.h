@@ -8,4 +8,8 @@ namespace qkern::binding {
 // an integer) in place of the number of threads.
 void bind_cuda(pybind11::module_& m);
 
+// Adds cuda_on_tensors, which makes linear_4bit and linear_4bit_dx on tensors themselves; see
+// cuda_tensors.cpp.
+void bind_cuda_tensors(pybind11::module_& m);
+
 }  // namespace qkern::binding

@@ -10,6 +10,14 @@ namespace qkern::binding::dlpack {
 inline constexpr std::uint32_t kMajorVersion = 1;
 inline constexpr const char* kCapsuleName = "dlpack_exchange_api";
 inline constexpr std::int32_t kCpu = 1;
+inline constexpr std::int32_t kCuda = 2;
+
+struct Device {
+  std::int32_t type;
+  std::int32_t id;
+};
+
+inline constexpr Device kCpuDevice = {kCpu, 0};
 
 enum DataTypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
@@ -21,8 +29,7 @@ struct DataType {
 
 struct Tensor {
   void* data;
-  std::int32_t device_type;
-  std::int32_t device_id;
+  Device device;
   std::int32_t ndim;
   DataType dtype;
   std::int64_t* shape;
@@ -41,7 +48,8 @@ struct ExchangeApi {
   // Fills `out` with what belongs to the tensor `object`; -1 and a Python exception on failure.
   // Absent where the library does not offer it.
   int (*tensor_from_object)(void* object, Tensor* out);
-  void* current_stream;
+  // The stream that the library's work on a device goes to; -1 and an exception on failure.
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 
 }  // namespace qkern::binding::dlpack

@@ -12,9 +12,11 @@
 
 namespace qkern::binding {
 
-// Set once, by read_tensors_with.
+// Set by read_tensors_with.
 struct Library {
   int (*read)(void*, dlpack::Tensor*) = nullptr;
+  // The stream that torch's work on a device goes to; null where the interface does not tell.
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out) = nullptr;
   // Of torch's C interface, on the address of an at::Tensor: the bytes of its storage, and the
   // first element's place there. Not 0 on failure.
   int (*storage_bytes)(void*, std::int64_t*) = nullptr;
@@ -29,12 +31,20 @@ struct Library {
 
 inline Library library;
 
-// A dense tensor in the CPU's memory, of no subclass: one may mean something else by its elements.
+// Whether tensors of the types of `probes`, a tensor and a parameter, can be read by the interface
+// in `capsule` and by torch's functions at the addresses `storage_bytes` and `storage_offset`.
+bool read_tensors_with(const pybind11::object& capsule, const pybind11::list& probes,
+                       std::uintptr_t storage_bytes, std::uintptr_t storage_offset);
+
+// A dense tensor in the memory of one device, of no subclass: one may mean something else by its
+// elements.
 class PlainTensor {
  public:
+  explicit PlainTensor(dlpack::Device device = dlpack::kCpuDevice) : wanted_(device) {}
+
   // False where `object` is no such tensor.
   bool read(PyObject* object) {
-    return read_anywhere(object) && tensor_.device_type == dlpack::kCpu;
+    return read_anywhere(object) && device().type == wanted_.type && device().id == wanted_.id;
   }
 
   // As read(), in the memory of any device.
@@ -116,6 +126,7 @@ class PlainTensor {
     return stride == -1 ? tensor_.shape[last] : stride;
   }
 
+  dlpack::Device device() const { return tensor_.device; }
   int ndim() const { return tensor_.ndim; }
   Size size(int i) const { return tensor_.shape[i]; }
   Size stride(int i) const { return tensor_.strides[i]; }
@@ -143,6 +154,7 @@ class PlainTensor {
   }
 
   dlpack::Tensor tensor_{};
+  dlpack::Device wanted_;
 };
 
 // Whether memory holds the negated elements, which DLPack does not tell.

@@ -118,6 +118,21 @@ Status device_limits(DeviceLimits* limits) {
   return Status::success();
 }
 
+Status exchange_device(int device, int* before) {
+#ifdef QKERN_CUDA_EMULATED
+  *before = emulator::launches().current_device;
+  emulator::launches().current_device = device;
+#else
+  cudaError_t error = cudaGetDevice(before);
+  if (error == cudaSuccess && *before != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be taken for the failure
+    return Status::error("CUDA device", cudaGetErrorString(error));
+  }
+#endif
+  return Status::success();
+}
+
 #ifndef QKERN_CUDA_EMULATED
 Status versions(Versions* found) {
   cudaError_t error = cudaDriverGetVersion(&found->driver);

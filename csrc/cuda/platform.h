@@ -44,8 +44,9 @@ template <typename... Parameters, typename... Args>
 Status launch(const char* what, void (*kernel)(Parameters...), const LaunchConfig& config,
               const Args&... args) {
 #ifdef QKERN_CUDA_EMULATED
-  const char* error = emulator::launch(config.grid, dim3(static_cast<unsigned>(config.threads)),
-                                       config.shared_bytes, [&] { kernel(args...); });
+  const char* error = emulator::launch(
+      config.grid, dim3(static_cast<unsigned>(config.threads)), config.shared_bytes,
+      [&] { kernel(args...); }, config.stream);
   return error == nullptr ? Status::success() : Status::error(what, error);
 #else
   // A kernel's first launch loads its code, which a stream under capture forbids a thread that does

@@ -83,7 +83,7 @@ class Backend:
     """
 
     fast: Mapping[str, Callable[..., Any]] = {}
-    """By op, functions that read plain CPU tensors themselves: see `qkern.ops.undispatched`."""
+    """By op, functions that read plain tensors themselves: see `qkern.ops.undispatched`."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkern import formats
 from qkern.backends import _args, _library
-from qkern.backends._backend import Elements, KernelBackend, Product
+from qkern.backends._backend import Elements, KernelBackend, Product, without_term
 from qkern.weight import Weight
 
 
@@ -39,12 +41,52 @@ class CompiledBackend(KernelBackend):
             found = self._functions[name] = getattr(self.library(), name)
         return found
 
+    def _without_replaced(
+        self, base: type[KernelBackend], found: dict[str, Callable[..., Any]]
+    ) -> dict[str, Callable[..., Any]]:
+        """The functions by op, but for those of ops that a subclass of ``base`` has replaced.
+
+        A subclass with a method of its own wants that one called.
+        """
+
+        def is_own(op: str) -> bool:
+            op = "linear_4bit" if op == "linears_4bit" else op
+            names = {op, without_term(op)}
+            return all(getattr(type(self), name) is getattr(base, name) for name in names)
+
+        return {op: function for op, function in found.items() if is_own(op)}
+
     def _start(self, op: str, device: torch.device, arguments: list[Any]) -> None:
         """Call the library's function for an op on ``device``."""
         raise NotImplementedError
 
     def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
         self._start(op, device, numbers(arguments))
+
+
+def _storage_functions() -> tuple[int, ...]:
+    """The addresses of torch's C functions for a storage's size and a tensor's place in it.
+
+    None where torch does not have them. They are symbols of a library that ``torch._C`` loads.
+    """
+    try:
+        loaded = ctypes.CDLL(torch._C.__file__)
+        names = ("aoti_torch_get_storage_size", "aoti_torch_get_storage_offset")
+        found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+    except (AttributeError, OSError):
+        return ()
+    return tuple(address for address in found if address is not None)
+
+
+@functools.cache
+def reads_tensors(library: Any) -> bool:
+    """Whether the library can read tensors itself; torch may lack the interface that it needs."""
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    of_storage = _storage_functions()
+    if api is None or not of_storage:
+        return False
+    probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
+    return bool(library.read_tensors_with(api, probes, *of_storage))
 
 
 def product_numbers(product: Product) -> list[Any]:

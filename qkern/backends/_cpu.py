@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qkern import reference
 from qkern.backends import _args
-from qkern.backends._backend import Product, without_term
-from qkern.backends._compiled import CompiledBackend, product_numbers
+from qkern.backends._backend import Product
+from qkern.backends._compiled import CompiledBackend, product_numbers, reads_tensors
 from qkern.weight import Weight
 
 
@@ -23,10 +23,7 @@ class CpuBackend(CompiledBackend):
         super().__init__(name, library)
         self.fast: dict[str, Callable[..., Any]] = {}
         if library is None and self.missing_reason() is None:
-            found = _on_tensors(self.library())
-            # A subclass with a method of its own wants that one called.
-            mine = {op for op in found if _is_own(type(self), op)}
-            self.fast = {op: function for op, function in found.items() if op in mine}
+            self.fast = self._without_replaced(CpuBackend, _on_tensors(self.library()))
 
     def isa(self) -> str:
         """The instruction set in use."""
@@ -169,26 +166,6 @@ def _float_bits(value: float) -> int:
     return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
-def _is_own(kind: type[CpuBackend], op: str) -> bool:
-    """Whether a kind of backend computes the op, and what that is made of, as `CpuBackend`."""
-    op = "linear_4bit" if op == "linears_4bit" else op
-    return all(getattr(kind, name) is getattr(CpuBackend, name) for name in {op, without_term(op)})
-
-
-def _storage_functions() -> tuple[int, ...]:
-    """The addresses of torch's C functions for a storage's size and a tensor's place in it.
-
-    None where torch does not have them. They are symbols of a library that ``torch._C`` loads.
-    """
-    try:
-        loaded = ctypes.CDLL(torch._C.__file__)
-        names = ("aoti_torch_get_storage_size", "aoti_torch_get_storage_offset")
-        found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
-    except (AttributeError, OSError):
-        return ()
-    return tuple(address for address in found if address is not None)
-
-
 def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     """The library's functions on tensors, by op; none where torch lacks the interface they need.
 
@@ -197,10 +174,7 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     number of threads; the two forward products also the ``in_features`` that ``x`` must have.
     ``linears_4bit`` takes tuples of weights, sizes and biases.
     """
-    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    of_storage = _storage_functions()
-    probes = [torch.empty(1, device="cpu"), nn.Parameter(torch.empty(1, device="cpu"))]
-    if api is None or not of_storage or not library.read_tensors_with(api, probes, *of_storage):
+    if not reads_tensors(library):
         return {}
     ops = (
         *("linear_4bit", "linear_4bit_int8", "linear_4bit_dx", "adamw_step", "matmul_into"),

@@ -6,6 +6,7 @@ nothing waits, and memory comes from torch's allocator, so a CUDA graph can capt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,7 +15,12 @@ import torch
 
 from qkern.backends import _cuda_matmul
 from qkern.backends._backend import Product
-from qkern.backends._compiled import CompiledBackend
+from qkern.backends._compiled import CompiledBackend, reads_tensors
+
+_DLPACK_CUDA = 2
+"""DLPack's number for CUDA devices."""
+_KEPT_WAYS = 4096
+"""Of how many shapes it is kept how they are computed."""
 
 
 @contextmanager
@@ -57,6 +63,8 @@ class CudaBackend(CompiledBackend):
     """CUDA kernels. Whether there is a device shows when a kernel starts.
 
     ``stream`` gives for a device the context in which kernels start, and the stream's address.
+    ``device_type`` is DLPack's number for the devices of tensors that the library may read itself,
+    with torch's own current streams; None is for none.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class CudaBackend(CompiledBackend):
         name: str = "cuda",
         library: Any = None,
         stream: Callable[[torch.device], AbstractContextManager[int]] = current_stream,
+        device_type: int | None = _DLPACK_CUDA,
     ) -> None:
         super().__init__(name, library)
         self._stream = stream
@@ -71,6 +80,12 @@ class CudaBackend(CompiledBackend):
         """By device, once that is known."""
         self._missing: list[str | None] = []
         """The answer of `missing_reason`, once it can change no more."""
+        self.fast: dict[str, Callable[..., Any]] = {}
+        on_tensors = getattr(self._library, "cuda_on_tensors", None)
+        if on_tensors is not None and device_type is not None and reads_tensors(self._library):
+            way = functools.partial(_cuda_matmul.way_of_its_own, self._library)
+            found = on_tensors(functools.lru_cache(_KEPT_WAYS)(way), device_type)
+            self.fast = self._without_replaced(CudaBackend, found)
 
     def missing_reason(self) -> str | None:
         """Why the kernels are missing, too new for the driver, or for none of the devices; or None.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkern import formats
 from qkern.backends import _args, _cuda_paths
 from qkern.backends._backend import Product
 from qkern.backends._compiled import product_numbers, weight_numbers
@@ -22,7 +23,8 @@ from qkern.backends._exact_gemm import exact_products
 def start(library: Any, stream: int, product: Product) -> None:
     """Start the product into its ``out``."""
     x = product.x
-    if product.in_features % 32 == 0 and not _in_pieces(x, product.row_stride):
+    whole_rows = product.in_features % 32 == 0 and x.shape[1] * x.element_size() % 16 == 0
+    if whole_rows and not _in_pieces(x, product.row_stride):
         # x is small beside W, and in pieces every path can read it.
         x = x.clone(memory_format=torch.contiguous_format)
         product = product._replace(x=x, row_stride=x.stride(0))
@@ -55,6 +57,28 @@ def choose(library: Any, call: Matmul, limits: Limits) -> Way:
     return _cuda_paths.forced(call, ways) or best
 
 
+def way_of_its_own(
+    library: Any,
+    device: int,
+    dx: bool,
+    dtype_id: int,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    batch_invariant: bool,
+    aligned: bool,
+) -> tuple[int, int] | None:
+    """The best way of a call if it is one of the library's, as its path and bytes of workspace.
+
+    None is ``gemm``. ``device`` is the current one, for who keeps the answers by all arguments.
+    """
+    dtype = formats.DTYPES[dtype_id]
+    shape = rows, out_features, in_features
+    call = Matmul(bool(dx), getattr(torch, dtype), *shape, batch_invariant, aligned)
+    _, best = _ranked(library, call, device_limits(library))
+    return None if best.path == "gemm" else (PATHS.index(best.path), best.workspace_bytes)
+
+
 @functools.lru_cache(maxsize=4096)
 def _ranked(library: Any, call: Matmul, limits: Limits) -> tuple[tuple[Way, ...], Way]:
     """What can compute a call on the current device, and the best of it.
@@ -74,10 +98,12 @@ def _ranked(library: Any, call: Matmul, limits: Limits) -> tuple[tuple[Way, ...]
 
 def _fused(library: Any, stream: int, way: Way, product: Product) -> None:
     """One of qkern's own kernels, with a workspace of the size that it asks for."""
-    # The allocator hands it out again only to work that this stream does later.
-    workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
+    address = None
+    if way.workspace_bytes:
+        # The allocator hands it out again only to work that this stream does later.
+        workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
+        address = workspace.data_ptr()
     kernel = library.cuda_linear_4bit_dx if product.dx else library.cuda_linear_4bit
-    address = workspace.data_ptr() if way.workspace_bytes else None
     kernel(*product_numbers(product), PATHS.index(way.path), address, stream)
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import qkern
 from lab import ROOT
 from lab.cuda import run_on_gpu
+from lab.cuda.pretended import Devices, pretended
 from lab.processes import environment, fresh_python
 from qkern import backends, env
-from qkern.backends import CudaBackend, _library, cpu, cuda
+from qkern.backends import CudaBackend, _compiled, _library, cpu, cuda
 from qkern.backends._cuda import has_code
 
 has_driver = ctypes.util.find_library("cuda") is not None
@@ -80,6 +82,21 @@ def test_the_library_tells_its_versions():
     assert built.startswith(f"nvcc {runtime // 1000}.{runtime % 1000 // 10}.")
     assert built.endswith(f": {architectures}")
     assert "-real" in architectures
+
+
+@needs_kernels
+@needs_no_driver
+def test_the_library_reads_tensors_itself_and_starts_nothing_without_a_device():
+    if not _compiled.reads_tensors(cpu.library()):
+        pytest.skip("a torch without DLPack's C exchange interface")
+    assert set(cuda.fast) == {"linear_4bit", "linear_4bit_dx"}
+    x, qw = torch.randn(3, 64), qkern.quantize_4bit(torch.randn(8, 64))
+    arguments = x, qw.weight, 8, None, False, 1
+    assert cuda.fast["linear_4bit"](*arguments) is None  # for they are on the CPU
+    with pretended(cpu.library(), Devices(streams={0: 0})):
+        assert cuda.fast["linear_4bit"](*arguments) is None
+        assert cuda.fast["linear_4bit_dx"](torch.randn(3, 8), qw.weight, 64, False, 1) is None
+    torch.testing.assert_close(qkern.nf4_linear(x, qw), x @ qw.dequantize().T)
 
 
 def test_a_cuda_tensor_without_a_device_is_torchs_error():

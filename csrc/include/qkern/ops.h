@@ -188,6 +188,9 @@ struct DeviceLimits {
 };
 Status device_limits(DeviceLimits* limits);
 
+// Makes `device` the calling thread's current one; `before` is what was. A failure changes nothing.
+Status exchange_device(int device, int* before);
+
 // CUDA's versions, major * 1000 + minor * 10: the newest that the driver takes (0: there is none),
 // and that of the runtime in this library.
 struct Versions {

@@ -16,9 +16,15 @@ from qkern.testing import Target
 NAME = "cuda_emulated"
 
 
-def backend(library: ModuleType) -> CudaBackend:
-    """The backend ``cuda`` on CPU tensors, with the emulated kernels."""
-    return CudaBackend(NAME, library, stream=lambda device: contextlib.nullcontext(0))
+def backend(library: ModuleType, device_type: int | None = None) -> CudaBackend:
+    """The backend ``cuda`` on CPU tensors, with the emulated kernels.
+
+    ``device_type`` is DLPack's for the tensors that the library reads itself (1: the CPU's), None
+    for none, so that all go through Python.
+    """
+    return CudaBackend(
+        NAME, library, lambda device: contextlib.nullcontext(0), device_type=device_type
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
 
 #include "cuda.h"
 #include "cuda_emulator/scheduler.h"
+#include "plain_tensor.h"
 
 namespace {
 
@@ -26,6 +27,15 @@ void set_schedule(const std::string& order, std::uint64_t seed, bool late_copies
   emulator::settings() = settings;
 }
 
+// How many launches there were since the last call, then the device that was the current one and
+// the stream at the latest of them.
+pybind11::tuple launches() {
+  const emulator::Launches found = emulator::launches();
+  emulator::launches().count = 0;
+  return pybind11::make_tuple(found.count, found.device,
+                              reinterpret_cast<std::uintptr_t>(found.stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_emulated, m) {
@@ -34,4 +44,10 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def(
       "set_schedule", set_schedule,
       "order (forward, reverse, random), seed, late_copies (of cp.async), capability (75, 80...)");
+  m.def("read_tensors_with", qkern::binding::read_tensors_with);
+  m.def("launches", launches, "(number since the last call, current device, stream)");
+  m.def("current_device", [] { return emulator::launches().current_device; });
+  m.def(
+      "set_computed", [](bool computed) { emulator::launches().computed = computed; },
+      "Whether launches compute, or are only counted, to time what comes before them.");
 }

@@ -352,6 +352,11 @@ Settings& settings() {
   return instance;
 }
 
+Launches& launches() {
+  static Launches instance;
+  return instance;
+}
+
 const char* run(dim3 grid, dim3 block, std::size_t dynamic_shared_bytes, void (*body)(const void*),
                 const void* context) {
   return scheduler().run(grid, block, dynamic_shared_bytes, body, context);

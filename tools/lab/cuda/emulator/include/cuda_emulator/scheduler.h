@@ -29,6 +29,17 @@ struct Settings {
 };
 
 Settings& settings();
+
+// What was launched: the device that was the current one and the stream, of the latest.
+struct Launches {
+  int current_device = 0;
+  bool computed = true;  // false: launches are noted and do nothing
+  std::int64_t count = 0;
+  int device = 0;
+  void* stream = nullptr;
+};
+
+Launches& launches();
 inline int capability() { return settings().capability; }
 
 // What uninitialised shared memory is filled with: a NaN in every floating type.
