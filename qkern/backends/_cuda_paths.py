@@ -5,18 +5,28 @@ Four ways compute ``y = x W^T + bias`` and ``dx = dy W`` (M rows of x, W of N x 
 ``vector``  float32 dot products, a few rows of x at a time; any shape; the forward only
 ``mma``     tensor cores on codes decoded in registers; 16-bit x, K % 32 == 0
 ``tiled``   float32 tiles; any dtype and shape; for what nothing else takes well
-``gemm``    slices of W decoded into a workspace that stays in the L2 cache, each multiplied by the
-            vendor's GEMM
+``gemm``    W decoded into a workspace of at most 256 MiB, whole if that holds it, else a slice at a
+            time, and multiplied by the vendor's GEMM; see `slices_of`
 
 The first three read W once and decode it again for every tile of rows, so they win while rows are
 few. ``gemm`` decodes once however many rows there are, and the vendor's GEMM comes closer to the
-peak, but it starts two kernels a slice.
+peak, but W in 16 bits goes to memory and back, and there are two kernels a slice.
 
 The choice is the least of four modelled times. **None of it was measured on a GPU**: a kernel's
 instructions a weight are counted in its machine code (sm_80, the hot loop), rates are the vendor's,
 efficiencies and the cost of a launch are assumptions. Times are in clocks of a quarter of a
-processor (SM), which issues one warp-instruction a clock. All ways read the packed weight once or,
-from the L2 cache, once a tile of rows; that part is the same for all and left out.
+processor (SM), which issues one warp-instruction a clock. A kernel takes the longest of what it
+issues, multiplies and moves. The vendor's GEMM takes whole waves of tiles: as long for one tile as
+for one on every processor.
+
+One assumption is a prior: what ``mma`` reaches of its limit. bitsandbytes has a kernel of the same
+kind (``mma.sync``, W decoded in registers), and its authors measured up to how many rows it beats
+decoding W whole (``_gemm_4bit_use_custom_cuda`` of its release 0.50.2). Where a layer has three
+blocks of 64 columns or more for every processor, that is: T4 64 to 128, A100 128, 8.6 128, RTX 4090
+256, H100 and H200 64, B200 32, RTX 5090 256. The efficiencies below bring this model to within a
+factor of two of those numbers. For smaller layers theirs are lower, down to none from 8 rows on
+(4096 x 4096 on an H100). Those are not taken: a block of theirs sums a whole row, so that most
+processors have nothing to do, and here the contraction is split among them.
 
 ``QKERN_CUDA_PATH`` forces one way.
 """
@@ -43,6 +53,8 @@ class Limits:
     capability: int
     processors: int
     l2_bytes: int
+    workspace_bytes: int = 256 << 20
+    """Most that ``gemm`` may take for its workspace, unless 128 rows or columns of W take more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +83,19 @@ class Way(NamedTuple):
 # Multiply-adds a clock and quarter, float16 or bfloat16 with float32 sums: (mma.sync, the best
 # instruction, which is what a vendor's GEMM uses); then those of float32 without tensor cores.
 # Datasheet peaks over processors and clock. Hopper's and Blackwell's mma.sync do not reach the peak
-# of their own instructions; GeForce cards have half of what stands for 8.6, 8.9 and 12.0, for both.
+# of their own instructions. 8.6, 8.9 and 12.0 are GeForce cards; others of these have twice that.
 _TENSOR_RATES = {
     75: (128, 128),
     80: (256, 256),
-    86: (128, 128),
-    89: (128, 128),
+    86: (64, 64),
+    89: (64, 64),
     90: (320, 512),
     100: (256, 1024),
-    120: (128, 128),
+    120: (64, 64),
 }
 _FLOAT32_RATES = {75: 16, 80: 16, 86: 32, 89: 32, 90: 32, 100: 32, 120: 32}
+# Bytes of memory a clock and quarter: T4, A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+_MEMORY_RATES = {75: 1.26, 80: 3.3, 86: 1.68, 89: 0.78, 90: 3.5, 100: 7.3, 120: 1.1}
 
 # Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
@@ -90,16 +104,24 @@ _DX_MMA_ISSUE = {64: 0.247}
 _VECTOR_ISSUE = {1: 0.139, 2: 0.181, 4: 0.270, 8: 0.599}
 _TILED_ISSUE = 5.3
 _DECODE_ISSUE = 0.18
+_PACKED_BYTES = 0.53  # a weight: its code, its part of a scale
 
 # What a kernel reaches of its modelled limit, by assumption: latencies, barriers, the last wave.
 _FUSED_EFFICIENCY = 0.65
-_VENDOR_EFFICIENCY = 0.8
-_VENDOR_TILE = 64
-# Clocks between a launch and its first instruction, and those that Python takes for two kernels.
-_LAUNCH_CLOCKS = 6000
+_MEMORY_EFFICIENCY = 0.85
+_MMA_EFFICIENCY = {75: 0.2, 80: 0.3, 86: 0.45, 89: 0.4, 90: 0.25, 100: 0.25, 120: 0.4}  # the prior
+# The vendor's GEMM: rows of its tiles, what it reaches by their columns, and into how many parts it
+# may split the contraction where there are few tiles.
+_VENDOR_ROWS = 64
+_VENDOR_EFFICIENCY = {128: 0.7, 256: 0.8}
+_VENDOR_PARTS = (1, 2, 4)
+# From the end of a kernel to the next one's first instruction, where the host is ahead: a
+# microsecond or so.
+_LAUNCH_CLOCKS = 2000
 
 _SLICE_MULTIPLE = 128  # rows or columns: whole tiles for the GEMM, 16 aligned bytes for the decoder
 _L2_SHARE = 0.5  # of the cache for a slice; the rest is for x, y and the packed weight
+_MANY_ROWS = 1024  # with more, half of W has tiles for all processors
 
 
 def _architecture(capability: int) -> int:
@@ -110,42 +132,83 @@ def _architecture(capability: int) -> int:
 
 def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
     """Clocks of the device for the call: launches, and all quarters' work evenly shared."""
-    weights = call.out_features * call.in_features
-    share = weights / (4 * limits.processors)
-    rows = call.rows
+    if path == "gemm":
+        slices = slices_of(call, limits)
+        return sum(_slice_clocks(end - begin, call, limits) for begin, end in slices)
+    architecture = _architecture(limits.capability)
+    rows, launches = call.rows, 1
     if path == "vector":
         step = next((n for n in _VECTOR_ISSUE if rows <= n), 8)
         launches = 1 + (rows - 1) // 64
-        issue = _VECTOR_ISSUE[step] * (1 + (rows - 1) // step)
-        return launches * _LAUNCH_CLOCKS + share * issue / _FUSED_EFFICIENCY
-    architecture = _architecture(limits.capability)
-    mma_rate, vendor_rate = _TENSOR_RATES[architecture]
-    if path == "mma":
+        clocks = _VECTOR_ISSUE[step] * (1 + (rows - 1) // step) / _FUSED_EFFICIENCY
+    elif path == "mma":
         tiles = _DX_MMA_ISSUE if call.dx else _MMA_ISSUE
         tile = next((n for n in tiles if rows <= n), max(tiles))
-        clocks = max(tiles[tile], tile / mma_rate) * (1 + (rows - 1) // tile)
-        return _LAUNCH_CLOCKS + share * clocks / _FUSED_EFFICIENCY
-    if path == "tiled":
-        clocks = _TILED_ISSUE * (1 + (rows - 1) // 64)
-        return _LAUNCH_CLOCKS + share * clocks / _FUSED_EFFICIENCY
+        clocks = max(tiles[tile], tile / _TENSOR_RATES[architecture][0])
+        clocks *= (1 + (rows - 1) // tile) / _MMA_EFFICIENCY[architecture]
+    else:
+        clocks = _TILED_ISSUE * (1 + (rows - 1) // 64) / _FUSED_EFFICIENCY
+    weights = call.out_features * call.in_features
+    read = _moved(_PACKED_BYTES, architecture)
+    return launches * _LAUNCH_CLOCKS + weights / (4 * limits.processors) * max(clocks, read)
+
+
+def _moved(nbytes: float, architecture: int) -> float:
+    """Clocks of a quarter for its part of a weight's traffic with memory."""
+    return nbytes / (_MEMORY_RATES[architecture] * _MEMORY_EFFICIENCY)
+
+
+def _slice_clocks(width: int, call: Matmul, limits: Limits) -> float:
+    """Clocks of ``gemm`` for a slice of so many rows of W, or columns for dx: two kernels."""
+    architecture = _architecture(limits.capability)
+    depth = call.out_features if call.dx else call.in_features
+    share = width * depth / (4 * limits.processors)
+    cached = width * depth * call.dtype.itemsize <= limits.l2_bytes * _L2_SHARE
+    nbytes = 0 if cached else call.dtype.itemsize  # a weight, to memory and back
+    issue = _DECODE_ISSUE / _FUSED_EFFICIENCY
+    decode = share * max(issue, _moved(_PACKED_BYTES + nbytes, architecture))
+    read = share * _moved(nbytes, architecture)
+    return 2 * _LAUNCH_CLOCKS + decode + max(_gemm_clocks(width, depth, call, limits), read)
+
+
+def _gemm_clocks(width: int, depth: int, call: Matmul, limits: Limits) -> float:
+    """Clocks of the vendor's GEMM without its reading, by the tile and the split that suit best."""
+    architecture = _architecture(limits.capability)
+    rate = _TENSOR_RATES[architecture][1]
     if call.dtype == torch.float32 or (call.dtype == torch.bfloat16 and limits.capability < 80):
-        vendor_rate = _FLOAT32_RATES[architecture]
-    padded = _VENDOR_TILE * (1 + (rows - 1) // _VENDOR_TILE)
-    clocks = _DECODE_ISSUE / _FUSED_EFFICIENCY + padded / vendor_rate / _VENDOR_EFFICIENCY
-    slices = len(slices_of(call, limits))
-    return 2 * slices * _LAUNCH_CLOCKS + share * clocks
+        rate = _FLOAT32_RATES[architecture]
+    found = []
+    for columns, efficiency in _VENDOR_EFFICIENCY.items():
+        clocks = columns * _VENDOR_ROWS * depth / (4 * rate * efficiency)  # of a tile
+        tiles = -(-call.rows // _VENDOR_ROWS) * -(-width // columns)
+        for parts in _VENDOR_PARTS:
+            waves = -(-tiles * parts // limits.processors)
+            found.append(waves * clocks / parts + (parts > 1) * _LAUNCH_CLOCKS)
+    return min(found)
 
 
 def slices_of(call: Matmul, limits: Limits) -> tuple[tuple[int, int], ...]:
     """``gemm``'s parts of W as (begin, end): of its rows in the forward, of its columns for dx.
 
-    Either way each gives its own columns of the result, so nothing is summed across slices.
+    Either way each gives its own columns of the result, so nothing is summed across slices. They
+    are as few as the workspace takes, one for most weights. Slices that stay in the L2 cache would
+    keep W in 16 bits out of memory; but each starts two kernels, and with few rows a product of a
+    slice has too few tiles for all processors. So W is cut for the cache only where there are many
+    rows and two slices will do.
     """
+    cached = _even_slices(call, int(limits.l2_bytes * _L2_SHARE))
+    if call.rows > _MANY_ROWS and len(cached) <= 2:
+        return cached
+    return _even_slices(call, limits.workspace_bytes)
+
+
+def _even_slices(call: Matmul, most_bytes: int) -> tuple[tuple[int, int], ...]:
+    """As few slices as take ``most_bytes`` each, or `_SLICE_MULTIPLE` rows or columns."""
     sliced, other = call.out_features, call.in_features
     if call.dx:
         sliced, other = other, sliced
-    budget = int(limits.l2_bytes * _L2_SHARE) // (other * call.dtype.itemsize)
-    most = max(_SLICE_MULTIPLE, budget // _SLICE_MULTIPLE * _SLICE_MULTIPLE)
+    most = most_bytes // (other * call.dtype.itemsize)
+    most = max(_SLICE_MULTIPLE, most // _SLICE_MULTIPLE * _SLICE_MULTIPLE)
     count = -(-sliced // most)
     # Even slices: a short last one would keep few processors busy.
     step = -(-sliced // (count * _SLICE_MULTIPLE)) * _SLICE_MULTIPLE

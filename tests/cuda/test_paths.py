@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lab import ROOT
 from lab.cuda.emulator import backend, build
 from lab.cuda.ways import expected_paths
 from qkern import testing
@@ -54,9 +55,10 @@ def forced_cases() -> list[object]:
 def test_every_path_meets_the_error_bound(
     name: str, case: Case, path: str, library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With so small a cache that `gemm` takes several slices."""
+    """With so small a workspace that `gemm` takes several slices."""
     target = backend.EmulatedTarget(library, backend.SCHEDULES[4])
-    monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: replace(AMPERE, l2_bytes=1 << 16))
+    limits = replace(AMPERE, l2_bytes=1 << 16, workspace_bytes=1 << 15)
+    monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: limits)
     monkeypatch.setenv("QKERN_CUDA_PATH", path)
     taken = []
     for way in ("_fused", "_slices_by_gemm"):
@@ -72,14 +74,16 @@ def test_every_path_meets_the_error_bound(
 
 
 @needs_compiler
+@pytest.mark.parametrize("whole", [False, True], ids=["sliced", "whole"])
 @pytest.mark.parametrize("name", MATMULS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 def test_gemm_takes_memory_for_one_slice_and_no_more(
-    name: str, dtype: torch.dtype, library: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, whole: bool, library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One workspace, within half of the cache, whatever the weight's size."""
+    """One workspace within its limit, whatever the weight's size."""
     target = backend.EmulatedTarget(library, backend.SCHEDULES[0])
-    limits = replace(AMPERE, l2_bytes=1 << 20)
+    dense = 512 * 768 * dtype.itemsize
+    limits = replace(AMPERE, workspace_bytes=dense if whole else 1 << 19)
     monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: limits)
     monkeypatch.setenv("QKERN_CUDA_PATH", "gemm")
     sizes = []
@@ -99,23 +103,59 @@ def test_gemm_takes_memory_for_one_slice_and_no_more(
     outputs = 3 * (512 if name == "linear_4bit" else 768) * dtype.itemsize
     assert len(sizes) == 2
     assert outputs in sizes
-    assert max(sizes) <= limits.l2_bytes // 2
-    assert max(sizes) < 512 * 768 * dtype.itemsize
+    assert max(sizes) <= limits.workspace_bytes
+    assert (max(sizes) == dense) == whole
 
 
-def test_slices_cover_w_once_and_fit() -> None:
+SIZES = ((14336, 4096), (4096, 14336), (129, 128), (1, 1 << 20), (576, 1536), (53248, 16384))
+
+
+@pytest.mark.parametrize("dx", [False, True])
+@pytest.mark.parametrize("rows", [1, 512, 1025, 8192])
+def test_slices_cover_w_once_and_fit(dx: bool, rows: int) -> None:
+    limit = 256 << 20
+    assert AMPERE.workspace_bytes == limit
+    for n, k in SIZES:
+        slices = _cuda_paths.slices_of(Matmul(dx, torch.bfloat16, rows, n, k), AMPERE)
+        sliced, other = (k, n) if dx else (n, k)
+        assert slices[0][0] == 0
+        assert slices[-1][1] == sliced
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(slices))
+        # No more than are needed, nearly of one size.
+        assert len(slices) <= max(2, -(-n * k * 2 // limit))
+        for begin, end in slices:
+            assert begin % 128 == 0
+            fits = (end - begin) * other * 2 <= limit
+            assert fits or end - begin <= 128
+
+
+def test_when_w_is_whole() -> None:
+    """With few rows, or where more than two slices would be needed to stay in the cache."""
+    w = 14336 * 4096 * 2
+    half, third = (replace(AMPERE, l2_bytes=2 * w // parts) for parts in (2, 3))
     for dx in (False, True):
-        for n, k in ((14336, 4096), (4096, 14336), (129, 128), (1, 1 << 20), (576, 1536)):
-            call = Matmul(dx, torch.bfloat16, 512, n, k)
-            slices = _cuda_paths.slices_of(call, AMPERE)
-            sliced, other = (k, n) if dx else (n, k)
-            assert slices[0][0] == 0
-            assert slices[-1][1] == sliced
-            assert all(a[1] == b[0] for a, b in itertools.pairwise(slices))
-            for begin, end in slices:
-                assert begin % 128 == 0
-                fits = (end - begin) * other * 2 <= AMPERE.l2_bytes // 2
-                assert fits or end - begin <= 128
+        call = Matmul(dx, torch.bfloat16, 1024, 14336, 4096)
+        for limits, rows, count in ((half, 1024, 1), (half, 1025, 2), (third, 1025, 1)):
+            assert len(_cuda_paths.slices_of(replace(call, rows=rows), limits)) == count
+    for device, rows in (("H200", 512), ("T4", 1 << 20)):
+        call = Matmul(False, torch.float16, rows, 14336, 4096)
+        assert _cuda_paths.slices_of(call, PRIORS[device][0]) == ((0, 14336),)
+
+
+def test_the_model_of_the_vendors_gemm() -> None:
+    """Whole waves of tiles, and W to memory and back where the cache does not hold it."""
+    call = Matmul(False, torch.bfloat16, 64 * 108, 8192, 4096)
+    clocks = [_cuda_paths._gemm_clocks(n, 4096, call, AMPERE) for n in (2048, 2047, 1793, 4096)]
+    assert clocks[0] == clocks[1] == clocks[2] == clocks[3] / 2
+    peak = call.rows * 2048 * 4096 / (4 * AMPERE.processors * 256)
+    assert clocks[0] == pytest.approx(peak / 0.8)
+    # One tile that is split in four keeps four processors busy.
+    few = _cuda_paths._gemm_clocks(128, 4096, replace(call, rows=1), AMPERE)
+    assert few == pytest.approx(64 * 128 * 1024 / (4 * 256) / 0.7 + 2000)
+    model, call = _cuda_paths.modelled_clocks, replace(call, rows=64)
+    assert model("gemm", call, AMPERE) > 1.5 * model(
+        "gemm", call, replace(AMPERE, l2_bytes=1 << 30)
+    )
 
 
 def choose(call: Matmul, limits: Limits) -> str:
@@ -165,6 +205,45 @@ def test_a_shape_that_came_before_asks_for_no_paths(
         for _ in range(3):
             OPS["linear_4bit"].run(inputs)
     assert len(asked) == 1
+
+
+# Limits of a device, and up to how many rows bitsandbytes 0.50.2 takes its kernel of the kind of
+# `mma` for a layer that has three blocks of 64 columns for each of its processors.
+PRIORS = {
+    "T4": (Limits(75, 40, 4 << 20), 64),
+    "A100": (Limits(80, 108, 40 << 20), 128),
+    "RTX 3090": (Limits(86, 82, 6 << 20), 128),
+    "RTX 4090": (Limits(89, 128, 72 << 20), 256),
+    "H100": (Limits(90, 132, 50 << 20), 64),
+    "H200": (Limits(90, 132, 60 << 20), 64),
+    "B200": (Limits(100, 148, 126 << 20), 32),
+    "RTX 5090": (Limits(120, 170, 96 << 20), 256),
+}
+
+
+@pytest.mark.parametrize("device", PRIORS)
+@pytest.mark.parametrize("shape", [(28672, 8192), (53248, 16384), (32768, 4096)])
+def test_crossovers_are_near_what_others_measured(device: str, shape: tuple[int, int]) -> None:
+    limits, prior = PRIORS[device]
+    assert prior / 2 <= crossover(limits, shape) <= 2 * prior
+
+
+def crossover(limits: Limits, shape: tuple[int, int]) -> int:
+    """The number of rows up to which W is decoded in registers; with more, always by `gemm`."""
+    call = Matmul(False, torch.float16, 1, *shape)
+    fused = [m for m in range(1, 1025) if choose(replace(call, rows=m), limits) != "gemm"]
+    assert fused == list(range(1, len(fused) + 1))
+    return len(fused)
+
+
+def test_the_documented_crossovers_are_the_models() -> None:
+    lines = (ROOT / "docs" / "gpu.md").read_text().splitlines()
+    rows = {row[1].strip(): row[2:-1] for line in lines if (row := line.split("|"))[2:]}
+    devices = next(row for row in rows.values() if row[0].strip() == "T4")
+    found = rows["qkern takes `vector` or `mma`, 28672 × 8192"]
+    for names, number in zip(devices, found, strict=True):
+        for name in names.strip().split(", "):
+            assert crossover(PRIORS[name][0], (28672, 8192)) == int(number)
 
 
 def test_choices_of_the_model() -> None:

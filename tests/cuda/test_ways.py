@@ -1,7 +1,7 @@
 """Every matmul of the op table on every way that it can take on a GPU, whatever would be chosen.
 
-The table by itself reaches `gemm` hardly ever, and in slices never: its cases are small, and an L2
-cache holds their weights whole.
+The table by itself reaches `gemm` hardly ever, and in slices never: its cases are small, and the
+workspace holds their weights whole.
 """
 
 from __future__ import annotations

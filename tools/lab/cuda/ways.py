@@ -16,7 +16,7 @@ from qkern.backends._cuda_paths import Limits, Matmul
 from qkern.testing import Case, OpSpec, Target
 
 SLICES = "gemm-slices"
-"""``gemm`` on a device with so small a cache that W goes in slices of 128 rows or columns."""
+"""``gemm`` with so small a workspace that W goes in slices of 128 rows or columns."""
 WAYS = (*_cuda_paths.PATHS, SLICES)
 
 
@@ -29,6 +29,11 @@ def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
     if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
         found.append("mma")
     return (*found, "tiled") if call.batch_invariant else (*found, "tiled", "gemm")
+
+
+def smallest(capability: int) -> Limits:
+    """The limits of a device that has nothing to spare for `SLICES`."""
+    return Limits(capability, processors=1, l2_bytes=0, workspace_bytes=0)
 
 
 def call_of(spec: OpSpec, case: Case) -> Matmul:
@@ -44,7 +49,7 @@ def ways_of(spec: OpSpec, case: Case, capability: int) -> tuple[str, ...]:
     """What can be forced for a case: its paths, and `SLICES` where these are several."""
     call = call_of(spec, case)
     found = expected_paths(call, capability)
-    several = "gemm" in found and len(_cuda_paths.slices_of(call, Limits(capability, 1, 0))) > 1
+    several = "gemm" in found and len(_cuda_paths.slices_of(call, smallest(capability))) > 1
     return (*found, SLICES) if several else found
 
 
@@ -53,13 +58,13 @@ def forced(way: str) -> Iterator[None]:
     """Every CUDA matmul inside the context on one of `WAYS`."""
     limits = _cuda_matmul.device_limits
 
-    def without_cache(library: Any) -> Limits:
-        return replace(limits(library), l2_bytes=0)
+    def without_workspace(library: Any) -> Limits:
+        return replace(limits(library), l2_bytes=0, workspace_bytes=0)
 
     before = os.environ.get("QKERN_CUDA_PATH")
     os.environ["QKERN_CUDA_PATH"] = "gemm" if way == SLICES else way
     if way == SLICES:
-        _cuda_matmul.device_limits = without_cache
+        _cuda_matmul.device_limits = without_workspace
     try:
         yield
     finally:
