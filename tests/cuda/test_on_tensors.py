@@ -5,6 +5,7 @@ The kernels are the emulator's, on CPU tensors; in some tests DLPack says that t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -309,6 +310,32 @@ def test_an_exception_of_who_chooses_comes_out(library: ModuleType) -> None:
     for op, wanted in (("linear_4bit", "6 or 7"), ("linear_4bit_dx", "5")):
         with pytest.raises(TypeError, match=f"{op}: takes {wanted} arguments"):
             found[op](X)
+
+
+def test_no_reference_is_kept(library: ModuleType) -> None:
+    """Where it launches, and where it leaves the call to Python."""
+    qw, x, way = weight(16, 2048, double_quant=True), torch.randn(2, 2048), (0, 4096)
+    function = library.cuda_on_tensors(lambda *_: way, CPU)["linear_4bit"]
+    given = [x, tuple(qw.weight), 16, torch.zeros(16), False, 1]
+    library.set_computed(False)
+    try:
+
+        def counts() -> list[int]:
+            found = [*given, *qw.weight.tensors, way, function.__self__]
+            return [sys.getrefcount(each) for each in found if isinstance(each, Tensor | tuple)]
+
+        def run() -> None:
+            assert function(*given) is not None
+            assert function(x.t(), *given[1:]) is None
+
+        run()
+        before = counts()
+        for _ in range(100):
+            run()
+        assert counts() == before
+        assert sys.getrefcount(function(*given)) == 1 + (sys.version_info < (3, 14))
+    finally:
+        library.set_computed(True)
 
 
 # Where DLPack says that tensors are on GPUs
