@@ -390,6 +390,31 @@ def test_the_device_is_known_to_who_chooses(library: ModuleType) -> None:
     ]
 
 
+def test_whether_all_is_aligned_is_known_to_who_chooses(library: ModuleType) -> None:
+    """x and W at multiples of 16 bytes, and x's rows such multiples apart."""
+    aligned = []
+
+    def choose(*call: Any) -> tuple[int, int]:
+        aligned.append(call[-1])
+        return 2, 0
+
+    def shifted(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view_as(tensor).copy_(tensor)
+
+    functions = library.cuda_on_tensors(choose, CPU)
+    qw = weight().weight
+    for packed in (qw.packed, shifted(qw.packed)):
+        given = (packed, *qw[1:])
+        assert functions["linear_4bit"](X, given, 8, None, False, 1) is not None
+    for rows, cols in ((8, 64), (6, 64)):  # 24 bytes a row of the gradient
+        dy, given = torch.ones(3, rows), tuple(weight(rows, cols).weight)
+        assert functions["linear_4bit_dx"](dy, given, cols, False, 1) is not None
+    odd, narrow = tuple(weight(8, 48).weight), torch.ones(3, 48)  # rows that nobody copies
+    assert functions["linear_4bit"](shifted(narrow), odd, 8, None, False, 1) is not None
+    assert functions["linear_4bit"](shifted(X), tuple(qw), 8, None, False, 1) is None
+    assert aligned == [True, False, True, False, False]
+
+
 def test_tensors_of_different_devices_are_left_alone(library: ModuleType) -> None:
     qw, bias = weight(double_quant=True), torch.zeros(8)
     streams = {0: 7, 1: STREAM}
