@@ -25,7 +25,7 @@ decoding W whole (``_gemm_4bit_use_custom_cuda`` of its release 0.50.2). Where a
 blocks of 64 columns or more for every processor, that is: T4 64 to 128, A100 128, 8.6 128, RTX 4090
 256, H100 and H200 64, B200 32, RTX 5090 256. The efficiencies below bring this model to within a
 factor of two of those numbers. For smaller layers theirs are lower, down to none from 8 rows on
-(4096 x 4096 on an H100). Those are not taken: a block of theirs sums a whole row, so that most
+(4096 x 4096 on an H100). Those are not taken: a block of theirs sums over all of K, so that most
 processors have nothing to do, and here the contraction is split among them.
 
 ``QKERN_CUDA_PATH`` forces one way.
