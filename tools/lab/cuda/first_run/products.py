@@ -12,7 +12,7 @@ import qkern
 from lab.cuda import ways
 from lab.cuda.first_run.device import Device, chosen, limits
 from qkern.backends import _cuda_paths
-from qkern.backends._cuda_paths import Limits, Matmul
+from qkern.backends._cuda_paths import Matmul
 
 Shape = tuple[int, int]
 """Out features and in features."""
@@ -50,6 +50,6 @@ def possible(device: Device, call: Matmul) -> tuple[str, ...]:
             continue
         found.append(way)
     capability = limits(device).capability
-    if len(_cuda_paths.slices_of(call, Limits(capability, 1, 0))) < 2:
+    if len(_cuda_paths.slices_of(call, ways.smallest(capability))) < 2:
         found = [way for way in found if way != ways.SLICES]
     return tuple(found)
