@@ -3,8 +3,9 @@
 
 Prints for each architecture registers, occupancy, spills and what a round of the hot loop costs,
 and a modelled time for GPUs of these architectures: the longest of moving the bytes, issuing the
-instructions and multiplying on tensor cores, at the datasheet's rates and perfectly overlapped. A
-model is no measurement: a kernel takes longer, and this says by what it is limited at best.
+instructions, accesses to shared memory and multiplying on tensor cores, at the datasheet's rates
+and perfectly overlapped. A model is no measurement: a kernel takes longer, and this says by what it
+is limited at best.
 """
 
 from __future__ import annotations
@@ -46,11 +47,18 @@ class Gpu:
     gbytes_s: float
     tensor_tflops: float
     """16-bit inputs, float32 sums, dense."""
+    mma_share: float = 1.0
+    """Of it, what ``mma.sync`` reaches, which all kernels here but Triton's use: an assumption."""
 
     @property
     def issue_rate(self) -> float:
         """Warp instructions a second: four a cycle on each multiprocessor."""
         return 4 * self.processors * self.boost_ghz * 1e9
+
+    @property
+    def wavefront_rate(self) -> float:
+        """Passes over the banks of shared memory a second: one a cycle and multiprocessor."""
+        return self.processors * self.boost_ghz * 1e9
 
 
 GPUS = (
@@ -58,8 +66,10 @@ GPUS = (
     Gpu("A100 80GB SXM", 80, 108, 1.41, 2039, 312),
     Gpu("RTX 3090", 86, 82, 1.695, 936, 71),
     Gpu("RTX 4090", 89, 128, 2.52, 1008, 165.2),
-    Gpu("H100 SXM", 90, 132, 1.83, 3350, 989),
+    Gpu("H100 SXM", 90, 132, 1.83, 3350, 989, 0.63),
+    Gpu("H200 SXM", 90, 132, 1.83, 4800, 989, 0.63),
 )
+ARCHITECTURES = tuple(dict.fromkeys(gpu.architecture for gpu in GPUS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +86,28 @@ class Entry:
     instructions_a_weight: float | None
     instructions_a_kilo_multiply_add: float | None
     cycles_a_kilo_multiply_add: float | None
+    wavefronts_a_weight: float | None
+    wavefronts_a_kilo_multiply_add: float | None
+    """Of shared memory, as many as a warp's lanes take for a weight each, and for products."""
+    tile_rows: int
+    """Of x, that a block of a tensor-core kernel takes."""
     loop_accesses: dict[str, int]
     conflicting_shared_accesses: int | None
     occupancy: float | None
 
 
 OURS = {
-    "dequantize": ("dequantize_4bit_kernel<BFloat16>", "dequantize_4bit_kernel<Float16>"),
-    "forward M=1": (
-        "linear_4bit_vector_kernel<BFloat16, 1, 4, true>",
-        "linear_4bit_vector_kernel<Float16, 1, 4, true>",
-    ),
+    "dequantize": ("dequantize_4bit_kernel<{}>",),
+    "forward M=1": ("linear_4bit_vector_kernel<{}, 1, 4, true>",),
     "forward": (
-        "linear_4bit_mma_kernel<BFloat16, 64, 2>",
-        "linear_4bit_mma_kernel<Float16, 64, 2>",
+        *("linear_4bit_mma_kernel<{}, 16, 4>", "linear_4bit_mma_kernel<{}, 32, 2>"),
+        "linear_4bit_mma_kernel<{}, 64, 2>",
     ),
-    "dx": (
-        "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>",
-        "linear_4bit_dx_mma_kernel<Float16, 64, 3>",
-    ),
-    "adamw": ("adamw_step_kernel<BFloat16, float>", "adamw_step_kernel<Float16, float>"),
-    "adamw 8 bits": (
-        "adamw_step_kernel<BFloat16, unsigned char>",
-        "adamw_step_kernel<Float16, unsigned char>",
-    ),
+    "dx": ("linear_4bit_dx_mma_kernel<{}, 64, 3>", "linear_4bit_dx_mma_kernel<{}, 128, 3>"),
+    "adamw": ("adamw_step_kernel<{}, float>",),
+    "adamw 8 bits": ("adamw_step_kernel<{}, unsigned char>",),
 }
-"""Kernel by op: for bfloat16, and for float16 on sm_75."""
+"""Kernels by op; their type is bfloat16, and float16 on sm_75."""
 SOURCES = (
     *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
     *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu", "adamw_step.cu"),
@@ -116,24 +122,35 @@ def our_entries(architecture: int) -> list[Entry]:
         for kernel, seen in figures.shared_accesses(cubin).items():
             conflicts[kernel] = seen["conflicting"]
     entries = []
-    for op, names in OURS.items():
-        f = found[names[architecture < 80]]
-        if f.hot is None:
-            raise ValueError(f"{f.kernel}: no hot loop found")
-        per_mac = f.hot.instructions / f.hot.multiply_adds if f.hot.multiply_adds else None
-        entries.append(
-            Entry(
-                *(QKERN, op, f.kernel, architecture, f.registers, f.local_accesses),
-                f.hot.instructions,
-                f.hot.instructions_a_weight,
-                None if per_mac is None else 1000 * per_mac,
-                f.hot.cycles_a_kilo_multiply_add,
-                f.hot.accesses,
-                conflicts[f.kernel],
-                f.occupancy,
+    kind = "BFloat16" if architecture >= 80 else "Float16"
+    for op, kernels in OURS.items():
+        for kernel in kernels:
+            f = found[kernel.format(kind)]
+            hot = f.hot
+            if hot is None:
+                raise ValueError(f"{f.kernel}: no hot loop found")
+            macs, weights = hot.multiply_adds, hot.weights
+            entries.append(
+                Entry(
+                    *(QKERN, op, f.kernel, architecture, f.registers, f.local_accesses),
+                    hot.instructions,
+                    hot.instructions_a_weight,
+                    1000 * hot.instructions / macs if macs else None,
+                    hot.cycles_a_kilo_multiply_add,
+                    hot.shared_wavefronts / weights if weights else None,
+                    1000 * hot.shared_wavefronts / macs if macs else None,
+                    _tile_rows(f.kernel) if macs else 0,
+                    hot.accesses,
+                    conflicts[f.kernel],
+                    f.occupancy,
+                )
             )
-        )
     return entries
+
+
+def _tile_rows(kernel: str) -> int:
+    """Both libraries' tensor-core kernels have it for their second argument."""
+    return int(figures.template_arguments(kernel)[1])
 
 
 TRITON_CALLS = {
@@ -189,6 +206,9 @@ def _triton_entry(
         None if macs else count / weights,
         1000 * count / macs if macs else None,
         1000 * path.cycles / macs if macs and known else None,
+        None if macs else path.shared_wavefronts / weights,
+        1000 * path.shared_wavefronts / macs if macs else None,
+        blocks.get("M", 0),
         dict(sorted(path.widths.items())),
         None,
         occupancy / figures.PROCESSORS[architecture].warps,
@@ -272,6 +292,9 @@ def _peer_entry(
         None if macs else count / _peer_weights(op, path),
         1000 * count / macs if macs else None,
         1000 * path.cycles / macs if macs and known else None,
+        None if macs else path.shared_wavefronts / _peer_weights(op, path),
+        1000 * path.shared_wavefronts / macs if macs else None,
+        _tile_rows(name) if macs else 0,
         dict(sorted(path.widths.items())),
         conflicts.get(name),
         None,
@@ -290,10 +313,15 @@ def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[st
     limits["memory"] = moved / (gpu.gbytes_s * 1e9)
     if entry.instructions_a_weight is not None:
         limits["issue"] = entry.instructions_a_weight * weights / 32 / gpu.issue_rate
+    if entry.wavefronts_a_weight is not None:
+        limits["shared"] = entry.wavefronts_a_weight * weights / 32 / gpu.wavefront_rate
     if entry.instructions_a_kilo_multiply_add is not None:
-        macs = weights * -(-m // 64) * 64
-        limits["issue"] = entry.instructions_a_kilo_multiply_add / 1000 * macs / gpu.issue_rate
-        limits["tensor"] = 2 * macs / (gpu.tensor_tflops * 1e12)
+        kilo = weights * -(-m // entry.tile_rows) * entry.tile_rows / 1000
+        limits["issue"] = entry.instructions_a_kilo_multiply_add * kilo / gpu.issue_rate
+        share = 1.0 if entry.library == TRITON else gpu.mma_share
+        limits["tensor"] = 2000 * kilo / (gpu.tensor_tflops * 1e12 * share)
+        if entry.wavefronts_a_kilo_multiply_add is not None:
+            limits["shared"] = entry.wavefronts_a_kilo_multiply_add * kilo / gpu.wavefront_rate
     bound = max(limits, key=lambda name: limits[name])
     return {
         "gpu": gpu.name,
@@ -303,7 +331,7 @@ def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[st
         "m": m,
         "modelled_us": limits[bound] * 1e6,
         "bound": bound,
-        "roofline_us": max(v for k, v in limits.items() if k != "issue") * 1e6,
+        "roofline_us": max(limits["memory"], limits.get("tensor", 0.0)) * 1e6,
     }
 
 
@@ -366,9 +394,9 @@ def plot(times: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_static.py", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=[gpu.architecture for gpu in GPUS])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 14336), help="of the weight")
-    parser.add_argument("--m", type=int, nargs="+", default=(64, 512), help="rows of x")
+    parser.add_argument("--m", type=int, nargs="+", default=(16, 64, 128, 512), help="rows of x")
     parser.add_argument("--out", type=Path, help="folder for gpu_static.json and gpu_static.png")
     args = parser.parse_args(argv)
     if reason := toolchain.missing():

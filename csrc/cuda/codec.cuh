@@ -193,23 +193,31 @@ QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
 // Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
 QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) { return (word >> (4 * (i ^ 1))) & 15u; }
 
-// The eight codes of a word as offsets in bytes into a CodeTable: four at a time are shifted and
-// masked, so that each costs one byte-permute more.
-struct WordOffsets {
+// Whether a load from shared memory multiplies its index by four at no cost.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kIndexShift = 0;
+#else
+constexpr int kIndexShift = 2;
+#endif
+
+// The eight codes of a word as indices of a CodeTable, or as offsets in bytes: four at a time are
+// shifted and masked, so that each costs one byte-permute more.
+struct WordCodes {
   std::uint32_t first;   // of elements 0, 2, 4, 6: the high nibbles
   std::uint32_t second;  // of elements 1, 3, 5, 7
 
-  QKERN_DEVICE explicit WordOffsets(std::uint32_t word)
-      : first((word >> 2) & 0x3c3c3c3cu), second((word << 2) & 0x3c3c3c3cu) {}
+  QKERN_DEVICE explicit WordCodes(std::uint32_t word)
+      : first((word >> (4 - kIndexShift)) & (0x0f0f0f0fu << kIndexShift)),
+        second((word << kIndexShift) & (0x0f0f0f0fu << kIndexShift)) {}
 
   QKERN_DEVICE float value(const CodeTable& table, int i) const {
     // Byte i / 2, zeros above.
-    const unsigned offset = __byte_perm(i % 2 == 0 ? first : second, 0, 0x4440u + i / 2);
+    const unsigned index = __byte_perm(i % 2 == 0 ? first : second, 0, 0x4440u + i / 2);
 #ifdef QKERN_CODEC_SELECT
-    return code_value(table, offset / 4);
+    return code_value(table, index >> kIndexShift);
 #else
-    return *reinterpret_cast<const float*>(reinterpret_cast<const unsigned char*>(table.values) +
-                                           offset);
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(table.values);
+    return *reinterpret_cast<const float*>(bytes + (index << (2 - kIndexShift)));
 #endif
   }
 };
@@ -400,15 +408,27 @@ struct ScaledTable {
 
   // out[i] holds elements 2i (low half) and 2i + 1 of the word's eight.
   QKERN_DEVICE void decode8(std::uint32_t word, std::uint32_t (&out)[4]) const {
+    // Nibbles 0 and 1 are elements 1 and 0: the interleaving swaps them back.
+    decode<0x4051, 0x6273>(word, out);
+  }
+
+  // out[i] holds elements i (low half) and 4 + i.
+  QKERN_DEVICE void decode8_apart(std::uint32_t word, std::uint32_t (&out)[4]) const {
+    decode<0x7351, 0x6240>(__byte_perm(word, 0, 0x3120), out);
+  }
+
+  // out[2i] and out[2i + 1] hold the products of the codes that the nibbles of half i name; the
+  // selectors say which, of four low and four high bytes.
+  template <unsigned kFirst, unsigned kSecond>
+  QKERN_DEVICE void decode(std::uint32_t word, std::uint32_t (&out)[4]) const {
     const std::uint32_t index = word & 0x77777777u;
     const std::uint32_t side = ((word >> 1) & 0x44444444u) | 0x32103210u;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const std::uint32_t low_bytes = pick(low, index >> (16 * half), side >> (16 * half));
       const std::uint32_t high_bytes = pick(high, index >> (16 * half), side >> (16 * half));
-      // Nibbles 0 and 1 are elements 1 and 0: the interleaving swaps them back.
-      out[2 * half] = __byte_perm(low_bytes, high_bytes, 0x4051);
-      out[2 * half + 1] = __byte_perm(low_bytes, high_bytes, 0x6273);
+      out[2 * half] = __byte_perm(low_bytes, high_bytes, kFirst);
+      out[2 * half + 1] = __byte_perm(low_bytes, high_bytes, kSecond);
     }
   }
 };

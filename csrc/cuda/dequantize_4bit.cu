@@ -49,11 +49,11 @@ struct LaneDecoder<float> {
     scale = block_scale;
   }
   QKERN_DEVICE uint4 chunk(const CodeTable& table, const std::uint32_t (&words)[4], int i) const {
-    const WordOffsets offsets(words[i / 2]);
+    const WordCodes word(words[i / 2]);
     std::uint32_t bits[4];
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      bits[v] = __float_as_uint(__fmul_rn(offsets.value(table, 4 * (i % 2) + v), scale));
+      bits[v] = __float_as_uint(__fmul_rn(word.value(table, 4 * (i % 2) + v), scale));
     }
     return {bits[0], bits[1], bits[2], bits[3]};
   }

@@ -24,18 +24,19 @@ constexpr std::int64_t kLongestRow = 1 << 29;
 static_assert(4 * kLongestRow + kNestedBlockSize * std::int64_t{kMaxBlockSize} < 1ll << 32,
               "positions in a ScaleRun, which starts up to 256 blocks before, fit them too");
 
-// The paths. Each has the whole args and writes y; `split` is what its workspace was sized for.
+// The paths. Each has the whole args and writes y; `split` is what its workspace was sized for, and
+// `capability` is the device's.
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);
-Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream);
-Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, void* stream);
+Status linear_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream);
+Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream);
 Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream);
 
 // y = sum of the parts + bias, rounded once to T.
 Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, void* stream);
 
 Split linear_vector_split(const Linear4bitArgs& args);
-Split linear_mma_split(const Linear4bitArgs& args);
-Split linear_dx_mma_split(const Linear4bitArgs& args);
+Split linear_mma_split(const Linear4bitArgs& args, int capability);
+Split linear_dx_mma_split(const Linear4bitArgs& args, int capability);
 
 namespace {
 

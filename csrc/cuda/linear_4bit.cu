@@ -48,10 +48,11 @@ bool is_empty(const Linear4bitArgs& args) {
 }
 
 // The split of args.path.
-Split split_of(const Linear4bitArgs& args, bool input_gradient) {
+Split split_of(const Linear4bitArgs& args, bool input_gradient, int capability) {
   if (is_empty(args) || args.path == CudaPath::kTiled) return {1, 0};
   if (args.path == CudaPath::kVector) return linear_vector_split(args);
-  return input_gradient ? linear_dx_mma_split(args) : linear_mma_split(args);
+  return input_gradient ? linear_dx_mma_split(args, capability)
+                        : linear_mma_split(args, capability);
 }
 
 std::int64_t workspace_bytes(const Linear4bitArgs& args, bool input_gradient, const Split& split) {
@@ -75,13 +76,14 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
       args.x_row_stride % 8 == 0 && aligned16(args.x) && aligned16(args.weight.packed);
   const char* const why_not = refusal(args, input_gradient, aligned, limits.capability);
   if (why_not != nullptr) return Status::error(why_not);
-  const Split split = split_of(args, input_gradient);
+  const Split split = split_of(args, input_gradient, limits.capability);
   if (workspace_bytes(args, input_gradient, split) > 0 && args.workspace == nullptr) {
     return Status::error("workspace: absent; takes as many bytes as linear_4bit_paths says");
   }
   if (args.path == CudaPath::kVector) return linear_vector(args, split, stream);
   if (args.path == CudaPath::kTiled) return linear_tiled(args, input_gradient, stream);
-  return input_gradient ? linear_dx_mma(args, split, stream) : linear_mma(args, split, stream);
+  return input_gradient ? linear_dx_mma(args, split, limits.capability, stream)
+                        : linear_mma(args, split, limits.capability, stream);
 }
 
 }  // namespace
@@ -152,7 +154,7 @@ Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool a
   for (int path = 0; path < kCudaPaths; ++path) {
     on_path.path = static_cast<CudaPath>(path);
     if (refusal(on_path, input_gradient, aligned, limits.capability) != nullptr) continue;
-    const Split split = split_of(on_path, input_gradient);
+    const Split split = split_of(on_path, input_gradient, limits.capability);
     paths[(*count)++] = {on_path.path, split.count,
                          workspace_bytes(on_path, input_gradient, split)};
   }

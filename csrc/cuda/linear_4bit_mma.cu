@@ -24,10 +24,19 @@ constexpr int kRowChunks = kTileK / kChunk;
 
 template <int kTileM, int kStages>
 struct MmaShared {
+  static constexpr bool kHasCodes = true;
   CodeTable table;
   uint4 x[kStages][kTileM * kRowChunks];
   // What a thread put there, only it takes out: no barrier, no conflict.
   uint4 codes[kStages][kLaneRows][kThreads];
+};
+
+// Of 32 rows, several blocks fit the 64 KiB of sm_75: codes of the next tile wait in registers.
+template <int kStages>
+struct MmaShared<32, kStages> {
+  static constexpr bool kHasCodes = false;
+  CodeTable table;
+  uint4 x[kStages][32 * kRowChunks];
 };
 
 // Where chunk 4t + s of a row of x lies: a linear map of the bits, such that both the lanes that
@@ -105,17 +114,17 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     const int stage = tile % kStages;
     const int k0 = tile * kTileK;
     const T* from = x_from + k0;
-    const std::uint8_t* codes = codes_from + k0 / 2;
     if (tile < whole_tiles) {
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
         cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from, true);
         from += copy_step;
       }
+      if constexpr (Shared::kHasCodes) {
 #pragma unroll
-      for (int j = 0; j < kLaneRows; ++j) {
-        cp_async16(&shared.codes[stage][j][thread], codes, true);
-        codes += row_bytes;
+        for (int j = 0; j < kLaneRows; ++j) {
+          cp_async16(&shared.codes[stage][j][thread], codes_from + k0 / 2 + j * row_bytes, true);
+        }
       }
     } else if (tile < tiles) {
       // What lies past the end of the split is not read.
@@ -126,15 +135,28 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
                    x_in_range && (kRepeatsRows || i < copies));
         from += copy_step;
       }
-      const bool in_range = begin + k0 + t * kLaneCodes < end;
+      if constexpr (Shared::kHasCodes) {
+        const bool in_range = begin + k0 + t * kLaneCodes < end;
 #pragma unroll
-      for (int j = 0; j < kLaneRows; ++j) {
-        cp_async16(&shared.codes[stage][j][thread], codes, in_range && j < lane_rows);
-        codes += row_bytes;
+        for (int j = 0; j < kLaneRows; ++j) {
+          cp_async16(&shared.codes[stage][j][thread], codes_from + k0 / 2 + j * row_bytes,
+                     in_range && j < lane_rows);
+        }
       }
     }
     // Also where there is no tile, so that the count of groups is the same in every round.
     cp_async_commit();
+  };
+  uint4 next_codes[kLaneRows];
+  auto fetch_codes = [&](int tile) {
+    const int k0 = tile * kTileK;
+    const bool in_range = begin + k0 + t * kLaneCodes < end;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      next_codes[j] = tile < whole_tiles || (in_range && j < lane_rows)
+                          ? load_global16(codes_from + k0 / 2 + j * row_bytes)
+                          : uint4{0, 0, 0, 0};
+    }
   };
   // The scales of the lane's rows, fetched before the products of a tile and finished after them.
   // Where there are no weights, the scale is 0 or the offset: x is 0 there.
@@ -159,6 +181,7 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   float scales[kLaneRows];
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) start_loads(stage);
+  if constexpr (!Shared::kHasCodes) fetch_codes(0);
   fetch_tile_scales(0);
   finish_scales(args.scales, nested_offset, fetched, scales);
 
@@ -175,8 +198,13 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) {
       tables[j].fill(shared.table, scales[j]);
-      codes[j] = shared.codes[stage][j][thread];
+      if constexpr (Shared::kHasCodes) {
+        codes[j] = shared.codes[stage][j][thread];
+      } else {
+        codes[j] = next_codes[j];
+      }
     }
+    if constexpr (!Shared::kHasCodes) fetch_codes(tile + 1);
     fetch_tile_scales(tile + 1);
 
 #pragma unroll
@@ -225,24 +253,38 @@ Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream
                       mma_args<T>(args, split, columns), args, split, columns);
 }
 
+// Rows of x that a block takes. Where copies are not asynchronous a block waits for its own, so
+// several have to fit the 64 KiB of sm_75.
+int tile_rows(const Linear4bitArgs& args, int capability) {
+  if (capability < 80) return 32;
+  return args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
+}
+
 template <typename T>
-Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, void* stream) {
-  if (args.m <= 16) return launch_tiles<T, 16, 4>(args, split, stream);
-  // Two stages of 64 rows fit the 64 KiB of sm_75, and twice into what later ones have.
-  return launch_tiles<T, 64, 2>(args, split, stream);
+Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, int capability,
+                        void* stream) {
+  switch (tile_rows(args, capability)) {
+    case 16:
+      return launch_tiles<T, 16, 4>(args, split, stream);
+    case 32:
+      return launch_tiles<T, 32, 2>(args, split, stream);
+    default:
+      return launch_tiles<T, 64, 2>(args, split, stream);
+  }
 }
 
 }  // namespace
 
-Split linear_mma_split(const Linear4bitArgs& args) {
-  const std::int64_t tile_m = args.m <= 16 ? 16 : 64;
-  const std::int64_t blocks = ceil_div(args.m, tile_m) * ceil_div(args.weight.rows, kTileN);
+Split linear_mma_split(const Linear4bitArgs& args, int capability) {
+  const std::int64_t blocks =
+      ceil_div(args.m, tile_rows(args, capability)) * ceil_div(args.weight.rows, kTileN);
   return split_for_mma(args, args.weight.cols, 4 * kTileK, blocks);
 }
 
-Status linear_mma(const Linear4bitArgs& args, const Split& split, void* stream) {
-  return args.dtype == DType::kFloat16 ? linear_mma_typed<Float16>(args, split, stream)
-                                       : linear_mma_typed<BFloat16>(args, split, stream);
+Status linear_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream) {
+  return args.dtype == DType::kFloat16
+             ? linear_mma_typed<Float16>(args, split, capability, stream)
+             : linear_mma_typed<BFloat16>(args, split, capability, stream);
 }
 
 }  // namespace qkern::cuda

@@ -1,116 +1,12 @@
 // y = x W^T + bias for a few rows of x, as dot products in float32: a warp takes a few rows of W,
-// its lanes 32 neighbouring codes each. A row of y depends on its row of x alone: neither the split
-// nor the order of its sums follows from how many rows there are.
-#include "linear.cuh"
+// its lanes 32 neighbouring codes each. Where rows of W are too few to fill a GPU, groups of a
+// block's warps take shares of the contraction, which are added in order. A row of y depends on its
+// row of x alone: neither the shares nor the order of its sums follows from how many rows there
+// are.
+#include "vector.cuh"
 
 namespace qkern::cuda {
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kLaneCodes = 32;  // one 128-bit load; within one block where K % 32 == 0
-constexpr int kTile = kWarp * kLaneCodes;
-// Offsets within a part of the contraction fit 32 bits.
-constexpr std::int64_t kLongestPart = 1 << 30;
-
-template <typename T>
-constexpr int kChunkValues = 16 / static_cast<int>(sizeof(T));
-
-// Some tiles of x in 16-byte chunks, such that the lanes' chunks j of a tile are neighbours:
-// physical chunk j * 32 + (lane ^ j * 8 / kChunks). Neither the reads (fixed j) nor the writes
-// (neighbouring chunks of x) conflict.
-template <typename T, int kRows>
-struct VectorShared {
-  static constexpr int kChunks = kLaneCodes * static_cast<int>(sizeof(T)) / 16;  // of a lane
-  static constexpr int kTileChunks = kChunks * kWarp;
-  // So that few barriers are met, within 16 KiB, which leave room for blocks beside this one.
-  static constexpr int kMaxTiles = 1024 / (kRows * kTileChunks);
-  static constexpr int kTiles = kMaxTiles > 0 ? kMaxTiles : 1;
-
-  CodeTable table;
-  uint4 x[kTiles][kRows][kTileChunks];
-
-  QKERN_DEVICE static int position(int lane, int j) {
-    return j * kWarp + (lane ^ (j * (8 / kChunks)));
-  }
-};
-
-template <typename T>
-struct VectorArgs : Operands<T> {
-  std::int64_t split_length;
-  Epilogue<T> epilogue;
-  T* y;
-  float* parts;  // instead of y where the contraction is split
-};
-
-// Eight values of a lane from the staged tile.
-template <typename T, int kRows>
-QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int tile, int row, int lane,
-                          int group, float (&out)[8]) {
-  if constexpr (sizeof(T) == 2) {
-    const uint4 bits = shared.x[tile][row][shared.position(lane, group)];
-    unpack_pair<T>(bits.x, out + 0);
-    unpack_pair<T>(bits.y, out + 2);
-    unpack_pair<T>(bits.z, out + 4);
-    unpack_pair<T>(bits.w, out + 6);
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 bits = shared.x[tile][row][shared.position(lane, 2 * group + half)];
-      out[4 * half + 0] = __uint_as_float(bits.x);
-      out[4 * half + 1] = __uint_as_float(bits.y);
-      out[4 * half + 2] = __uint_as_float(bits.z);
-      out[4 * half + 3] = __uint_as_float(bits.w);
-    }
-  }
-}
-
-// One value of a lane from the staged tile.
-template <typename T, int kRows>
-QKERN_DEVICE float staged1(const VectorShared<T, kRows>& shared, int tile, int row, int lane,
-                           int i) {
-  using Shared = VectorShared<T, kRows>;
-  const uint4* chunk = &shared.x[tile][row][Shared::position(lane, i / kChunkValues<T>)];
-  return to_float(reinterpret_cast<const T*>(chunk)[i % kChunkValues<T>]);
-}
-
-// Copies x[row0 ..., k0 ... k0 + kTile) with zeros past the ends; kPieces: x comes in 16-byte
-// pieces.
-template <bool kPieces, typename T, int kRows>
-QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
-                          VectorShared<T, kRows>& shared) {
-  using Shared = VectorShared<T, kRows>;
-  constexpr int kValues = kChunkValues<T>;
-  constexpr int kTileChunks = Shared::kTileChunks;
-  constexpr int kRowChunks = Shared::kTiles * kTileChunks;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kRowChunks; i += kThreads) {
-    const int row = i / kRowChunks;
-    const int chunk = i % kRowChunks;
-    const std::int64_t k = k0 + static_cast<std::int64_t>(chunk) * kValues;
-    const T* from = args.x + (row0 + row) * args.x_row_stride + k;
-    uint4 bits{0, 0, 0, 0};
-    if (row0 + row < args.m) {
-      if constexpr (kPieces) {
-        if (k < args.cols) bits = load_global16(from);
-      } else {
-        std::uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int v = 0; v < kValues; ++v) {
-          if (k + v >= args.cols) continue;
-          if constexpr (sizeof(T) == 2) {
-            words[v / 2] |= static_cast<std::uint32_t>(from[v].bits) << (16 * (v % 2));
-          } else {
-            words[v] = __float_as_uint(from[v]);
-          }
-        }
-        bits = uint4{words[0], words[1], words[2], words[3]};
-      }
-    }
-    const int in_tile = chunk % kTileChunks;
-    shared.x[chunk / kTileChunks][row]
-            [Shared::position(in_tile / Shared::kChunks, in_tile % Shared::kChunks)] = bits;
-  }
-}
 
 // One result with every weight scaled before it is multiplied; all lanes of the warp call it.
 template <typename T>
@@ -131,42 +27,100 @@ QKERN_DEVICE float scaled_dot(const VectorArgs<T>& args, const CodeTable& table,
   return sum;
 }
 
+// A tile's codes of a lane and what its scales are made of.
+template <int kWarpRows>
+struct Fetched {
+  uint4 codes[kWarpRows];
+  FetchedScale scales[kWarpRows];
+};
+
+// Adds a lane's unscaled products of 32 codes of each row of W.
+template <typename T, int kRows, int kWarpRows>
+QKERN_DEVICE void multiply(const VectorShared<T, kRows>& shared, int group, int tile, int lane,
+                           const uint4 (&codes)[kWarpRows], float (&sum)[kWarpRows][kRows]) {
+#pragma unroll
+  for (int eight = 0; eight < kLaneCodes / 8; ++eight) {
+    float w[kWarpRows][8];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const WordCodes word(eight == 0   ? codes[r].x
+                           : eight == 1 ? codes[r].y
+                           : eight == 2 ? codes[r].z
+                                        : codes[r].w);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) w[r][i] = word.value(shared.table, i);
+    }
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      float x[8];
+      staged8(shared, group, tile, m, lane, eight, x);
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
+      }
+    }
+  }
+}
+
+// Adds a lane's products from k on, up to 32 of each row, each with its own scale.
+template <typename T, int kRows, int kWarpRows>
+QKERN_DEVICE void multiply_singly(const VectorArgs<T>& args, float nested_offset,
+                                  const VectorShared<T, kRows>& shared, int group, int tile,
+                                  int lane, std::int64_t n0, std::int64_t k, std::int64_t end,
+                                  float (&sum)[kWarpRows][kRows]) {
+  // Not unrolled: 32 copies of the address arithmetic take minutes to compile.
+#pragma unroll 1
+  for (int i = 0; i < kLaneCodes && k + i < end; ++i) {
+    float w[kWarpRows];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const std::int64_t element = (n0 + r) * args.cols + k + i;
+      w[r] = n0 + r < args.rows
+                 ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
+                             load_scale(args.scales, nested_offset, element))
+                 : 0.0f;
+    }
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      const float x = staged1(shared, group, tile, m, lane, i);
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) sum[r][m] = __fmaf_rn(w[r], x, sum[r][m]);
+    }
+  }
+}
+
 // kWhole: every lane's 32 codes are 16 aligned bytes in one block, and x comes in 16-byte pieces.
 // Otherwise rows of W start anywhere, and codes and scales are fetched one by one.
 template <typename T, int kRows, int kWarpRows, bool kWhole>
-QKERN_KERNEL(kThreads, 4)
+QKERN_KERNEL((kThreads * VectorShared<T, kRows>::kGroups),
+             (VectorShared<T, kRows>::kResidentBlocks))
 linear_4bit_vector_kernel(const VectorArgs<T> args) {
   using Shared = VectorShared<T, kRows>;
   constexpr unsigned kStage = Shared::kTiles * kTile;
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  stage_codes(args.source, shared.table);
-  const float nested_offset = load_nested_offset(args.scales);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int64_t n0 =
-      (static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kWarpRows;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp % kWarps;
+  const int group = static_cast<int>(threadIdx.x) / kThreads;
+  const int groups = static_cast<int>(blockDim.x) / kThreads;
+  const std::int64_t n0 = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kWarpRows;
   const std::int64_t row0 = static_cast<std::int64_t>(blockIdx.y) * kRows;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
   const std::int64_t end =
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
   const unsigned length = static_cast<unsigned>(end - begin);
+  const unsigned share_length = static_cast<unsigned>(args.share_length);
 
-  float total[kWarpRows][kRows];
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-    for (int m = 0; m < kRows; ++m) total[r][m] = 0.0f;
-  }
-
-  // At the lane's first code of the first row of W, and from there to the other rows', which fits
-  // 32 bits too. A row past the end is the last one again, unused.
+  // At the first row of W, and from there to the other rows, which fits 32 bits too. A row past the
+  // end is the last one again, unused.
   const uint4* codes = nullptr;
   ScaleRun run{};
   unsigned row_pieces[kWarpRows] = {};  // of 16 bytes
   unsigned row_position[kWarpRows] = {};
   if constexpr (kWhole) {
     const std::int64_t first = n0 < args.rows ? n0 : args.rows - 1;
-    const std::int64_t element = first * args.cols + begin + lane * kLaneCodes;
+    const std::int64_t element = first * args.cols + begin;
     codes = reinterpret_cast<const uint4*>(args.packed) + element / kLaneCodes;
     run.start(args.scales, element);
     row_position[0] = run.first;
@@ -177,140 +131,155 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
       row_position[r] = row_position[r - 1] + step;
     }
   }
+  // A lane past the end takes the last codes, and zeros for x: so lanes do not part.
+  auto fetch = [&](unsigned k0, Fetched<kWarpRows>& into) {
+    if constexpr (kWhole) {
+      const unsigned last = length - kLaneCodes;
+      const unsigned mine = k0 + lane * kLaneCodes;
+      const unsigned k = mine < last ? mine : last;
+      const uint4* const at = codes + k / kLaneCodes;
+      unsigned positions[kWarpRows];
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) {
+        into.codes[r] = load_global16(at + row_pieces[r]);
+        positions[r] = row_position[r] + k;
+      }
+      fetch_scales(args.scales, run, positions, into.scales);
+    }
+  };
+  // A tile is under way while x is staged, and, where registers allow, while the one before is
+  // multiplied.
+  constexpr bool kFarAhead = kRows <= 2 && sizeof(T) == 2;
+  Fetched<kWarpRows> next;
+  fetch(group * share_length, next);
+  stage_codes(args.source, shared.table);
+  const float nested_offset = load_nested_offset(args.scales);
 
-  for (unsigned stage = 0; stage < length; stage += kStage) {
-    __syncthreads();
-    stage_x<kWhole>(args, row0, begin + stage, shared);
-    __syncthreads();
+  for (int share0 = 0; share0 < args.shares; share0 += groups) {
+    const int share = share0 + group;
+    const unsigned from = share * share_length;
+    const unsigned to = share >= args.shares           ? from
+                        : from + share_length < length ? from + share_length
+                                                       : length;
+    if (share0 > 0) fetch(from, next);
+    float total[kWarpRows][kRows];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) total[r][m] = 0.0f;
+    }
+    for (unsigned stage = 0; stage < share_length; stage += kStage) {
+      const unsigned left = from + stage < to ? (to - from - stage + kTile - 1) / kTile : 0;
+      const int tiles = left < Shared::kTiles ? static_cast<int>(left) : Shared::kTiles;
+      stage_x<kWhole>(args, row0, begin + from + stage, tiles, group, shared);
+      __syncthreads();
 #pragma unroll 1
-    for (int tile = 0; tile < Shared::kTiles; ++tile) {
-      const unsigned k0 = stage + tile * kTile;
-      const unsigned k = k0 + lane * kLaneCodes;
-      if (k >= length) break;
-      uint4 words[kWarpRows];
-      float scale[kWarpRows];
-      if constexpr (kWhole) {
-        unsigned positions[kWarpRows];
+      for (int tile = 0; tile < tiles; ++tile) {
+        const unsigned k0 = from + stage + tile * kTile;
+        float sum[kWarpRows][kRows];
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-          words[r] = load_global16(codes + row_pieces[r]);
-          positions[r] = row_position[r] + k0;
+#pragma unroll
+          for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
         }
-        codes += kTile / kLaneCodes;
-        load_scales(args.scales, run, positions, nested_offset, scale);
-      }
-
-      float sum[kWarpRows][kRows];
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-        for (int m = 0; m < kRows; ++m) sum[r][m] = 0.0f;
-      }
-      if constexpr (kWhole) {
-#pragma unroll
-        for (int group = 0; group < kLaneCodes / 8; ++group) {
-          float w[kWarpRows][8];
+        if constexpr (kWhole) {
+          float scale[kWarpRows];
+          finish_scales(args.scales, nested_offset, next.scales, scale);
+          const Fetched<kWarpRows> now = next;
+          if constexpr (kFarAhead) fetch(k0 + kTile, next);
+          multiply(shared, group, tile, lane, now.codes, sum);
+          if constexpr (!kFarAhead) fetch(k0 + kTile, next);
+          // The scale enters once a lane's 32 codes.
 #pragma unroll
           for (int r = 0; r < kWarpRows; ++r) {
-            const WordOffsets offsets(group == 0   ? words[r].x
-                                      : group == 1 ? words[r].y
-                                      : group == 2 ? words[r].z
-                                                   : words[r].w);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) w[r][i] = offsets.value(shared.table, i);
-          }
-#pragma unroll
-          for (int m = 0; m < kRows; ++m) {
-            float x[8];
-            staged8(shared, tile, m, lane, group, x);
-#pragma unroll
-            for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-              for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], x[i], sum[r][m]);
+            for (int m = 0; m < kRows; ++m) {
+              total[r][m] = __fmaf_rn(sum[r][m], scale[r], total[r][m]);
             }
           }
-        }
-      } else {
-        // Not unrolled: 32 copies of the address arithmetic take minutes to compile.
-#pragma unroll 1
-        for (int i = 0; i < kLaneCodes && k + i < length; ++i) {
-          float w[kWarpRows];
+        } else {
+          multiply_singly(args, nested_offset, shared, group, tile, lane, n0,
+                          begin + k0 + lane * kLaneCodes, begin + to, sum);
 #pragma unroll
           for (int r = 0; r < kWarpRows; ++r) {
-            const std::int64_t element = (n0 + r) * args.cols + begin + k + i;
-            w[r] = n0 + r < args.rows
-                       ? __fmul_rn(code_value(shared.table, packed_code(args.packed, element)),
-                                   load_scale(args.scales, nested_offset, element))
-                       : 0.0f;
-          }
 #pragma unroll
-          for (int m = 0; m < kRows; ++m) {
-            const float x = staged1(shared, tile, m, lane, i);
-#pragma unroll
-            for (int r = 0; r < kWarpRows; ++r) sum[r][m] = __fmaf_rn(w[r], x, sum[r][m]);
+            for (int m = 0; m < kRows; ++m) total[r][m] = __fadd_rn(total[r][m], sum[r][m]);
           }
         }
       }
-      // The scale enters once a lane's 32 codes.
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-#pragma unroll
-        for (int m = 0; m < kRows; ++m) {
-          total[r][m] = kWhole ? __fmaf_rn(sum[r][m], scale[r], total[r][m])
-                               : __fadd_rn(total[r][m], sum[r][m]);
-        }
-      }
+      // All are done with the tiles that are staged next.
+      __syncthreads();
     }
-  }
 
-  // Lane r * kRows + m keeps the sum for row n0 + r of W and row m of x.
-  static_assert(kWarpRows * kRows <= kWarp, "a lane for each result");
-  float mine = 0.0f;
+    // Lane r * kRows + m keeps the sum for row n0 + r of W and row m of x.
+    static_assert(kWarpRows * kRows <= kWarp, "a lane for each result");
+    float mine = 0.0f;
 #pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
+    for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      float value = total[r][m];
+      for (int m = 0; m < kRows; ++m) {
+        float value = total[r][m];
 #pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) {
-        value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
+        for (int step = kWarp / 2; step > 0; step /= 2) {
+          value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, step));
+        }
+        if (lane == r * kRows + m) mine = value;
       }
-      if (lane == r * kRows + m) mine = value;
     }
-  }
-  if constexpr (kWhole) {
-    // Sums of unscaled products leave float32 before the result does, where x is near its end.
+    if constexpr (kWhole) {
+      // Sums of unscaled products leave float32 before the result does, where x is near its end.
 #pragma unroll 1
-    for (int i = 0; i < kWarpRows * kRows; ++i) {
-      const bool finite = magnitude_bits(__shfl_sync(kAllLanes, mine, i)) < kInfBits;
-      const std::int64_t row = row0 + i % kRows;
-      const std::int64_t n = n0 + i / kRows;
-      if (finite || row >= args.m || n >= args.rows) continue;
-      const float again = scaled_dot(args, shared.table, row, n, begin, end, nested_offset, lane);
-      if (lane == i) mine = again;
+      for (int i = 0; i < kWarpRows * kRows; ++i) {
+        const bool finite = magnitude_bits(__shfl_sync(kAllLanes, mine, i)) < kInfBits;
+        const std::int64_t row = row0 + i % kRows;
+        const std::int64_t n = n0 + i / kRows;
+        if (finite || row >= args.m || n >= args.rows) continue;
+        const float again =
+            scaled_dot(args, shared.table, row, n, begin + from, begin + to, nested_offset, lane);
+        if (lane == i) mine = again;
+      }
     }
+    if (share < args.shares) shared.sums[share][warp][lane] = mine;
   }
+  __syncthreads();
+
   const std::int64_t n = n0 + lane / kRows;
   const std::int64_t row = row0 + lane % kRows;
-  if (lane >= kWarpRows * kRows || n >= args.rows || row >= args.m) return;
+  if (group > 0 || lane >= kWarpRows * kRows || n >= args.rows || row >= args.m) return;
+  float sum = shared.sums[0][warp][lane];
+  for (int share = 1; share < args.shares; ++share) {
+    sum = __fadd_rn(sum, shared.sums[share][warp][lane]);
+  }
   if (args.parts != nullptr) {
-    args.parts[(blockIdx.z * args.m + row) * args.rows + n] = mine;
+    args.parts[(blockIdx.z * args.m + row) * args.rows + n] = sum;
   } else {
-    args.y[row * args.rows + n] = from_float<T>(args.epilogue(mine, row, n));
+    args.y[row * args.rows + n] = from_float<T>(args.epilogue(sum, row, n));
   }
 }
 
+// Rows of W of a block, in most kernels; shares must not depend on which.
+constexpr std::int64_t kBlockRows = 16;
+
 template <typename T, int kRows, int kWarpRows, bool kWhole>
 Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
+  using Shared = VectorShared<T, kRows>;
+  constexpr std::int64_t kWanted =
+      1024;  // groups: about eight for each of a large GPU's processors
   const std::int64_t columns = args.weight.rows;
+  const Split shares =
+      split_for(split.length, kTile, ceil_div(columns, kBlockRows), kWanted, kMaxShares);
   const VectorArgs<T> launch_args{operands_of<T>(args),
                                   split.length,
+                                  shares.length,
+                                  shares.count,
                                   {static_cast<const T*>(args.bias)},
                                   static_cast<T*>(args.y),
                                   split.count > 1 ? args.workspace : nullptr};
+  const int groups = shares.count < Shared::kGroups ? shares.count : Shared::kGroups;
+  const std::size_t unused = (Shared::kGroups - groups) * sizeof(Shared::x[0]);
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(columns, kWarps * kWarpRows)),
                                  static_cast<unsigned>(ceil_div(args.m, kRows))),
-                            kThreads, sizeof(VectorShared<T, kRows>), stream};
+                            groups * kThreads, sizeof(Shared) - unused, stream};
   return launch_parts("linear_4bit_vector_kernel",
                       linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>, config, launch_args,
                       args, split, columns);
@@ -318,15 +287,14 @@ Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream)
 
 }  // namespace
 
+// One, but where a contraction is longer than offsets in a part go.
 Split linear_vector_split(const Linear4bitArgs& args) {
-  constexpr std::int64_t kWanted = 512;  // blocks: about four for each of a large GPU's processors
-  constexpr std::int64_t kBlockRows = 16;
-  constexpr int kMaxParts = 16;
-  return split_for(args.weight.cols, kTile, ceil_div(args.weight.rows, kBlockRows), kWanted,
-                   kMaxParts, ceil_div(args.weight.cols, kLongestPart));
+  return split_for(args.weight.cols, kTile, 1, 0, 1, ceil_div(args.weight.cols, kLongestPart));
 }
 
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
+  // Without columns there is no tile to fetch or to share, but a bias.
+  if (args.weight.cols == 0) return linear_tiled(args, false, stream);
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto in_pieces = [](const void* p) {

@@ -97,7 +97,7 @@ QKERN_DEVICE std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
 
 // Copies 16 bytes from global to shared memory, both 16-aligned, without a register in between;
 // zeros where not `valid`, and then `source` is not read. Done after cp_async_wait. Before sm_80
-// the copy is done at once.
+// the copy is done at once, and the warp waits for it: other blocks must have work meanwhile.
 QKERN_DEVICE void cp_async16(void* shared, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -122,6 +122,26 @@ QKERN_DEVICE void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 #endif
+}
+
+// Four 8x8 matrices of 16-bit values from shared memory; all lanes of the warp call it. Lane 8i + r
+// gives the address, 16-aligned, of row r of matrix i. out[i] of lane (g, t), g = lane / 4 and
+// t = lane % 4, holds row g, columns 2t (low half) and 2t + 1 of matrix i.
+QKERN_DEVICE void load_matrices(const void* row, std::uint32_t (&out)[4]) {
+  const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+}
+
+// The same of their transposes: column g, rows 2t and 2t + 1.
+QKERN_DEVICE void load_matrices_transposed(const void* row, std::uint32_t (&out)[4]) {
+  const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
 }
 
 // d += a b for a 16x16 a and a 16x8 b of T (Float16 or BFloat16) and a float32 d, as fragments of

@@ -3,7 +3,7 @@
 Four ways compute ``y = x W^T + bias`` and ``dx = dy W`` (M rows of x, W of N x K):
 
 ``vector``  float32 dot products, a few rows of x at a time; any shape; the forward only
-``mma``     tensor cores on codes decoded in registers; 16-bit x, K % 32 == 0
+``mma``     tensor cores, each tile of rows decoding W by itself; 16-bit x, K % 32 == 0
 ``tiled``   float32 tiles; any dtype and shape; for what nothing else takes well
 ``gemm``    W decoded into a workspace of at most 256 MiB, whole if that holds it, else a slice at a
             time, and multiplied by the vendor's GEMM; see `slices_of`
@@ -99,9 +99,9 @@ _MEMORY_RATES = {75: 1.26, 80: 3.3, 86: 1.68, 89: 0.78, 90: 3.5, 100: 7.3, 120: 
 
 # Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
-_MMA_ISSUE = {16: 0.162, 64: 0.197}
-_DX_MMA_ISSUE = {64: 0.247}
-_VECTOR_ISSUE = {1: 0.139, 2: 0.181, 4: 0.270, 8: 0.599}
+_MMA_ISSUE = {16: 0.163, 32: 0.186, 64: 0.196}
+_DX_MMA_ISSUE = {64: 0.232, 128: 0.318}
+_VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.307, 8: 0.599}
 _TILED_ISSUE = 5.3
 _DECODE_ISSUE = 0.18
 _PACKED_BYTES = 0.53  # a weight: its code, its part of a scale
@@ -144,6 +144,8 @@ def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
     elif path == "mma":
         tiles = _DX_MMA_ISSUE if call.dx else _MMA_ISSUE
         tile = next((n for n in tiles if rows <= n), max(tiles))
+        if limits.capability < 80:  # the one of which several blocks fit a processor
+            tile = 64 if call.dx else 32
         clocks = max(tiles[tile], tile / _TENSOR_RATES[architecture][0])
         clocks *= (1 + (rows - 1) // tile) / _MMA_EFFICIENCY[architecture]
     else:

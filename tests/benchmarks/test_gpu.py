@@ -166,6 +166,9 @@ def entry(library: str, op: str, **fields) -> gpu_static.Entry:
         "instructions_a_weight": None,
         "instructions_a_kilo_multiply_add": None,
         "cycles_a_kilo_multiply_add": None,
+        "wavefronts_a_weight": None,
+        "wavefronts_a_kilo_multiply_add": None,
+        "tile_rows": 0,
         "loop_accesses": {},
         "conflicting_shared_accesses": 0,
         "occupancy": None,
@@ -188,6 +191,23 @@ def test_the_model_takes_the_longest_of_its_limits():
     assert many["bound"] == "issue"
     assert many["modelled_us"] == pytest.approx(weights * 50 / 32 / (4 * 108 * 1.41e9) * 1e6)
     assert many["roofline_us"] == time["roofline_us"]
+
+
+def test_the_model_knows_tiles_and_shared_memory():
+    weights = 4096 * 14336
+    values = {"instructions_a_kilo_multiply_add": 1.0, "tile_rows": 128}
+    busy = entry("qkern", "dx", **values, wavefronts_a_kilo_multiply_add=1.5)
+    time = gpu_static.modelled(busy, A100, 4096, 14336, 130)
+    assert time["bound"] == "shared"
+    assert time["modelled_us"] == pytest.approx(weights * 0.256 * 1.5 / (108 * 1.41e9) * 1e6)
+    plain = entry("qkern", "dx", **values, wavefronts_a_kilo_multiply_add=0.5)
+    time = gpu_static.modelled(plain, A100, 4096, 14336, 130)
+    assert time["bound"] == "tensor"
+    assert time["modelled_us"] == pytest.approx(2 * 256 * weights / 312e12 * 1e6)
+    look_ups = entry("qkern", "forward M=1", instructions_a_weight=4.0, wavefronts_a_weight=2.0)
+    time = gpu_static.modelled(look_ups, A100, 4096, 14336, 1)
+    assert time["bound"] == "shared"
+    assert time["modelled_us"] == pytest.approx(weights / 16 / (108 * 1.41e9) * 1e6)
 
 
 def test_bytes_a_weight_are_those_of_the_op_table():

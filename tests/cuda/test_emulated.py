@@ -66,6 +66,22 @@ def run_table(variant: str, schedule: int, stride: int, largest: int, first: int
     assert last.endswith("cases")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [5 * 1024 + 96, 9 * 1024])
+def test_shares_of_a_contraction_do_not_follow_the_rows(
+    dtype: torch.dtype, columns: int, library: ModuleType
+) -> None:
+    """So few rows of W that a block's warps share its columns, as many groups of them as fit."""
+    spec = OPS["linear_4bit"]
+    case = Case((9, 5, columns), dtype, double_quant=True)
+    inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(1))
+    with backend.EmulatedTarget(library, backend.SCHEDULES[0]).activate(), ways.forced("vector"):
+        (whole,) = spec.run(inputs)
+        for count in (1, 2, 3, 5, 8):
+            (part,) = spec.run(spec.rows(inputs, slice(0, count)))
+            testing.assert_bitwise(part, whole[:count], f"{count} rows")
+
+
 def test_the_select_form_of_the_tables_decodes_the_same() -> None:
     """It exists for provers of race-freedom; what they prove must be what runs."""
     run_table("select", 0, 29, 70_000)

@@ -130,6 +130,17 @@ def test_the_optimizer_rounds_every_operation_by_itself():
 
 
 @architectures
+def test_no_tensor_core_kernel_waits_for_shared_memory(architecture, all_figures):
+    judged = 0
+    for kernel, f in all_figures(architecture).items():
+        for target in budget.targets(f):
+            if target.name == "shared_wavefronts":
+                assert target.reached, f"{kernel}: {target}"
+                judged += 1
+    assert judged >= (5 if architecture == 75 else 10)
+
+
+@architectures
 def test_targets(architecture, all_figures):
     missed = []
     for kernel, f in all_figures(architecture).items():
@@ -219,6 +230,29 @@ def test_hot_path_of_a_nest_is_the_inner_loop():
     ).hot_path("HMMA")
     assert [i.address for i in path.instructions] == [0x20, 0x30]
     assert path.multiply_adds == 2048
+
+
+def test_wavefronts_of_shared_memory():
+    path = code(
+        """
+0000 MOV R1, R2
+0010 LDS.128 R4, [R2]
+0020 LDSM.16.MT88.4 R8, [R2]
+0030 @!PT LDS RZ, [RZ]
+0040 STS [R2], R4
+0050 LDS.U8 R4, [R2]
+0060 LDGSTS.E.BYPASS.128 [R2], [R4.64]
+0070 LDG.E.128 R4, [R2.64]
+0080 LDS.128 R4, [UR4+0x10]
+0090 LDS.128 R4, [RZ]
+00a0 LDS.128 R4, [0x20]
+00b0 LDS.128 R4, [R4.X4+UR4]
+00c0 @P0 BRA 0x10
+00d0 EXIT
+"""
+    ).hot_path("LDS")
+    assert path.shared_wavefronts == 4 + 4 + 1 + 1 + 4 + 3 * 1 + 4
+    assert path.widths["LDS.32"] == 0
 
 
 def test_a_row_that_got_worse_is_named():

@@ -122,7 +122,7 @@ def weight(rows: int = 8, cols: int = 64, **options: Any) -> QuantizedTensor:
 def test_a_split_contraction_has_its_workspace(
     by_library: tuple[CudaBackend, Answers], by_python: CudaBackend, library: ModuleType
 ) -> None:
-    qw, x = weight(16, 2048, double_quant=True), torch.randn(2, 2048).bfloat16()
+    qw, x = weight(16, 2048, double_quant=True), torch.randn(16, 2048).bfloat16()
     with selected(by_python):
         expected = qkern.nf4_linear(x, qw)
     found, answers = by_library

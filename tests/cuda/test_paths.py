@@ -240,7 +240,7 @@ def test_the_documented_crossovers_are_the_models() -> None:
     lines = (ROOT / "docs" / "gpu.md").read_text().splitlines()
     rows = {row[1].strip(): row[2:-1] for line in lines if (row := line.split("|"))[2:]}
     devices = next(row for row in rows.values() if row[0].strip() == "T4")
-    found = rows["qkern takes `vector` or `mma`, 28672 × 8192"]
+    found = rows["qkern takes `vector` or `mma` forward, 28672 × 8192"]
     for names, number in zip(devices, found, strict=True):
         for name in names.strip().split(", "):
             assert crossover(PRIORS[name][0], (28672, 8192)) == int(number)

@@ -80,8 +80,9 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         (
             Case((1, 37, 2112), HALF, 64, double_quant=True, bias=True),
             Case((3, 20, 1056), FLOAT, 32),
-            # x is staged twice in each part of the split.
+            # x is staged twice in each share.
             Case((3, 2, 18 * 1024), FLOAT, 64),
+            Case((8, 3, 9 * 1024), HALF, 64),
             Case((1, 9, 130), BFLOAT, 64),
         ),
     ),
@@ -91,7 +92,8 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         (
             Case((9, 456, 96), HALF, 32, double_quant=True),
             Case((70, 200, 160), BFLOAT, 64),
-            Case((16, 72, 64), BFLOAT, 64, format="fp4"),
+            Case((16, 72, 288), BFLOAT, 32, format="fp4"),
+            Case((130, 104, 64), HALF, 64),
         ),
     ),
     "huge_stride": ("linear_4bit", ()),

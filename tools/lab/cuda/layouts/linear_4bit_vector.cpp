@@ -9,12 +9,18 @@ void check() {
   for (int j = 0; j < Shared::kChunks; ++j) {
     layouts::check("read x", 16, [&](int lane) { return 16 * Shared::position(lane, j); });
   }
-  for (int first = 0; first < Shared::kChunks * 32; first += 32) {
+  std::set<int> written;
+  for (int first = 0; first < Shared::kTileChunks; first += 32) {
     layouts::check("write x", 16, [&](int lane) {
-      const int chunk = first + lane;
-      return 16 * Shared::position(chunk / Shared::kChunks, chunk % Shared::kChunks);
+      const int thread = first + lane;
+      return 16 * Shared::position(Shared::written_lane(thread), Shared::written_chunk(thread));
     });
+    for (int i = first; i < first + 32; ++i) {
+      written.insert(Shared::written_lane(i) * Shared::kChunks + Shared::written_chunk(i));
+    }
   }
+  // Each chunk of a tile once.
+  if (static_cast<int>(written.size()) != Shared::kTileChunks) ++layouts::failures;
 }
 
 int main() {

@@ -8,6 +8,7 @@ _BARRIER = "__syncthreads();\n"
 _MMA = "linear_4bit_mma_kernel<BFloat16, 16, 4>"
 _WIDE_MMA = "linear_4bit_mma_kernel<Float16, 64, 2>"
 _DX = "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>"
+_WIDE_DX = "linear_4bit_dx_mma_kernel<BFloat16, 128, 3>"
 _VECTOR = "linear_4bit_vector_kernel<BFloat16, 1, 4, true>"
 _TILED = "linear_4bit_tiled_kernel<float, false>"
 _FEW = "cp_async_wait<kStages - 2>();"
@@ -137,16 +138,24 @@ RACES = (
     Mutant(
         "x_overwritten",
         "linear_4bit_vector.cu",
-        f"    {_BARRIER}    stage_x",
-        "    stage_x",
+        f"      // All are done with the tiles that are staged next.\n      {_BARRIER}",
+        "",
         _VECTOR,
         "race",
     ),
     Mutant(
         "x_read_early",
         "linear_4bit_vector.cu",
-        "begin + stage, shared);\n    __syncthreads();",
-        "begin + stage, shared);",
+        "tiles, group, shared);\n      __syncthreads();",
+        "tiles, group, shared);",
+        _VECTOR,
+        "race",
+    ),
+    Mutant(
+        "shares_added_early",
+        "linear_4bit_vector.cu",
+        "[lane] = mine;\n  }\n  __syncthreads();",
+        "[lane] = mine;\n  }",
         _VECTOR,
         "race",
     ),
@@ -186,10 +195,26 @@ RACES = (
     ),
     Mutant("waits_too_little", "linear_4bit_dx_mma.cu", _FEW, _ONE_FEWER, _DX, "race"),
     Mutant(
-        "scales_in_one_buffer",
+        "shared_panels_in_one_buffer",
         "linear_4bit_dx_mma.cu",
-        "shared.scales[tile % 2][warp][i * ",
-        "shared.scales[0][warp][i * ",
+        "kBuffers = kSharing == 1 ? 1 : 2;",
+        "kBuffers = 1;",
+        _WIDE_DX,
+        "race",
+    ),
+    Mutant(
+        "overwrites_its_panel",
+        "linear_4bit_dx_mma.cu",
+        "if constexpr (Shared::kSharing == 1) __syncwarp();",
+        "",
+        _DX,
+        "race",
+    ),
+    Mutant(
+        "codes_read_early",
+        "linear_4bit_dx_mma.cu",
+        "  __syncthreads();  // the table is there\n",
+        "",
         _DX,
         "race",
     ),

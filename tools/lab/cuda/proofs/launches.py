@@ -189,16 +189,20 @@ def _vector() -> Iterator[Proof]:
             *((1, 4, True, False), (2, 4, True, False), (4, 4, True, True)),
             *((8, 2, True, False), (4, 4, False, False)),
         ):
-            # So long a row of W that x is staged twice.
-            m, n, k = rows, 4 * warp_rows - 1, 8224 // rows if whole else 1050
-            k = k - k % 32 if whole else k
+            # Two groups; so long a row of W that x is staged twice in a share, and that there is
+            # one share more than groups.
+            tiles = max(4 // rows, 1) + 1
+            m, n, share = rows, 4 * warp_rows - 1, 1024 * tiles
+            k = 2 * share + 96 if whole else 2 * share + 26
             yield Proof(
                 f"linear_4bit_vector_kernel<{t}, {rows}, {warp_rows}, {str(whole).lower()}>",
                 "linear_4bit_vector.cu",
                 (VectorArgs,),
                 {
                     **_matmul(m, n, k, nested=whole),
-                    "0.split_length": 1024 if split else k,
+                    "0.split_length": 2 * share if split else k,
+                    "0.share_length": share,
+                    "0.shares": 2 if split else 3,
                     "0.x_row_stride": k,
                     "0.bias": "bias",
                     "0.y": None if split else "y",
@@ -207,7 +211,7 @@ def _vector() -> Iterator[Proof]:
                 shared=f"VectorShared<{t}, {rows}>",
                 select=True,
                 grid=(1, 1, 2 if split else 1),
-                threads=128,
+                threads=128 if t == "float" and rows == 8 else 256,
             )
 
 
@@ -230,7 +234,7 @@ def _tiled() -> Iterator[Proof]:
 
 def _tensor_cores() -> Iterator[Proof]:
     for t in HALVES:
-        for tile, stages in ((16, 4), (64, 2)):
+        for tile, stages in ((16, 4), (32, 2), (64, 2)):
             split = t == "Float16"
             m, rows, cols = tile - 3, 120, 128 * (2 * stages + 1) + 32
             yield Proof(
@@ -248,22 +252,24 @@ def _tensor_cores() -> Iterator[Proof]:
                 grid=(1, 1, 2 if split else 1),
                 threads=128,
             )
-        m, rows, cols = 61, 64 * 6 + 8, 96
-        yield Proof(
-            f"linear_4bit_dx_mma_kernel<{t}, 64, 3>",
-            "linear_4bit_dx_mma.cu",
-            (MmaArgs,),
-            {
-                **_matmul(m, rows, cols, nested=split),
-                "0.split_length": 64 * 4 if split else rows,
-                "0.x_row_stride": rows,
-                **_mma_output(m, cols, False, split),
-            },
-            shared="DxShared<64, 3>",
-            select=True,
-            grid=(1, 1, 2 if split else 1),
-            threads=128,
-        )
+        for tile in (64, 128):
+            m, rows, cols = tile - 3, 32 * 5 + 8, 96
+            split = t == "Float16"
+            yield Proof(
+                f"linear_4bit_dx_mma_kernel<{t}, {tile}, 3>",
+                "linear_4bit_dx_mma.cu",
+                (MmaArgs,),
+                {
+                    **_matmul(m, rows, cols, nested=split),
+                    "0.split_length": 32 * 4 if split else rows,
+                    "0.x_row_stride": rows,
+                    **_mma_output(m, cols, False, split),
+                },
+                shared=f"DxShared<{tile}, 3>",
+                select=True,
+                grid=(1, 1, 2 if split else 1),
+                threads=128,
+            )
     for t in TYPES:
         yield Proof(
             f"sum_splits_kernel<{t}>",

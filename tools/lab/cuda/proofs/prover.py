@@ -159,7 +159,8 @@ def prove(proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS) ->
     text, entry = kernel_text(proof, architecture, kernels)
     shared = 0
     if proof.shared is not None:
-        shared = figures.struct_sizes(kernels / proof.source, [proof.shared])[proof.shared]
+        size = f"sizeof({proof.shared})"
+        shared = figures.constants(kernels / proof.source, [size])[size]
     objects = pointers(proof)
     try:
         tests = skeleton.tested_for_alignment(text, objects)

@@ -37,7 +37,7 @@ class Instruction:
     @property
     def space(self) -> str:
         """``shared`` or ``global`` of a load, store or atomic operation; else empty."""
-        if self.words[0] in ("ld", "st", "atom", "red"):
+        if self.words[0] in ("ld", "st", "atom", "red", "ldmatrix"):
             return next((word for word in self.words if word in ("shared", "global")), "")
         return ""
 

@@ -18,7 +18,8 @@ that the kernel makes, whatever the data:
 4.  Atomic operations do not race with each other, but with all else. On a shared object that has
     any, they become loads, and its loads become stores, which may be seen to race where loads
     would not.
-5.  The same access, repeated in a straight line, is made once.
+5.  A load of matrices becomes a lane's load of the row that it names: the same 16 bytes.
+6.  The same access, repeated in a straight line, is made once.
 
 So a proof of the skeleton is a proof of the kernel, provided that accesses stay within the objects
 that they start from: AddressSanitizer looks at that, on the emulator. Anything that does not fit
@@ -93,6 +94,10 @@ class _Writer:
 
     def _access(self, instruction: Instruction, straight: bool) -> Iterator[Instruction]:
         data = self.analysis.data
+        if instruction.words[0] == "ldmatrix":
+            if "x4" not in instruction.words:
+                raise SkeletonError(f"{str(instruction).strip()}: some lanes read nothing")
+            instruction = replace(instruction, operation="ld.shared.v4.u32")
         if instruction.space == "shared" and self._objects(instruction) & self.atomic:
             instruction = _exchanged(instruction)
         if instruction.guard.lstrip("!") in data:

@@ -51,7 +51,7 @@ _MATMUL = (
 
 
 class MmaArgs(ctypes.Structure):
-    """Of linear_4bit_mma_kernel, and DxArgs of linear_4bit_dx_mma_kernel."""
+    """Of linear_4bit_mma_kernel and linear_4bit_dx_mma_kernel."""
 
     _fields_ = (
         *_MATMUL,
@@ -62,7 +62,8 @@ class MmaArgs(ctypes.Structure):
 class VectorArgs(ctypes.Structure):
     _fields_ = (
         *_MATMUL,
-        *(("split_length", LONG), ("bias", POINTER), ("y", POINTER), ("parts", POINTER)),
+        *(("split_length", LONG), ("share_length", LONG), ("shares", INT)),
+        *(("bias", POINTER), ("y", POINTER), ("parts", POINTER)),
     )
 
 

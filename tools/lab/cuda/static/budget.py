@@ -21,7 +21,7 @@ TABLE = Path(__file__).with_name("budget.csv")
 FIELDS = (
     *("architecture", "kernel", "registers", "shared_bytes", "warps", "occupancy"),
     *("tensor_instructions", "wide_stores", "loop_instructions", "instructions_a_weight"),
-    "cycles_a_kilo_multiply_add",
+    *("cycles_a_kilo_multiply_add", "shared_wavefronts"),
 )
 Row = dict[str, str]
 DEQUANTIZE_INSTRUCTIONS = 8.0
@@ -29,6 +29,9 @@ VECTOR_INSTRUCTIONS = 4.5
 ISSUED_A_BYTE = {75: 25.4, 80: 9.56, 86: 19.0, 89: 41.0, 90: 9.23}
 """Instructions of a thread that a GPU issues while its memory moves a byte, by the datasheets of
 T4, A100 80GB, RTX 3090, RTX 4090 and H100 SXM: with more, memory is not what a kernel waits for."""
+MULTIPLY_ADDS_A_CYCLE = {75: 512, 80: 1024, 86: 512, 89: 512, 90: 1280, 100: 1024, 120: 512}
+"""Of a multiprocessor's tensor cores by ``mma.sync``: 16-bit inputs, float32 sums. Datasheet peaks
+over processors and clock; on 9.0 and 10.0, whose peaks are of other instructions, assumed."""
 PEER_KERNEL = "gemm_4bit_sm80_m16n8k16"
 
 
@@ -58,6 +61,7 @@ def row_of(f: Figures) -> Row:
         *(f.tensor_instructions, f.wide_stores, hot.instructions if hot else ""),
         "" if a_weight is None else f"{a_weight:.2f}",
         "" if cycles is None else f"{cycles:.2f}",
+        hot.shared_wavefronts if hot else "",
     )
     return {name: str(value) for name, value in zip(FIELDS, values, strict=True)}
 
@@ -175,6 +179,12 @@ def targets(f: Figures) -> list[Target]:
     if name == "adamw_step_kernel" and a_weight is not None and f.architecture in ISSUED_A_BYTE:
         limit = ISSUED_A_BYTE[f.architecture] * step_bytes(*arguments)
         found.append(Target("instructions_a_weight", a_weight, limit))
+    if f.hot.multiply_adds:
+        # In cycles of a multiprocessor, whose four parts issue and multiply by themselves.
+        other = max(
+            f.hot.instructions / 4, f.hot.multiply_adds / MULTIPLY_ADDS_A_CYCLE[f.architecture]
+        )
+        found.append(Target("shared_wavefronts", f.hot.shared_wavefronts, other))
     cycles = f.hot.cycles_a_kilo_multiply_add
     if cycles is not None and (limit := peer_limit(f.architecture, f.kernel)) is not None:
         found.append(Target("cycles_a_kilo_multiply_add", cycles, limit))

@@ -22,7 +22,8 @@ from . import sass, toolchain
 class Launch:
     """How a kernel is launched, as its file says; sizes of structs are asked of the compiler."""
 
-    threads: int
+    threads: int | str
+    """Or a C++ constant, with the kernel's own template arguments as ``{0}``, ``{1}``..."""
     shared_struct: str | None = None
     """C++ type whose size is the dynamic shared memory, with the kernel's own template arguments
     as ``{0}``, ``{1}``..."""
@@ -41,7 +42,9 @@ LAUNCHES = {
     "linear_4bit_dx_mma_kernel": Launch(128, "DxShared<{1}, {2}>", ("HMMA", None)),
     "linear_4bit_mma_kernel": Launch(128, "MmaShared<{1}, {2}>", ("HMMA", None)),
     "linear_4bit_tiled_kernel": Launch(256),
-    "linear_4bit_vector_kernel": Launch(128, "VectorShared<{0}, {1}>", ("FFMA", None)),
+    "linear_4bit_vector_kernel": Launch(
+        "kThreads * VectorShared<{0}, {1}>::kGroups", "VectorShared<{0}, {1}>", ("FFMA", None)
+    ),
     "quantize_4bit_kernel": Launch(256),
     "quantize_8bit_kernel": Launch(256),
     "quantize_absmax_kernel": Launch(256),
@@ -97,6 +100,8 @@ class HotLoop:
     """That each thread decodes or updates, 0 if that is not visible."""
     multiply_adds: int
     """Of the warp, on tensor cores."""
+    shared_wavefronts: int
+    """Of the warp."""
     accesses: dict[str, int]
 
     @property
@@ -158,22 +163,21 @@ def template_arguments(kernel: str) -> list[str]:
     return [part.strip() for part in inside[1].split(",")] if inside else []
 
 
-def struct_sizes(source: Path, types: Iterable[str]) -> dict[str, int]:
-    """``sizeof`` of types of a kernel file, as the C++ compiler lays them out."""
-    names = sorted(set(types))
+def constants(source: Path, expressions: Iterable[str]) -> dict[str, int]:
+    """Values of constants in ``qkern::cuda`` of a kernel file, as the C++ compiler has them."""
+    names = sorted(set(expressions))
     if not names:
         return {}
     emulator = ROOT / "tools" / "lab" / "cuda" / "emulator" / "include"
-    values = ", ".join(f"sizeof(qkern::cuda::{name})" for name in names)
-    text = f'#include "{source}"\nusing namespace qkern;\n'
-    text += f'extern "C" const unsigned long long qkern_sizes[] = {{{values}}};\n'
+    text = f'#include "{source}"\nusing namespace qkern;\nusing namespace qkern::cuda;\n'
+    text += f'extern "C" const unsigned long long qkern_constants[] = {{{", ".join(names)}}};\n'
     with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder) / "sizes.cpp"
+        probe = Path(folder) / "constants.cpp"
         probe.write_text(text)
         includes = [f"-I{path}" for path in (emulator, source.parent, ROOT / "csrc/include")]
         command = [os.environ.get("CXX", "g++"), "-std=c++17", "-w", "-S", "-o", "-"]
         assembly = toolchain.run([*command, "-DQKERN_CUDA_EMULATED=1", *includes, probe])
-    listed = assembly.split("qkern_sizes:", 1)[1]
+    listed = assembly.split("qkern_constants:", 1)[1]
     numbers = re.findall(r"^\s*\.(?:quad|xword)\s+(\d+)\s*$", listed, re.MULTILINE)
     return dict(zip(names, map(int, numbers[: len(names)]), strict=True))
 
@@ -238,6 +242,7 @@ def hot_loop(
         cycles=path.cycles if architecture in sass.STALLS_KNOWN else None,
         weights=weights_of(kernel, path),
         multiply_adds=path.multiply_adds,
+        shared_wavefronts=path.shared_wavefronts,
         accesses=dict(sorted(path.widths.items())),
     )
 
@@ -256,19 +261,19 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
     resources = _resources(cubin)
     code = parse_cubin(cubin)
     names = demangle([function.name for function in code])
-    types = {name: _shared_type(name) for name in names}
-    sizes = struct_sizes(source, [t for t in types.values() if t is not None])
+    launched = {name: (_shared_size(name), _threads(name)) for name in names}
+    values = constants(source, [text for pair in launched.values() for text in pair if text])
     result = {}
     for name, function in zip(names, code, strict=True):
         launch = LAUNCHES[name.partition("<")[0]]
         used = resources[function.name]
-        shared_type = types[name]
+        shared_size, threads = (values[text] if text else 0 for text in launched[name])
         own = used["SHARED"]
         if architecture >= 90 and own > 0:
             # The system's own part is in the figure.
             own -= PROCESSORS[architecture].reserved_bytes
-        shared = own + (sizes[shared_type] if shared_type else 0)
-        warps = resident_warps(architecture, launch.threads, used["REG"], shared)
+        shared = own + shared_size
+        warps = resident_warps(architecture, threads, used["REG"], shared)
         result[name] = Figures(
             kernel=name,
             architecture=architecture,
@@ -276,7 +281,7 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
             stack_bytes=used["STACK"],
             local_accesses=function.count("LDL") + function.count("STL"),
             shared_bytes=shared,
-            threads=launch.threads,
+            threads=threads,
             warps=warps,
             occupancy=warps / PROCESSORS[architecture].warps,
             tensor_instructions=function.count("HMMA"),
@@ -286,12 +291,18 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
     return result
 
 
-def _shared_type(kernel: str) -> str | None:
+def _shared_size(kernel: str) -> str | None:
+    """The constant that is a kernel's dynamic shared memory in bytes."""
     name = kernel.partition("<")[0]
     if name not in LAUNCHES:
         raise KeyError(f"{name}: a kernel that lab.cuda.static.figures.LAUNCHES does not have")
     pattern = LAUNCHES[name].shared_struct
-    return pattern.format(*template_arguments(kernel)) if pattern else None
+    return f"sizeof({pattern.format(*template_arguments(kernel))})" if pattern else None
+
+
+def _threads(kernel: str) -> str:
+    """The constant that is a kernel's threads."""
+    return str(LAUNCHES[kernel.partition("<")[0]].threads).format(*template_arguments(kernel))
 
 
 def _cuxray(command: str, cubin: Path, *options: str, hash_seed: int = 0) -> dict[str, Any]:

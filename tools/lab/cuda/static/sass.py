@@ -23,6 +23,7 @@ _FIRST = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]+ \*/"
 )
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
+_LANE_REGISTER = re.compile(r"\bR\d")
 _ADDRESS = re.compile(r"0x([0-9a-f]+)")
 
 
@@ -47,6 +48,20 @@ class Instruction:
             if text in parts:
                 return bits
         return 8 if "U8" in parts or "S8" in parts else 32
+
+    @property
+    def shared_wavefronts(self) -> int:
+        """Passes over the banks of shared memory, by its width: 128 bytes each, no conflicts.
+
+        One where the address is the same for all lanes.
+        """
+        if self.predicate == "!PT":  # never executed: it keeps others apart
+            return 0
+        if self.base == "LDS" and not _LANE_REGISTER.search(self.operands.partition("[")[2]):
+            return 1
+        if self.base == "LDSM":
+            return int(self.opcode[-1]) if self.opcode[-2:] in (".2", ".4") else 1
+        return max(self.bits // 32, 1) if self.base in ("LDS", "STS", "LDGSTS") else 0
 
     @property
     def target(self) -> int | None:
@@ -79,9 +94,18 @@ class Path:
         return sum(_multiply_adds(i) for i in self.instructions if i.base == "HMMA")
 
     @property
+    def shared_wavefronts(self) -> int:
+        """Of the warp; a multiprocessor's shared memory takes one a cycle."""
+        return sum(i.shared_wavefronts for i in self.instructions)
+
+    @property
     def widths(self) -> Counter[str]:
         """Memory accesses as ``LDG.128: 4``."""
-        return Counter(f"{i.base}.{i.bits}" for i in self.instructions if i.base in _MEMORY)
+        return Counter(
+            f"{i.base}.{i.bits}"
+            for i in self.instructions
+            if i.base in _MEMORY and i.predicate != "!PT"
+        )
 
 
 def _multiply_adds(instruction: Instruction) -> int:

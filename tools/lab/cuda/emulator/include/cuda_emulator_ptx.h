@@ -75,6 +75,15 @@ void cp_async_wait() {
   emulator::wait_copies(kPending);
 }
 
+inline void load_matrices(const void* row, std::uint32_t (&out)[4], QKERN_EMULATOR_SITE) {
+  emulator::ldmatrix(out, row, false, {"load_matrices", file, line});
+}
+
+inline void load_matrices_transposed(const void* row, std::uint32_t (&out)[4],
+                                     QKERN_EMULATOR_SITE) {
+  emulator::ldmatrix(out, row, true, {"load_matrices_transposed", file, line});
+}
+
 template <typename T>
 void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
                  QKERN_EMULATOR_SITE) {
