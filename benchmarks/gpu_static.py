@@ -100,7 +100,7 @@ OURS = {
     "dequantize": ("dequantize_4bit_kernel<{}>",),
     "forward M=1": ("linear_4bit_vector_kernel<{}, 1, 4, true>",),
     "forward": (
-        *("linear_4bit_mma_kernel<{}, 16, 4>", "linear_4bit_mma_kernel<{}, 32, 2>"),
+        *("linear_4bit_mma_kernel<{}, 16, 3>", "linear_4bit_mma_kernel<{}, 32, 2>"),
         "linear_4bit_mma_kernel<{}, 64, 2>",
     ),
     "dx": ("linear_4bit_dx_mma_kernel<{}, 64, 3>", "linear_4bit_dx_mma_kernel<{}, 128, 3>"),
@@ -108,6 +108,8 @@ OURS = {
     "adamw 8 bits": ("adamw_step_kernel<{}, unsigned char>",),
 }
 """Kernels by op; their type is bfloat16, and float16 on sm_75."""
+NOT_ON_75 = (", 16, 3>", ", 64, 2>", ", 128, 3>")
+"""Ends of the names of those that are not launched there: two blocks of a tile do not fit."""
 SOURCES = (
     *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
     *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu", "adamw_step.cu"),
@@ -125,6 +127,8 @@ def our_entries(architecture: int) -> list[Entry]:
     kind = "BFloat16" if architecture >= 80 else "Float16"
     for op, kernels in OURS.items():
         for kernel in kernels:
+            if architecture < 80 and kernel.endswith(NOT_ON_75):
+                continue
             f = found[kernel.format(kind)]
             hot = f.hot
             if hot is None:

@@ -44,6 +44,7 @@ namespace {
 // most `max_parts` of them, and at least `min_parts`.
 inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t blocks,
                        std::int64_t wanted, int max_parts, std::int64_t min_parts = 1) {
+  if (length == 0) return {1, 0};
   const std::int64_t steps = ceil_div(length, step);
   std::int64_t parts = wanted / blocks;
   if (parts > max_parts) parts = max_parts;
@@ -53,14 +54,16 @@ inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t bloc
   return {static_cast<int>(ceil_div(steps, part_steps)), part_steps * step};
 }
 
+// Blocks of a tensor-core kernel: about two for each of a large GPU's processors.
+constexpr std::int64_t kBlocksWanted = 256;
+
 // The split of a tensor-core kernel that would run `blocks`. Where it does not depend on them, as a
 // batch-invariant call asks, a row of the result depends on its row of x alone.
 inline Split split_for_mma(const Linear4bitArgs& args, std::int64_t length, std::int64_t step,
-                           std::int64_t blocks) {
-  constexpr std::int64_t kWanted = 256;  // blocks: about two for each of a large GPU's processors
+                           std::int64_t blocks, std::int64_t wanted = kBlocksWanted) {
   constexpr int kMaxParts = 8;
   const std::int64_t min_parts = ceil_div(length, kLongestChain);
-  return split_for(length, step, blocks, args.batch_invariant ? 0 : kWanted, kMaxParts, min_parts);
+  return split_for(length, step, blocks, args.batch_invariant ? 0 : wanted, kMaxParts, min_parts);
 }
 
 // What is done to a sum before it is rounded: the one place for whatever is fused behind a matmul.
@@ -125,12 +128,14 @@ struct MmaOutput {
 template <typename T>
 struct MmaArgs : Operands<T> {
   std::int64_t split_length;
+  std::int64_t share_length;  // of a group of warps, where a block has several
   MmaOutput<T> output;
 };
 
 template <typename T>
 MmaArgs<T> mma_args(const Linear4bitArgs& args, const Split& split, std::int64_t columns) {
   return {operands_of<T>(args),
+          split.length,
           split.length,
           {{static_cast<const T*>(args.bias)},
            static_cast<T*>(args.y),

@@ -162,7 +162,7 @@ linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
 #pragma unroll
   for (int c = 0; c < kGroups; ++c) clear(sum[c]);
 
-#pragma unroll
+#pragma unroll 1
   for (int tile = 0; tile < kStages - 1; ++tile) start_loads(tile);
   fetch(0);
   __syncthreads();  // the table is there

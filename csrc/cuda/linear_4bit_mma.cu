@@ -1,5 +1,7 @@
 // y = x W^T + bias on tensor cores. A block takes kTileM rows of x and 128 rows of W; its warps
-// split the rows of W, so each code is decoded once a block, straight into a fragment.
+// split the rows of W, so each code is decoded once a block, straight into a fragment. For up to 16
+// rows of x it takes 64 of W, so that there are blocks for a GPU, and groups of its warps take
+// shares of the contraction, which are added in order.
 //
 // The contraction is permuted within a tile of 128: the fragments of lane (g, t), g = lane / 4 and
 // t = lane % 4, hold elements 32t...32t+31 of a row, four of them a step. One 128-bit load is then
@@ -11,24 +13,41 @@
 namespace qkern::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kFragments = 2;              // 16 rows of W each, of a warp
 constexpr int kLaneRows = 2 * kFragments;  // of W
 constexpr int kWarpN = 16 * kFragments;    // rows of W, columns of y
-constexpr int kTileN = kWarpN * kWarps;
 constexpr int kLaneCodes = 32;
 constexpr int kTileK = 4 * kLaneCodes;
 constexpr int kChunk = 8;  // 16-bit values in 16 bytes
 constexpr int kRowChunks = kTileK / kChunk;
 
+// The warps of a block: some for rows of W, in each of the groups.
+template <int kTileM>
+struct BlockShape {
+  static constexpr int kGroups = 1;
+  static constexpr int kGroupWarps = 4;
+  static constexpr int kGroupThreads = kGroupWarps * kWarp;
+  static constexpr int kThreads = kGroupThreads;
+  static constexpr int kTileN = kGroupWarps * kWarpN;
+};
+
+template <>
+struct BlockShape<16> {
+  static constexpr int kGroups = 4;
+  static constexpr int kGroupWarps = 2;
+  static constexpr int kGroupThreads = kGroupWarps * kWarp;
+  static constexpr int kThreads = kGroups * kGroupThreads;
+  static constexpr int kTileN = kGroupWarps * kWarpN;
+};
+
 template <int kTileM, int kStages>
 struct MmaShared {
   static constexpr bool kHasCodes = true;
+  static constexpr int kGroups = BlockShape<kTileM>::kGroups;
   CodeTable table;
-  uint4 x[kStages][kTileM * kRowChunks];
+  uint4 x[kStages][kGroups][kTileM * kRowChunks];
   // What a thread put there, only it takes out: no barrier, no conflict.
-  uint4 codes[kStages][kLaneRows][kThreads];
+  uint4 codes[kStages][kLaneRows][BlockShape<kTileM>::kThreads];
 };
 
 // Of 32 rows, several blocks fit the 64 KiB of sm_75: codes of the next tile wait in registers.
@@ -36,7 +55,7 @@ template <int kStages>
 struct MmaShared<32, kStages> {
   static constexpr bool kHasCodes = false;
   CodeTable table;
-  uint4 x[kStages][32 * kRowChunks];
+  uint4 x[kStages][1][32 * kRowChunks];
 };
 
 // Where chunk 4t + s of a row of x lies: a linear map of the bits, such that both the lanes that
@@ -48,9 +67,10 @@ QKERN_DEVICE int x_position(int row, int t, int s) {
 }
 
 template <typename T, int kTileM, int kStages>
-QKERN_KERNEL(kThreads, kTileM <= 16 ? 3 : 2)
+QKERN_KERNEL((BlockShape<kTileM>::kThreads), (BlockShape<kTileM>::kGroups == 1 ? 2 : 1))
 linear_4bit_mma_kernel(const MmaArgs<T> args) {
   using Shared = MmaShared<kTileM, kStages>;
+  using Shape = BlockShape<kTileM>;
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   stage_codes(args.source, shared.table);
@@ -61,19 +81,28 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   const int g = lane / 4;
   const int t = lane % 4;
   const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
-  const std::int64_t n0_block = static_cast<std::int64_t>(blockIdx.y) * kTileN;
-  const std::int64_t n0 = n0_block + thread / kWarp * kWarpN;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
-  const std::int64_t end =
-      begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
-  const int tiles = static_cast<int>((end - begin + kTileK - 1) / kTileK);
+  const std::int64_t n0_block = static_cast<std::int64_t>(blockIdx.y) * Shape::kTileN;
+  const int group = Shape::kGroups == 1 ? 0 : thread / Shape::kGroupThreads;
+  const int member = Shape::kGroups == 1 ? thread : thread % Shape::kGroupThreads;
+  const std::int64_t n0 = n0_block + member / kWarp * kWarpN;
+  const std::int64_t part = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t part_end =
+      part + args.split_length < args.cols ? part + args.split_length : args.cols;
+  const std::int64_t length = Shape::kGroups == 1 ? args.split_length : args.share_length;
+  const std::int64_t begin = part + group * length;
+  const std::int64_t end = begin + length < part_end ? begin + length : part_end;
+  const int tiles = end > begin ? static_cast<int>((end - begin + kTileK - 1) / kTileK) : 0;
+  // The first group has as many as any, and barriers are for all.
+  const std::int64_t longest = length < part_end - part ? length : part_end - part;
+  const int rounds =
+      Shape::kGroups == 1 ? tiles : static_cast<int>((longest + kTileK - 1) / kTileK);
 
   // A thread copies the same chunk of every kCopyRows-th row of x.
-  constexpr int kCopyRows = kThreads / kRowChunks;
-  const int copy_row = thread / kRowChunks;
-  const int copy_chunk = thread % kRowChunks;
+  constexpr int kCopyRows = Shape::kGroupThreads / kRowChunks;
+  const int copy_row = member / kRowChunks;
+  const int copy_chunk = member % kRowChunks;
   const T* x_from = args.x + (m0 + copy_row) * args.x_row_stride + begin + copy_chunk * kChunk;
-  std::int64_t copy_step = kCopyRows * args.x_row_stride;
+  const std::int64_t copy_step = kCopyRows * args.x_row_stride;
   const int copies = args.m - m0 - copy_row > 0
                          ? static_cast<int>((args.m - m0 - copy_row + kCopyRows - 1) / kCopyRows)
                          : 0;
@@ -99,16 +128,12 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     row_position[j] = row_position[j - 1] + (j < lane_rows ? static_cast<unsigned>(args.cols) : 0);
   }
 
-  // Blocks within x and W, and tiles within the split, which are nearly all, ask nothing of rows.
-  // Where a thread copies two rows only, one past the end is the last one again, unused.
-  constexpr bool kRepeatsRows = kTileM == 2 * kCopyRows;
-  if constexpr (kRepeatsRows) {
-    const std::int64_t after = args.m - 1 - (m0 + copy_row);
-    if (after < kCopyRows) copy_step = after > 0 ? after * args.x_row_stride : 0;
-    if (after < 0) x_from += after * args.x_row_stride;
-  }
-  const bool whole_rows = (kRepeatsRows || m0 + kTileM <= args.m) && n0_block + kTileN <= args.rows;
-  const int whole_tiles = whole_rows ? static_cast<int>((end - begin) / kTileK) : 0;
+  // Blocks within x and W, and tiles within the share, which are nearly all, ask nothing of rows.
+  // Of few rows those past the end are never copied: their results are not stored.
+  constexpr bool kLeavesRows = kTileM <= 16;
+  const bool whole_rows =
+      (kLeavesRows || m0 + kTileM <= args.m) && n0_block + Shape::kTileN <= args.rows;
+  const int whole_tiles = whole_rows && end > begin ? static_cast<int>((end - begin) / kTileK) : 0;
 
   auto start_loads = [&](int tile) {
     const int stage = tile % kStages;
@@ -117,7 +142,9 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     if (tile < whole_tiles) {
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
-        cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from, true);
+        if (!kLeavesRows || i < copies) {
+          cp_async16(&shared.x[stage][group][x_to + i * kCopyRows * kRowChunks], from, true);
+        }
         from += copy_step;
       }
       if constexpr (Shared::kHasCodes) {
@@ -131,8 +158,8 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
       const bool x_in_range = begin + k0 + copy_chunk * kChunk < end;
 #pragma unroll
       for (int i = 0; i < kTileM / kCopyRows; ++i) {
-        cp_async16(&shared.x[stage][x_to + i * kCopyRows * kRowChunks], from,
-                   x_in_range && (kRepeatsRows || i < copies));
+        cp_async16(&shared.x[stage][group][x_to + i * kCopyRows * kRowChunks], from,
+                   x_in_range && i < copies);
         from += copy_step;
       }
       if constexpr (Shared::kHasCodes) {
@@ -185,14 +212,15 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   fetch_tile_scales(0);
   finish_scales(args.scales, nested_offset, fetched, scales);
 
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = 0; tile < rounds; ++tile) {
     cp_async_wait<kStages - 2>();
     // This tile is there for all, and all are done with the stage that is filled next.
     __syncthreads();
     start_loads(tile + kStages - 1);
 
+    if (Shape::kGroups > 1 && tile >= tiles) continue;
     const int stage = tile % kStages;
-    const uint4* const x_tile = shared.x[stage];
+    const uint4* const x_tile = shared.x[stage][group];
     ScaledTable<T> tables[kLaneRows];
     uint4 codes[kLaneRows];
 #pragma unroll
@@ -237,20 +265,57 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
     finish_scales(args.scales, nested_offset, fetched, scales);
   }
 
+  if constexpr (Shape::kGroups > 1) {
+    // Where x was, [group - 1][warp][element][lane].
+    constexpr int kElements = kFragmentsM * kFragments * 4;
+    float* const sums =
+        reinterpret_cast<float*>(shared.x) + member / kWarp * kElements * kWarp + lane;
+    constexpr int kGroupSums = Shape::kGroupWarps * kElements * kWarp;
+    static_assert((Shape::kGroups - 1) * kGroupSums * sizeof(float) <= sizeof(shared.x));
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float mine = sum[e / (4 * kFragments)][e / 4 % kFragments][e % 4];
+      if (group > 0) sums[(group - 1) * kGroupSums + e * kWarp] = mine;
+    }
+    __syncthreads();
+    if (group > 0) return;
+#pragma unroll
+    for (int other = 0; other < Shape::kGroups - 1; ++other) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        float& mine = sum[e / (4 * kFragments)][e / 4 % kFragments][e % 4];
+        mine = __fadd_rn(mine, sums[other * kGroupSums + e * kWarp]);
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
     store_fragments(args.output, sum[i], m0 + 8 * i, n0, lane);
   }
 }
 
+// The length of a group's share. A batch-invariant call has one: then a row of the result is summed
+// as in blocks of more rows.
+template <int kTileM>
+std::int64_t share_length(const Linear4bitArgs& args, const Split& split) {
+  constexpr int kGroups = BlockShape<kTileM>::kGroups;
+  const std::int64_t length = split.length < args.weight.cols ? split.length : args.weight.cols;
+  if (kGroups == 1 || args.batch_invariant) return length;
+  return split_for(length, kTileK, 1, kGroups, kGroups).length;
+}
+
 template <typename T, int kTileM, int kStages>
 Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
   const std::int64_t columns = args.weight.rows;
+  using Shape = BlockShape<kTileM>;
   const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                 static_cast<unsigned>(ceil_div(columns, kTileN))),
-                            kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
+                                 static_cast<unsigned>(ceil_div(columns, Shape::kTileN))),
+                            Shape::kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
+  MmaArgs<T> kernel_args = mma_args<T>(args, split, columns);
+  kernel_args.share_length = share_length<kTileM>(args, split);
   return launch_parts("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>, config,
-                      mma_args<T>(args, split, columns), args, split, columns);
+                      kernel_args, args, split, columns);
 }
 
 // Rows of x that a block takes. Where copies are not asynchronous a block waits for its own, so
@@ -265,7 +330,7 @@ Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, int capa
                         void* stream) {
   switch (tile_rows(args, capability)) {
     case 16:
-      return launch_tiles<T, 16, 4>(args, split, stream);
+      return launch_tiles<T, 16, 3>(args, split, stream);
     case 32:
       return launch_tiles<T, 32, 2>(args, split, stream);
     default:
@@ -276,9 +341,14 @@ Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, int capa
 }  // namespace
 
 Split linear_mma_split(const Linear4bitArgs& args, int capability) {
-  const std::int64_t blocks =
-      ceil_div(args.m, tile_rows(args, capability)) * ceil_div(args.weight.rows, kTileN);
-  return split_for_mma(args, args.weight.cols, 4 * kTileK, blocks);
+  const int rows = tile_rows(args, capability);
+  const bool has_groups = rows == 16;
+  const std::int64_t columns = has_groups ? BlockShape<16>::kTileN : BlockShape<64>::kTileN;
+  const std::int64_t blocks = ceil_div(args.m, rows) * ceil_div(args.weight.rows, columns);
+  // Where a block has shares, few blocks are better than a second kernel.
+  constexpr std::int64_t kFew = 32;
+  return split_for_mma(args, args.weight.cols, 4 * kTileK, blocks,
+                       has_groups ? kFew : kBlocksWanted);
 }
 
 Status linear_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream) {

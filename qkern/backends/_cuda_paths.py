@@ -99,8 +99,8 @@ _MEMORY_RATES = {75: 1.26, 80: 3.3, 86: 1.68, 89: 0.78, 90: 3.5, 100: 7.3, 120: 
 
 # Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
-_MMA_ISSUE = {16: 0.163, 32: 0.186, 64: 0.196}
-_DX_MMA_ISSUE = {64: 0.232, 128: 0.318}
+_MMA_ISSUE = {16: 0.166, 32: 0.186, 64: 0.196}
+_DX_MMA_ISSUE = {64: 0.233, 128: 0.318}
 _VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.307, 8: 0.599}
 _TILED_ISSUE = 5.3
 _DECODE_ISSUE = 0.18

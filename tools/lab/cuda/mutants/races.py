@@ -5,7 +5,7 @@ from __future__ import annotations
 from lab.mutants import Mutant
 
 _BARRIER = "__syncthreads();\n"
-_MMA = "linear_4bit_mma_kernel<BFloat16, 16, 4>"
+_MMA = "linear_4bit_mma_kernel<BFloat16, 16, 3>"
 _WIDE_MMA = "linear_4bit_mma_kernel<Float16, 64, 2>"
 _DX = "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>"
 _WIDE_DX = "linear_4bit_dx_mma_kernel<BFloat16, 128, 3>"
@@ -185,6 +185,22 @@ RACES = (
     ),
     Mutant("waits_too_little", "linear_4bit_mma.cu", _FEW, _ONE_FEWER, _MMA, "race", quick=True),
     Mutant("waits_too_little", "linear_4bit_mma.cu", _FEW, _ONE_FEWER, _WIDE_MMA, "race"),
+    Mutant(
+        "sums_where_x_is_read",
+        "linear_4bit_mma.cu",
+        f"    {_BARRIER}#pragma unroll\n    for (int e = 0;",
+        "#pragma unroll\n    for (int e = 0;",
+        _MMA,
+        "race",
+    ),
+    Mutant(
+        "shares_added_early",
+        "linear_4bit_mma.cu",
+        f"    {_BARRIER}    if (group > 0) return;",
+        "    if (group > 0) return;",
+        _MMA,
+        "race",
+    ),
     Mutant(
         "no_barrier",
         "linear_4bit_dx_mma.cu",

@@ -234,23 +234,29 @@ def _tiled() -> Iterator[Proof]:
 
 def _tensor_cores() -> Iterator[Proof]:
     for t in HALVES:
-        for tile, stages in ((16, 4), (32, 2), (64, 2)):
+        for tile, stages in ((16, 3), (32, 2), (64, 2)):
             split = t == "Float16"
-            m, rows, cols = tile - 3, 120, 128 * (2 * stages + 1) + 32
+            # Of a block with shares: two of its groups have more tiles than stages, one has few.
+            groups = 4 if tile == 16 else 1
+            tiles = 2 * stages + 1
+            m, rows = tile - 3, 56 if groups > 1 else 120
+            share = 128 * (stages + 1)
+            cols = 128 * tiles + 32 if groups == 1 else 2 * share + 160
             yield Proof(
                 f"linear_4bit_mma_kernel<{t}, {tile}, {stages}>",
                 "linear_4bit_mma.cu",
                 (MmaArgs,),
                 {
                     **_matmul(m, rows, cols, nested=split),
-                    "0.split_length": 128 * (stages + 1) if split else cols,
+                    "0.split_length": share if split else cols,
+                    "0.share_length": 128 if split else share,
                     "0.x_row_stride": cols,
                     **_mma_output(m, rows, True, split),
                 },
                 shared=f"MmaShared<{tile}, {stages}>",
                 select=True,
                 grid=(1, 1, 2 if split else 1),
-                threads=128,
+                threads=256 if groups > 1 else 128,
             )
         for tile in (64, 128):
             m, rows, cols = tile - 3, 32 * 5 + 8, 96
@@ -262,6 +268,7 @@ def _tensor_cores() -> Iterator[Proof]:
                 {
                     **_matmul(m, rows, cols, nested=split),
                     "0.split_length": 32 * 4 if split else rows,
+                    "0.share_length": 32 * 4 if split else rows,
                     "0.x_row_stride": rows,
                     **_mma_output(m, cols, False, split),
                 },

@@ -55,7 +55,7 @@ class MmaArgs(ctypes.Structure):
 
     _fields_ = (
         *_MATMUL,
-        *(("split_length", LONG), ("output", MmaOutput)),
+        *(("split_length", LONG), ("share_length", LONG), ("output", MmaOutput)),
     )
 
 

@@ -40,7 +40,9 @@ LAUNCHES = {
     "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
     "dequantize_8bit_kernel": Launch(256),
     "linear_4bit_dx_mma_kernel": Launch(128, "DxShared<{1}, {2}>", ("HMMA", None)),
-    "linear_4bit_mma_kernel": Launch(128, "MmaShared<{1}, {2}>", ("HMMA", None)),
+    "linear_4bit_mma_kernel": Launch(
+        "BlockShape<{1}>::kThreads", "MmaShared<{1}, {2}>", ("HMMA", None)
+    ),
     "linear_4bit_tiled_kernel": Launch(256),
     "linear_4bit_vector_kernel": Launch(
         "kThreads * VectorShared<{0}, {1}>::kGroups", "VectorShared<{0}, {1}>", ("FFMA", None)
@@ -158,7 +160,7 @@ def _short(name: str) -> str:
 
 
 def template_arguments(kernel: str) -> list[str]:
-    """``["Float16", "16", "4"]`` of ``name<Float16, 16, 4>``."""
+    """``["Float16", "16", "3"]`` of ``name<Float16, 16, 3>``."""
     inside = re.search(r"<(.*)>$", kernel)
     return [part.strip() for part in inside[1].split(",")] if inside else []
 
