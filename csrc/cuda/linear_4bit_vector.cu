@@ -171,7 +171,11 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
     for (unsigned stage = 0; stage < share_length; stage += kStage) {
       const unsigned left = from + stage < to ? (to - from - stage + kTile - 1) / kTile : 0;
       const int tiles = left < Shared::kTiles ? static_cast<int>(left) : Shared::kTiles;
-      stage_x<kWhole>(args, row0, begin + from + stage, tiles, group, shared);
+      if constexpr (kWhole) {
+        stage_pieces(args, row0, begin + from + stage, tiles, group, shared);
+      } else {
+        stage_singly(args, row0, begin + from + stage, tiles, group, shared);
+      }
       __syncthreads();
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {

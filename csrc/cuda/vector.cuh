@@ -76,22 +76,25 @@ QKERN_DEVICE void staged8(const VectorShared<T, kRows>& shared, int group, int t
   }
 }
 
-// One value of a lane from the staged tile.
+// Where value i of a lane lies in a tile that is read one by one: both the lanes that read it and
+// the threads that write a lane's 32 values meet 32 banks.
+QKERN_DEVICE int single_position(int lane, int i) { return i * kWarp + (lane ^ i); }
+static_assert(kLaneCodes == kWarp, "values of a lane are as many as lanes");
+
+// One value of a lane from the tile staged by `stage_singly`.
 template <typename T, int kRows>
 QKERN_DEVICE float staged1(const VectorShared<T, kRows>& shared, int group, int tile, int row,
                            int lane, int i) {
-  using Shared = VectorShared<T, kRows>;
-  const uint4* chunk = &shared.x[group][tile][row][Shared::position(lane, i / kChunkValues<T>)];
-  return to_float(reinterpret_cast<const T*>(chunk)[i % kChunkValues<T>]);
+  const T* const values = reinterpret_cast<const T*>(shared.x[group][tile][row]);
+  return to_float(values[single_position(lane, i)]);
 }
 
-// A group copies x[row0 ..., k0 ... k0 + tiles * kTile) with zeros past the ends; kPieces: x comes
-// in 16-byte pieces.
-template <bool kPieces, typename T, int kRows>
-QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0, int tiles,
-                          int group, VectorShared<T, kRows>& shared) {
+// A group copies x[row0 ..., k0 ... k0 + tiles * kTile) with zeros past the ends, in 16-byte
+// pieces.
+template <typename T, int kRows>
+QKERN_DEVICE void stage_pieces(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
+                               int tiles, int group, VectorShared<T, kRows>& shared) {
   using Shared = VectorShared<T, kRows>;
-  constexpr int kValues = kChunkValues<T>;
   constexpr int kTileChunks = Shared::kTileChunks;
   const int first = static_cast<int>(threadIdx.x) % kThreads;
 #pragma unroll 1
@@ -102,27 +105,28 @@ QKERN_DEVICE void stage_x(const VectorArgs<T>& args, std::int64_t row0, std::int
       const int lane = Shared::written_lane(i % kTileChunks);
       const int j = Shared::written_chunk(i % kTileChunks);
       const int chunk = tile * kTileChunks + lane * Shared::kChunks + j;
-      const std::int64_t k = k0 + chunk * kValues;
-      const T* from = args.x + (row0 + row) * args.x_row_stride + k;
-      uint4 bits{0, 0, 0, 0};
-      if (row0 + row < args.m) {
-        if constexpr (kPieces) {
-          if (k < args.cols) bits = load_global16(from);
-        } else {
-          std::uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-          for (int v = 0; v < kValues; ++v) {
-            if (k + v >= args.cols) continue;
-            if constexpr (sizeof(T) == 2) {
-              words[v / 2] |= static_cast<std::uint32_t>(from[v].bits) << (16 * (v % 2));
-            } else {
-              words[v] = __float_as_uint(from[v]);
-            }
-          }
-          bits = uint4{words[0], words[1], words[2], words[3]};
-        }
-      }
-      shared.x[group][tile][row][Shared::position(lane, j)] = bits;
+      const std::int64_t k = k0 + chunk * kChunkValues<T>;
+      const bool exists = row0 + row < args.m && k < args.cols;
+      shared.x[group][tile][row][Shared::position(lane, j)] =
+          exists ? load_global16(args.x + (row0 + row) * args.x_row_stride + k) : uint4{0, 0, 0, 0};
+    }
+  }
+}
+
+// The same, a value at a time.
+template <typename T, int kRows>
+QKERN_DEVICE void stage_singly(const VectorArgs<T>& args, std::int64_t row0, std::int64_t k0,
+                               int tiles, int group, VectorShared<T, kRows>& shared) {
+  const int first = static_cast<int>(threadIdx.x) % kThreads;
+#pragma unroll 1
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll 4
+    for (int i = first; i < tiles * kTile; i += kThreads) {
+      const std::int64_t k = k0 + i;
+      const bool exists = row0 + row < args.m && k < args.cols;
+      T* const values = reinterpret_cast<T*>(shared.x[group][i / kTile][row]);
+      values[single_position(i % kTile / kLaneCodes, i % kLaneCodes)] =
+          exists ? args.x[(row0 + row) * args.x_row_stride + k] : T{};
     }
   }
 }

@@ -101,7 +101,7 @@ _MEMORY_RATES = {75: 1.26, 80: 3.3, 86: 1.68, 89: 0.78, 90: 3.5, 100: 7.3, 120: 
 # the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
 _MMA_ISSUE = {16: 0.166, 32: 0.186, 64: 0.196}
 _DX_MMA_ISSUE = {64: 0.233, 128: 0.318}
-_VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.307, 8: 0.599}
+_VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.311, 8: 0.605}
 _TILED_ISSUE = 5.3
 _DECODE_ISSUE = 0.18
 _PACKED_BYTES = 0.53  # a weight: its code, its part of a scale

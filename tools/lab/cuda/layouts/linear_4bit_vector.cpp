@@ -19,6 +19,14 @@ void check() {
       written.insert(Shared::written_lane(i) * Shared::kChunks + Shared::written_chunk(i));
     }
   }
+  // Value by value: 32 of a lane are written at once, and one of each lane read.
+  for (int at = 0; at < 32; ++at) {
+    constexpr int kSize = static_cast<int>(sizeof(T));
+    layouts::check("write singly", kSize,
+                   [&](int i) { return kSize * qkern::cuda::single_position(at, i); });
+    layouts::check("read singly", kSize,
+                   [&](int lane) { return kSize * qkern::cuda::single_position(lane, at); });
+  }
   // Each chunk of a tile once.
   if (static_cast<int>(written.size()) != Shared::kTileChunks) ++layouts::failures;
 }

@@ -146,8 +146,8 @@ RACES = (
     Mutant(
         "x_read_early",
         "linear_4bit_vector.cu",
-        "tiles, group, shared);\n      __syncthreads();",
-        "tiles, group, shared);",
+        "      }\n      __syncthreads();\n#pragma unroll 1",
+        "      }\n#pragma unroll 1",
         _VECTOR,
         "race",
     ),
