@@ -190,9 +190,6 @@ QKERN_DEVICE float code_value(const CodeTable& table, unsigned code) {
   return look_up(table.values, 16, code);
 }
 
-// Code i (0...7) of a little-endian word of packed codes: the first of a byte is its high nibble.
-QKERN_DEVICE unsigned word_code(std::uint32_t word, int i) { return (word >> (4 * (i ^ 1))) & 15u; }
-
 // Whether a load from shared memory multiplies its index by four at no cost.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kIndexShift = 0;
@@ -203,7 +200,7 @@ constexpr int kIndexShift = 2;
 // The eight codes of a word as indices of a CodeTable, or as offsets in bytes: four at a time are
 // shifted and masked, so that each costs one byte-permute more.
 struct WordCodes {
-  std::uint32_t first;   // of elements 0, 2, 4, 6: the high nibbles
+  std::uint32_t first;   // of elements 0, 2, 4, 6: the high nibbles of the bytes
   std::uint32_t second;  // of elements 1, 3, 5, 7
 
   QKERN_DEVICE explicit WordCodes(std::uint32_t word)
@@ -341,28 +338,6 @@ QKERN_DEVICE void finish_scales(const Scales& scales, float nested_offset,
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) out[i] = __uint_as_float(fetched[i].bits);
-}
-
-// Both at once, by one branch, for kernels whose other warps fill the time.
-template <int kCount>
-QKERN_DEVICE void load_scales(const Scales& scales, const ScaleRun& run,
-                              const unsigned (&positions)[kCount], float nested_offset,
-                              float (&out)[kCount]) {
-  if (scales.nested_absmax != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const unsigned block = positions[i] >> scales.block_shift;
-      const float value = __ldg(address_of(kDeviceMapSigned.values, __ldg(run.absmax + block)));
-      const float nested_absmax = __ldg(run.nested_absmax + (block >> 8));
-      out[i] = __fadd_rn(__fmul_rn(value, nested_absmax), nested_offset);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const unsigned block = positions[i] >> scales.block_shift;
-    out[i] = __ldg(reinterpret_cast<const float*>(run.absmax) + block);
-  }
 }
 
 // Decoding to 16 bits by byte permutes: the sixteen products value * scale, each rounded once,

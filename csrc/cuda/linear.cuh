@@ -44,7 +44,6 @@ namespace {
 // most `max_parts` of them, and at least `min_parts`.
 inline Split split_for(std::int64_t length, std::int64_t step, std::int64_t blocks,
                        std::int64_t wanted, int max_parts, std::int64_t min_parts = 1) {
-  if (length == 0) return {1, 0};
   const std::int64_t steps = ceil_div(length, step);
   std::int64_t parts = wanted / blocks;
   if (parts > max_parts) parts = max_parts;

@@ -80,8 +80,11 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
   if (workspace_bytes(args, input_gradient, split) > 0 && args.workspace == nullptr) {
     return Status::error("workspace: absent; takes as many bytes as linear_4bit_paths says");
   }
+  // Sums without terms have a bias, and no tile for the other paths to fetch.
+  if (is_empty(args) || args.path == CudaPath::kTiled) {
+    return linear_tiled(args, input_gradient, stream);
+  }
   if (args.path == CudaPath::kVector) return linear_vector(args, split, stream);
-  if (args.path == CudaPath::kTiled) return linear_tiled(args, input_gradient, stream);
   return input_gradient ? linear_dx_mma(args, split, limits.capability, stream)
                         : linear_mma(args, split, limits.capability, stream);
 }

@@ -24,17 +24,8 @@ constexpr int kRowChunks = kTileK / kChunk;
 // The warps of a block: some for rows of W, in each of the groups.
 template <int kTileM>
 struct BlockShape {
-  static constexpr int kGroups = 1;
-  static constexpr int kGroupWarps = 4;
-  static constexpr int kGroupThreads = kGroupWarps * kWarp;
-  static constexpr int kThreads = kGroupThreads;
-  static constexpr int kTileN = kGroupWarps * kWarpN;
-};
-
-template <>
-struct BlockShape<16> {
-  static constexpr int kGroups = 4;
-  static constexpr int kGroupWarps = 2;
+  static constexpr int kGroups = kTileM <= 16 ? 4 : 1;
+  static constexpr int kGroupWarps = kTileM <= 16 ? 2 : 4;
   static constexpr int kGroupThreads = kGroupWarps * kWarp;
   static constexpr int kThreads = kGroups * kGroupThreads;
   static constexpr int kTileN = kGroupWarps * kWarpN;

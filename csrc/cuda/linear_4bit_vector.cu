@@ -297,8 +297,6 @@ Split linear_vector_split(const Linear4bitArgs& args) {
 }
 
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
-  // Without columns there is no tile to fetch or to share, but a bias.
-  if (args.weight.cols == 0) return linear_tiled(args, false, stream);
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto in_pieces = [](const void* p) {

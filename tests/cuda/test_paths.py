@@ -15,8 +15,11 @@ from lab.cuda.emulator import backend, build
 from lab.cuda.ways import expected_paths
 from qkern import testing
 from qkern.backends import _cuda_matmul, _cuda_paths
+from qkern.backends._backend import Product
+from qkern.backends._compiled import product_numbers
 from qkern.backends._cuda_paths import PATHS, Limits, Matmul, Way
 from qkern.testing import DTYPES, OPS, Case
+from qkern.weight import Weight
 
 needs_compiler = pytest.mark.skipif(
     build.compiler() is None, reason="the emulator needs g++ or CXX"
@@ -186,6 +189,31 @@ def test_the_kernels_answer_which_paths_there_are(library: ModuleType, capabilit
                 part = 4 * rows * (k if dx else n)
                 assert way.workspace_bytes == (0 if way.parts == 1 else way.parts * part)
                 assert way.parts == 1 or way.path in ("vector", "mma")
+
+
+@needs_compiler
+def test_few_rows_of_a_square_layer_start_one_kernel(library: ModuleType) -> None:
+    with backend.EmulatedTarget(library, backend.SCHEDULES[0]).activate():
+        limits = _cuda_matmul.device_limits(library)
+        for m in (1, 2, 4, 8, 16):
+            call = Matmul(False, torch.bfloat16, m, 4096, 4096)
+            ways, _ = _cuda_matmul._ranked(library, call, limits)
+            parts = {way.path: way.parts for way in ways}
+            assert parts["vector"] == parts["mma"] == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", ["vector", "mma", "tiled"])
+def test_products_without_terms_are_the_bias(path: str, library: ModuleType) -> None:
+    """As C++ is asked for them: Python never comes so far with a weight of no columns."""
+    x, bias = torch.full((3, 8), torch.nan).bfloat16(), torch.randn(5).bfloat16()
+    out = torch.full((3, 5), torch.nan).bfloat16()
+    packed, absmax = torch.zeros(16, dtype=torch.uint8), torch.full((1,), torch.nan)
+    weight = Weight(packed, absmax, None, None, None, "nf4", 64)
+    product = Product(False, x, 3, 8, weight, 5, 0, bias, out, batch_invariant=False)
+    with backend.EmulatedTarget(library, backend.SCHEDULES[0]).activate():
+        library.cuda_linear_4bit(*product_numbers(product), PATHS.index(path), None, 0)
+    testing.assert_bitwise(out, bias.expand(3, 5))
 
 
 @needs_compiler
