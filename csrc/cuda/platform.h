@@ -5,7 +5,9 @@
 //   QKERN_DEVICE                  a device function, inlined
 //   QKERN_KERNEL(threads, blocks) a kernel with its launch bounds
 //   QKERN_SHARED(Type, name)      `name` is a Type& in shared memory, uninitialised, 16-aligned
-//   QKERN_DYNAMIC_SHARED(name)    `name` is an unsigned char* to the launch's dynamic shared memory
+//   QKERN_DYNAMIC_SHARED(name)    `name` is an unsigned char* to the launch's dynamic shared
+//   memory,
+//                                 16-aligned; QKERN_DYNAMIC_SHARED_1024: aligned to 1024 bytes
 //   launch(what, kernel, config, args...)
 #pragma once
 
@@ -25,6 +27,7 @@
 #define QKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define QKERN_SHARED(Type, name) __shared__ __align__(16) Type name
 #define QKERN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define QKERN_DYNAMIC_SHARED_1024(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 namespace qkern::cuda {

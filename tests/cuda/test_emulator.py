@@ -28,6 +28,9 @@ RIGHT = (
     "warp_sum",
     *("mma_f16_k8", "mma_f16_k16", "mma_bf16_k8", "mma_bf16_k16"),
     *("conversions", "byte_perm", "never_contracted", "grids", "launch_limits"),
+    *("product_128_f16", "product_128_bf16", "product_256_f16", "product_256_bf16"),
+    *("product_128_f16_transposed", "product_128_bf16_transposed"),
+    *("product_256_f16_transposed", "product_256_bf16_transposed", "products_in_flight"),
 )
 
 REFUSED = {
@@ -47,6 +50,19 @@ REFUSED = {
     "shuffle_outside_mask": "reads a lane outside the mask",
     "different_operations": "waits with the same mask",
     "mma_of_half_a_warp": "left the kernel",
+    "product_without_fence": "without wgmma_fence of a",
+    "product_written_after_fence": "a was written after wgmma_fence",
+    "product_without_proxy_fence": "written without fence_async_proxy",
+    "product_of_one_warp": "warp 1 left the kernel without a call",
+    "product_descriptors_of_warps": "in another warp of the warpgroup 0x",
+    "product_descriptors_of_lanes": "lanes have different descriptors",
+    "product_stride": "has a stride that is no multiple of 1024 bytes",
+    "product_layout": "has another layout than the 128-byte swizzle",
+    "product_unaligned": "starts at no multiple of 1024 bytes",
+    "product_undeclared_alignment": "starts at no multiple of 1024 bytes",
+    "product_beyond_shared": "b is outside dynamic shared memory",
+    "product_part_of_a_warpgroup": "the block has 96 threads",
+    "address_outside_shared": "outside shared memory (shared_address",
 }
 """Mistakes that end a launch under every schedule, and what is said of them."""
 
@@ -56,18 +72,28 @@ WRONG = (
 )
 """Mistakes that give a wrong result under every schedule."""
 
-WRONG_WHEN_LATE = ("sum_rows_without_wait", "sum_rows_waiting_too_little")
-"""Mistakes that go unnoticed where cp.async is done at once."""
+RACES_WHEN_LATE = ("products_without_trailing_barrier",)
+WRONG_WHEN_LATE = (
+    *("sum_rows_without_wait", "sum_rows_waiting_too_little", "product_read_before_wait"),
+    *("products_one_stage", "products_one_operand", *RACES_WHEN_LATE),
+)
+REFUSED_WHEN_LATE = {"products_fence_before_wait": "written without fence_async_proxy"}
+"""Mistakes that go unnoticed where cp.async and products are done at once."""
 
 OUT_OF_BOUNDS = (
     *("global_out_of_bounds", "static_shared_out_of_bounds", "dynamic_shared_out_of_bounds"),
 )
-RACES = (*WRONG, "blocks_write_the_same")
+RACES = (*WRONG, "blocks_write_the_same", "product_without_barrier")
+LATE = tuple(s for s in SCHEDULES if s[2] == "late")
+EARLY = tuple(s for s in SCHEDULES if s[2] == "early")
 
 
 def selftest(
-    name: str, schedule: tuple[str, int, str], variant: str = "plain", capability: int = 80
+    name: str, schedule: tuple[str, int, str], variant: str = "plain", capability: int | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Runs one of them; on a device that has products of warpgroups where it is about these."""
+    if capability is None:
+        capability = 90 if name.startswith("product") else 80
     program = build.build(variant) / "emulator_selftest"
     command = [str(program), name, schedule[0], str(schedule[1]), schedule[2], str(capability)]
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
@@ -99,10 +125,23 @@ def test_mistakes_that_change_the_result(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG_WHEN_LATE)
 def test_a_missing_wait_shows_when_copies_are_late(name: str) -> None:
-    late = tuple(s for s in SCHEDULES if s[2] == "late")
-    assert outcomes(name, late) == {"wrong: result"}
-    early = tuple(s for s in SCHEDULES if s[2] == "early")
-    assert outcomes(name, early) == {"ok"}
+    assert outcomes(name, LATE) == {"wrong: result"}
+    assert outcomes(name, EARLY) == {"ok"}
+
+
+@pytest.mark.parametrize("name", REFUSED_WHEN_LATE)
+def test_mistakes_that_end_a_launch_when_copies_are_late(name: str) -> None:
+    for outcome in outcomes(name, LATE):
+        assert outcome.startswith("failed: ")
+        assert REFUSED_WHEN_LATE[name] in outcome
+    assert outcomes(name, EARLY) == {"ok"}
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_only_sm_90_has_products_of_warpgroups(capability: int) -> None:
+    for name in ("product_128_f16", "products_in_flight"):
+        done = selftest(name, SCHEDULES[0], capability=capability)
+        assert done.stdout.startswith("failed: needs sm_90a (")
 
 
 def test_before_sm_80_there_is_no_bfloat16_mma() -> None:
@@ -117,6 +156,7 @@ def test_every_kernel_of_the_program_is_tested() -> None:
         table = file.read_text().partition("\nTests ")[2]
         names |= set(re.findall(r'\{"(\w+)",', table))
     known = {*RIGHT, *REFUSED, *WRONG, *WRONG_WHEN_LATE, *OUT_OF_BOUNDS, *RACES}
+    known |= {*REFUSED_WHEN_LATE}
     assert names == known
 
 
@@ -132,6 +172,15 @@ def test_address_sanitizer_finds(name: str) -> None:
 def test_thread_sanitizer_finds(name: str) -> None:
     for schedule in SCHEDULES:
         assert "data race" in selftest(name, schedule, "thread").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RACES_WHEN_LATE)
+def test_thread_sanitizer_finds_what_products_read_late(name: str) -> None:
+    for schedule in LATE:
+        assert "data race" in selftest(name, schedule, "thread").stderr
+    for schedule in EARLY:
+        assert selftest(name, schedule, "thread").stderr == ""
 
 
 @pytest.mark.slow

@@ -221,4 +221,12 @@ void Fiber::entered([[maybe_unused]] Fiber& from) {
 #endif
 }
 
+void Fiber::follow([[maybe_unused]] const Fiber& other) const {
+#ifdef QKERN_EMULATOR_TSAN
+  constexpr unsigned kNoSynchronisation = 1;
+  __tsan_switch_to_fiber(other.tsan_, kNoSynchronisation);
+  __tsan_switch_to_fiber(tsan_, 0);
+#endif
+}
+
 }  // namespace qkern::cuda::emulator

@@ -41,9 +41,9 @@ pybind11::tuple launches() {
 PYBIND11_MODULE(_cuda_emulated, m) {
   m.doc() = "qkern's CUDA kernels on a CPU; see README.md.";
   qkern::binding::bind_cuda(m);
-  m.def(
-      "set_schedule", set_schedule,
-      "order (forward, reverse, random), seed, late_copies (of cp.async), capability (75, 80...)");
+  m.def("set_schedule", set_schedule,
+        "order (forward, reverse, random), seed, late_copies (of cp.async, and products of "
+        "warpgroups), capability (75, 80...)");
   m.def("read_tensors_with", qkern::binding::read_tensors_with);
   m.def("launches", launches, "(number since the last call, current device, stream)");
   m.def("current_device", [] { return emulator::launches().current_device; });

@@ -12,6 +12,7 @@
 #include "cuda_emulator/fiber.h"
 #include "cuda_emulator/sanitizers.h"
 #include "messages.h"
+#include "products.h"
 #include "shared_memory.h"
 #include "thread.h"
 
@@ -109,12 +110,18 @@ const char* Scheduler::run(dim3 grid, dim3 block, std::size_t dynamic_shared_byt
     run_block();
   }
   tsan_acquire(&end_ordering_);
+  // Threads of a launch that is given up have not come to their end.
+  for (unsigned i = 0; i < num_threads_ && !failure_.empty(); ++i) {
+    if (threads_[i].state != State::kLeft) main_.follow(threads_[i].fiber);
+  }
   return failure_.empty() ? nullptr : failure_.c_str();
 }
 
 void Scheduler::start_block() {
   shared_.clear();
   shared_.emplace_back(nullptr, dynamic_shared_bytes_);
+  start_async_proxy(shared_.front());
+  start_products(num_threads_);
   left_ = in_barrier_ = barrier_generation_ = 0;
   warps_.assign((num_threads_ + kWarpSize - 1) / kWarpSize, Warp{});
   for (unsigned i = 0; i < num_threads_; ++i) {
@@ -124,6 +131,8 @@ void Scheduler::start_block() {
     thread.copies.clear();
     thread.groups.clear();
     thread.uncommitted = 0;
+    thread.fenced.clear();
+    thread.proxy_fences = 0;
     thread.fiber.start(&Scheduler::entry);
     make_ready(thread);
   }
@@ -142,6 +151,7 @@ void Scheduler::run_block() {
     threadIdx = current_->index;
     Fiber::switch_to(main_, current_->fiber);
   }
+  if (failure_.empty()) failure_ = end_products();
 }
 
 Warp* Scheduler::next_warp() {
@@ -372,30 +382,6 @@ void* static_shared(const void* key, std::size_t size) {
   return scheduler().static_shared(key, size);
 }
 bool is_shared(const void* begin, std::size_t size) { return scheduler().is_shared(begin, size); }
-
-void queue_copy(const Copy& copy) {
-  const TsanIgnores ignores;
-  Thread& me = scheduler().current();
-  me.copies.push_back(copy);
-  ++me.uncommitted;
-}
-
-void commit_copies() {
-  const TsanIgnores ignores;
-  Thread& me = scheduler().current();
-  me.groups.push_back(me.uncommitted);
-  me.uncommitted = 0;
-}
-
-bool pop_copy(std::size_t pending, Copy& copy) {
-  const TsanIgnores ignores;
-  Thread& me = scheduler().current();
-  while (me.groups.size() > pending && me.groups.front() == 0) me.groups.pop_front();
-  if (me.groups.size() <= pending) return false;
-  copy = me.copies.front();
-  me.copies.pop_front();
-  --me.groups.front();
-  return true;
-}
+Thread& running_thread() { return scheduler().current(); }
 
 }  // namespace qkern::cuda::emulator

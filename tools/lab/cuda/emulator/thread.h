@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <deque>
+#include <vector>
 
 #include "cuda_emulator/fiber.h"
 #include "cuda_emulator/scheduler.h"
@@ -10,6 +12,12 @@
 namespace qkern::cuda::emulator {
 
 enum class State { kReady, kInBarrier, kInMeeting, kLeft };
+
+// An array of registers and what wgmma_fence found in it.
+struct FencedArray {
+  const std::uint32_t* begin;
+  std::vector<std::uint32_t> words;
+};
 
 struct Thread {
   Fiber fiber;
@@ -28,6 +36,8 @@ struct Thread {
   std::deque<Copy> copies;         // issued, not arrived; oldest first
   std::deque<std::size_t> groups;  // sizes of the committed groups, oldest first
   std::size_t uncommitted = 0;     // copies after the last commit
+  std::vector<FencedArray> fenced;
+  unsigned proxy_fences = 0;  // calls of fence_async_proxy
 
   unsigned lane() const { return linear % kWarpSize; }
   unsigned warp() const { return linear / kWarpSize; }
@@ -37,5 +47,7 @@ struct Warp {
   unsigned ready = 0;  // lanes that can run
   unsigned left = 0;   // lanes that have returned
 };
+
+Thread& running_thread();
 
 }  // namespace qkern::cuda::emulator

@@ -1,6 +1,7 @@
 #pragma once
 
 // Stands for <cuda_runtime.h> when a kernel file is compiled for the emulator; see README.md.
+#include "cuda_emulator/async_proxy.h"
 #include "cuda_emulator/float16.h"
 #include "cuda_emulator/intrinsics.h"
 #include "cuda_emulator/memory.h"
@@ -21,3 +22,5 @@
       ::qkern::cuda::emulator::static_shared(&qkern_key_of_##name, sizeof(Type)))
 
 #define QKERN_DYNAMIC_SHARED(name) unsigned char* name = ::qkern::cuda::emulator::dynamic_shared()
+#define QKERN_DYNAMIC_SHARED_1024(name) \
+  unsigned char* name = ::qkern::cuda::emulator::dynamic_shared_1024()

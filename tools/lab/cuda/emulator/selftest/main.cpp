@@ -28,7 +28,7 @@ int main(int argc, char** argv) {
   settings.capability = std::atoi(argv[5]);
   selftest::Tests tests;
   for (const auto& some : {selftest::arithmetic(), selftest::barriers(), selftest::bounds(),
-                           selftest::copies(), selftest::warps()}) {
+                           selftest::copies(), selftest::warpgroups(), selftest::warps()}) {
     tests.insert(some.begin(), some.end());
   }
   std::puts(tests.at(argv[1])().c_str());

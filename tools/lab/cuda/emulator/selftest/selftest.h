@@ -1,14 +1,17 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <type_traits>
 
 #include "cuda_emulator.h"
 #include "cuda_emulator_ptx.h"
+#include "cuda_emulator_ptx_hopper.h"
 
 // What the files of the test program share.
 namespace selftest {
@@ -44,6 +47,12 @@ inline Buffer<float> iota(std::size_t n) {
   return buffer;
 }
 
+template <typename T>
+std::uint16_t encode(float x) {
+  static_assert(std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>);
+  return std::is_same_v<T, Float16> ? __float2half_rn(x).bits : __float2bfloat16_rn(x).bits;
+}
+
 // Whether a launch of two blocks goes through, whatever it computes.
 inline std::string run(unsigned threads, const std::function<void()>& body,
                        std::size_t shared = 0) {
@@ -58,6 +67,7 @@ using Tests = std::map<std::string, std::function<std::string()>>;
 Tests barriers();
 Tests bounds();
 Tests copies();
+Tests warpgroups();
 Tests warps();
 Tests arithmetic();
 

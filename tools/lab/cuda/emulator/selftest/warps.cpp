@@ -93,17 +93,6 @@ std::string different_operations() {
   });
 }
 
-template <typename T>
-std::uint16_t encode(float x);
-template <>
-std::uint16_t encode<Float16>(float x) {
-  return __float2half_rn(x).bits;
-}
-template <>
-std::uint16_t encode<BFloat16>(float x) {
-  return __float2bfloat16_rn(x).bits;
-}
-
 // Small integers: products and sums are exact, so the result has one right value whatever the order
 // of summation, and every element of a, b and d is distinguishable.
 struct Problem {

@@ -25,6 +25,10 @@ class Fiber {
   // The first thing `entry` calls.
   static void entered(Fiber& from);
 
+  // Tells ThreadSanitizer that what ran in `other`, which nobody comes back to, is before what this
+  // fiber, the running one, does from here on.
+  void follow(const Fiber& other) const;
+
  private:
   void* context_ = nullptr;  // x86-64: the stack pointer; elsewhere a ucontext_t
   char* stack_ = nullptr;    // null: the operating system's stack

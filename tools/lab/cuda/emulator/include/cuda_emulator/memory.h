@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda_emulator/async_proxy.h"
 #include "cuda_emulator/scheduler.h"
 
 // Wide accesses, cp.async and ldmatrix. They are inline, so that the accesses themselves are
@@ -27,6 +28,7 @@ void store(void* p, const T& value, const Site& site) {
 inline void copy16(const Copy& copy) {
   *static_cast<uint4*>(copy.shared) =
       copy.global == nullptr ? uint4{} : *static_cast<const uint4*>(copy.global);
+  note_shared_write(copy.shared);
 }
 
 // A null `global` writes zeros.

@@ -18,7 +18,8 @@ namespace qkern::cuda::emulator {
 enum class Order { kForward, kReverse, kRandom };
 
 // When the bytes of a cp.async arrive: at once, or not before the wait that asks for them. Late,
-// the destination holds poison in between, as nothing is known about it on a device.
+// the destination holds poison in between, as nothing is known about it on a device. The same of
+// products of warpgroups (wgmma.h): late, they read their operands no earlier than the wait.
 enum class CpAsync { kEarly, kLate };
 
 struct Settings {
