@@ -3,9 +3,10 @@
 
 Prints for each architecture registers, occupancy, spills and what a round of the hot loop costs,
 and a modelled time for GPUs of these architectures: the longest of moving the bytes, issuing the
-instructions, accesses to shared memory and multiplying on tensor cores, at the datasheet's rates
-and perfectly overlapped. A model is no measurement: a kernel takes longer, and this says by what it
-is limited at best.
+instructions, those of integers and bytes among them, accesses to shared memory and multiplying on
+tensor cores, at the datasheet's rates and perfectly overlapped; of Hopper's own products also of
+what comes from the L2 cache. A model is no measurement: a kernel takes longer, and this says by
+what it is limited at best.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from lab.cuda.static import budget, figures, sass, toolchain
 from lab.triton.static import compile as triton_compiler
 from lab.triton.static import figures as triton_figures
 
-QKERN, TRITON, PEER = "qkern", "qkern triton", "bitsandbytes"
-COLOURS = {QKERN: "tab:blue", TRITON: "tab:green", PEER: "tab:red"}
+QKERN, HOPPER, TRITON, PEER = "qkern", "qkern wgmma", "qkern triton", "bitsandbytes"
+COLOURS = {QKERN: "tab:blue", HOPPER: "tab:cyan", TRITON: "tab:green", PEER: "tab:red"}
 STEP_BYTES = {
     "adamw": budget.step_bytes("BFloat16", "float"),
     "adamw 8 bits": budget.step_bytes("BFloat16", "unsigned char"),
@@ -48,12 +49,18 @@ class Gpu:
     tensor_tflops: float
     """16-bit inputs, float32 sums, dense."""
     mma_share: float = 1.0
-    """Of it, what ``mma.sync`` reaches, which all kernels here but Triton's use: an assumption."""
+    """Of it, what ``mma.sync`` reaches, which all kernels here but Triton's and those for Hopper
+    use: an assumption."""
 
     @property
     def issue_rate(self) -> float:
         """Warp instructions a second: four a cycle on each multiprocessor."""
         return 4 * self.processors * self.boost_ghz * 1e9
+
+    @property
+    def alu_rate(self) -> float:
+        """Warp instructions a second of integers, bytes and comparisons."""
+        return self.issue_rate / 2
 
     @property
     def wavefront_rate(self) -> float:
@@ -89,8 +96,13 @@ class Entry:
     wavefronts_a_weight: float | None
     wavefronts_a_kilo_multiply_add: float | None
     """Of shared memory, as many as a warp's lanes take for a weight each, and for products."""
+    alu_a_weight: float | None
+    alu_a_kilo_multiply_add: float | None
+    """Instructions of integers, bytes and comparisons, of which half as many are taken."""
     tile_rows: int
     """Of x, that a block of a tensor-core kernel takes."""
+    tile_columns: int
+    """Of the result, if what a block reads is modelled too."""
     loop_accesses: dict[str, int]
     conflicting_shared_accesses: int | None
     occupancy: float | None
@@ -108,53 +120,66 @@ OURS = {
     "adamw 8 bits": ("adamw_step_kernel<{}, unsigned char>",),
 }
 """Kernels by op; their type is bfloat16, and float16 on sm_75."""
+OURS_FOR_HOPPER = {
+    "forward": (
+        *("linear_4bit_wgmma_kernel<{}, 128, false>", "linear_4bit_wgmma_kernel<{}, 256, false>"),
+    ),
+    "dx": ("linear_4bit_dx_wgmma_kernel<{}>",),
+}
+"""Those of sm_90a, which are launched only where they are asked for."""
+TILE_COLUMNS = {"forward": 128, "dx": 256}
+"""Of these."""
+L2_BYTES = 28
+"""That a multiprocessor gets from the cache a cycle: an assumption, where 5120 for all of them
+(A100's whitepaper) would be 39."""
 NOT_ON_75 = (", 16, 3>", ", 64, 2>", ", 128, 3>")
 """Ends of the names of those that are not launched there: two blocks of a tile do not fit."""
 SOURCES = (
     *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
     *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu", "adamw_step.cu"),
 )
+HOPPER_SOURCES = ("linear_4bit_wgmma.cu", "linear_4bit_dx_wgmma.cu")
 
 
 def our_entries(architecture: int) -> list[Entry]:
     found = figures.kernel_figures(architecture)
     conflicts: dict[str, int] = {}
-    for source in sorted(toolchain.KERNELS / name for name in SOURCES):
-        cubin = toolchain.compile_kernels(source, architecture)
+    for source in (*SOURCES, *(HOPPER_SOURCES if architecture == 90 else ())):
+        cubin = toolchain.compile_kernels(toolchain.KERNELS / source, architecture)
         for kernel, seen in figures.shared_accesses(cubin).items():
             conflicts[kernel] = seen["conflicting"]
-    entries = []
     kind = "BFloat16" if architecture >= 80 else "Float16"
-    for op, kernels in OURS.items():
-        for kernel in kernels:
-            if architecture < 80 and kernel.endswith(NOT_ON_75):
-                continue
-            f = found[kernel.format(kind)]
-            hot = f.hot
-            if hot is None:
-                raise ValueError(f"{f.kernel}: no hot loop found")
-            macs, weights = hot.multiply_adds, hot.weights
-            entries.append(
-                Entry(
-                    *(QKERN, op, f.kernel, architecture, f.registers, f.local_accesses),
-                    hot.instructions,
-                    hot.instructions_a_weight,
-                    1000 * hot.instructions / macs if macs else None,
-                    hot.cycles_a_kilo_multiply_add,
-                    hot.shared_wavefronts / weights if weights else None,
-                    1000 * hot.shared_wavefronts / macs if macs else None,
-                    _tile_rows(f.kernel) if macs else 0,
-                    hot.accesses,
-                    conflicts[f.kernel],
-                    f.occupancy,
-                )
-            )
-    return entries
+    kernels = [(QKERN, op, kernel) for op, names in OURS.items() for kernel in names]
+    if architecture == 90:
+        kernels += [(HOPPER, op, name) for op, names in OURS_FOR_HOPPER.items() for name in names]
+    return [
+        _our_entry(library, op, found[kernel.format(kind)], conflicts)
+        for library, op, kernel in kernels
+        if architecture >= 80 or not kernel.endswith(NOT_ON_75)
+    ]
 
 
-def _tile_rows(kernel: str) -> int:
-    """Both libraries' tensor-core kernels have it for their second argument."""
-    return int(figures.template_arguments(kernel)[1])
+def _our_entry(library: str, op: str, f: figures.Figures, conflicts: dict[str, int]) -> Entry:
+    hot = f.hot
+    if hot is None:
+        raise ValueError(f"{f.kernel}: no hot loop found")
+    macs, weights = hot.multiply_adds, hot.weights
+    return Entry(
+        *(library, op, f.kernel, f.architecture, f.registers, f.local_accesses),
+        hot.instructions,
+        hot.instructions_a_weight,
+        1000 * hot.instructions / macs if macs else None,
+        hot.cycles_a_kilo_multiply_add,
+        hot.shared_wavefronts / weights if weights else None,
+        1000 * hot.shared_wavefronts / macs if macs else None,
+        hot.alu / weights if weights else None,
+        1000 * hot.alu / macs if macs else None,
+        figures.tile_rows(f.kernel) if macs else 0,
+        TILE_COLUMNS[op] if library == HOPPER else 0,
+        hot.accesses,
+        conflicts[f.kernel],
+        f.occupancy,
+    )
 
 
 TRITON_CALLS = {
@@ -212,7 +237,10 @@ def _triton_entry(
         1000 * path.cycles / macs if macs and known else None,
         None if macs else path.shared_wavefronts / weights,
         1000 * path.shared_wavefronts / macs if macs else None,
+        None if macs else path.alu / weights,
+        1000 * path.alu / macs if macs else None,
         blocks.get("M", 0),
+        0,
         dict(sorted(path.widths.items())),
         None,
         occupancy / figures.PROCESSORS[architecture].warps,
@@ -298,7 +326,10 @@ def _peer_entry(
         1000 * path.cycles / macs if macs and known else None,
         None if macs else path.shared_wavefronts / _peer_weights(op, path),
         1000 * path.shared_wavefronts / macs if macs else None,
-        _tile_rows(name) if macs else 0,
+        None if macs else path.alu / _peer_weights(op, path),
+        1000 * path.alu / macs if macs else None,
+        figures.tile_rows(name) if macs else 0,
+        0,
         dict(sorted(path.widths.items())),
         conflicts.get(name),
         None,
@@ -317,15 +348,23 @@ def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[st
     limits["memory"] = moved / (gpu.gbytes_s * 1e9)
     if entry.instructions_a_weight is not None:
         limits["issue"] = entry.instructions_a_weight * weights / 32 / gpu.issue_rate
+    if entry.alu_a_weight is not None:
+        limits["alu"] = entry.alu_a_weight * weights / 32 / gpu.alu_rate
     if entry.wavefronts_a_weight is not None:
         limits["shared"] = entry.wavefronts_a_weight * weights / 32 / gpu.wavefront_rate
     if entry.instructions_a_kilo_multiply_add is not None:
         kilo = weights * -(-m // entry.tile_rows) * entry.tile_rows / 1000
         limits["issue"] = entry.instructions_a_kilo_multiply_add * kilo / gpu.issue_rate
-        share = 1.0 if entry.library == TRITON else gpu.mma_share
+        share = 1.0 if entry.library in (TRITON, HOPPER) else gpu.mma_share
         limits["tensor"] = 2000 * kilo / (gpu.tensor_tflops * 1e12 * share)
+        if entry.alu_a_kilo_multiply_add is not None:
+            limits["alu"] = entry.alu_a_kilo_multiply_add * kilo / gpu.alu_rate
         if entry.wavefronts_a_kilo_multiply_add is not None:
             limits["shared"] = entry.wavefronts_a_kilo_multiply_add * kilo / gpu.wavefront_rate
+        if entry.tile_columns:
+            tile = 2.0 * entry.tile_rows + BYTES_A_WEIGHT * entry.tile_columns
+            tile /= entry.tile_rows * entry.tile_columns
+            limits["cache"] = 1000 * kilo * tile / (L2_BYTES * gpu.processors * gpu.boost_ghz * 1e9)
     bound = max(limits, key=lambda name: limits[name])
     return {
         "gpu": gpu.name,
@@ -335,8 +374,16 @@ def modelled(entry: Entry, gpu: Gpu, rows: int, columns: int, m: int) -> dict[st
         "m": m,
         "modelled_us": limits[bound] * 1e6,
         "bound": bound,
+        "tensor_share": _tensor_share(entry, gpu, weights * m, limits[bound]),
         "roofline_us": max(limits["memory"], limits.get("tensor", 0.0)) * 1e6,
     }
+
+
+def _tensor_share(entry: Entry, gpu: Gpu, products: int, seconds: float) -> float | None:
+    """What of the tensor cores' dense peak the products come to."""
+    if entry.op not in OURS_FOR_HOPPER:
+        return None
+    return 2 * products / (gpu.tensor_tflops * 1e12) / seconds
 
 
 def models(
@@ -381,11 +428,11 @@ def plot(times: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, gpu in zip(axes, gpus, strict=True):
         here = [time for time in times if time["gpu"] == gpu]
         labels = list(dict.fromkeys((time["op"], time["m"]) for time in here))
-        for shift, (library, colour) in zip((-0.27, 0, 0.27), COLOURS.items(), strict=True):
+        for shift, (library, colour) in zip((-0.3, -0.1, 0.1, 0.3), COLOURS.items(), strict=True):
             mine = [time for time in here if time["library"] == library]
             places = [labels.index((time["op"], time["m"])) + shift for time in mine]
-            axis.bar(places, [t["modelled_us"] for t in mine], 0.26, color=colour, label=library)
-            axis.scatter(places, [t["roofline_us"] for t in mine], marker="_", color="k", s=120)
+            axis.bar(places, [t["modelled_us"] for t in mine], 0.2, color=colour, label=library)
+            axis.scatter(places, [t["roofline_us"] for t in mine], marker="_", color="k", s=90)
         names = [f"{op} M={m}" if op in ("forward", "dx") else op for op, m in labels]
         axis.set_xticks(range(len(labels)), names, rotation=60, ha="right", fontsize=8)
         axis.set_yscale("log")
@@ -400,7 +447,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_static.py", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 14336), help="of the weight")
-    parser.add_argument("--m", type=int, nargs="+", default=(16, 64, 128, 512), help="rows of x")
+    parser.add_argument(
+        "--m", type=int, nargs="+", default=(16, 64, 128, 256, 512), help="rows of x"
+    )
     parser.add_argument("--out", type=Path, help="folder for gpu_static.json and gpu_static.png")
     args = parser.parse_args(argv)
     if reason := toolchain.missing():
@@ -422,7 +471,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = models(entries, *args.shape, args.m)
     print(f"\nMODELLED, not measured: weight {args.shape[0]} x {args.shape[1]}, bfloat16\n")
     print_table(
-        times, ("gpu", "op", "m", "library", "modelled_us", "roofline_us", "bound", "kernel")
+        times,
+        (
+            "gpu",
+            "op",
+            "m",
+            "library",
+            "modelled_us",
+            "roofline_us",
+            "bound",
+            "tensor_share",
+            "kernel",
+        ),
     )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

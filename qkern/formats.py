@@ -35,6 +35,7 @@ CUDA_PATHS = {
     "vector": "float32 dot products; forward only",
     "mma": "tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0",
     "tiled": "float32 tiles; takes anything",
+    "wgmma": "Hopper's tensor cores (9.0 only), as mma otherwise; only if it is forced",
 }
 """How a CUDA matmul is computed; the position is C++'s number, ``CudaPath``."""
 

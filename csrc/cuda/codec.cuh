@@ -392,19 +392,31 @@ struct ScaledTable {
     decode<0x7351, 0x6240>(__byte_perm(word, 0, 0x3120), out);
   }
 
+  // out[i] holds elements 2i (low half) and 2i + 1 of the four in the word's low half.
+  QKERN_DEVICE void decode4(std::uint32_t word, std::uint32_t (&out)[2]) const {
+    decode_half<0x4051, 0x6273>(word & 0x77777777u, ((word >> 1) & 0x44444444u) | 0x32103210u, out);
+  }
+
   // out[2i] and out[2i + 1] hold the products of the codes that the nibbles of half i name; the
   // selectors say which, of four low and four high bytes.
   template <unsigned kFirst, unsigned kSecond>
   QKERN_DEVICE void decode(std::uint32_t word, std::uint32_t (&out)[4]) const {
     const std::uint32_t index = word & 0x77777777u;
     const std::uint32_t side = ((word >> 1) & 0x44444444u) | 0x32103210u;
+    std::uint32_t halves[2][2];
+    decode_half<kFirst, kSecond>(index, side, halves[0]);
+    decode_half<kFirst, kSecond>(index >> 16, side >> 16, halves[1]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::uint32_t low_bytes = pick(low, index >> (16 * half), side >> (16 * half));
-      const std::uint32_t high_bytes = pick(high, index >> (16 * half), side >> (16 * half));
-      out[2 * half] = __byte_perm(low_bytes, high_bytes, kFirst);
-      out[2 * half + 1] = __byte_perm(low_bytes, high_bytes, kSecond);
-    }
+    for (int i = 0; i < 4; ++i) out[i] = halves[i / 2][i % 2];
+  }
+
+  template <unsigned kFirst, unsigned kSecond>
+  QKERN_DEVICE void decode_half(std::uint32_t index, std::uint32_t side,
+                                std::uint32_t (&out)[2]) const {
+    const std::uint32_t low_bytes = pick(low, index, side);
+    const std::uint32_t high_bytes = pick(high, index, side);
+    out[0] = __byte_perm(low_bytes, high_bytes, kFirst);
+    out[1] = __byte_perm(low_bytes, high_bytes, kSecond);
   }
 };
 

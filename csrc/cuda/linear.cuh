@@ -24,12 +24,21 @@ constexpr std::int64_t kLongestRow = 1 << 29;
 static_assert(4 * kLongestRow + kNestedBlockSize * std::int64_t{kMaxBlockSize} < 1ll << 32,
               "positions in a ScaleRun, which starts up to 256 blocks before, fit them too");
 
+// Whether this build has code for sm_90a, which alone has Hopper's products.
+#if defined(QKERN_HAVE_SM90A) || defined(QKERN_CUDA_EMULATED)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 // The paths. Each has the whole args and writes y; `split` is what its workspace was sized for, and
 // `capability` is the device's.
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream);
 Status linear_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream);
 Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream);
 Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream);
+Status linear_wgmma(const Linear4bitArgs& args, const Split& split, void* stream);
+Status linear_dx_wgmma(const Linear4bitArgs& args, const Split& split, void* stream);
 
 // y = sum of the parts + bias, rounded once to T.
 Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, void* stream);
@@ -37,6 +46,9 @@ Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, v
 Split linear_vector_split(const Linear4bitArgs& args);
 Split linear_mma_split(const Linear4bitArgs& args, int capability);
 Split linear_dx_mma_split(const Linear4bitArgs& args, int capability);
+// A block has a processor for itself.
+Split linear_wgmma_split(const Linear4bitArgs& args, int processors);
+Split linear_dx_wgmma_split(const Linear4bitArgs& args, int processors);
 
 namespace {
 

@@ -21,8 +21,18 @@ sum_splits_kernel(const float* __restrict__ parts, int count, std::int64_t m, st
 
 constexpr const char* kTakesTensorCores =
     "path mma: takes float16 from sm_75 and bfloat16 from sm_80 on";
+constexpr const char* kTakesHopper =
+    "path wgmma: takes float16 and bfloat16 on compute capability 9.0, by code for sm_90a";
 constexpr const char* kTakesPieces =
-    "path mma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned";
+    "path mma or wgmma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned";
+
+// The kernels of tensor cores read x and W in 16-byte pieces, each within a row and a block.
+bool takes_pieces(const Linear4bitArgs& args, bool input_gradient, bool aligned) {
+  const std::int64_t depth = input_gradient ? args.weight.rows : args.weight.cols;
+  const bool whole_pieces =
+      args.weight.cols % 32 == 0 && args.weight.cols <= kLongestRow && depth % 8 == 0;
+  return whole_pieces && aligned;
+}
 
 // Why args.path cannot compute the matmul, or nullptr where it can.
 const char* refusal(const Linear4bitArgs& args, bool input_gradient, bool aligned, int capability) {
@@ -32,12 +42,11 @@ const char* refusal(const Linear4bitArgs& args, bool input_gradient, bool aligne
     case CudaPath::kMma: {
       const int least = args.dtype == DType::kBFloat16 ? 80 : 75;
       if (args.dtype == DType::kFloat32 || capability < least) return kTakesTensorCores;
-      // The kernels read x and W in 16-byte pieces, each within a row and a block.
-      const std::int64_t depth = input_gradient ? args.weight.rows : args.weight.cols;
-      const bool whole_pieces =
-          args.weight.cols % 32 == 0 && args.weight.cols <= kLongestRow && depth % 8 == 0;
-      return whole_pieces && aligned ? nullptr : kTakesPieces;
+      return takes_pieces(args, input_gradient, aligned) ? nullptr : kTakesPieces;
     }
+    case CudaPath::kWgmma:
+      if (args.dtype == DType::kFloat32 || capability != 90 || !kHasWgmma) return kTakesHopper;
+      return takes_pieces(args, input_gradient, aligned) ? nullptr : kTakesPieces;
     default:
       return nullptr;
   }
@@ -48,11 +57,17 @@ bool is_empty(const Linear4bitArgs& args) {
 }
 
 // The split of args.path.
-Split split_of(const Linear4bitArgs& args, bool input_gradient, int capability) {
+Split split_of(const Linear4bitArgs& args, bool input_gradient, const DeviceLimits& limits) {
   if (is_empty(args) || args.path == CudaPath::kTiled) return {1, 0};
   if (args.path == CudaPath::kVector) return linear_vector_split(args);
-  return input_gradient ? linear_dx_mma_split(args, capability)
-                        : linear_mma_split(args, capability);
+  if constexpr (kHasWgmma) {
+    if (args.path == CudaPath::kWgmma) {
+      return input_gradient ? linear_dx_wgmma_split(args, limits.processors)
+                            : linear_wgmma_split(args, limits.processors);
+    }
+  }
+  return input_gradient ? linear_dx_mma_split(args, limits.capability)
+                        : linear_mma_split(args, limits.capability);
 }
 
 std::int64_t workspace_bytes(const Linear4bitArgs& args, bool input_gradient, const Split& split) {
@@ -68,7 +83,7 @@ bool aligned16(const void* p) { return (reinterpret_cast<std::uintptr_t>(p) & 15
 // A matmul on args.path, checked: whoever chose it may be wrong.
 Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
   DeviceLimits limits;
-  if (args.path == CudaPath::kMma) {
+  if (args.path == CudaPath::kMma || args.path == CudaPath::kWgmma) {
     const Status status = device_limits(&limits);
     if (!status.ok()) return status;
   }
@@ -76,7 +91,7 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
       args.x_row_stride % 8 == 0 && aligned16(args.x) && aligned16(args.weight.packed);
   const char* const why_not = refusal(args, input_gradient, aligned, limits.capability);
   if (why_not != nullptr) return Status::error(why_not);
-  const Split split = split_of(args, input_gradient, limits.capability);
+  const Split split = split_of(args, input_gradient, limits);
   if (workspace_bytes(args, input_gradient, split) > 0 && args.workspace == nullptr) {
     return Status::error("workspace: absent; takes as many bytes as linear_4bit_paths says");
   }
@@ -85,6 +100,12 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
     return linear_tiled(args, input_gradient, stream);
   }
   if (args.path == CudaPath::kVector) return linear_vector(args, split, stream);
+  if constexpr (kHasWgmma) {
+    if (args.path == CudaPath::kWgmma) {
+      return input_gradient ? linear_dx_wgmma(args, split, stream)
+                            : linear_wgmma(args, split, stream);
+    }
+  }
   return input_gradient ? linear_dx_mma(args, split, limits.capability, stream)
                         : linear_mma(args, split, limits.capability, stream);
 }
@@ -157,7 +178,7 @@ Status linear_4bit_paths(const Linear4bitArgs& args, bool input_gradient, bool a
   for (int path = 0; path < kCudaPaths; ++path) {
     on_path.path = static_cast<CudaPath>(path);
     if (refusal(on_path, input_gradient, aligned, limits.capability) != nullptr) continue;
-    const Split split = split_of(on_path, input_gradient, limits.capability);
+    const Split split = split_of(on_path, input_gradient, limits);
     paths[(*count)++] = {on_path.path, split.count,
                          workspace_bytes(on_path, input_gradient, split)};
   }

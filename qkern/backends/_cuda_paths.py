@@ -1,10 +1,12 @@
 """Which way a 4-bit matmul takes on a GPU: ``best``, and the model it follows.
 
-Four ways compute ``y = x W^T + bias`` and ``dx = dy W`` (M rows of x, W of N x K):
+Five ways compute ``y = x W^T + bias`` and ``dx = dy W`` (M rows of x, W of N x K):
 
 ``vector``  float32 dot products, a few rows of x at a time; any shape; the forward only
 ``mma``     tensor cores, each tile of rows decoding W by itself; 16-bit x, K % 32 == 0
 ``tiled``   float32 tiles; any dtype and shape; for what nothing else takes well
+``wgmma``   Hopper's tensor cores by their own instructions (compute capability 9.0 alone); what
+            ``mma`` takes. It has not run on a GPU yet: it is taken only where it is forced
 ``gemm``    W decoded into a workspace of at most 256 MiB, whole if that holds it, else a slice at a
             time, and multiplied by the vendor's GEMM; see `slices_of`
 
@@ -44,6 +46,8 @@ from qkern import formats
 
 PATHS = (*formats.CUDA_PATHS, "gemm")
 """All but the last by their numbers in C++."""
+FORCED_ONLY = frozenset({"wgmma"})
+"""Those that have not run on a GPU yet, though others of their kind may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +101,29 @@ _FLOAT32_RATES = {75: 16, 80: 16, 86: 32, 89: 32, 90: 32, 100: 32, 120: 32}
 # Bytes of memory a clock and quarter: T4, A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 _MEMORY_RATES = {75: 1.26, 80: 3.3, 86: 1.68, 89: 0.78, 90: 3.5, 100: 7.3, 120: 1.1}
 
-# Warp-instructions a weight in the hot loops: of the tensor-core kernels by rows of their tile, of
-# the dot products by rows that a launch takes at once, of a float32 tile of 64 rows, of decoding.
-_MMA_ISSUE = {16: 0.166, 32: 0.186, 64: 0.196}
-_DX_MMA_ISSUE = {64: 0.233, 128: 0.318}
+# Clocks that a weight's instructions take in the hot loops, one for a warp-instruction, or two for
+# each of integers and bytes, of which half as many are taken: of the tensor-core kernels by rows of
+# their tile, of the dot products by rows that a launch takes at once, of a float32 tile of 64 rows,
+# of decoding.
+_MMA_ISSUE = {16: 0.234, 32: 0.238, 64: 0.234}
+_DX_MMA_ISSUE = {64: 0.277, 128: 0.318}
+_WGMMA_ISSUE = {128: 0.328, 256: 0.344}
+_DX_WGMMA_ISSUE = {128: 0.261}
 _VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.311, 8: 0.605}
 _TILED_ISSUE = 5.3
-_DECODE_ISSUE = 0.18
+_DECODE_ISSUE = 0.264
 _PACKED_BYTES = 0.53  # a weight: its code, its part of a scale
 
 # What a kernel reaches of its modelled limit, by assumption: latencies, barriers, the last wave.
 _FUSED_EFFICIENCY = 0.65
 _MEMORY_EFFICIENCY = 0.85
-_MMA_EFFICIENCY = {75: 0.2, 80: 0.3, 86: 0.45, 89: 0.4, 90: 0.25, 100: 0.25, 120: 0.4}  # the prior
+_MMA_EFFICIENCY = {75: 0.2, 80: 0.3, 86: 0.45, 89: 0.4, 90: 0.3, 100: 0.35, 120: 0.4}  # the prior
+# Hopper's own products: latencies and barriers; and bytes from the L2 cache that a processor gets a
+# clock, where 5120 of the whole cache (A100's whitepaper) would be 39. A block has a processor for
+# itself, and its tile so many columns of the result.
+_WGMMA_EFFICIENCY = 0.85
+_L2_RATE = 28
+_WGMMA_COLUMNS, _DX_WGMMA_COLUMNS = 128, 256
 # The vendor's GEMM: rows of its tiles, what it reaches by their columns, and into how many parts it
 # may split the contraction where there are few tiles.
 _VENDOR_ROWS = 64
@@ -135,6 +149,8 @@ def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
     if path == "gemm":
         slices = slices_of(call, limits)
         return sum(_slice_clocks(end - begin, call, limits) for begin, end in slices)
+    if path == "wgmma":
+        return _hopper_clocks(call, limits)
     architecture = _architecture(limits.capability)
     rows, launches = call.rows, 1
     if path == "vector":
@@ -153,6 +169,27 @@ def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
     weights = call.out_features * call.in_features
     read = _moved(_PACKED_BYTES, architecture)
     return launches * _LAUNCH_CLOCKS + weights / (4 * limits.processors) * max(clocks, read)
+
+
+def _hopper_clocks(call: Matmul, limits: Limits) -> float:
+    """Clocks of ``wgmma``: whole waves of blocks, whose parts of a split contraction are even."""
+    architecture = _architecture(limits.capability)
+    tiles = _DX_WGMMA_ISSUE if call.dx else _WGMMA_ISSUE
+    tile = next((n for n in tiles if call.rows <= n), max(tiles))
+    columns, depth, width = _WGMMA_COLUMNS, call.in_features, call.out_features
+    if call.dx:
+        columns, depth, width = _DX_WGMMA_COLUMNS, width, depth
+    blocks = -(-call.rows // tile) * -(-width // columns)
+    parts = max(1, min(limits.processors // blocks, 8, depth // 256))
+    waves = -(-blocks * parts // limits.processors)
+    # Clocks of a quarter for one of the contraction's terms, of a whole tile of the result.
+    products = tile * columns / (4 * _TENSOR_RATES[architecture][1])
+    issue = tiles[tile] * columns / 4
+    cache = (2 * tile + _PACKED_BYTES * columns) / _L2_RATE
+    clocks = waves * depth / parts * max(products, issue, cache) / _WGMMA_EFFICIENCY
+    weights = call.out_features * call.in_features
+    read = weights / (4 * limits.processors) * _moved(_PACKED_BYTES, architecture)
+    return (1 + (parts > 1)) * _LAUNCH_CLOCKS + max(clocks, read)
 
 
 def _moved(nbytes: float, architecture: int) -> float:
@@ -222,6 +259,7 @@ def best(call: Matmul, limits: Limits, ways: Sequence[Way]) -> Way:
     if call.batch_invariant:
         # The way must not depend on the number of rows either: `vector`, or for dx the best left.
         return ways[0]
+    ways = [way for way in ways if way.path not in FORCED_ONLY]
     return min(ways, key=lambda way: modelled_clocks(way.path, call, limits))
 
 

@@ -168,7 +168,10 @@ def entry(library: str, op: str, **fields) -> gpu_static.Entry:
         "cycles_a_kilo_multiply_add": None,
         "wavefronts_a_weight": None,
         "wavefronts_a_kilo_multiply_add": None,
+        "alu_a_weight": None,
+        "alu_a_kilo_multiply_add": None,
         "tile_rows": 0,
+        "tile_columns": 0,
         "loop_accesses": {},
         "conflicting_shared_accesses": 0,
         "occupancy": None,
@@ -176,6 +179,7 @@ def entry(library: str, op: str, **fields) -> gpu_static.Entry:
     return gpu_static.Entry(library, op, f"{library}_kernel", 80, **values | fields)
 
 
+H100 = next(g for g in gpu_static.GPUS if g.name.startswith("H100"))
 A100 = next(g for g in gpu_static.GPUS if g.name.startswith("A100"))
 
 
@@ -204,10 +208,33 @@ def test_the_model_knows_tiles_and_shared_memory():
     time = gpu_static.modelled(plain, A100, 4096, 14336, 130)
     assert time["bound"] == "tensor"
     assert time["modelled_us"] == pytest.approx(2 * 256 * weights / 312e12 * 1e6)
+    permutes = entry("qkern", "dx", **values, alu_a_kilo_multiply_add=4.0)
+    time = gpu_static.modelled(permutes, A100, 4096, 14336, 130)
+    assert time["bound"] == "alu"
+    assert time["modelled_us"] == pytest.approx(weights * 0.256 * 4 / (2 * 108 * 1.41e9) * 1e6)
     look_ups = entry("qkern", "forward M=1", instructions_a_weight=4.0, wavefronts_a_weight=2.0)
     time = gpu_static.modelled(look_ups, A100, 4096, 14336, 1)
     assert time["bound"] == "shared"
     assert time["modelled_us"] == pytest.approx(weights / 16 / (108 * 1.41e9) * 1e6)
+
+
+def test_the_model_of_hoppers_products():
+    """At the peak of their own instruction, unless x and W come too slowly from the cache."""
+    values = {"instructions_a_kilo_multiply_add": 1.0, "tile_rows": 256, "tile_columns": 128}
+    weights = 4096 * 14336
+    hopper = entry(gpu_static.HOPPER, "forward", **values)
+    time = gpu_static.modelled(hopper, H100, 4096, 14336, 512)
+    assert time["bound"] == "cache"
+    moved = 2 * 256 + 128 * gpu_static.BYTES_A_WEIGHT  # of a block, for 256 x 128 multiply-adds
+    seconds = 512 * weights * moved / (256 * 128) / (28 * 132 * 1.83e9)
+    assert time["modelled_us"] == pytest.approx(seconds * 1e6)
+    assert time["tensor_share"] == pytest.approx(2 * 512 * weights / 989e12 / seconds)
+    wide = entry(gpu_static.HOPPER, "dx", **values | {"tile_rows": 128, "tile_columns": 256})
+    time = gpu_static.modelled(wide, H100, 4096, 14336, 256)
+    assert time["bound"] == "tensor"
+    assert time["tensor_share"] == pytest.approx(1.0)
+    usual = gpu_static.modelled(entry("qkern", "dx", **values), H100, 4096, 14336, 256)
+    assert usual["tensor_share"] == pytest.approx(0.63)
 
 
 def test_bytes_a_weight_are_those_of_the_op_table():
@@ -238,9 +265,18 @@ def test_committed_static_figures_are_of_this_model():
     path = ROOT / "benchmarks/results/gpu-static/gpu_static.json"
     content = json.loads(path.read_text())
     entries = [gpu_static.Entry(**kernel) for kernel in content["kernels"]]
-    assert {e.library for e in entries} == {"qkern", "qkern triton", "bitsandbytes"}
+    assert {e.library for e in entries} == set(gpu_static.COLOURS)
     batch = sorted({time["m"] for time in content["modelled_times"]} - {1})
     times = gpu_static.models(entries, *content["shape"], batch)
     assert times == content["modelled_times"]
-    assert "shared" not in {time["bound"] for time in times if time["library"] == "qkern"}
+    ours = [time for time in times if time["library"] in (gpu_static.QKERN, gpu_static.HOPPER)]
+    assert "shared" not in {time["bound"] for time in ours}
+    hopper = [t for t in ours if t["library"] == gpu_static.HOPPER and t["m"] >= 256]
+    assert {(time["gpu"], time["op"], time["m"]) for time in hopper} == {
+        (gpu, op, m)
+        for gpu in ("H100 SXM", "H200 SXM")
+        for op in ("forward", "dx")
+        for m in (256, 512)
+    }
+    assert min(time["tensor_share"] for time in hopper) >= 0.7
     assert path.with_suffix(".png").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -82,6 +83,20 @@ def test_shares_of_a_contraction_do_not_follow_the_rows(
             testing.assert_bitwise(part, whole[:count], f"{count} rows")
 
 
+@pytest.mark.parametrize("spec", [OPS["linear_4bit"], OPS["linear_4bit_dx"]], ids=lambda s: s.name)
+def test_rows_by_hopper_do_not_depend_on_others_where_they_must_not(
+    spec: OpSpec, library: ModuleType
+) -> None:
+    case = Case((140, 264, 1120), torch.bfloat16, double_quant=True, batch_invariant=True)
+    inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(1))
+    hopper = replace(backend.SCHEDULES[1], capability=90)
+    with backend.EmulatedTarget(library, hopper).activate(), ways.forced("wgmma"):
+        (whole,) = spec.run(inputs)
+        for count in (1, 9, 129):
+            (part,) = spec.run(spec.rows(inputs, slice(0, count)))
+            testing.assert_bitwise(part, whole[:count], f"{count} rows")
+
+
 def test_the_select_form_of_the_tables_decodes_the_same() -> None:
     """It exists for provers of race-freedom; what they prove must be what runs."""
     run_table("select", 0, 29, 70_000)
@@ -109,11 +124,17 @@ def test_every_small_case_on_another_build(variant: str, schedule: int) -> None:
 MATMULS = [(spec, case) for spec, case in TABLE if spec.comparison == "matmul"]
 
 
+def hopper_ways(spec: OpSpec, case: Case) -> list[str]:
+    """What only a device of compute capability 9.0 has; it must be given as the schedule's."""
+    return [way for way in ways.ways_of(spec, case, 90) if way == "wgmma"]
+
+
 def forced_params() -> list[object]:
     found = []
     for i, (spec, case) in enumerate(MATMULS):
-        schedule = backend.SCHEDULES[i % len(backend.SCHEDULES)]
-        for way in ways.ways_of(spec, case, schedule.capability):
+        by_turns = backend.SCHEDULES[i % len(backend.SCHEDULES)]
+        for way in (*ways.ways_of(spec, case, by_turns.capability), *hopper_ways(spec, case)):
+            schedule = replace(by_turns, capability=90) if way == "wgmma" else by_turns
             quick = i % 23 == ways.WAYS.index(way) and case.numel <= 1 << 18
             marks = [] if quick else [pytest.mark.slow]
             name = f"{spec.name}-{way}-{schedule}-{case}"
@@ -132,8 +153,9 @@ def test_matmul_by_a_forced_way(
 @pytest.mark.parametrize("spec", [OPS["linear_4bit"], OPS["linear_4bit_dx"]], ids=lambda s: s.name)
 def test_the_devices_test_of_every_way(spec: OpSpec, library: ModuleType) -> None:
     """It runs as written, on the emulator in a device's place, and takes each way."""
-    target, taken = backend.EmulatedTarget(library, backend.SCHEDULES[0]), set()
+    hopper = replace(backend.SCHEDULES[0], capability=90)
+    target, taken = backend.EmulatedTarget(library, hopper), set()
     case = Case((9, 160, 192), torch.bfloat16, bias=spec.name == "linear_4bit")
-    for way in test_ways.check_every_way(spec, case, target, 80, torch.device("cpu")):
+    for way in test_ways.check_every_way(spec, case, target, 90, torch.device("cpu")):
         taken.add(way)
     assert taken == set(ways.WAYS) - ({"vector"} if spec.input_gradient else set())

@@ -86,7 +86,13 @@ def test_a_dry_run_where_only_torch_is_installed(tmp_path: Path) -> None:
     assert {row["op"] for row in content["results"]} == {"forward", "dx", "dequantize"}
     forward = [r for r in content["results"] if r["op"] == "forward" and r["m"] == 1]
     by_path = Counter(row["path"] for row in forward if row["shape"] == [96, 128] and "path" in row)
-    assert by_path == {"vector": 2, "mma": 1, "tiled": 1, "gemm": 1}  # the chosen one also as such
+    assert by_path == {
+        "vector": 2,
+        "mma": 1,
+        "tiled": 1,
+        "wgmma": 1,
+        "gemm": 1,
+    }  # the chosen one also as such
     assert all(row["modelled_ms"] > 0 for row in forward if "path" in row)
     assert any("without bitsandbytes" in note for note in content["notes"])
 
@@ -151,7 +157,7 @@ def test_the_table_has_every_case_on_every_way() -> None:
 
 @needs_emulator
 def test_launches_for_a_profiler() -> None:
-    assert launches.launch(device.get(dry=True)) == 10
+    assert launches.launch(device.get(dry=True)) == 14
 
 
 def test_a_check_that_loses_the_device_ends_its_process(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,7 +287,7 @@ def test_a_path_that_fails_is_said_and_the_others_are_timed(
     assert failed[0].startswith("FAIL times forward 32x64 M=2: AssertionError: qkern tiled: Wrong")
     assert failed[0].endswith("; qkern gemm: RuntimeError: cuBLAS has none")
     rows = json.loads(file.read_text())["results"]
-    assert {row["path"] for row in rows if "path" in row} == {"vector", "mma"}
+    assert {row["path"] for row in rows if "path" in row} == {"vector", "mma", "wgmma"}
     # A process that is begun again goes on with the file.
     assert checks.main(["times", "0", "1", "2", "--dry", "--file", str(file)]) == 1
     more = json.loads(file.read_text())["results"]

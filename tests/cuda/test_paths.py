@@ -25,9 +25,12 @@ needs_compiler = pytest.mark.skipif(
     build.compiler() is None, reason="the emulator needs g++ or CXX"
 )
 AMPERE = Limits(80, 108, 40 << 20)
+HOPPER = Limits(90, 132, 50 << 20)
 MATMULS = ("linear_4bit", "linear_4bit_dx")
 # (rows, N, K): one slice and several, whole and short ones, K that no 128-bit load divides.
 SHAPES = ((1, 96, 256), (7, 300, 64), (21, 260, 416), (65, 136, 320), (9, 70, 131), (5, 515, 96))
+# A tile of 256 rows, more tiles of the contraction than are under way at once, and half of one.
+HOPPER_SHAPES = (*SHAPES, (130, 264, 160), (257, 136, 1056), (9, 2056, 96))
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +43,16 @@ def forced_cases() -> list[object]:
     formats = (("nf4", True), ("fp4", False))
     found = []
     for name in MATMULS:
-        for index, shape in enumerate(SHAPES):
+        for index, shape in enumerate(HOPPER_SHAPES):
             for dtype in DTYPES:
                 format, double_quant = formats[index % 2]
                 bias = name == "linear_4bit" and index % 3 != 1
                 case = Case(shape, dtype, 32, format, double_quant=double_quant, bias=bias)
                 call = Matmul(name.endswith("dx"), dtype, *shape)
+                paths = expected_paths(call, AMPERE.capability) if index < len(SHAPES) else ()
+                paths += ("wgmma",) * ("wgmma" in expected_paths(call, HOPPER.capability))
                 found += [
-                    pytest.param(name, case, path, id=f"{name}-{path}-{case}")
-                    for path in expected_paths(call, AMPERE.capability)
+                    pytest.param(name, case, path, id=f"{name}-{path}-{case}") for path in paths
                 ]
     return found
 
@@ -59,8 +63,10 @@ def test_every_path_meets_the_error_bound(
     name: str, case: Case, path: str, library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With so small a workspace that `gemm` takes several slices."""
-    target = backend.EmulatedTarget(library, backend.SCHEDULES[4])
-    limits = replace(AMPERE, l2_bytes=1 << 16, workspace_bytes=1 << 15)
+    device = HOPPER if path == "wgmma" else AMPERE
+    schedule = replace(backend.SCHEDULES[4], capability=device.capability)
+    target = backend.EmulatedTarget(library, schedule)
+    limits = replace(device, l2_bytes=1 << 16, workspace_bytes=1 << 15)
     monkeypatch.setattr(_cuda_matmul, "device_limits", lambda _: limits)
     monkeypatch.setenv("QKERN_CUDA_PATH", path)
     taken = []
@@ -161,6 +167,9 @@ def test_the_model_of_the_vendors_gemm() -> None:
     )
 
 
+modelled = _cuda_paths.modelled_clocks
+
+
 def choose(call: Matmul, limits: Limits) -> str:
     """The path of a call, on a device of which only the limits are known."""
     ways = [Way(path) for path in expected_paths(call, limits.capability)]
@@ -168,7 +177,7 @@ def choose(call: Matmul, limits: Limits) -> str:
 
 
 @needs_compiler
-@pytest.mark.parametrize("capability", [70, 75, 80, 90])
+@pytest.mark.parametrize("capability", [70, 75, 80, 90, 100, 120])
 def test_the_kernels_answer_which_paths_there_are(library: ModuleType, capability: int) -> None:
     """And what each takes: a workspace where the contraction is split, of a part for each."""
     schedule = replace(backend.SCHEDULES[0], capability=capability)
@@ -188,7 +197,7 @@ def test_the_kernels_answer_which_paths_there_are(library: ModuleType, capabilit
                 rows = min(m, 64) if way.path == "vector" else m
                 part = 4 * rows * (k if dx else n)
                 assert way.workspace_bytes == (0 if way.parts == 1 else way.parts * part)
-                assert way.parts == 1 or way.path in ("vector", "mma")
+                assert way.parts == 1 or way.path in ("vector", "mma", "wgmma")
 
 
 @needs_compiler
@@ -203,7 +212,7 @@ def test_few_rows_of_a_square_layer_start_one_kernel(library: ModuleType) -> Non
 
 
 @needs_compiler
-@pytest.mark.parametrize("path", ["vector", "mma", "tiled"])
+@pytest.mark.parametrize("path", ["vector", "mma", "tiled", "wgmma"])
 def test_products_without_terms_are_the_bias(path: str, library: ModuleType) -> None:
     """As C++ is asked for them: Python never comes so far with a weight of no columns."""
     x, bias = torch.full((3, 8), torch.nan).bfloat16(), torch.randn(5).bfloat16()
@@ -211,7 +220,8 @@ def test_products_without_terms_are_the_bias(path: str, library: ModuleType) -> 
     packed, absmax = torch.zeros(16, dtype=torch.uint8), torch.full((1,), torch.nan)
     weight = Weight(packed, absmax, None, None, None, "nf4", 64)
     product = Product(False, x, 3, 8, weight, 5, 0, bias, out, batch_invariant=False)
-    with backend.EmulatedTarget(library, backend.SCHEDULES[0]).activate():
+    schedule = replace(backend.SCHEDULES[0], capability=90)
+    with backend.EmulatedTarget(library, schedule).activate():
         library.cuda_linear_4bit(*product_numbers(product), PATHS.index(path), None, 0)
     testing.assert_bitwise(out, bias.expand(3, 5))
 
@@ -283,13 +293,16 @@ def test_choices_of_the_model() -> None:
         assert order[0] == "vector"
         assert [PATHS.index(path) for path in order] == sorted(map(PATHS.index, order))
         assert "mma" in order
-        assert "tiled" not in order
+        assert {"tiled", "wgmma"}.isdisjoint(order)
     assert choose(replace(large, rows=2048), replace(AMPERE, capability=90)) == "gemm"
     # Without tensor cores for the dtype there is no mma.
     for dtype, capability in ((torch.float32, 90), (torch.bfloat16, 75)):
         limits = replace(AMPERE, capability=capability)
         for rows in (1, 8, 64, 512):
             assert choose(replace(large, dtype=dtype, rows=rows), limits) != "mma"
+    # What has not run on a GPU is not chosen, however fast it is by the model.
+    wgmma = modelled("wgmma", replace(large, rows=256), HOPPER)
+    assert wgmma < min(modelled(p, replace(large, rows=256), HOPPER) for p in ("mma", "gemm"))
     # Batch invariance: one way, whatever the number of rows.
     for dx in (False, True):
         call = replace(large, dx=dx, batch_invariant=True)
@@ -302,6 +315,7 @@ def test_choices_of_the_model() -> None:
         ("wmma", Matmul(False, torch.float16, 4, 64, 64)),
         ("mma", Matmul(False, torch.float32, 4, 64, 64)),
         ("mma", Matmul(False, torch.float16, 4, 64, 65)),
+        ("wgmma", Matmul(False, torch.float16, 4, 64, 64)),
         ("vector", Matmul(True, torch.float16, 4, 64, 64)),
         ("gemm", Matmul(False, torch.float16, 4, 64, 64, batch_invariant=True)),
     ],
@@ -312,6 +326,26 @@ def test_a_forced_path_that_cannot_is_an_error(
     monkeypatch.setenv("QKERN_CUDA_PATH", path)
     with pytest.raises(ValueError, match=f"QKERN_CUDA_PATH: got '{path}'; takes .*tiled"):
         choose(call, AMPERE)
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", ["mma", "tiled", "vector", "wgmma", "gemm"])
+def test_codes_that_are_not_there_have_no_value(
+    path: str, library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tile that is cut short: an infinite product would make a NaN of the zeros beside it."""
+    codebook = torch.linspace(-0.5, 0.25, 16)
+    codebook[15] = 1.0  # that no weight has: with this scale, infinite in float16
+    packed, absmax = torch.full((40 * 96 // 2,), 0xEE, dtype=torch.uint8), torch.full((120,), 1e5)
+    x = torch.randn(5, 96).half() * 1e-3
+    monkeypatch.setenv("QKERN_CUDA_PATH", path)
+    schedule = replace(backend.SCHEDULES[0], capability=90)
+    with backend.EmulatedTarget(library, schedule).activate():
+        y = torch.ops.qkern.linear_4bit(x, packed, absmax, None, None, codebook, "custom", 32, 40)
+    weight = (codebook[14] * 1e5).half().double()
+    assert weight.isfinite()
+    expected = (x.double().sum(1, keepdim=True) * weight).half().expand(5, 40)
+    torch.testing.assert_close(y, expected)
 
 
 @needs_compiler
@@ -338,13 +372,19 @@ def test_activations_near_the_end_of_float32(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("shape", "dtype", "taken"),
+    ("path", "capability", "shape", "dtype", "taken"),
     [
-        ((5, 64, 96), torch.float32, "float16 from sm_75"),
-        ((5, 64, 48), torch.bfloat16, "K % 32 == 0"),
+        ("mma", 80, (5, 64, 96), torch.float32, "float16 from sm_75"),
+        ("mma", 80, (5, 64, 48), torch.bfloat16, "K % 32 == 0"),
+        ("wgmma", 90, (5, 64, 96), torch.float32, "float16 and bfloat16 on compute capability 9.0"),
+        ("wgmma", 80, (5, 64, 96), torch.bfloat16, "float16 and bfloat16 on compute capability"),
+        ("wgmma", 100, (5, 64, 96), torch.bfloat16, "float16 and bfloat16 on compute capability"),
+        ("wgmma", 90, (5, 64, 48), torch.bfloat16, "K % 32 == 0"),
     ],
 )
 def test_kernels_refuse_what_the_tensor_cores_cannot_take(
+    path: str,
+    capability: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     taken: str,
@@ -352,9 +392,10 @@ def test_kernels_refuse_what_the_tensor_cores_cannot_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The launcher checks again: a wrong choice must not read out of step."""
-    target = backend.EmulatedTarget(library, backend.SCHEDULES[0])
+    schedule = replace(backend.SCHEDULES[0], capability=capability)
+    target = backend.EmulatedTarget(library, schedule)
     case = Case(shape, dtype)
     inputs = OPS["linear_4bit"].make_inputs(case, torch.device("cpu"), torch.Generator())
-    monkeypatch.setattr(_cuda_matmul, "choose", lambda *_: Way("mma"))
-    with target.activate(), pytest.raises(RuntimeError, match=f"path mma: takes {taken}"):
+    monkeypatch.setattr(_cuda_matmul, "choose", lambda *_: Way(path))
+    with target.activate(), pytest.raises(RuntimeError, match=f"{path}.*: takes {taken}"):
         OPS["linear_4bit"].run(inputs)

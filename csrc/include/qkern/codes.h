@@ -25,9 +25,10 @@ enum class CudaPath : int {
   kVector = 0,  // float32 dot products; forward only
   kMma = 1,  // tensor cores; 16-bit x in 16-byte pieces, K % 32 == 0
   kTiled = 2,  // float32 tiles; takes anything
+  kWgmma = 3,  // Hopper's tensor cores (9.0 only), as mma otherwise; only if it is forced
 };
-inline constexpr int kCudaPaths = 3;
-inline constexpr const char* kCudaPathNumbers = "0 (vector), 1 (mma) or 2 (tiled)";
+inline constexpr int kCudaPaths = 4;
+inline constexpr const char* kCudaPathNumbers = "0 (vector), 1 (mma), 2 (tiled) or 3 (wgmma)";
 
 // AdamW's factors for a parameter at its step t; qkern/reference.py derives them.
 struct AdamWFactors {

@@ -7,13 +7,18 @@ with 3 at the first mistake.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lab.cuda import adamw
+from lab.cuda import adamw, ways
 from lab.cuda.emulator import backend, build
 from lab.mutants import report
 from qkern import testing
@@ -98,8 +103,27 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             Case((130, 104, 64), HALF, 64),
         ),
     ),
+    # Both tiles; more tiles than places in a part, and a half of one at the end.
+    "linear_4bit_wgmma": (
+        "linear_4bit",
+        (
+            Case((7, 40, 768), HALF, 64, double_quant=True, bias=True),
+            Case((130, 136, 544), BFLOAT, 32),
+            Case((200, 24, 4224), BFLOAT, 64, double_quant=True),
+            Case((9, 136, 672), HALF, 64, bias=True, batch_invariant=True),
+        ),
+    ),
+    "linear_4bit_dx_wgmma": (
+        "linear_4bit_dx",
+        (
+            Case((9, 456, 96), HALF, 32, double_quant=True),
+            Case((70, 200, 160), BFLOAT, 64, batch_invariant=True),
+            Case((130, 2184, 320), BFLOAT, 64),
+        ),
+    ),
     "huge_stride": ("linear_4bit", ()),
 }
+"""Cases by what they are to reach; those for ``wgmma`` are on that path, where it is."""
 
 
 def huge_stride(target: testing.Target) -> None:
@@ -123,7 +147,11 @@ def judge(folder: str, op: str, schedules: list[int]) -> str | None:
     library = build.load(Path(folder))
     name, cases = CASES[op]
     for schedule in schedules:
-        target = backend.EmulatedTarget(library, backend.SCHEDULES[schedule])
+        order = backend.SCHEDULES[schedule]
+        on_path: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if "wgmma" in op:
+            order, on_path = replace(order, capability=90), partial(ways.forced, "wgmma")
+        target = backend.EmulatedTarget(library, order)
         at = f"{op} under {target.isa}"
         try:
             if op == "huge_stride":
@@ -132,7 +160,8 @@ def judge(folder: str, op: str, schedules: list[int]) -> str | None:
                 adamw.STEPS[op](target)
             for case in cases:
                 at = f"{case} under {target.isa}"
-                testing.check(testing.OPS[name], case, target, "cpu")
+                with on_path():
+                    testing.check(testing.OPS[name], case, target, "cpu")
         except AssertionError as wrong:
             nan = re.search(r"\bnan\b|is not finite", str(wrong))
             what = "schedule" if schedule != ORDERLY else "poison" if nan else "numbers"

@@ -23,12 +23,14 @@ WAYS = (*_cuda_paths.PATHS, SLICES)
 def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
     """The paths that can compute a call, by the rules that csrc/cuda/linear_4bit.cu must follow."""
     found = [] if call.dx else ["vector"]
+    hopper = []
     least = {torch.float16: 75, torch.bfloat16: 80}.get(call.dtype)
     depth = call.out_features if call.dx else call.in_features
     whole_pieces = call.aligned and call.in_features % 32 == 0 and depth % 8 == 0
     if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
         found.append("mma")
-    return (*found, "tiled") if call.batch_invariant else (*found, "tiled", "gemm")
+        hopper = ["wgmma"] if capability == 90 else []
+    return (*found, "tiled", *hopper, *(() if call.batch_invariant else ("gemm",)))
 
 
 def smallest(capability: int) -> Limits:

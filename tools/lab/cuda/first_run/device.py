@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,10 @@ class Gpu:
 
 
 class Emulator:
-    """The CUDA kernels on a CPU. It has neither graphs nor streams: work is only done again."""
+    """The CUDA kernels on a CPU, of a Hopper GPU, which has every path.
+
+    It has neither graphs nor streams: work is only done again.
+    """
 
     dry = True
 
@@ -97,7 +101,8 @@ class Emulator:
         self.device = torch.device("cpu")
         self.name = name
         self.library: Any = build.load(build.build("plain"))
-        self.target = backend.EmulatedTarget(self.library, backend.SCHEDULES[0])
+        hopper = replace(backend.SCHEDULES[0], capability=90)
+        self.target = backend.EmulatedTarget(self.library, hopper)
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         return self.target.activate()

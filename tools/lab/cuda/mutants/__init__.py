@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from .adamw import ADAMW
 from .codes import CODES
+from .hopper import HOPPER
 from .matmuls import MATMULS
 
-MUTANTS = (*CODES, *MATMULS, *ADAMW)
+MUTANTS = (*CODES, *MATMULS, *HOPPER, *ADAMW)
 """Those that `lab.cuda.verdicts` judges; what proofs of race-freedom notice is in `races`."""

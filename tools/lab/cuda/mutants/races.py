@@ -11,6 +11,8 @@ _DX = "linear_4bit_dx_mma_kernel<BFloat16, 64, 3>"
 _WIDE_DX = "linear_4bit_dx_mma_kernel<BFloat16, 128, 3>"
 _VECTOR = "linear_4bit_vector_kernel<BFloat16, 1, 4, true>"
 _TILED = "linear_4bit_tiled_kernel<float, false>"
+_HOPPER = "linear_4bit_wgmma_kernel<BFloat16, 128, false>"
+_HOPPER_DX = "linear_4bit_dx_wgmma_kernel<BFloat16>"
 _FEW = "cp_async_wait<kStages - 2>();"
 _ONE_FEWER = "cp_async_wait<kStages - 1>();"
 
@@ -240,6 +242,46 @@ RACES = (
         "    y[i] = ",
         "    y[i / 2] = ",
         "sum_splits_kernel<BFloat16>",
+        "race",
+    ),
+    Mutant(
+        "hopper_without_barrier",
+        "linear_4bit_wgmma.cu",
+        "are done for all.\n    __syncthreads();",
+        "are done for all.",
+        _HOPPER,
+        "race",
+    ),
+    Mutant(
+        "hopper_waits_for_too_few_copies",
+        "linear_4bit_wgmma.cu",
+        "    cp_async_wait<Shared::kAhead - 1>();",
+        "    cp_async_wait<Shared::kAhead>();",
+        _HOPPER,
+        "race",
+    ),
+    Mutant(
+        "hopper_reads_sums_early",
+        "linear_4bit_wgmma.cu",
+        "  __syncthreads();\n  const int column = 4 * lane;",
+        "  const int column = 4 * lane;",
+        _HOPPER,
+        "race",
+    ),
+    Mutant(
+        "hopper_dx_without_barrier",
+        "linear_4bit_dx_wgmma.cu",
+        "are done for all.\n    __syncthreads();",
+        "are done for all.",
+        _HOPPER_DX,
+        "race",
+    ),
+    Mutant(
+        "hopper_dx_lines_overlap",
+        "linear_4bit_dx_wgmma.cu",
+        "const int line = warp * 4 + lane / 2 % 4;",
+        "const int line = warp * 2 + lane / 2 % 4;",
+        _HOPPER_DX,
         "race",
     ),
 )

@@ -49,6 +49,8 @@ class Proof:
     """What tells it from another launch of the same kernel."""
     timeout_s: int = 1200
     """Of the prover: minutes at most on a quiet machine, several times that on a loaded one."""
+    architectures: tuple[int, ...] = (80, 90, 100)
+    """For which it is proved."""
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.case}" if self.case else self.kernel
@@ -287,6 +289,54 @@ def _tensor_cores() -> Iterator[Proof]:
         )
 
 
+def _hopper() -> Iterator[Proof]:
+    """Of a tile that is copied, or decoded, in place of another: more tiles than places.
+
+    What products read of shared memory is in the skeleton where they start; how long they read it,
+    the emulator knows.
+    """
+    for t in HALVES:
+        split = t == "Float16"
+        for tile, halves in itertools.product((128, 256), (False, True)):
+            stages = 6 if tile == 128 else 5
+            m, rows = tile - 3, 120
+            share = 64 * (stages + 1)
+            cols = share + (96 if halves else 64)
+            yield Proof(
+                f"linear_4bit_wgmma_kernel<{t}, {tile}, {str(halves).lower()}>",
+                "linear_4bit_wgmma.cu",
+                (MmaArgs,),
+                {
+                    **_matmul(m, rows, cols, nested=split),
+                    "0.split_length": share if split else cols,
+                    "0.share_length": share if split else cols,
+                    "0.x_row_stride": cols,
+                    **_mma_output(m, rows, True, split),
+                },
+                shared=f"WgmmaShared<{tile}>",
+                select=True,
+                grid=(1, 1, 2 if split else 1),
+                architectures=(90,),
+            )
+        m, rows, cols, share = 125, 64 * 5 + 8, 224, 64 * 4
+        yield Proof(
+            f"linear_4bit_dx_wgmma_kernel<{t}>",
+            "linear_4bit_dx_wgmma.cu",
+            (MmaArgs,),
+            {
+                **_matmul(m, rows, cols, nested=split),
+                "0.split_length": share if split else rows,
+                "0.share_length": share if split else rows,
+                "0.x_row_stride": rows,
+                **_mma_output(m, cols, False, split),
+            },
+            shared="DxWgmmaShared",
+            select=True,
+            grid=(1, 1, 2 if split else 1),
+            architectures=(90,),
+        )
+
+
 def _adamw_step() -> Iterator[Proof]:
     # Two rounds of the block's four warps and a bit more, and of a second parameter.
     numels = 2 * 1024 + 37, 5
@@ -327,5 +377,6 @@ PROOFS = (
     *_vector(),
     *_tiled(),
     *_tensor_cores(),
+    *_hopper(),
 )
-"""Every kernel that is compiled for sm_80 and later."""
+"""Every kernel that is compiled for sm_80 and later, or for sm_90a."""

@@ -184,7 +184,7 @@ def prove(proof: Proof, architecture: int, kernels: Path = toolchain.KERNELS) ->
 def compiled_kernels(architecture: int) -> set[str]:
     """Names of the kernels in csrc/cuda, each with its template arguments."""
     names = set()
-    for source in sorted(toolchain.KERNELS.glob("*.cu")):
+    for source in toolchain.sources(architecture):
         text = toolchain.compile_kernels(source, architecture, "ptx").read_text()
         found = re.findall(r"(?m)^(?:\.visible )?(?:\.weak )?\.entry\s+(\w+)", text)
         names.update(figures.demangle(found) if found else ())
@@ -195,7 +195,8 @@ def main() -> None:
     """``ARCHITECTURE [PART OF A NAME ...]``: prints what sentryward answers."""
     architecture, *parts = sys.argv[1:]
     for proof in PROOFS:
-        if not parts or any(part in str(proof) for part in parts):
+        named = not parts or any(part in str(proof) for part in parts)
+        if named and int(architecture) in proof.architectures:
             start = time.monotonic()
             verdict = prove(proof, int(architecture))
             seconds = time.monotonic() - start

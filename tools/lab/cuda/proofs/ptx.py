@@ -54,6 +54,8 @@ class Instruction:
     @property
     def orders(self) -> bool:
         """Whether it is a barrier, or a part of the bookkeeping of asynchronous copies."""
+        if self.operation.startswith("fence.proxy"):  # other ways to the same memory: no threads
+            return False
         return self.words[0] in ("bar", "barrier", "membar", "fence") or (
             self.operation.startswith("cp.async") and not self.copies
         )
@@ -64,7 +66,7 @@ class Instruction:
 
     @property
     def assigned(self) -> frozenset[str]:
-        if self.words[0] in ("st", "red", "bra", "bar", "ret", "cp", "membar", "fence"):
+        if self.words[0] in ("st", "red", "bra", "bar", "ret", "cp", "membar", "fence", "wgmma"):
             return frozenset()
         return frozenset(REGISTER.findall(self.operands[0]))
 

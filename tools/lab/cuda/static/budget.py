@@ -21,7 +21,7 @@ TABLE = Path(__file__).with_name("budget.csv")
 FIELDS = (
     *("architecture", "kernel", "registers", "shared_bytes", "warps", "occupancy"),
     *("tensor_instructions", "wide_stores", "loop_instructions", "instructions_a_weight"),
-    *("cycles_a_kilo_multiply_add", "shared_wavefronts"),
+    *("cycles_a_kilo_multiply_add", "shared_wavefronts", "alu_instructions"),
 )
 Row = dict[str, str]
 DEQUANTIZE_INSTRUCTIONS = 8.0
@@ -32,6 +32,8 @@ T4, A100 80GB, RTX 3090, RTX 4090 and H100 SXM: with more, memory is not what a 
 MULTIPLY_ADDS_A_CYCLE = {75: 512, 80: 1024, 86: 512, 89: 512, 90: 1280, 100: 1024, 120: 512}
 """Of a multiprocessor's tensor cores by ``mma.sync``: 16-bit inputs, float32 sums. Datasheet peaks
 over processors and clock; on 9.0 and 10.0, whose peaks are of other instructions, assumed."""
+HOPPER_MULTIPLY_ADDS_A_CYCLE = 2048
+"""By ``wgmma``, on 9.0: H100's datasheet."""
 PEER_KERNEL = "gemm_4bit_sm80_m16n8k16"
 
 
@@ -61,7 +63,7 @@ def row_of(f: Figures) -> Row:
         *(f.tensor_instructions, f.wide_stores, hot.instructions if hot else ""),
         "" if a_weight is None else f"{a_weight:.2f}",
         "" if cycles is None else f"{cycles:.2f}",
-        hot.shared_wavefronts if hot else "",
+        *((hot.shared_wavefronts, hot.alu) if hot else ("", "")),
     )
     return {name: str(value) for name, value in zip(FIELDS, values, strict=True)}
 
@@ -147,11 +149,11 @@ def peer_limit(architecture: int, kernel: str) -> float | None:
     Of all its variants of the same type. One with larger tiles computes rows that do not exist,
     one with smaller tiles decodes again.
     """
-    rows = int(figures.template_arguments(kernel)[1])
+    rows = figures.tile_rows(kernel)
     found = []
     for name, cycles in peer_cycles(architecture).items():
         if ("__half" in name) == ("Float16" in kernel.replace("BFloat16", "")):
-            peer_rows = int(figures.template_arguments(name)[1])
+            peer_rows = figures.tile_rows(name)
             found.append(cycles * -(-rows // peer_rows) * peer_rows / rows)
     return min(found, default=None)
 
@@ -181,9 +183,10 @@ def targets(f: Figures) -> list[Target]:
         found.append(Target("instructions_a_weight", a_weight, limit))
     if f.hot.multiply_adds:
         # In cycles of a multiprocessor, whose four parts issue and multiply by themselves.
-        other = max(
-            f.hot.instructions / 4, f.hot.multiply_adds / MULTIPLY_ADDS_A_CYCLE[f.architecture]
-        )
+        rate = MULTIPLY_ADDS_A_CYCLE[f.architecture]
+        if "wgmma" in name:
+            rate = HOPPER_MULTIPLY_ADDS_A_CYCLE
+        other = max(f.hot.instructions / 4, f.hot.multiply_adds / rate)
         found.append(Target("shared_wavefronts", f.hot.shared_wavefronts, other))
     cycles = f.hot.cycles_a_kilo_multiply_add
     if cycles is not None and (limit := peer_limit(f.architecture, f.kernel)) is not None:

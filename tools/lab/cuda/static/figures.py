@@ -40,6 +40,7 @@ LAUNCHES = {
     "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
     "dequantize_8bit_kernel": Launch(256),
     "linear_4bit_dx_mma_kernel": Launch(128, "DxShared<{1}, {2}>", ("HMMA", None)),
+    "linear_4bit_dx_wgmma_kernel": Launch(256, "DxWgmmaShared", ("HGMMA", None)),
     "linear_4bit_mma_kernel": Launch(
         "BlockShape<{1}>::kThreads", "MmaShared<{1}, {2}>", ("HMMA", None)
     ),
@@ -47,6 +48,7 @@ LAUNCHES = {
     "linear_4bit_vector_kernel": Launch(
         "kThreads * VectorShared<{0}, {1}>::kGroups", "VectorShared<{0}, {1}>", ("FFMA", None)
     ),
+    "linear_4bit_wgmma_kernel": Launch(256, "WgmmaShared<{1}>", ("HGMMA", None)),
     "quantize_4bit_kernel": Launch(256),
     "quantize_8bit_kernel": Launch(256),
     "quantize_absmax_kernel": Launch(256),
@@ -104,6 +106,8 @@ class HotLoop:
     """Of the warp, on tensor cores."""
     shared_wavefronts: int
     """Of the warp."""
+    alu: int
+    """Instructions among them of which a quarter of a processor takes one every other clock."""
     accesses: dict[str, int]
 
     @property
@@ -163,6 +167,13 @@ def template_arguments(kernel: str) -> list[str]:
     """``["Float16", "16", "3"]`` of ``name<Float16, 16, 3>``."""
     inside = re.search(r"<(.*)>$", kernel)
     return [part.strip() for part in inside[1].split(",")] if inside else []
+
+
+def tile_rows(kernel: str) -> int:
+    """Rows of x that a block of a tensor-core kernel takes, of this library or the peer's."""
+    if kernel.startswith("linear_4bit_dx_wgmma_kernel"):
+        return 128
+    return int(template_arguments(kernel)[1])
 
 
 def constants(source: Path, expressions: Iterable[str]) -> dict[str, int]:
@@ -245,6 +256,7 @@ def hot_loop(
         weights=weights_of(kernel, path),
         multiply_adds=path.multiply_adds,
         shared_wavefronts=path.shared_wavefronts,
+        alu=path.alu,
         accesses=dict(sorted(path.widths.items())),
     )
 
@@ -252,7 +264,7 @@ def hot_loop(
 def kernel_figures(architecture: int, kernels: Path = toolchain.KERNELS) -> dict[str, Figures]:
     """Figures of all kernels for an architecture, by name; compiles what is not compiled yet."""
     result: dict[str, Figures] = {}
-    for source in sorted(kernels.glob("*.cu")):
+    for source in toolchain.sources(architecture, kernels):
         result |= file_figures(source, architecture)
     return dict(sorted(result.items()))
 
@@ -286,7 +298,7 @@ def file_figures(source: Path, architecture: int) -> dict[str, Figures]:
             threads=threads,
             warps=warps,
             occupancy=warps / PROCESSORS[architecture].warps,
-            tensor_instructions=function.count("HMMA"),
+            tensor_instructions=sum(map(function.count, sass.PRODUCTS)),
             wide_stores=sum(i.base == "STG" and i.bits == 128 for i in function.instructions),
             hot=hot_loop(name, function, architecture, launch),
         )

@@ -6,6 +6,7 @@ issue is known for sm_80 to sm_90 (`STALLS_KNOWN`).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,30 @@ from functools import cached_property
 from lab.cuda import graphs
 
 STALLS_KNOWN = (80, 86, 89, 90)
+
+PRODUCTS = ("HMMA", "HGMMA")
+"""Of tensor cores: a warp's, and of four warps with an operand in shared memory."""
+
+_ALU = (
+    *(
+        "PRMT",
+        "LOP3",
+        "PLOP3",
+        "SHF",
+        "SHL",
+        "SHR",
+        "LEA",
+        "IADD3",
+        "VIADD",
+        "IABS",
+        "BMSK",
+        "SGXT",
+    ),
+    *("IMNMX", "VIMNMX", "VIADDMNMX", "ISETP", "SEL", "P2R", "R2P", "FSETP", "FSEL", "FMNMX"),
+    "F2FP",
+)
+"""Of integers, bits, bytes, comparisons and 16-bit roundings: 16 lanes a clock and quarter, half of
+what is issued (CUDA Programming Guide, throughput of arithmetic instructions)."""
 
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS")
 
@@ -61,6 +86,8 @@ class Instruction:
             return 1
         if self.base == "LDSM":
             return int(self.opcode[-1]) if self.opcode[-2:] in (".2", ".4") else 1
+        if self.base == "HGMMA":  # a warp's part of what the four read of the second operand
+            return _hopper_shape(self)[1] // 16
         return max(self.bits // 32, 1) if self.base in ("LDS", "STS", "LDGSTS") else 0
 
     @property
@@ -71,7 +98,7 @@ class Instruction:
     @property
     def is_wide(self) -> bool:
         """What only the main path of a kernel has: 128-bit accesses and tensor-core products."""
-        return self.base in ("HMMA", "LDSM") or (self.base in _MEMORY and self.bits == 128)
+        return self.base in (*PRODUCTS, "LDSM") or (self.base in _MEMORY and self.bits == 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +118,12 @@ class Path:
     @property
     def multiply_adds(self) -> int:
         """Of the warp, on tensor cores."""
-        return sum(_multiply_adds(i) for i in self.instructions if i.base == "HMMA")
+        return sum(_multiply_adds(i) for i in self.instructions if i.base in PRODUCTS)
+
+    @property
+    def alu(self) -> int:
+        """Instructions of the unit that takes one every other clock."""
+        return sum(i.base in _ALU for i in self.instructions)
 
     @property
     def shared_wavefronts(self) -> int:
@@ -108,7 +140,15 @@ class Path:
         )
 
 
+def _hopper_shape(instruction: Instruction) -> tuple[int, int, int]:
+    """M, N and K of ``HGMMA.64x256x16...``."""
+    rows, columns, depth = map(int, instruction.opcode.split(".")[1].split("x"))
+    return rows, columns, depth
+
+
 def _multiply_adds(instruction: Instruction) -> int:
+    if instruction.base == "HGMMA":
+        return math.prod(_hopper_shape(instruction)) // 4  # a warp's quarter
     for shape, product in (("16816", 16 * 8 * 16), ("1688", 16 * 8 * 8), ("884", 8 * 8 * 4)):
         if shape in instruction.opcode.split("."):
             return product

@@ -20,6 +20,17 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 """As in CMakeLists.txt."""
 
 
+def sources(architecture: int, kernels: Path = KERNELS) -> list[Path]:
+    """The kernel files that are compiled for an architecture."""
+    found = sorted(kernels.glob("*.cu"))
+    return [path for path in found if architecture == 90 or not _is_hoppers(path)]
+
+
+def _is_hoppers(source: Path) -> bool:
+    """Whether a file is for sm_90a and nothing else, as CMakeLists.txt has it."""
+    return source.stem.endswith("_wgmma")
+
+
 class ToolError(RuntimeError):
     """What a tool said."""
 
@@ -80,6 +91,7 @@ def compile_kernels(
     if compiler is None:
         raise ToolError("nvcc not found")
     target = f"{'sm' if kind == 'cubin' else 'compute'}_{architecture}"
+    target += "a" if _is_hoppers(source) else ""
     flags = [*FLAGS, *(f"-D{name}" for name in defines)]
     digest = hashlib.sha256(f"{_version(compiler)} {target} {flags}".encode())
     headers = [*source.parent.glob("*.cuh"), *source.parent.glob("*.h")]
