@@ -17,10 +17,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("source", sorted(toolchain.KERNELS.glob("*.cu")), ids=lambda p: p.stem)
-@pytest.mark.parametrize("architecture", [75, 80])
+USUAL = toolchain.sources(80)
+COMPILED = [
+    *((target, source) for target in ("compute_75", "compute_80") for source in USUAL),
+    *(("compute_90a", source) for source in toolchain.sources(90) if source not in USUAL),
+]
+
+
+@pytest.mark.parametrize(
+    ("virtual", "source"),
+    [pytest.param(*pair, id=f"{pair[1].stem}-{pair[0]}") for pair in COMPILED],
+)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_16_bit_types(version: str, architecture: int, source: Path, tmp_path: Path) -> None:
+def test_16_bit_types(version: str, virtual: str, source: Path, tmp_path: Path) -> None:
     """Of those that `make cuda-versions` has put into build/cuda_headers.
 
     Their headers of 16-bit numbers stand before nvcc's own: which functions these have for which
@@ -36,5 +45,5 @@ def test_16_bit_types(version: str, architecture: int, source: Path, tmp_path: P
     compiler = toolchain.nvcc()
     assert compiler is not None
     include = [f"-I{tmp_path}", f"-I{ROOT / 'csrc' / 'include'}"]
-    command = [compiler, *toolchain.FLAGS, *include, f"-arch=compute_{architecture}", "-ptx"]
+    command = [compiler, *toolchain.FLAGS, *include, f"-arch={virtual}", "-ptx"]
     toolchain.run([*command, "-o", tmp_path / "kernels.ptx", source])
