@@ -26,6 +26,7 @@ from qkern import testing
 from qkern.backends import cpu
 from tests.integrations import record
 from tests.isolation import environment_kept, integrations_off
+from tests.peers import mend_bitsandbytes
 from tests.suite import shards
 
 settings.register_profile(
@@ -80,6 +81,7 @@ _passed: Counter[tuple[str, str, str]] = Counter()
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Note which case of the op table a test runs, on which backend."""
+    mend_bitsandbytes()
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if {"spec", "case"} <= params.keys() and ("on" in params or "schedule" in params):
         target = str(params["on"]) if "on" in params else "cuda_emulated"
