@@ -28,6 +28,7 @@ from qkern.nn.model import (
     _use_padded_batches,
     replace_module,
 )
+from qkern.nn.report import quantization_report
 
 logger = logging.get_logger(__name__)
 
@@ -254,12 +255,14 @@ def untie_parts(model: Any) -> None:
 
 def _say_what_stays(model: nn.Module) -> None:
     """A notice of experts, which are stacked in 3-D parameters and stay dense."""
-    stacked = [p for module in model.modules() for p in _stacked(module)]
+    stacked = {id(p): p for module in model.modules() for p in _stacked(module)}
     if stacked:
-        count = sum(p.numel() for p in stacked)
-        logger.warning(
-            f"qkern: {len(stacked)} stacked weights (experts) stay dense, {count:,} elements"
-        )
+        count = sum(p.numel() for p in stacked.values())
+        names = {name for name, p in model.named_parameters() if id(p) in stacked}
+        dense = quantization_report(model, share=0).dense
+        found = ", ".join(str(weights) for weights in dense if names.issuperset(weights.names))
+        said = f"qkern: {len(stacked)} stacked weights (experts) stay dense, {count:,} elements"
+        logger.warning(f"{said}: {found}")
 
 
 def _stacked(module: nn.Module) -> list[nn.Parameter]:

@@ -17,13 +17,16 @@ from qkern.nn.lora import (
     unmerge_lora,
 )
 from qkern.nn.model import add_lora, prepare_for_training, quantize_model
+from qkern.nn.report import DenseWeights, QuantizationReport, quantization_report
 
 __all__ = [
+    "DenseWeights",
     "Embedding4bit",
     "FrozenLinear",
     "Linear4bit",
     "LoRAConfig",
     "LoRALinear",
+    "QuantizationReport",
     "add_lora",
     "count_parameters",
     "dequantize_model",
@@ -33,6 +36,7 @@ __all__ = [
     "lora_parameters",
     "merge_lora",
     "prepare_for_training",
+    "quantization_report",
     "quantize_head",
     "quantize_model",
     "unmerge_lora",

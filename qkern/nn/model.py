@@ -20,6 +20,7 @@ from qkern.nn._targets import Targets, select
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
+from qkern.nn.report import log_dense
 from qkern.tensor import QuantizedTensor
 
 
@@ -61,7 +62,11 @@ def quantize_model(
     something would be lost: a weight
     that is computed (parametrisations, weight norm, pruning), a ``forward`` of its own, a tensor
     subclass as its weight. ``skip`` leaves such a layer as it is. Passed over without an error are
-    the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts.
+    the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts. So are
+    weights of other modules, such as experts in one tensor: with the targets ``"all-linear"`` those
+    of more than 1 % of the model's bytes are logged once, as a warning of the logger ``qkern.nn``
+    unless all are of embeddings, heads and convolutions, or in ``skip``;
+    :func:`quantization_report` lists them.
 
     **All or nothing**: all checks come before the first change, those of ``lora`` too, so after
     such an error the corrected call works on the same model. What stops the call later, such as a
@@ -120,6 +125,8 @@ def quantize_model(
     _quantize(model, groups, options)
     _freeze(model)
     _use_padded_batches(model)
+    if targets == "all-linear":
+        log_dense(model, (*skip, *dense))
     if lora is not None:
         add_lora(model, lora, skip=skip)
     return model

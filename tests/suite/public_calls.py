@@ -438,6 +438,16 @@ def a_model_becomes_dense_again() -> None:
     near(made(x), expected)
 
 
+@checks("qkern.nn.quantization_report", "qkern.nn.QuantizationReport", "qkern.nn.DenseWeights")
+def what_stays_dense_is_reported() -> None:
+    made = qnn.quantize_model(model(), targets=["0"])
+    report = qnn.quantization_report(made)
+    assert type(report) is qnn.QuantizationReport
+    assert report.quantized_elements == 64 * 32
+    expected = qnn.DenseWeights("2.weight", ("2.weight",), (64, 32), F32, 4 * 64 * 32, False)
+    assert report.dense == (expected,)
+
+
 @checks("qkern.nn.quantize_head")
 def a_head_is_in_4_bits() -> None:
     made, x = nn.ModuleDict({"lm_head": nn.Linear(64, 32)}), drawn(5, 64)
