@@ -137,15 +137,15 @@ NOT_ON_75 = (", 16, 3>", ", 64, 2>", ", 128, 3>")
 SOURCES = (
     *("dequantize_4bit.cu", "linear_4bit_vector.cu"),
     *("linear_4bit_mma.cu", "linear_4bit_dx_mma.cu", "adamw_step.cu"),
+    *("linear_4bit_wgmma.cu", "linear_4bit_dx_wgmma.cu"),
 )
-HOPPER_SOURCES = ("linear_4bit_wgmma.cu", "linear_4bit_dx_wgmma.cu")
 
 
 def our_entries(architecture: int) -> list[Entry]:
     found = figures.kernel_figures(architecture)
     conflicts: dict[str, int] = {}
-    for source in (*SOURCES, *(HOPPER_SOURCES if architecture == 90 else ())):
-        cubin = toolchain.compile_kernels(toolchain.KERNELS / source, architecture)
+    for source in (path for path in toolchain.sources(architecture) if path.name in SOURCES):
+        cubin = toolchain.compile_kernels(source, architecture)
         for kernel, seen in figures.shared_accesses(cubin).items():
             conflicts[kernel] = seen["conflicting"]
     kind = "BFloat16" if architecture >= 80 else "Float16"

@@ -93,6 +93,11 @@ def _matmul(m: int, rows: int, cols: int, nested: bool, custom: bool = False) ->
     }
 
 
+def _part(length: int) -> Arguments:
+    """Of a contraction, summed by a block that has no shares of it."""
+    return {"0.split_length": length, "0.share_length": length}
+
+
 def _mma_output(m: int, columns: int, bias: bool, split: bool) -> Arguments:
     return {
         "0.output.bias": "bias" if bias else None,
@@ -269,8 +274,7 @@ def _tensor_cores() -> Iterator[Proof]:
                 (MmaArgs,),
                 {
                     **_matmul(m, rows, cols, nested=split),
-                    "0.split_length": 32 * 4 if split else rows,
-                    "0.share_length": 32 * 4 if split else rows,
+                    **_part(32 * 4 if split else rows),
                     "0.x_row_stride": rows,
                     **_mma_output(m, cols, False, split),
                 },
@@ -308,8 +312,7 @@ def _hopper() -> Iterator[Proof]:
                 (MmaArgs,),
                 {
                     **_matmul(m, rows, cols, nested=split),
-                    "0.split_length": share if split else cols,
-                    "0.share_length": share if split else cols,
+                    **_part(share if split else cols),
                     "0.x_row_stride": cols,
                     **_mma_output(m, rows, True, split),
                 },
@@ -325,8 +328,7 @@ def _hopper() -> Iterator[Proof]:
             (MmaArgs,),
             {
                 **_matmul(m, rows, cols, nested=split),
-                "0.split_length": share if split else rows,
-                "0.share_length": share if split else rows,
+                **_part(share if split else rows),
                 "0.x_row_stride": rows,
                 **_mma_output(m, cols, False, split),
             },

@@ -21,22 +21,9 @@ PRODUCTS = ("HMMA", "HGMMA")
 """Of tensor cores: a warp's, and of four warps with an operand in shared memory."""
 
 _ALU = (
-    *(
-        "PRMT",
-        "LOP3",
-        "PLOP3",
-        "SHF",
-        "SHL",
-        "SHR",
-        "LEA",
-        "IADD3",
-        "VIADD",
-        "IABS",
-        "BMSK",
-        "SGXT",
-    ),
-    *("IMNMX", "VIMNMX", "VIADDMNMX", "ISETP", "SEL", "P2R", "R2P", "FSETP", "FSEL", "FMNMX"),
-    "F2FP",
+    *("PRMT", "LOP3", "PLOP3", "SHF", "SHL", "SHR", "BMSK", "SGXT", "P2R", "R2P", "F2FP"),
+    *("LEA", "IADD3", "VIADD", "IABS", "IMNMX", "VIMNMX", "VIADDMNMX", "ISETP", "SEL"),
+    *("FSETP", "FSEL", "FMNMX"),
 )
 """Of integers, bits, bytes, comparisons and 16-bit roundings: 16 lanes a clock and quarter, half of
 what is issued (CUDA Programming Guide, throughput of arithmetic instructions)."""
