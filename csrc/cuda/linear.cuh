@@ -167,6 +167,53 @@ QKERN_DEVICE void clear(float (&sum)[kRowFragments][kFragments][4]) {
   }
 }
 
+// Stores a run of neighbouring results of a row, four or eight, whose first is at a multiple of as
+// many columns.
+template <typename T, int kCount>
+QKERN_DEVICE void store_run(const MmaOutput<T>& output, const float (&sums)[kCount],
+                            std::int64_t row, std::int64_t column) {
+  const std::int64_t at = row * output.columns + column;
+  const bool whole = output.columns % kCount == 0 && column < output.columns;
+  if (output.parts != nullptr) {
+    float* const out = output.parts + blockIdx.z * output.m * output.columns + at;
+    if (whole) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4) {
+        store_global16(out + i, uint4{__float_as_uint(sums[i]), __float_as_uint(sums[i + 1]),
+                                      __float_as_uint(sums[i + 2]), __float_as_uint(sums[i + 3])});
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (column + i < output.columns) out[i] = sums[i];
+    }
+    return;
+  }
+  T* const out = output.y + at;
+  std::uint32_t pairs[kCount / 2];
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    float two[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const std::int64_t c = column + i + e;
+      two[e] = c < output.columns ? output.epilogue(sums[i + e], row, c) : 0.0f;
+    }
+    pairs[i / 2] = pack_pair<T>(two[0], two[1]);
+  }
+  if (whole && is_aligned16(output.y)) {
+    store_words(out, pairs);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (column + i < output.columns) {
+      out[i] = T{static_cast<std::uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
+    }
+  }
+}
+
 // Stores eight rows from `row0`, 32 columns from `column0`; all lanes of the warp call it.
 template <typename T>
 QKERN_DEVICE void store_fragments(const MmaOutput<T>& output, const float (&sum)[2][4],

@@ -42,38 +42,6 @@ QKERN_DEVICE int row_of_line(int line) {
   return (line & 0x21) | (line & 0x18) >> 2 | (line & 0x06) << 2;
 }
 
-// Where chunk `chunk` of a panel's line lies, as SharedMatrix says.
-QKERN_DEVICE int w_position(int line, int chunk) { return line * kLine + (chunk ^ (line % 8)); }
-
-// Stores eight neighbouring results of a row.
-template <typename T>
-QKERN_DEVICE void store_eight(const MmaOutput<T>& output, const float (&sums)[8], std::int64_t row,
-                              std::int64_t column) {
-  const std::int64_t at = row * output.columns + column;
-  if (output.parts != nullptr) {
-    float* const out = output.parts + blockIdx.z * output.m * output.columns + at;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* const four = sums + 4 * half;
-      store_global16(out + 4 * half, uint4{__float_as_uint(four[0]), __float_as_uint(four[1]),
-                                           __float_as_uint(four[2]), __float_as_uint(four[3])});
-    }
-    return;
-  }
-  T* const out = output.y + at;
-  std::uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack_pair<T>(sums[2 * i], sums[2 * i + 1]);
-  if (is_aligned16(output.y)) {
-    store_global16(out, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    out[i] = T{static_cast<std::uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
-  }
-}
-
 template <typename T>
 QKERN_KERNEL(kThreads, 1)
 linear_4bit_dx_wgmma_kernel(const MmaArgs<T> args) {
@@ -162,7 +130,7 @@ linear_4bit_dx_wgmma_kernel(const MmaArgs<T> args) {
       static_assert(kPieceRows % 8 == 0, "chunks of both rows lie at the same places of a line");
 #pragma unroll
       for (int j = 0; j < kLaneChunks; ++j) {
-        store_shared16(to + w_position(line, half * kLaneChunks + j),
+        store_shared16(to + line_position(line, half * kLaneChunks + j),
                        uint4{pairs[0][j], pairs[1][j], pairs[2][j], pairs[3][j]});
       }
     }
@@ -215,7 +183,7 @@ linear_4bit_dx_wgmma_kernel(const MmaArgs<T> args) {
       float eight[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) eight[j] = sum[16 * i + 4 * (j / 2) + 2 * row + j % 2];
-      if (m0 + g + 8 * row < args.m) store_eight(args.output, eight, m0 + g + 8 * row, mine);
+      if (m0 + g + 8 * row < args.m) store_run(args.output, eight, m0 + g + 8 * row, mine);
     }
   }
 }

@@ -40,52 +40,10 @@ struct WgmmaShared {
   CodeTable table;
 };
 
-// Where chunk `chunk` of a line lies, as SharedMatrix says.
-QKERN_DEVICE int x_position(int line, int chunk) { return line * kLine + (chunk ^ (line % 8)); }
-
 // Where the sum for W's row `column` and x's row `row` of the tile waits for the others of its row:
 // pairs of lanes with the same g, and of those t, meet different banks.
 QKERN_DEVICE int sum_position(int row, int column) {
   return row * kTileN + (column ^ (row / 2 % 4 * 8));
-}
-
-// Stores four neighbouring results.
-template <typename T>
-QKERN_DEVICE void store_four(const MmaOutput<T>& output, const float (&sums)[4], std::int64_t row,
-                             std::int64_t column) {
-  const std::int64_t at = row * output.columns + column;
-  const bool whole = output.columns % 4 == 0 && column < output.columns;
-  if (output.parts != nullptr) {
-    float* const out = output.parts + blockIdx.z * output.m * output.columns + at;
-    if (whole) {
-      store_global16(out, uint4{__float_as_uint(sums[0]), __float_as_uint(sums[1]),
-                                __float_as_uint(sums[2]), __float_as_uint(sums[3])});
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (column + i < output.columns) out[i] = sums[i];
-    }
-    return;
-  }
-  T* const out = output.y + at;
-  float values[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[i] = column + i < output.columns ? output.epilogue(sums[i], row, column + i) : 0.0f;
-  }
-  const std::uint32_t pairs[2] = {pack_pair<T>(values[0], values[1]),
-                                  pack_pair<T>(values[2], values[3])};
-  if (whole && is_aligned16(output.y)) {
-    store_words(out, pairs);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (column + i < output.columns) {
-      out[i] = T{static_cast<std::uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
-    }
-  }
 }
 
 // kHalves: both halves of a tile have scales of their own, where blocks are so short or begin
@@ -122,7 +80,7 @@ linear_4bit_wgmma_kernel(const MmaArgs<T> args) {
   const int copies =
       rows_left < kTileM ? static_cast<int>(rows_left > 0 ? rows_left : 0) / kCopyRows : kCopies;
   const T* x_from = args.x + (m0 + copy_row) * args.x_row_stride + begin + copy_chunk * kChunk;
-  const int x_to = x_position(copy_row, copy_chunk);
+  const int x_to = line_position(copy_row, copy_chunk);
   static_assert(kCopyRows % 8 == 0, "copied rows have their chunks at the same places");
   // And a piece of a row's codes. A row past the end is the last one: its results are not stored.
   const auto row_of = [&](std::int64_t row) { return row < args.rows ? row : args.rows - 1; };
@@ -280,7 +238,7 @@ linear_4bit_wgmma_kernel(const MmaArgs<T> args) {
   for (int row = thread / kWarp; row < kTileM && m0 + row < args.m; row += kThreads / kWarp) {
     const float4 four = *reinterpret_cast<const float4*>(sums + sum_position(row, column));
     const float values[4] = {four.x, four.y, four.z, four.w};
-    store_four(args.output, values, m0 + row, n0 + column);
+    store_run(args.output, values, m0 + row, n0 + column);
   }
 }
 

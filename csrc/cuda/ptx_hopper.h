@@ -128,6 +128,11 @@ struct SharedMatrix {
 constexpr int kMatrixLine = 8;               // chunks
 constexpr unsigned kMatrixPiece = 8 * 128u;  // bytes of eight lines
 
+// Where a chunk of a line lies, in chunks from the matrix's start.
+QKERN_DEVICE int line_position(int line, int chunk) {
+  return line * kMatrixLine + (chunk ^ (line % 8));
+}
+
 // d += a b of the matrix's rows 16 * step...16 * step + 15; see wgmma_64xNx16.
 template <typename T, bool kTransposed, int kValues>
 QKERN_DEVICE void start_products(float (&d)[kValues], const std::uint32_t (&a)[4],

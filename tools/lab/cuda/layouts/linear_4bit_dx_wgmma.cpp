@@ -10,7 +10,7 @@ int main() {
     for (int j = 0; j < kLaneChunks; ++j) {
       layouts::check("write w", 16, [&](int lane) {
         const int line = first + lane / 2 % 4;
-        return 16 * (lane / 8 * kPanel + w_position(line, lane % 2 * kLaneChunks + j));
+        return 16 * (lane / 8 * kPanel + line_position(line, lane % 2 * kLaneChunks + j));
       });
     }
   }

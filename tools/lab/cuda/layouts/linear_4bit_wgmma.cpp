@@ -7,7 +7,7 @@ int main() {
   using namespace qkern::cuda;
   for (int first = 0; first < kThreads; first += 32) {
     layouts::check("write x", 16, [&](int lane) {
-      return 16 * x_position((first + lane) / kLine, (first + lane) % kLine);
+      return 16 * line_position((first + lane) / kLine, (first + lane) % kLine);
     });
     layouts::check("write codes", 16, [&](int lane) { return 16 * (first + lane); });
   }

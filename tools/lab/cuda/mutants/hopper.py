@@ -8,12 +8,17 @@ _FORWARD = "linear_4bit_wgmma.cu"
 _DX = "linear_4bit_dx_wgmma.cu"
 
 
-def _forward(name: str, old: str, new: str, caught_by: str) -> Mutant:
-    return Mutant(f"hopper_{name}", _FORWARD, old, new, "linear_4bit_wgmma", caught_by)
+_SWIZZLE = "(chunk ^ (line % 8));", "chunk;"
 
 
-def _dx(name: str, old: str, new: str, caught_by: str) -> Mutant:
-    return Mutant(f"hopper_dx_{name}", _DX, old, new, "linear_4bit_dx_wgmma", caught_by)
+def _forward(name: str, old: str, new: str, caught_by: str, file: str = _FORWARD) -> Mutant:
+    scope = "linear_4bit_wgmma"
+    return Mutant(f"hopper_{name}", file, old, new, scope, caught_by, (_FORWARD,))
+
+
+def _dx(name: str, old: str, new: str, caught_by: str, file: str = _DX) -> Mutant:
+    scope = "linear_4bit_dx_wgmma"
+    return Mutant(f"hopper_dx_{name}", file, old, new, scope, caught_by, (_DX,))
 
 
 HOPPER = (
@@ -56,7 +61,7 @@ HOPPER = (
     _forward(
         "shared_memory_unaligned", "QKERN_DYNAMIC_SHARED_1024(", "QKERN_DYNAMIC_SHARED(", "launch"
     ),
-    _forward("x_not_swizzled", "(chunk ^ (line % 8)); }", "chunk; }", "numbers"),
+    _forward("x_not_swizzled", *_SWIZZLE, "numbers", "ptx_hopper.h"),
     _forward(
         "pieces_apart",
         "shared.x[stage], 0, kMatrixPiece}",
@@ -93,6 +98,7 @@ HOPPER = (
         "output.parts + blockIdx.z * output.m * output.columns + at;",
         "output.parts + at;",
         "poison",
+        "linear.cuh",
     ),
     # The input gradient.
     _dx("operands_without_fence", "    wgmma_fence(now);\n", "", "launch"),
@@ -116,7 +122,7 @@ HOPPER = (
         "2 * kPanel * sizeof(uint4), kMatrixPiece}",
         "launch",
     ),
-    _dx("lines_not_swizzled", "(chunk ^ (line % 8)); }", "chunk; }", "numbers"),
+    _dx("lines_not_swizzled", *_SWIZZLE, "numbers", "ptx_hopper.h"),
     _dx("lines_conflict", "const int half = lane % 2;", "const int half = lane / 4 % 2;", "poison"),
     _dx("dy_past_the_split", "tile < full_tiles || n < end - begin;", "true;", "address"),
     _dx(
