@@ -9,6 +9,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from qkern import io, nn, optim
+from qkern.experts import (
+    QuantizedExperts,
+    grouped_linear_4bit,
+    grouped_lora_linear,
+    quantize_experts,
+)
 from qkern.functional import (
     batch_invariant,
     dequantize_4bit,
@@ -26,12 +32,15 @@ from qkern.loss import linear_cross_entropy
 from qkern.tensor import QuantizedTensor
 
 __all__ = [
+    "QuantizedExperts",
     "QuantizedTensor",
     "__version__",
     "batch_invariant",
     "dequantize_4bit",
     "dequantize_8bit",
     "fp4_linear",
+    "grouped_linear_4bit",
+    "grouped_lora_linear",
     "io",
     "linear_4bit",
     "linear_cross_entropy",
@@ -43,6 +52,7 @@ __all__ = [
     "precision",
     "quantize_4bit",
     "quantize_8bit",
+    "quantize_experts",
 ]
 
 try:

@@ -119,12 +119,12 @@ def _input_gradient(ctx: Any, dy: Tensor, tensors: Sequence[Any]) -> Tensor:
 def _linear_4bit_dx(
     dy: Tensor, weight: Weight, in_features: int, batch_invariant: bool | None
 ) -> Tensor:
-    if _is_differentiated():
+    if is_differentiated():
         return recorded_linear_4bit_dx(dy, in_features, batch_invariant, *weight)
     return call("linear_4bit_dx", dy, weight, in_features, batch_invariant)
 
 
-def _is_differentiated() -> bool:
+def is_differentiated() -> bool:
     """Whether gradients are differentiated in turn: grad mode is on under create_graph=True."""
     return torch.is_grad_enabled() or forward_derivatives()
 
@@ -148,7 +148,7 @@ class Linear4bitDx(Function):
             weight = _saved_weight(ctx, ctx.saved_tensors)
             out_features, batch_invariant = ctx.static
             with holding(ctx.forced):
-                if _is_differentiated():
+                if is_differentiated():
                     ddy = recorded_linear_4bit(ddx, None, out_features, batch_invariant, *weight)
                 else:
                     ddy = call("linear_4bit", ddx, weight, out_features, None, batch_invariant)
@@ -249,7 +249,7 @@ class LoRALinear4bit(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``adapter_input``, ``lora_a``, ``lora_b`` and ``bias``."""
         # Autocast may be on here alone, and would mix dtypes.
-        with no_autocast(dy.device.type), _held(ctx.forced):
+        with no_autocast(dy.device.type), held(ctx.forced):
             return LoRALinear4bit._gradients(ctx, dy)
 
     @staticmethod
@@ -268,7 +268,7 @@ class LoRALinear4bit(Function):
                 term = dhidden, lora_a, 1.0
                 return call("linear_4bit_dx_add", dy, weight, in_features, *term, batch_invariant)
             dx = _linear_4bit_dx(dy, weight, in_features, batch_invariant)
-            if _is_differentiated():
+            if is_differentiated():
                 return dx + matmul(dhidden, lora_a, batch_invariant).to(dy.dtype)
             return _add_product(dx, dhidden, lora_a, 1.0, batch_invariant, own)
 
@@ -308,7 +308,7 @@ class AddAdapter(Function):
         """Gradients of ``y``, ``x``, ``lora_a`` and ``lora_b``."""
         kept, hidden, lora_a, lora_b = ctx.saved_tensors
         factors = kept, hidden, lora_a, lora_b, ctx.scaling, ctx.batch_invariant
-        with no_autocast(dy.device.type), _held(ctx.forced):
+        with no_autocast(dy.device.type), held(ctx.forced):
             gradients = _adapter_gradients(dy, *factors, ctx.needs_input_grad[1:4])
         return dy, *gradients, None, None
 
@@ -330,7 +330,7 @@ def _adapter_gradients(
     of ``hidden`` and what `has_own_product` says.
     """
     needs_input, needs_a, needs_b = needs
-    graph = _is_differentiated()
+    graph = is_differentiated()
     dtype = lora_a.dtype
     dinput = da = db = None
     own = not graph and has_own_product(dy, lora_a, batch_invariant)
@@ -354,7 +354,7 @@ def _adapter_gradients(
     return dinput, da, db
 
 
-def _held(choice: Any) -> AbstractContextManager[Any]:
+def held(choice: Any) -> AbstractContextManager[Any]:
     """The backend of a forward, ``choice``, in force again; None is no choice."""
     return nullcontext() if choice is None else holding(choice)
 

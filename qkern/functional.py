@@ -440,7 +440,7 @@ def linear_by_weight(
     y = _by_kernel_alone(x, weight, shape, bias, invariant)
     if y is None:
         x, bias = _checked_input(x, weight, shape, bias)
-        if _is_recorded(x, bias):
+        if is_recorded(x, bias):
             return recorded_linear_4bit(x, bias, shape[0], invariant, *weight)
         return _linear_4bit(x, *weight, shape[0], bias, invariant)
     if _has_gradient(x, bias):  # tangents are never without the op
@@ -467,7 +467,7 @@ def _linear_in_8_bits(
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:
     """``RuntimeError`` where a product in 8 bits would be differentiated."""
-    if any(tensor is not None and _is_recorded(tensor, None) for tensor in tensors):
+    if any(tensor is not None and is_recorded(tensor, None) for tensor in tensors):
         raise RuntimeError(
             'precision: got "int8" where a gradient is recorded; takes it under torch.no_grad() or '
             "torch.inference_mode(), or where no tensor requires a gradient"
@@ -495,7 +495,8 @@ def _by_kernel_alone(
     return kernel(x, weight, shape[0], bias, batch_invariant, num_threads(), shape[1])
 
 
-def _is_recorded(x: Tensor, bias: Tensor | None) -> bool:
+def is_recorded(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product of ``x`` must have derivatives."""
     return forward_derivatives() or _has_gradient(x, bias)
 
 

@@ -232,6 +232,33 @@ OPS: Mapping[str, Op] = MappingProxyType(
                 _product_fake,
             ),
             Op(
+                "grouped_linear_4bit(Tensor x, Weight weight, SymInt out_features, Tensor offsets,"
+                " Tensor? bias=None, bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
+                "grouped_linear_4bit_dx(Tensor dy, Weight weight, SymInt in_features,"
+                " Tensor offsets, bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
+                "grouped_linear_4bit_add(Tensor x, Weight weight, SymInt out_features,"
+                " Tensor offsets, Tensor? bias, Tensor left, Tensor right, float alpha=1.0,"
+                " bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
+                "grouped_linear_4bit_dx_add(Tensor dy, Weight weight, SymInt in_features,"
+                " Tensor offsets, Tensor left, Tensor right, float alpha=1.0,"
+                " bool? batch_invariant=False) -> Tensor",
+                _product_fake,
+            ),
+            Op(
+                "grouped_matmul_into(Tensor(a!) out, Tensor a, Tensor b, Tensor offsets,"
+                " float alpha=1.0, bool accumulate=False) -> ()",
+                _nothing_fake,
+            ),
+            Op(
                 "matmul_into(Tensor(a!) out, Tensor a, Tensor b, float alpha=1.0,"
                 " bool accumulate=False) -> ()",
                 _nothing_fake,
@@ -256,7 +283,13 @@ _NOT_IN_8_BITS = {
     "linear_4bit_dx_add": _NO_INT8_GRADIENT,
     "linear_4bit_add": 'precision: got "int8" in linear_4bit_add; takes it in linear_4bit',
 }
-"""What is raised, by op, of the products that have no form in 8 bits."""
+"""What is raised, by op, of the products of one weight that have no form in 8 bits.
+
+Those by experts are computed as usual.
+"""
+
+_IN_8_BITS = {"linear_4bit": "linear_4bit_int8"}
+"""By op, its form in 8 bits."""
 
 
 def _implementation(op: Op) -> Callable[..., Any]:
@@ -276,7 +309,7 @@ def _implementation(op: Op) -> Callable[..., Any]:
             if int8_activations.get():
                 if not_in_8_bits is not None:
                     raise RuntimeError(not_in_8_bits)
-                at_run = "linear_4bit_int8"
+                at_run = _IN_8_BITS.get(name, name)
         first = args[0]
         if type(first) is list:
             if not first:

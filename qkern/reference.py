@@ -10,6 +10,7 @@ Names: ``n`` elements, ``K`` in_features, ``N`` out_features; a weight is ``[N, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -551,6 +552,127 @@ def rounded_to_8_bits(x: Tensor) -> Tensor:
     factor = torch.where(counts, most / largest, 0)  # 127 / largest would round twice
     scale = torch.where(counts, largest / most, 0)
     return ((groups * factor).round() * scale).flatten(-2)
+
+
+def groups(offsets: Tensor, rows: int) -> list[slice]:
+    """Each expert's rows: up to its item of ``offsets`` from that of the expert before, or 0.
+
+    Raises ``ValueError`` unless these are ascending numbers from 0 to ``rows``.
+    """
+    ends = offsets.tolist()
+    for expert, (begin, end) in enumerate(itertools.pairwise((0, *ends))):
+        if not begin <= end <= rows:
+            raise ValueError(
+                f"offsets: got {end} for expert {expert} after {begin}; takes ascending numbers "
+                f"from 0 to {rows}, the rows of x"
+            )
+    return [slice(begin, end) for begin, end in itertools.pairwise((0, *ends))]
+
+
+def grouped_linear_4bit(
+    x: Tensor,
+    weight: Weight,
+    out_features: int,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`linear_4bit` of each of E experts with its rows of ``x``: ``[M, K] -> [M, N]``.
+
+    ``x`` is sorted by expert: expert ``e`` has the rows up to ``offsets[e]`` from where the one
+    before ends. Rows after the last give zeros. ``offsets`` is int32 or int64 ``[E]``, ``bias``
+    ``[E, N]``. The fields of ``weight`` hold those of E weights one after the other.
+    """
+    y = x.new_zeros(len(x), out_features)
+    for expert, rows in enumerate(groups(offsets, len(x))):
+        if rows.start < rows.stop:
+            part = weight.of_expert(expert, out_features * x.shape[1])
+            own_bias = None if bias is None else bias[expert]
+            y[rows] = linear_4bit(x[rows], part, out_features, own_bias, batch_invariant)
+    return y
+
+
+def grouped_linear_4bit_dx(
+    dy: Tensor, weight: Weight, in_features: int, offsets: Tensor, batch_invariant: bool = False
+) -> Tensor:
+    """`linear_4bit_dx` likewise: ``[M, N] -> [M, K]``."""
+    dx = dy.new_zeros(len(dy), in_features)
+    for expert, rows in enumerate(groups(offsets, len(dy))):
+        if rows.start < rows.stop:
+            part = weight.of_expert(expert, in_features * dy.shape[1])
+            dx[rows] = linear_4bit_dx(dy[rows], part, in_features, batch_invariant)
+    return dx
+
+
+def grouped_linear_4bit_add(
+    x: Tensor,
+    weight: Weight,
+    out_features: int,
+    offsets: Tensor,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    alpha: float = 1.0,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`linear_4bit_add` by experts: ``right`` is float32 ``[E, r, N]``, ``left`` ``[M, r]``."""
+    wide_bias = None if bias is None else bias.float()
+    y = grouped_linear_4bit(x.float(), weight, out_features, offsets, wide_bias, batch_invariant)
+    return plus_grouped(y, left, right, offsets, alpha, batch_invariant).to(x.dtype)
+
+
+def grouped_linear_4bit_dx_add(
+    dy: Tensor,
+    weight: Weight,
+    in_features: int,
+    offsets: Tensor,
+    left: Tensor,
+    right: Tensor,
+    alpha: float = 1.0,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`linear_4bit_dx_add` by experts: ``right`` is ``[E, r, K]``."""
+    dx = grouped_linear_4bit_dx(dy.float(), weight, in_features, offsets, batch_invariant)
+    return plus_grouped(dx, left, right, offsets, alpha, batch_invariant).to(dy.dtype)
+
+
+def plus_grouped(
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    offsets: Tensor,
+    alpha: float,
+    batch_invariant: bool,
+) -> Tensor:
+    """``total + alpha * left @ right`` of matrices, with the ``right`` of each row's expert."""
+    total = total.clone()
+    for expert, rows in enumerate(groups(offsets, len(total))):
+        total[rows] += _matmul(left[rows], right[expert], batch_invariant) * alpha
+    return total
+
+
+def grouped_matmul_into(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    alpha: float = 1.0,
+    accumulate: bool = False,
+) -> None:
+    """`matmul_into` of each expert's rows of ``a``.
+
+    With ``b`` ``[E, k, n]`` it is ``out[rows] = alpha * a[rows] @ b[e]``, of ``[M, k]`` to
+    ``[M, n]``; rows of no expert become zeros, or stay. With ``b`` ``[M, n]`` it is
+    ``out[e] = alpha * a[rows].T @ b[rows]``, of ``[M, k]`` to ``[E, k, n]``.
+    """
+    rows = groups(offsets, len(a))
+    for expert, own in enumerate(rows):
+        if b.dim() == 3:
+            matmul_into(out[own], a[own], b[expert], alpha, accumulate)
+        else:
+            matmul_into(out[expert], a[own].mT, b[own], alpha, accumulate)
+    if b.dim() == 3 and not accumulate:
+        out[rows[-1].stop if rows else 0 :] = 0
 
 
 def linear_4bit_dx(

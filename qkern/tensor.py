@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,33 +14,13 @@ from qkern import _errors, formats
 from qkern.ops import call
 from qkern.weight import Weight
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """A tensor in 4 bits with blockwise scales; ``qkern.quantize_4bit`` makes one.
 
-    Immutable. With ``n`` elements and ``blocks = ceil(n / block_size)``:
-
-    ``packed``
-        uint8 ``[ceil(n / 2)]``; element 2j of the row-major order is the high nibble of byte j.
-    ``absmax``
-        float32 ``[blocks]``, or uint8 ``[blocks]`` codes when double-quantised.
-    ``nested_absmax``, ``nested_offset``
-        float32 ``[ceil(blocks / 256)]`` and float32 ``[]``; None unless double-quantised. A
-        block's scale is ``map[absmax] * nested_absmax + nested_offset``.
-    ``codebook``
-        float32 ``[16]`` for the format ``"custom"``, otherwise None.
-    ``format``
-        ``"nf4"``, ``"fp4"`` or ``"custom"``.
-    ``block_size``
-        elements that share a scale: a power of two from 32 to 16384.
-    ``shape``
-        the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
-    ``dtype``
-        the dtype before quantisation, and the default for ``dequantize``.
-
-    Raises ``TypeError`` or ``ValueError`` when the parts do not fit one another.
-    """
+@dataclass(frozen=True, eq=False, repr=False)
+class Stored:
+    """What a 4-bit tensor and a stack of them have in common: fields, and what needs no others."""
 
     packed: Tensor
     absmax: Tensor
@@ -52,6 +32,11 @@ class QuantizedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    _product: ClassVar[str] = "linear_4bit"
+    """What multiplies by it."""
+    _others: ClassVar[str] = ""
+    """What that takes besides, for an error."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         fields = [getattr(self, name) for name in Weight._fields]
@@ -59,25 +44,35 @@ class QuantizedTensor:
         _errors.check_format(self.format, self.codebook)
         _errors.check_block_size(self.block_size)
         _errors.check_float_dtype("dtype", self.dtype)
-        n = math.prod(self.shape)
-        blocks = formats.num_blocks(n, self.block_size)
-        _errors.check_buffer("packed", self.packed, torch.uint8, (formats.packed_size(n),))
-        if (self.nested_absmax is None) != (self.nested_offset is None):
-            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
-        if self.nested_absmax is None:
-            _errors.check_buffer("absmax", self.absmax, torch.float32, (blocks,))
-        else:
-            groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
-            _errors.check_buffer("absmax", self.absmax, torch.uint8, (blocks,))
-            _errors.check_buffer("nested_absmax", self.nested_absmax, torch.float32, (groups,))
-            _errors.check_buffer("nested_offset", self.nested_offset, torch.float32, ())
-        if self.codebook is not None:
-            _errors.check_buffer("codebook", self.codebook, torch.float32, (16,))
+        for name, (dtype, shape) in self._takes().items():
+            _errors.check_buffer(name, getattr(self, name), dtype, shape)
         for name, tensor in self.tensors().items():
             _errors.check_device(name, tensor, self.packed.device, "packed")
             # A kernel that reads memory would not see it. Of traced tensors one cannot ask.
             if not torch.compiler.is_compiling() and tensor.is_neg():
                 raise ValueError(f"{name}: got a lazily negated tensor; takes its resolve_neg()")
+
+    def _takes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtype and shape of each tensor that there is, by field."""
+        lead, n = self._lead(), math.prod(self.shape[len(self._lead()) :])
+        blocks = formats.num_blocks(n, self.block_size)
+        takes = {"packed": (torch.uint8, (*lead, formats.packed_size(n)))}
+        if (self.nested_absmax is None) != (self.nested_offset is None):
+            raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
+        if self.nested_absmax is None:
+            takes["absmax"] = torch.float32, (*lead, blocks)
+        else:
+            groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+            takes["absmax"] = torch.uint8, (*lead, blocks)
+            takes["nested_absmax"] = torch.float32, (*lead, groups)
+            takes["nested_offset"] = torch.float32, lead
+        if self.codebook is not None:
+            takes["codebook"] = torch.float32, (16,)
+        return takes
+
+    def _lead(self) -> tuple[int, ...]:
+        """Of how many tensors there are fields of their own."""
+        return ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled state, checked as a new one is."""
@@ -128,7 +123,7 @@ class QuantizedTensor:
         dtype: torch.dtype | None = None,
         *,
         non_blocking: bool = False,
-    ) -> QuantizedTensor:
+    ) -> Self:
         """This weight on ``device``; itself when nothing changes.
 
         ``dtype`` (float32, bfloat16 or float16, also as the only positional argument) changes what
@@ -153,6 +148,56 @@ class QuantizedTensor:
         if dtype not in (None, self.dtype):
             changes["dtype"] = dtype
         return replace(self, **changes) if changes else self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Refuse torch's functions by name: none of them takes a 4-bit weight."""
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(
+            f"{name}: got a {cls.__name__}; takes a Tensor. Use qkern.{cls._product}(x, weight"
+            f"{cls._others}), or weight.dequantize()"
+        )
+
+    def __repr__(self) -> str:
+        """Metadata only: printing never dequantises."""
+        return (
+            f"{type(self).__name__}(shape={list(self.shape)}, format={self.format!r}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, "
+            f"dtype={self.dtype}, device={str(self.device)!r}, nbytes={self.nbytes})"
+        )
+
+
+class QuantizedTensor(Stored):
+    """A tensor in 4 bits with blockwise scales; ``qkern.quantize_4bit`` makes one.
+
+    Immutable. With ``n`` elements and ``blocks = ceil(n / block_size)``:
+
+    ``packed``
+        uint8 ``[ceil(n / 2)]``; element 2j of the row-major order is the high nibble of byte j.
+    ``absmax``
+        float32 ``[blocks]``, or uint8 ``[blocks]`` codes when double-quantised.
+    ``nested_absmax``, ``nested_offset``
+        float32 ``[ceil(blocks / 256)]`` and float32 ``[]``; None unless double-quantised. A
+        block's scale is ``map[absmax] * nested_absmax + nested_offset``.
+    ``codebook``
+        float32 ``[16]`` for the format ``"custom"``, otherwise None.
+    ``format``
+        ``"nf4"``, ``"fp4"`` or ``"custom"``.
+    ``block_size``
+        elements that share a scale: a power of two from 32 to 16384.
+    ``shape``
+        the shape before quantisation; ``[out_features, in_features]`` for a linear layer.
+    ``dtype``
+        the dtype before quantisation, and the default for ``dequantize``.
+
+    Raises ``TypeError`` or ``ValueError`` when the parts do not fit one another.
+    """
 
     def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
         """The values as a dense tensor of ``shape``: ``table[code] * absmax``, rounded once.
@@ -213,29 +258,6 @@ class QuantizedTensor:
         from qkern import _bnb
 
         return _bnb.from_bnb(name, tensors)
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Refuse torch's functions by name: none of them takes a 4-bit weight."""
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(
-            f"{name}: got a QuantizedTensor; takes a Tensor. Use qkern.linear_4bit(x, weight), or "
-            "weight.dequantize()"
-        )
-
-    def __repr__(self) -> str:
-        """Metadata only: printing never dequantises."""
-        return (
-            f"QuantizedTensor(shape={list(self.shape)}, format={self.format!r}, "
-            f"block_size={self.block_size}, double_quant={self.double_quant}, "
-            f"dtype={self.dtype}, device={str(self.device)!r}, nbytes={self.nbytes})"
-        )
 
 
 # torch.load by default refuses classes it does not know; this one only holds tensors.

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from qkern import formats
+
 
 class Weight(NamedTuple):
     """What the ops read of a 4-bit weight; `qkern.QuantizedTensor` documents each field.
@@ -25,6 +27,20 @@ class Weight(NamedTuple):
     codebook: Tensor | None
     format: str
     block_size: int
+
+    def of_expert(self, index: int, numel: int) -> Weight:
+        """One of several weights of ``numel`` elements, whose fields lie one after the other."""
+        blocks = formats.num_blocks(numel, self.block_size)
+        groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+        sizes = formats.packed_size(numel), blocks, groups, 1
+        fields: list[Any] = [
+            None if field is None else field.reshape(-1).narrow(0, index * size, size)
+            for field, size in zip(self[:4], sizes, strict=True)
+        ]
+        if self.nested_offset is not None:
+            fields[3] = fields[3].reshape(())
+        fields += self[4:]
+        return Weight(*fields)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -192,13 +192,38 @@ Linear4bitArgs read_matmul(Arguments& from) {
   return args;
 }
 
+inline void read_fields(Arguments& from, GroupOffsets& to) {
+  from.read(to.experts, to.offsets, to.wide);
+}
+
+// Of grouped_linear_4bit, and without a bias of grouped_linear_4bit_dx.
+template <bool kHasBias>
+GroupedLinear4bitArgs read_grouped_matmul(Arguments& from) {
+  GroupedLinear4bitArgs args;
+  args.all = read_matmul<kHasBias>(from);
+  read_fields(from, args.groups);
+  return args;
+}
+
+inline void read_fields(Arguments& from, LowRank& to) {
+  from.read(to.rank, to.left, to.left_row_stride, to.right, to.right_row_stride,
+            to.right_col_stride, to.alpha);
+}
+
 // Of linear_4bit_add, and without a bias of linear_4bit_dx_add.
 template <bool kHasBias>
 Linear4bitArgs read_matmul_add(Arguments& from) {
   Linear4bitArgs args = read_matmul<kHasBias>(from);
-  LowRank& added = args.added;
-  from.read(added.rank, added.left, added.left_row_stride, added.right, added.right_row_stride,
-            added.right_col_stride, added.alpha);
+  read_fields(from, args.added);
+  return args;
+}
+
+// Of grouped_linear_4bit_add, and without a bias of grouped_linear_4bit_dx_add.
+template <bool kHasBias>
+GroupedLinear4bitArgs read_grouped_matmul_add(Arguments& from) {
+  GroupedLinear4bitArgs args = read_grouped_matmul<kHasBias>(from);
+  read_fields(from, args.all.added);
+  from.read(args.right_stride);
   return args;
 }
 
@@ -206,6 +231,16 @@ inline void read_fields(Arguments& from, MatmulIntoArgs& to) {
   from.read(to.out, to.out_dtype, to.m, to.n, to.k, to.out_row_stride, to.a, to.a_dtype,
             to.a_row_stride, to.a_col_stride, to.b, to.b_dtype, to.b_row_stride, to.b_col_stride,
             to.alpha, to.accumulate);
+}
+
+inline void read_fields(Arguments& from, GroupedMatmulIntoArgs& to) {
+  MatmulIntoArgs& all = to.all;
+  from.read(all.out, all.out_dtype, all.m, all.n, all.k, all.a, all.a_dtype, all.a_row_stride,
+            all.a_col_stride, all.b, all.b_dtype, all.b_row_stride, all.b_col_stride, all.alpha,
+            all.accumulate);
+  all.out_row_stride = all.n;
+  read_fields(from, to.groups);
+  from.read(to.own_b, to.b_stride);
 }
 
 // AdamWArgs and the tensors they point to.

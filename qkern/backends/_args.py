@@ -33,6 +33,8 @@ _KINDS = {
     torch.float16: 0x210,
     torch.bfloat16: 0x410,
     torch.uint8: 0x108,
+    torch.int32: 0x020,
+    torch.int64: 0x040,
 }
 """Dtypes as the library's ``tensor_holds`` takes them."""
 
@@ -129,21 +131,38 @@ def block_size_arg(block_size: int) -> int:
     return block_size
 
 
-def check_weight(weight: Weight, numel: int, device: torch.device = CPU) -> None:
-    """Raise unless ``weight`` has ``numel`` elements, with the scales that they need."""
+def check_weight(weight: Weight, numel: int, device: torch.device = CPU, experts: int = 1) -> None:
+    """Raise unless ``weight`` has ``numel`` elements, with the scales that they need.
+
+    Of several ``experts`` it has those of each, one after the other.
+    """
     packed, absmax, nested_absmax, nested_offset, codebook, format, block_size = weight
     check_format(format, codebook, device)
     blocks = formats.num_blocks(numel, block_size_arg(block_size))
-    check("packed", packed, torch.uint8, formats.packed_size(numel), device)
+    groups = experts * formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
+    blocks *= experts
+    check("packed", packed, torch.uint8, experts * formats.packed_size(numel), device)
     if nested_absmax is None or nested_offset is None:
         if nested_absmax is not nested_offset:
             raise ValueError("nested_absmax, nested_offset: got only one; takes both or neither")
         check("absmax", absmax, torch.float32, blocks, device)
         return
-    groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
     check("absmax", absmax, torch.uint8, blocks, device)
     check("nested_absmax", nested_absmax, torch.float32, groups, device)
-    check("nested_offset", nested_offset, torch.float32, 1, device)
+    check("nested_offset", nested_offset, torch.float32, experts, device)
+
+
+def check_offsets(offsets: Tensor, device: torch.device = CPU) -> int:
+    """Of how many experts ``offsets`` says where their rows end; raise unless kernels can read it.
+
+    What numbers it holds is not looked at.
+    """
+    if offsets.dim() != 1:
+        raise ValueError(f"offsets: got shape {list(offsets.shape)}; takes [experts]")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets: got {offsets.dtype}; takes torch.int32 or torch.int64")
+    check("offsets", offsets, offsets.dtype, offsets.numel(), device)
+    return offsets.numel()
 
 
 def float_input(name: str, x: Tensor, device: torch.device = CPU) -> Tensor:
@@ -204,19 +223,65 @@ def check_added(
     _check_shapes(left=(left, math.prod(x.shape[:-1]), rank), right=(right, rank, features))
 
 
+def check_grouped_added(
+    x: Tensor, features: int, offsets: Tensor, left: Tensor, right: Tensor, device: torch.device
+) -> None:
+    """The same of a term by experts: ``right`` is one for each of ``offsets``."""
+    for name, tensor in (("left", left), ("right", right)):
+        if tensor.dtype is not torch.float32:
+            raise TypeError(f"{name}: got {tensor.dtype}; takes {torch.float32}")
+    _check_matrix("left", left, device)
+    _check_place("right", right, device)
+    _check_shape("left", left, (len(x), left.shape[1]))
+    _check_shape("right", right, (check_offsets(offsets, device), left.shape[1], features))
+
+
+def check_grouped_matmul_into(
+    out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, device: torch.device = CPU
+) -> None:
+    """Raise unless ``out`` can take the products by experts of ``a`` and ``b``, on ``device``.
+
+    As `check_matmul_into`; what the numbers of ``offsets`` are is not looked at.
+    """
+    for name, tensor in (("out", out), ("a", a), ("b", b)):
+        dtype_id(name, tensor.dtype)
+        _check_place(name, tensor, device)
+    _check_matrix("a", a, device)
+    if b.dim() not in (2, 3):
+        raise ValueError(f"b: got shape {list(b.shape)}; takes two or three dimensions")
+    experts, (m, k) = check_offsets(offsets, device), a.shape
+    if b.dim() == 3:
+        _check_shape("b", b, (experts, k, b.shape[2]))
+        _check_shape("out", out, (m, b.shape[2]))
+    else:
+        _check_shape("b", b, (m, b.shape[1]))
+        _check_shape("out", out, (experts, k, b.shape[1]))
+    if out.numel() and not out.is_contiguous():
+        raise ValueError(f"out: got strides {list(out.stride())}; takes a contiguous tensor")
+    _errors.check_apart("out", out, {"a": a, "b": b})
+
+
 def _check_matrix(name: str, tensor: Tensor, device: torch.device) -> None:
-    if not _is_on(tensor, device):
-        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
+    _check_place(name, tensor, device)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes a matrix")
+
+
+def _check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    if not _is_on(tensor, device):
+        raise ValueError(f"{name}: got a tensor on {tensor.device}; takes one on {device}")
     check_memory(name, tensor)
 
 
 def _check_shapes(**expected: tuple[Tensor, int, int]) -> None:
     """Of matrices by name, each with its rows and columns."""
     for name, (matrix, *takes) in expected.items():
-        if list(matrix.shape) != takes:
-            raise ValueError(f"{name}: got shape {list(matrix.shape)}; takes {takes}")
+        _check_shape(name, matrix, takes)
+
+
+def _check_shape(name: str, tensor: Tensor, takes: Sequence[int]) -> None:
+    if list(tensor.shape) != list(takes):
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {list(takes)}")
 
 
 def with_adamw_defaults(args: Sequence[Any]) -> tuple[Any, ...]:

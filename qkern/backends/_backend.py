@@ -25,7 +25,11 @@ class _Functions(dict[str, Callable[..., Any]]):
         backend, base = self._backend, without_term(op)
         found = getattr(backend, op, None)
         if base != op and hasattr(backend, base) and not has_newest(type(backend), op, base):
-            found = _composed(getattr(backend, base))
+            product = getattr(backend, base)
+            if op.startswith("grouped_"):
+                found = _composed_of_groups(product, self["grouped_matmul_into"])
+            else:
+                found = _composed(product)
         self[op] = found = found or _referred(op)
         return found
 
@@ -54,6 +58,24 @@ def _composed(product: Callable[..., Any]) -> Callable[..., Any]:
         _args.check_added(x, features, left, right, x.device)
         y: Tensor = product(*first, batch_invariant)
         return reference.plus_product(y.float(), left, right, alpha, batch_invariant).to(y.dtype)
+
+    return run
+
+
+def _composed_of_groups(
+    product: Callable[..., Any], add: Callable[..., None]
+) -> Callable[..., Any]:
+    """The same of a matmul by experts; ``add`` is the backend's ``grouped_matmul_into``."""
+
+    def run(*args: Any) -> Tensor:
+        *first, left, right, alpha, batch_invariant = args
+        x, _, features, offsets, *_ = first
+        _args.check_grouped_added(x, features, offsets, left, right, x.device)
+        y: Tensor = product(*first, batch_invariant)
+        total = y.float()
+        if y.numel() and left.shape[1]:
+            add(total, left, right, offsets, alpha, True)
+        return total.to(y.dtype)
 
     return run
 
@@ -123,7 +145,11 @@ class Elements:
 
 
 class Product(NamedTuple):
-    """A checked 4-bit matmul: ``out = x W^T + bias``, or ``out = x W`` for the input gradient."""
+    """A checked 4-bit matmul: ``out = x W^T + bias``, or ``out = x W`` for the input gradient.
+
+    With ``offsets`` it is one for each expert, by its rows of ``x`` and its part of ``weight`` and
+    ``bias``; what the offsets are is not checked.
+    """
 
     dx: bool
     """Whether it is the input gradient."""
@@ -142,6 +168,8 @@ class Product(NamedTuple):
     added: tuple[Tensor, Tensor, float] | None = None
     """Float32 matrices ``[rows, r]``, of unit inner stride, and ``[r, features]`` whose product
     times a number is added."""
+    offsets: Tensor | None = None
+    """Of a product by experts, where the rows of each end: int32 or int64 ``[experts]``."""
 
 
 class KernelBackend(Backend):
@@ -286,6 +314,39 @@ class KernelBackend(Backend):
         self._multiply(product)
         return product.out
 
+    def grouped_linear_4bit(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        offsets: Tensor,
+        bias: Tensor | None = None,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit``."""
+        product = self._product("x", x, weight, out_features, bias, batch_invariant, offsets)
+        if product is None:
+            others = offsets, bias, batch_invariant
+            return reference.grouped_linear_4bit(x, weight, out_features, *others)
+        self._multiply(product)
+        return product.out
+
+    def grouped_linear_4bit_dx(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        in_features: int,
+        offsets: Tensor,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit_dx``."""
+        product = self._product("dy", dy, weight, in_features, None, batch_invariant, offsets)
+        if product is None:
+            others = offsets, batch_invariant
+            return reference.grouped_linear_4bit_dx(dy, weight, in_features, *others)
+        self._multiply(product)
+        return product.out
+
     def _product(
         self,
         name: str,
@@ -294,24 +355,34 @@ class KernelBackend(Backend):
         features: int,
         bias: Tensor | None,
         batch_invariant: bool,
+        offsets: Tensor | None = None,
     ) -> Product | None:
-        """The checked call for ``x``, or ``dy`` by its ``name``; None where there are no terms."""
+        """The checked call for ``x``, or ``dy`` by its ``name``; None where there are no terms.
+
+        Of one matmul, or with ``offsets`` of one for each expert.
+        """
         dx = name == "dy"
         device = self._device_of(x)
+        experts = 1
+        if offsets is not None:
+            if x.dim() != 2:
+                raise ValueError(f"{name}: got shape {list(x.shape)}; takes a matrix")
+            experts = _args.check_offsets(offsets, device)
         width = x.shape[-1]
         out_features, in_features = (width, features) if dx else (features, width)
         numel = out_features * in_features
-        _args.check_weight(weight, numel, device)
+        _args.check_weight(weight, numel, device, experts)
         _args.dtype_id(name, x.dtype)
         if bias is not None:
-            _args.check("bias", bias, x.dtype, out_features, device)
-        if numel == 0 or x.numel() == 0:
+            _args.check("bias", bias, x.dtype, experts * out_features, device)
+        if numel == 0 or x.numel() == 0 or experts == 0:
             return None
         matrix, rows, row_stride = _args.rows(name, x, width, device)
         out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=device)
         return Product(
             *(dx, matrix, rows, row_stride, weight),
             *(out_features, in_features, bias, out, batch_invariant),
+            offsets=offsets,
         )
 
 
@@ -344,6 +415,41 @@ class _Checker(KernelBackend):
         """Of an input gradient with such a term."""
         _args.check_added(dy, features, left, right, self._device_of(dy))
         return self.linear_4bit_dx(dy, weight, features)
+
+    def grouped_linear_4bit_add(
+        self,
+        x: Tensor,
+        weight: Weight,
+        features: int,
+        offsets: Tensor,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        *others: Any,
+    ) -> Tensor:
+        """Of a product by experts with such a term."""
+        _args.check_grouped_added(x, features, offsets, left, right, self._device_of(x))
+        return self.grouped_linear_4bit(x, weight, features, offsets, bias)
+
+    def grouped_linear_4bit_dx_add(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        features: int,
+        offsets: Tensor,
+        left: Tensor,
+        right: Tensor,
+        *others: Any,
+    ) -> Tensor:
+        """Of its input gradient with such a term."""
+        _args.check_grouped_added(dy, features, offsets, left, right, self._device_of(dy))
+        return self.grouped_linear_4bit_dx(dy, weight, features, offsets)
+
+    def grouped_matmul_into(
+        self, out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *others: Any
+    ) -> None:
+        """Of dense products by experts."""
+        _args.check_grouped_matmul_into(out, a, b, offsets, self._device_of(out))
 
     def matmul_into(self, out: Tensor, a: Tensor, b: Tensor, *others: Any) -> None:
         """Of a dense product, which torch computes where a backend does not."""

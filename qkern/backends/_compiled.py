@@ -90,7 +90,10 @@ def reads_tensors(library: Any) -> bool:
 
 
 def product_numbers(product: Product) -> list[Any]:
-    """What the library's matmuls take for ``product``, but for where it runs."""
+    """What the library's matmuls take for ``product``, but for where it runs.
+
+    Of a product by experts the offsets come last: how many, where, and whether they are int64.
+    """
     x, bias = product.x, product.bias
     found: list[Any] = [x.data_ptr(), _args.DTYPE_IDS[x.dtype], product.rows, product.row_stride]
     found += weight_numbers(product.weight)
@@ -98,6 +101,8 @@ def product_numbers(product: Product) -> list[Any]:
     if not product.dx:
         found.append(None if bias is None else bias.data_ptr())
     found += (product.out.data_ptr(), product.batch_invariant)
+    if (offsets := product.offsets) is not None:
+        found += (len(offsets), offsets.data_ptr(), offsets.dtype is torch.int64)
     return found
 
 

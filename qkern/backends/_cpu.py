@@ -71,6 +71,25 @@ class CpuBackend(CompiledBackend):
         self._multiply(product._replace(int8=True))
         return product.out
 
+    def grouped_linear_4bit(
+        self, x: Tensor, weight: Weight, out_features: int, offsets: Tensor, *others: Any
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit``."""
+        self._check_offsets(offsets, x)
+        return super().grouped_linear_4bit(x, weight, out_features, offsets, *others)
+
+    def grouped_linear_4bit_dx(
+        self, dy: Tensor, weight: Weight, in_features: int, offsets: Tensor, *others: Any
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit_dx``."""
+        self._check_offsets(offsets, dy)
+        return super().grouped_linear_4bit_dx(dy, weight, in_features, offsets, *others)
+
+    def _check_offsets(self, offsets: Tensor, x: Tensor) -> None:
+        """Raise for numbers that the kernels must not be given; here they cost nothing to read."""
+        _args.check_offsets(offsets, self._device_of(x))
+        reference.groups(offsets, len(x))
+
     def linear_4bit_add(
         self,
         x: Tensor,
@@ -99,6 +118,37 @@ class CpuBackend(CompiledBackend):
         """See ``qkern.reference.linear_4bit_dx_add``."""
         return self._add("dy", dy, weight, in_features, None, left, right, alpha, batch_invariant)
 
+    def grouped_linear_4bit_add(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out_features: int,
+        offsets: Tensor,
+        bias: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit_add``."""
+        term = left, right, alpha, batch_invariant
+        return self._add("x", x, weight, out_features, bias, *term, offsets)
+
+    def grouped_linear_4bit_dx_add(
+        self,
+        dy: Tensor,
+        weight: Weight,
+        in_features: int,
+        offsets: Tensor,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See ``qkern.reference.grouped_linear_4bit_dx_add``."""
+        term = left, right, alpha, batch_invariant
+        return self._add("dy", dy, weight, in_features, None, *term, offsets)
+
     def _add(
         self,
         name: str,
@@ -110,15 +160,23 @@ class CpuBackend(CompiledBackend):
         right: Tensor,
         alpha: float,
         batch_invariant: bool,
+        offsets: Tensor | None = None,
     ) -> Tensor:
-        """The product of ``x``, or of ``dy`` by its ``name``, with a term."""
-        _args.check_added(x, features, left, right)
-        product = self._product(name, x, weight, features, bias, batch_invariant)
+        """The product of ``x``, or of ``dy`` by its ``name``, with a term; by experts or not."""
+        device = self._device_of(x)
+        if offsets is None:
+            _args.check_added(x, features, left, right, device)
+        else:
+            _args.check_grouped_added(x, features, offsets, left, right, device)
+            self._check_offsets(offsets, x)
+        product = self._product(name, x, weight, features, bias, batch_invariant, offsets)
         if product is None:
-            term = left, right, alpha, batch_invariant
-            if name == "dy":
-                return reference.linear_4bit_dx_add(x, weight, features, *term)
-            return reference.linear_4bit_add(x, weight, features, bias, *term)
+            grouped = () if offsets is None else (offsets,)
+            op = "linear_4bit_dx_add" if name == "dy" else "linear_4bit_add"
+            arguments = x, weight, features, *grouped, *(() if name == "dy" else (bias,))
+            function = getattr(reference, f"grouped_{op}" if grouped else op)
+            result: Tensor = function(*arguments, left, right, alpha, batch_invariant)
+            return result
         if left.shape[1]:
             if left.stride(1) != 1 and left.shape[1] > 1:
                 left = left.contiguous()
@@ -141,6 +199,29 @@ class CpuBackend(CompiledBackend):
             arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride())
         self._launch("matmul_into", device, *arguments, _float_bits(alpha), accumulate)
 
+    def grouped_matmul_into(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        offsets: Tensor,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """See ``qkern.reference.grouped_matmul_into``; nothing else shares memory with ``out``."""
+        device = self._device_of(out)
+        _args.check_grouped_matmul_into(out, a, b, offsets, device)
+        self._check_offsets(offsets, a)
+        if a.numel() == 0 or out.numel() == 0 or len(offsets) == 0:
+            reference.grouped_matmul_into(out, a, b, offsets, alpha, accumulate)
+            return
+        arguments: list[Any] = [out, _args.DTYPE_IDS[out.dtype], len(a), out.shape[-1], a.shape[1]]
+        for matrix in (a, b):
+            arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride()[-2:])
+        arguments += (_float_bits(alpha), accumulate, len(offsets), offsets)
+        arguments += (offsets.dtype is torch.int64, b.dim() == 3, b.stride(0))
+        self._launch("grouped_matmul_into", device, *arguments)
+
     def _device_of(self, tensor: Tensor) -> torch.device:
         # Also where a caller has set another default device, such as meta.
         return _args.CPU
@@ -157,7 +238,11 @@ class CpuBackend(CompiledBackend):
             op += "_add"
             left, right, alpha = product.added
             arguments += (left.shape[1], left.data_ptr(), left.stride(0))
-            arguments += (right.data_ptr(), *right.stride(), _float_bits(alpha))
+            arguments += (right.data_ptr(), *right.stride()[-2:], _float_bits(alpha))
+            if product.offsets is not None:
+                arguments.append(right.stride(0))
+        if product.offsets is not None:
+            op = f"grouped_{op}"
         self._start(op, product.x.device, arguments)
 
 

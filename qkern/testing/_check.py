@@ -58,7 +58,9 @@ def _prepare(name: str, case: Case, device: str) -> tuple[Inputs, tuple[Tensor, 
     inputs = spec.make_inputs(case, torch.device(device), _generator(spec, case))
     if spec.comparison == "bitwise":
         return inputs, spec.reference(inputs)
-    return inputs, (spec.exact_weight(inputs, case),) if spec.comparison == "matmul" else ()
+    if spec.comparison == "product":
+        return inputs, ()
+    return inputs, (spec.exact_weight(inputs, case),)
 
 
 def check(
@@ -76,12 +78,12 @@ def check(
         for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
             assert_bitwise(a, e, f"{spec.name} result {index}")
         return
+    if spec.judge is not None:
+        spec.judge(actual[0], inputs, *expected)
+        return
     if spec.comparison == "product":
         a, b, alpha = inputs["a"], inputs["b"], inputs["alpha"]
         assert_product(actual[0], a, b, alpha, inputs["out"] if inputs["accumulate"] else None)
-        return
-    if spec.judge is not None:
-        spec.judge(actual[0], inputs, expected[0])
         return
     added = (inputs["left"], inputs["right"], inputs["alpha"]) if "left" in inputs else None
     assert_matmul(actual[0], inputs[spec.main], expected[0], inputs.get("bias"), added)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,20 @@ def assert_bitwise(actual: Tensor, expected: Tensor, what: str = "result") -> No
             f"{what}: {count} of {different.numel()} differ, first at {place}: "
             f"{actual[place].item()!r}, not {expected[place].item()!r}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Results that are sums, and what they are judged by."""
+
+    y: Tensor
+    exact: Tensor
+    """In float64, as the scale is: the unit of errors."""
+    scale: Tensor
+    baseline: Tensor
+    """The same sums in float32, rounded once."""
+    plain: Callable[[], Tensor]
+    """Gives them summed from left to right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +99,21 @@ def assert_matmul(
 
     Where the exact result is not finite, or overflows x's dtype, y must be that same value.
     """
+    assert_sums([matmul_sums(y, x, weight, bias, added)])
+
+
+def matmul_sums(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    added: tuple[Tensor, Tensor, float] | None = None,
+) -> Sums:
+    """What `assert_matmul` judges, its shapes and dtypes looked at."""
     dtype = x.dtype
     assert y.dtype == dtype, f"dtype {y.dtype}, not {dtype}"
     shape = (*x.shape[:-1], weight.shape[0])
     assert y.shape == shape, f"shape {tuple(y.shape)}, not {shape}"
-    if not y.numel():
-        return
     x, y, weight = x.detach().cpu(), y.detach().cpu(), weight.detach().cpu()
     bias = torch.zeros(shape[-1], dtype=dtype) if bias is None else bias.detach().cpu()
 
@@ -107,7 +130,7 @@ def assert_matmul(
     def plain() -> Tensor:
         return _left_to_right(x, weight) + alpha * _left_to_right(left, right.mT) + bias
 
-    assert_sums(y, exact, scale, baseline, plain)
+    return Sums(y, exact, scale, baseline, plain)
 
 
 def assert_product(
@@ -118,27 +141,35 @@ def assert_product(
     As `assert_matmul`, of dense ``a [m, k]`` and ``b [k, n]`` of any of three dtypes. The baseline
     multiplies and adds in float32 and rounds once, to the dtype of ``out``.
     """
+    assert_sums([product_sums(out, a, b, alpha, before)])
+
+
+def product_sums(
+    out: Tensor, a: Tensor, b: Tensor, alpha: float, before: Tensor | None = None
+) -> Sums:
+    """What `assert_product` judges, its shape looked at."""
     out, a, b = (tensor.detach().cpu() for tensor in (out, a, b))
     added = torch.zeros(out.shape) if before is None else before.detach().cpu().float()
     assert out.shape == (len(a), b.shape[1]), f"shape {tuple(out.shape)}"
-    if not out.numel():
-        return
     exact = alpha * (a.double() @ b.double()) + added.double()
     scale = abs(alpha) * (a.double().abs() @ b.double().abs()) + added.double().abs()
     baseline = (alpha * (a.float() @ b.float()) + added).to(out.dtype)
-    assert_sums(
-        out,
-        exact,
-        scale,
-        baseline,
+    return Sums(
+        *(out, exact, scale, baseline),
         lambda: alpha * _left_to_right(a.float(), b.float().mT) + added,
     )
 
 
-def assert_sums(
-    y: Tensor, exact: Tensor, scale: Tensor, baseline: Tensor, plain: Callable[[], Tensor]
-) -> None:
-    """Judge ``y`` as `assert_matmul` says; ``plain`` gives sums from left to right."""
+def assert_sums(several: Sequence[Sums]) -> None:
+    """Judge results of one dtype as `assert_matmul` says, all errors together."""
+    several = [sums for sums in several if sums.y.numel()]
+    if not several:
+        return
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(sums, name).flatten() for sums in several])
+
+    y, exact, scale, baseline = map(joined, ("y", "exact", "scale", "baseline"))
     dtype = y.dtype
     overflow = ~exact.to(dtype).isfinite()
     if overflow.any():
@@ -150,7 +181,8 @@ def assert_sums(
     rounding = torch.finfo(dtype).eps / 2 * (exact.abs() / scale).nan_to_num(0).max().item()
     fault = _too_large(ours, theirs, dtype, rounding, y.numel())
     if fault and dtype == torch.float32:
-        other = matmul_error(plain(), exact, scale)
+        plain = torch.cat([sums.plain().flatten() for sums in several])
+        other = matmul_error(plain, exact, scale)
         theirs = MatmulError(max(theirs.rms, other.rms), max(theirs.max, other.max))
         fault = _too_large(ours, theirs, dtype, rounding, y.numel())
     assert not fault, fault

@@ -51,7 +51,9 @@ class Case:
     of a group far larger) and ``halfway`` (`HALFWAY_TAILS`), and for gradients ``huge`` (their
     squares are infinite). `bits` and `stochastic_rounding` are an optimizer step's.
     `rank` is that of a term which a matmul adds. Of a dense product, `accumulate` adds to the
-    result's memory, and `mixed` leaves some matrices in float32.
+    result's memory, and `mixed` leaves some matrices in float32. `groups` is how many rows each
+    expert of a grouped matmul has, one after the other; without it there are three, one of none;
+    with `own_results` each has a result of its own.
     """
 
     shape: tuple[int, ...]
@@ -70,6 +72,8 @@ class Case:
     mixed: bool = False
     accumulate: bool = False
     rank: int = 0
+    groups: tuple[int, ...] = ()
+    own_results: bool = False
 
     @property
     def numel(self) -> int:
@@ -84,12 +88,13 @@ class Case:
             name
             for name in (
                 *("double_quant", "bias", "batch_invariant", "stochastic_rounding"),
-                *("mixed", "accumulate"),
+                *("mixed", "accumulate", "own_results"),
             )
             if getattr(self, name)
         ]
         parts += [f"{self.bits}bit"] if self.bits != 32 else []
         parts += [f"rank{self.rank}"] if self.rank else []
+        parts += ["g" + "+".join(map(str, self.groups))] if self.groups else []
         parts += [value for value in (self.layout, self.values, self.map) if value not in _DEFAULTS]
         return "-".join(parts)
 
@@ -119,7 +124,8 @@ class OpSpec:
     make_inputs: Callable[[Case, torch.device, torch.Generator], Inputs]
     """Draws on the CPU with the generator and then moves, so every device sees the same values."""
     comparison: str
-    """``"bitwise"``, ``"matmul"`` of a 4-bit weight, or ``"product"`` of dense matrices."""
+    """``"bitwise"``, ``"matmul"`` of a 4-bit weight, ``"grouped"`` of several, or ``"product"`` of
+    dense matrices."""
     bytes: Callable[[Case], int]
     """The least the op must read and write, in bytes."""
     flops: Callable[[Case], int] = _no_flops
@@ -128,9 +134,9 @@ class OpSpec:
     """The input that has the case's layout; for a matmul, the activations."""
     input_gradient: bool = False
     """Of a matmul: whether it multiplies by W, not by its transpose."""
-    judge: Callable[[Tensor, Inputs, Tensor], None] | None = None
-    """Of a matmul whose factors are rounded: raises AssertionError unless the result is right, by
-    the inputs and the exact weight."""
+    judge: Callable[..., None] | None = None
+    """Of a matmul whose factors are rounded, or by experts: raises AssertionError unless the result
+    is right, by the inputs and the exact weight, if there is one in 4 bits."""
 
     def __reduce__(self) -> Any:
         """An entry of the table is itself in another process, too."""
@@ -192,8 +198,20 @@ class OpSpec:
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
     def exact_weight(self, inputs: Inputs, case: Case) -> Tensor:
-        """Of a matmul: the float32 matrix whose transpose multiplies the activations."""
-        weight = reference.dequantize_4bit(inputs["weight"], case.shape[1:], torch.float32)
+        """Of a matmul: the float32 matrix whose transpose multiplies the activations.
+
+        Of a grouped one: the matrices of all experts, ``[E, ...]``.
+        """
+        shape = case.shape[1:]
+        if self.comparison == "grouped":
+            parts = [
+                inputs["weight"].of_expert(expert, math.prod(shape))
+                for expert in range(len(inputs["offsets"]))
+            ]
+            dense = [reference.dequantize_4bit(part, shape, torch.float32) for part in parts]
+            weight = torch.stack(dense) if dense else torch.empty(0, *shape)
+        else:
+            weight = reference.dequantize_4bit(inputs["weight"], shape, torch.float32)
         return weight.mT if self.input_gradient else weight
 
     def id(self, case: Case, target: object) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import qkern
-from qkern import QuantizedTensor, backends, ops, reference, testing
+from qkern import QuantizedExperts, QuantizedTensor, backends, ops, reference, testing
 from qkern.backends import CpuBackend, CudaBackend, TritonBackend, _args, cpu
 from qkern.testing import Case
 from qkern.weight import Weight
@@ -244,7 +244,7 @@ def test_a_tensor_that_just_has_its_memory_is_read(op: str, way: str) -> None:
                     testing.assert_bitwise(a, e, str(place))
 
 
-PRODUCTS = [name for name, spec in testing.OPS.items() if spec.comparison == "matmul"]
+PRODUCTS = [name for name, spec in testing.OPS.items() if spec.comparison in ("matmul", "grouped")]
 
 
 def copied_inputs(inputs: Inputs) -> Inputs:
@@ -464,6 +464,9 @@ def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:
     x, bias = torch.randn(3, 100), torch.randn(13)
     lora = {"lora_a": torch.randn(4, 100), "lora_b": torch.randn(13, 4), "scaling": 0.5}
     ramp = torch.linspace(-1, 1, 256)
+    w, book = torch.randn(3, 13, 100), torch.linspace(-1, 1, 16)
+    experts = qkern.quantize_experts(w, codebook=book, **custom)
+    grouped = {"x": x, "qw": experts, "offsets": torch.tensor([1, 1, 3])}
     of_format = {
         f"{name}_linear": (
             getattr(qkern, f"{name}_linear"),
@@ -489,6 +492,17 @@ def functions() -> dict[str, tuple[Callable[..., Any], Inputs]]:
             {"hidden": x, "weight": qw, "labels": torch.tensor([5, -100, 12]), "bias": bias},
         ),
         "lora_linear": (qkern.lora_linear, {"x": x, "qw": qw, **lora, "bias": bias}),
+        "quantize_experts": (qkern.quantize_experts, {"w": w, "codebook": book, **custom}),
+        "grouped_lora_linear": (
+            qkern.grouped_lora_linear,
+            grouped
+            | {"bias": torch.randn(3, 13), "scaling": 0.5}
+            | {"lora_a": torch.randn(3, 4, 100), "lora_b": torch.randn(3, 13, 4)},
+        ),
+        "grouped_linear_4bit": (
+            qkern.grouped_linear_4bit,
+            grouped | {"bias": torch.randn(3, 13)},
+        ),
     }
 
 
@@ -505,7 +519,7 @@ def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Iterator[tupl
                 for place, one in changed({name.removesuffix("es"): item}, change):
                     new = [*value[:index], *one.values(), *value[index + 1 :]]
                     yield place, inputs | {name: new}
-        elif isinstance(value, QuantizedTensor):
+        elif isinstance(value, QuantizedTensor | QuantizedExperts):
             for field, tensor in value.tensors().items():
                 # Past the checks of a new one, which could not lack memory either.
                 weight = copy.copy(value)
@@ -516,7 +530,8 @@ def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Iterator[tupl
 
 def test_every_public_function_is_in_the_table() -> None:
     names = {n for n in qkern.__all__ if callable(getattr(qkern, n))}
-    assert names - {"QuantizedTensor", "batch_invariant", "precision"} == functions().keys()
+    others = {"QuantizedTensor", "QuantizedExperts", "batch_invariant", "precision"}
+    assert names - others == functions().keys()
 
 
 @pytest.mark.parametrize("mode", ["plain", "autocast", "grad"])
@@ -576,6 +591,22 @@ DENSE: dict[str, Callable[[Inputs], Tensor]] = {
     "linear_cross_entropy": lambda a: torch.nn.functional.cross_entropy(
         a["hidden"] @ a["weight"].dequantize().t() + a["bias"], a["labels"]
     ),
+    "quantize_experts": lambda a: a["w"],
+    "grouped_linear_4bit": lambda a: torch.stack(
+        [
+            row @ a["qw"].dequantize()[expert].t() + a["bias"][expert]
+            for row, expert in zip(a["x"], (0, 2, 2), strict=True)
+        ]
+    ),
+    "grouped_lora_linear": lambda a: torch.stack(
+        [
+            row @ (dense + 0.5 * b @ f).t() + bias
+            for row, dense, f, b, bias in (
+                (row, a["qw"].dequantize()[e], a["lora_a"][e], a["lora_b"][e], a["bias"][e])
+                for row, e in zip(a["x"], (0, 2, 2), strict=True)
+            )
+        ]
+    ),
     "lora_linear": lambda a: (
         a["x"] @ (a["qw"].dequantize() + 0.5 * a["lora_b"] @ a["lora_a"]).t() + a["bias"]
     ),
@@ -589,7 +620,7 @@ def test_a_public_function_gives_what_dense_arithmetic_gives(name: str) -> None:
     function, inputs = functions()[name]
     result = function(**inputs)
     tolerance = 1e-4
-    if name == "quantize_4bit":
+    if name in ("quantize_4bit", "quantize_experts"):
         result, tolerance = result.dequantize(), 0.5
     elif name == "quantize_8bit":
         result, tolerance = qkern.dequantize_8bit(*result, map=inputs["map"]), 0.05

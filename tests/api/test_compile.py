@@ -41,6 +41,14 @@ OPCHECK_CASES = {
     ],
     "linear_4bit_add": [Case((3, 37, 130), torch.bfloat16, bias=True, rank=5)],
     "linear_4bit_dx_add": [Case((3, 37, 130), double_quant=True, rank=5)],
+    "grouped_linear_4bit": [
+        Case((7, 37, 130), double_quant=True, bias=True, groups=(3, 0, 2)),
+        Case((4, 5, 66), torch.bfloat16, layout="transposed", groups=(1, 3)),
+    ],
+    "grouped_linear_4bit_dx": [
+        Case((7, 37, 130), double_quant=True, groups=(3, 0, 2)),
+        Case((4, 5, 66), torch.float16, layout="expanded", groups=(1, 3)),
+    ],
     "linear_4bit_dx": [
         Case((3, 37, 130), double_quant=True),
         Case((4, 5, 66), torch.float16, layout="expanded"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import qkern
-from qkern import QuantizedTensor, backends, formats, testing
+from qkern import QuantizedExperts, QuantizedTensor, backends, formats, testing
 from qkern.testing import OPS, Case
 
 needs_native = pytest.mark.skipif(
@@ -28,12 +28,17 @@ def weight(**changes: Any) -> QuantizedTensor:
     return qkern.quantize_4bit(**arguments)
 
 
+def experts(**changes: Any) -> QuantizedExperts:
+    return qkern.quantize_experts(**{"w": torch.randn(3, 6, 64)} | changes)
+
+
 def map_of(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
 W = torch.zeros(4, 64)
 X = torch.zeros(2, 64)
+ENDS = torch.tensor([1, 1, 2])
 CODEBOOK = torch.linspace(-1, 1, 16)
 RAMP = torch.linspace(-1, 1, 256)
 NAN_RAMP = RAMP.where(torch.arange(256) != 9, math.nan)
@@ -211,6 +216,179 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
             ),
         )
     ),
+    # quantize_experts: what quantize_4bit raises, with the expert's number
+    *(
+        (
+            f"quantize_experts-{kind}",
+            error,
+            lambda w=w, options=options: qkern.quantize_experts(w, **options),
+            message,
+        )
+        for kind, error, w, options, message in (
+            ("w-2d", ValueError, W, {}, r"w: got shape \[4, 64\]; takes three dimensions"),
+            ("w-4d", ValueError, W[None, None], {}, r"w: got shape \[1, 1, 4, 64\]; takes three"),
+            ("w-none", ValueError, W[None][:0], {}, "w: got no experts; takes one or more"),
+            ("w-empty", ValueError, [], {}, "w: got no experts; takes one or more"),
+            ("w-number", TypeError, 3, {}, "w: got int; takes a tensor or a sequence of them"),
+            ("w-nothing", TypeError, None, {}, "w: got NoneType; takes a tensor or a sequence"),
+            ("w-of-lists", TypeError, [W, [1.0]], {}, "expert 1: w: got list; takes a torch.Tens"),
+            ("w-dtype", TypeError, W[None].double(), {}, "^w: got torch.float64; takes"),
+            (
+                "w-dtypes",
+                ValueError,
+                [W, W.half()],
+                {},
+                r"expert 1: w: got \[4, 64\] torch.float16 on cpu; takes \[4, 64\] torch.float32",
+            ),
+            (
+                "w-devices",
+                ValueError,
+                [W, W.to("meta")],
+                {},
+                r"expert 1: w: got \[4, 64\] torch.float32 on meta; takes .* on cpu, expert 0's",
+            ),
+            (
+                "w-shapes",
+                ValueError,
+                [W, W, W[:3]],
+                {},
+                r"expert 2: w: got \[3, 64\] .*; takes \[4, 64\] torch.float32 on cpu, expert 0's",
+            ),
+            (
+                "w-of-vectors",
+                ValueError,
+                [W[0]],
+                {},
+                r"expert 0: w: got shape \[64\]; takes two dimensions",
+            ),
+            (
+                "w-nan",
+                ValueError,
+                [W, W / 0],
+                {},
+                r"expert 1: w: got a NaN or an infinity in block 0 .*; takes",
+            ),
+            (
+                "block_size",
+                ValueError,
+                [W],
+                {"block_size": 48},
+                "^block_size: got 48; takes a power of two",
+            ),
+            ("format", ValueError, [W], {"format": "int4"}, "^format: got 'int4'; takes"),
+            (
+                "codebook",
+                ValueError,
+                [W],
+                {"codebook": CODEBOOK},
+                '^codebook: got a tensor with format="nf4"; takes',
+            ),
+        )
+    ),
+    # grouped_linear_4bit
+    *(
+        (
+            f"grouped_linear_4bit-{kind}",
+            error,
+            lambda changes=changes: qkern.grouped_linear_4bit(
+                **{"x": X, "qw": experts(), "offsets": ENDS} | changes()
+            ),
+            message,
+        )
+        for kind, error, changes, message in (
+            ("x-list", TypeError, lambda: {"x": [1.0]}, "x: got list; takes a torch.Tensor"),
+            ("x-float64", TypeError, lambda: {"x": X.double()}, "x: got torch.float64; takes"),
+            (
+                "x-columns",
+                ValueError,
+                lambda: {"x": X[:, :63]},
+                r"x: got shape \[2, 63\]; takes \[rows, 64\] for qw of shape \[3, 6, 64\]",
+            ),
+            ("x-1d", ValueError, lambda: {"x": X[0]}, r"x: got shape \[64\]; takes \[rows, 64\]"),
+            ("x-3d", ValueError, lambda: {"x": X[None]}, r"x: got shape \[1, 2, 64\]; takes"),
+            ("x-meta", ValueError, lambda: {"x": X.to("meta")}, "x: got a tensor on meta; takes"),
+            (
+                "qw-dense",
+                TypeError,
+                lambda: {"qw": torch.zeros(3, 6, 64)},
+                "qw: got torch.float32 tensor; takes a QuantizedExperts",
+            ),
+            (
+                "qw-one",
+                TypeError,
+                lambda: {"qw": weight()},
+                "qw: got QuantizedTensor; takes a QuantizedExperts",
+            ),
+            ("qw-meta", ValueError, lambda: {"qw": experts().to("meta")}, "x: got a tensor on cpu"),
+            (
+                "offsets-list",
+                TypeError,
+                lambda: {"offsets": [1, 1, 2]},
+                "offsets: got list; takes a torch.Tensor",
+            ),
+            (
+                "offsets-dtype",
+                TypeError,
+                lambda: {"offsets": ENDS.float()},
+                "offsets: got torch.float32; takes torch.int32 or torch.int64",
+            ),
+            (
+                "offsets-long",
+                ValueError,
+                lambda: {"offsets": torch.tensor([0, 1, 1, 2])},
+                r"offsets: got shape \[4\]; takes \[3\], an end for each expert",
+            ),
+            (
+                "offsets-2d",
+                ValueError,
+                lambda: {"offsets": ENDS[None]},
+                r"offsets: got shape \[1, 3\]; takes \[3\]",
+            ),
+            (
+                "offsets-meta",
+                ValueError,
+                lambda: {"offsets": ENDS.to("meta")},
+                "offsets: got a tensor on meta; takes",
+            ),
+            (
+                "offsets-strided",
+                ValueError,
+                lambda: {"offsets": ENDS.repeat_interleave(2)[::2]},
+                r"offsets: got strides \[2\]; takes a contiguous tensor",
+            ),
+            (
+                "offsets-descending",
+                ValueError,
+                lambda: {"offsets": ENDS.flip(0)},
+                "offsets: got 1 for expert 1 after 2; takes ascending numbers from 0 to 2",
+            ),
+            (
+                "offsets-beyond",
+                ValueError,
+                lambda: {"offsets": ENDS + 1, "check_offsets": True},
+                "offsets: got 3 for expert 2 after 2; takes ascending numbers from 0 to 2",
+            ),
+            ("bias-list", TypeError, lambda: {"bias": []}, "bias: got list; takes a torch.Tensor"),
+            (
+                "bias-dtype",
+                TypeError,
+                lambda: {"bias": torch.zeros(3, 6).half()},
+                "bias: got torch.float16; takes torch.float32, x's dtype",
+            ),
+            (
+                "bias-shape",
+                ValueError,
+                lambda: {"bias": torch.zeros(6)},
+                r"bias: got shape \[6\]; takes \[3, 6\]",
+            ),
+            (
+                "bias-meta",
+                ValueError,
+                lambda: {"bias": torch.zeros(3, 6, device="meta")},
+                "bias: got a tensor on meta; takes",
+            ),
+        )
+    ),
     # linears_4bit
     *(
         (f"linears_4bit-{kind}", error, lambda args=args: qkern.linears_4bit(*args()), message)
@@ -270,6 +448,43 @@ BAD_CALLS: list[tuple[str, type[Exception], Call, str]] = [
         ValueError,
         lambda: qkern.linear_cross_entropy(X, weight(), torch.arange(3)),
         r"labels: got shape \[3\]; takes \[2\]",
+    ),
+    # grouped_lora_linear
+    *(
+        (
+            f"grouped_lora_linear-{kind}",
+            error,
+            lambda changes=changes: qkern.grouped_lora_linear(
+                **{"x": X, "qw": experts(), "offsets": ENDS, "scaling": 1.0}
+                | {"lora_a": torch.zeros(3, 2, 64), "lora_b": torch.zeros(3, 6, 2)}
+                | changes
+            ),
+            message,
+        )
+        for kind, error, changes, message in (
+            ("x", TypeError, {"x": None}, "x: got NoneType; takes"),
+            ("x-3d", ValueError, {"x": X[None]}, r"x: got shape \[1, 2, 64\]; takes"),
+            ("qw", TypeError, {"qw": weight()}, "qw: got QuantizedTensor; takes a QuantizedExp"),
+            ("offsets", ValueError, {"offsets": ENDS[:2]}, r"offsets: got shape \[2\]; takes"),
+            ("offsets-list", TypeError, {"offsets": [1]}, "offsets: got list; takes"),
+            ("lora_a-list", TypeError, {"lora_a": []}, "lora_a: got list; takes"),
+            (
+                "lora_a-experts",
+                ValueError,
+                {"lora_a": torch.zeros(2, 2, 64)},
+                r"lora_a: got shape \[2, 2, 64\]; takes \[3, r, 64\], or \[r, 64\] for all",
+            ),
+            ("lora_a-1d", ValueError, {"lora_a": torch.zeros(64)}, r"lora_a: got shape \[64\]"),
+            (
+                "lora_b-rank",
+                ValueError,
+                {"lora_b": torch.zeros(3, 6, 4)},
+                r"lora_b: got shape \[3, 6, 4\]; takes \[3, 6, 2\], or \[6, 2\] for all",
+            ),
+            ("lora_b-dtype", TypeError, {"lora_b": torch.zeros(3, 6, 2).int()}, "lora_b: got tor"),
+            ("dropout", ValueError, {"dropout_p": 1.0}, r"dropout_p: got 1\.0; takes"),
+            ("bias", ValueError, {"bias": torch.zeros(6)}, r"bias: got shape \[6\]; takes"),
+        )
     ),
     # lora_linear
     *(
@@ -594,12 +809,14 @@ def test_ops_refuse_what_would_be_unsafe(name: str) -> None:
     op, inputs = OPS[name].op.overload, OPS[name].by_name(op_inputs(name))
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     for key, value in tensors.items():
-        changed = [value.double() if value.is_floating_point() else value.int()]
+        changed = [value.double() if value.is_floating_point() else value.short()]
         if key in SIZED and name != "quantize_absmax":
             changed += [torch.cat([value.view(-1), value.view(-1)])]
             changed += [value.view(-1)[:-1]]
-            if value.numel() > 1:
-                changed += [value.view(-1).repeat_interleave(2)[::2]]
+        # How many offsets there are determines the sizes of others.
+        has_no_strides = (key in SIZED and name != "quantize_absmax") or key == "offsets"
+        if has_no_strides and value.numel() > 1:
+            changed += [value.view(-1).repeat_interleave(2)[::2]]
         for wrong in changed:
             with pytest.raises((TypeError, ValueError), match=f"^{key}: got"):
                 op(**inputs | {key: wrong})

@@ -108,6 +108,32 @@ def gradient_arguments() -> dict[str, Any]:
     }
 
 
+EXPERTS = 3
+
+
+def stacked(one: Weight) -> Weight:
+    """The same weight for each expert."""
+    fields: list[Any] = [
+        None if field is None else torch.cat([field.reshape(-1)] * EXPERTS) for field in one[:4]
+    ]
+    fields += one[4:]
+    return Weight(*fields)
+
+
+def with_experts(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a matmul as those of one by experts, of which the second has no rows."""
+    arguments = arguments | {"weight": stacked(arguments["weight"])}
+    found = dict(list(arguments.items())[:3]) | {"offsets": torch.tensor([1, 1, 2])}
+    if "bias" in arguments:
+        found["bias"] = arguments["bias"].expand(EXPERTS, -1).contiguous()
+    return found | {"batch_invariant": False}
+
+
+def with_grouped_term(arguments: dict[str, Any], features: int) -> dict[str, Any]:
+    found = with_term(with_experts(arguments), features)
+    return found | {"right": torch.randn(EXPERTS, 5, features)}
+
+
 RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "quantize_4bit": lambda: {
         "x": torch.randn(N),
@@ -138,6 +164,18 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "linear_4bit": forward_arguments,
     "linear_4bit_int8": forward_arguments,
     "linear_4bit_dx": gradient_arguments,
+    "grouped_linear_4bit": lambda: with_experts(forward_arguments()),
+    "grouped_linear_4bit_dx": lambda: with_experts(gradient_arguments()),
+    "grouped_linear_4bit_add": lambda: with_grouped_term(forward_arguments(), ROWS),
+    "grouped_linear_4bit_dx_add": lambda: with_grouped_term(gradient_arguments(), COLS),
+    "grouped_matmul_into": lambda: {
+        "out": torch.empty(ROWS, COLS),
+        "a": torch.randn(ROWS, 7),
+        "b": torch.randn(EXPERTS, 7, COLS),
+        "offsets": torch.tensor([1, 1, 2]),
+        "alpha": 1.0,
+        "accumulate": False,
+    },
     "linear_4bit_add": lambda: with_term(forward_arguments(), ROWS),
     "linear_4bit_dx_add": lambda: with_term(gradient_arguments(), COLS),
     "matmul_into": lambda: {
@@ -173,8 +211,9 @@ def wrong_tensors(op: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Ten
 
 
 def wrong_weights(op: str) -> Iterator[tuple[str, Weight]]:
+    of_op = stacked if op.startswith("grouped") else lambda one: one
     for double_quant in (True, False):
-        whole = weight(double_quant, "custom")
+        whole = of_op(weight(double_quant, "custom"))
         kind = "nested" if double_quant else "plain"
         for name, tensor in whole.named_tensors().items():
             for what, wrong in wrong_tensors(op, name, tensor):
@@ -184,9 +223,19 @@ def wrong_weights(op: str) -> Iterator[tuple[str, Weight]]:
         yield f"{kind}-codebook-missing", whole._replace(codebook=None)
         yield f"{kind}-codebook-superfluous", whole._replace(format="nf4")
         yield f"{kind}-format", whole._replace(format="int4")
-    nested = weight(True)
+    nested = of_op(weight(True))
     yield "nested_offset-alone", nested._replace(nested_absmax=None)
     yield "nested_absmax-alone", nested._replace(nested_offset=None)
+
+
+def wrong_offsets(offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Beside those of every tensor; what numbers they hold is not asked on every backend."""
+    yield "offsets-long", torch.cat([offsets, offsets[-1:]])
+    yield "offsets-int16", offsets.to(torch.int16)
+    yield "offsets-bool", offsets.bool()
+    yield "offsets-2d", offsets[None]
+    yield "offsets-scalar", offsets[-1]
+    yield "offsets-none", offsets[:0]
 
 
 def wrong_calls() -> Iterator[Any]:
@@ -197,6 +246,7 @@ def wrong_calls() -> Iterator[Any]:
                 wrong += wrong_weights(op)
             elif isinstance(value, Tensor):
                 wrong += wrong_tensors(op, name, value)
+                wrong += wrong_offsets(value) if name == "offsets" else []
             elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 wrong += [(what, [bad]) for what, bad in wrong_tensors(op, name, value[0])]
                 wrong.append((f"{name}-empty", []))

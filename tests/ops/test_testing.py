@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from qkern import testing
 from qkern.testing import DTYPES, OPS, Case
+from qkern.weight import Weight
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=testing.DTYPE_NAMES.get)
 
@@ -159,11 +161,26 @@ def test_bytes_count_the_tensors_of_a_case(name: str) -> None:
             continue
         inputs = spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
         unread = {"codebook"} if inputs.get("accumulate", True) else {"codebook", "out"}
+        if spec.comparison == "grouped":
+            unread |= {"bias", "right", *Weight._fields}
         values = [value for name, value in spec.by_name(inputs).items() if name not in unread]
         flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        if spec.comparison == "grouped":
+            tensors += tensors_of_used_experts(inputs, case)
         tensors += spec.reference(inputs)
         assert spec.bytes(case) == sum(t.nbytes for t in tensors), str(case)
+
+
+def tensors_of_used_experts(inputs: testing.Inputs, case: Case) -> Iterator[torch.Tensor]:
+    """The fields of the weights, and the biases, of experts that have rows."""
+    begin, numel = 0, math.prod(case.shape[1:])
+    for expert, end in enumerate(inputs["offsets"].tolist()):
+        if end > begin:
+            fields = inputs["weight"].of_expert(expert, numel).named_tensors()
+            yield from (tensor for name, tensor in fields.items() if name != "codebook")
+            yield from (inputs[n][expert] for n in ("bias", "right") if inputs.get(n) is not None)
+        begin = end
 
 
 def test_register_target_refuses_a_name_twice() -> None:

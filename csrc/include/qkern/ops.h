@@ -106,6 +106,22 @@ struct Linear4bitArgs {
   float* workspace = nullptr;  // CUDA: as many bytes as linear_4bit_paths says
 };
 
+// Which rows are whose: those of each expert end where its offset says. They ascend, from 0 to the
+// number of rows.
+struct GroupOffsets {
+  std::int64_t experts = 0;
+  const void* offsets = nullptr;  // [experts]
+  bool wide = false;              // int64, else int32
+};
+
+// A matmul for each of several weights of one shape, whose fields lie one after the other, by its
+// rows of x: those from where the ones of the weight before end. Rows after the last give zeros.
+struct GroupedLinear4bitArgs {
+  Linear4bitArgs all;  // of all rows, by the first weight, bias and right factor that is added
+  GroupOffsets groups;
+  std::int64_t right_stride = 0;  // from one right factor to the next
+};
+
 // out = alpha a b, or out += alpha a b, of dense matrices: a [m, k], b [k, n], out [m, n].
 struct MatmulIntoArgs {
   void* out = nullptr;
@@ -124,6 +140,16 @@ struct MatmulIntoArgs {
   std::int64_t b_col_stride = 0;
   float alpha = 1.0f;
   bool accumulate = false;
+};
+
+// A matmul of dense matrices for each expert, by its rows of a, which is [m, k]: into its rows of
+// out, [m, n], by its own b, [k, n], of which there are several; or into its own out, [k, n], with
+// its rows of a, transposed, and of b, [m, n].
+struct GroupedMatmulIntoArgs {
+  MatmulIntoArgs all;  // m, n and k as above; of the first expert
+  GroupOffsets groups;
+  bool own_b = false;         // else own out
+  std::int64_t b_stride = 0;  // from one expert's to the next
 };
 
 // One parameter, its gradient and its moments, all flat and contiguous. With `exp_avg_absmax` the
@@ -161,6 +187,9 @@ Status quantize_absmax(const QuantizeAbsmaxArgs& args, int num_threads);
 Status linear_4bit(const Linear4bitArgs& args, int num_threads);
 Status linear_4bit_dx(const Linear4bitArgs& args, int num_threads);
 Status linear_4bit_int8(const Linear4bitArgs& args, int num_threads);
+Status grouped_matmul_into(const GroupedMatmulIntoArgs& args, int num_threads);
+Status grouped_linear_4bit(const GroupedLinear4bitArgs& args, int num_threads);
+Status grouped_linear_4bit_dx(const GroupedLinear4bitArgs& args, int num_threads);
 Status matmul_into(const MatmulIntoArgs& args, int num_threads);
 
 }  // namespace cpu
@@ -179,6 +208,10 @@ Status dequantize_8bit(const Dequantize8bitArgs& args, void* stream);
 Status quantize_absmax(const QuantizeAbsmaxArgs& args, void* stream);
 Status linear_4bit(const Linear4bitArgs& args, void* stream);
 Status linear_4bit_dx(const Linear4bitArgs& args, void* stream);
+// On the path vector, mma or tiled. Offsets may hold anything: an end counts as the nearest number
+// from the end before to the rows of x.
+Status grouped_linear_4bit(const GroupedLinear4bitArgs& args, void* stream);
+Status grouped_linear_4bit_dx(const GroupedLinear4bitArgs& args, void* stream);
 
 // What paths are chosen by, of the current device.
 struct DeviceLimits {

@@ -106,25 +106,41 @@ class Server:
         self._process.stdout.close()
 
 
-def _weight(fields: Sequence[int | None], numel: int) -> tuple[_Buffer | int | None, ...]:
-    """The fields of a `qkern.weight.Weight` of ``numel`` elements, its tensors with their sizes."""
+def _weight(
+    fields: Sequence[int | None], numel: int, experts: int = 1
+) -> tuple[_Buffer | int | None, ...]:
+    """The fields of a `qkern.weight.Weight` of ``numel`` elements, its tensors with their sizes.
+
+    Or of several ``experts``, one after the other.
+    """
     *addresses, format_id, block_size = fields
     blocks = formats.num_blocks(numel, block_size or 1)
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
     scale = 4 if addresses[2] is None else 1
-    nbytes = formats.packed_size(numel), scale * blocks, 4 * groups, 4, 4 * 16
-    return (*map(_in, addresses, nbytes), format_id, block_size)
+    nbytes = [n * experts for n in (formats.packed_size(numel), scale * blocks, 4 * groups, 4)]
+    return (*map(_in, addresses, [*nbytes, 4 * 16]), format_id, block_size)
 
 
-def _term(fields: Sequence[int], m: int, features: int) -> tuple[_Buffer | int, ...]:
-    """A term of low rank, or nothing."""
+def _term(
+    fields: Sequence[int], m: int, features: int, experts: int = 1
+) -> tuple[_Buffer | int, ...]:
+    """A term of low rank, or nothing; of several experts the last field is from one to the next."""
     if not fields:
         return ()
-    rank, left, left_stride, right, *right_strides, alpha = fields
-    last = (rank - 1) * right_strides[0] + (features - 1) * right_strides[1]
+    rank, left, left_stride, right, row_stride, column_stride, alpha, *apart = fields
+    last = (rank - 1) * row_stride + (features - 1) * column_stride
+    last += (experts - 1) * sum(apart)
     left_bytes, right_bytes = 4 * ((m - 1) * left_stride + rank), 4 * (last + 1)
-    factors = _in(left, left_bytes), left_stride, _in(right, right_bytes), *right_strides
-    return rank, *factors, alpha
+    factors = _in(left, left_bytes), left_stride, _in(right, right_bytes), row_stride, column_stride
+    return rank, *factors, alpha, *apart
+
+
+def _grouping(fields: Sequence[int]) -> tuple[_Buffer | int, ...]:
+    """How many experts, where the rows of each end, and whether that is int64; or nothing."""
+    if not fields:
+        return ()
+    experts, offsets, is_wide = fields
+    return experts, _in(offsets, experts * (8 if is_wide else 4)), is_wide
 
 
 class Library:
@@ -259,25 +275,74 @@ class Library:
         own, term, threads = arguments[:-8], arguments[-8:-1], arguments[-1]
         self._input_gradient("linear_4bit_dx_add", (*own, threads), term)
 
-    def _forward(self, op: str, arguments: Sequence[int], term: Sequence[int] = ()) -> None:
+    def grouped_linear_4bit(self, *arguments: int) -> None:
+        own, grouping, threads = arguments[:-4], arguments[-4:-1], arguments[-1]
+        self._forward("grouped_linear_4bit", (*own, threads), grouping=grouping)
+
+    def grouped_linear_4bit_dx(self, *arguments: int) -> None:
+        own, grouping, threads = arguments[:-4], arguments[-4:-1], arguments[-1]
+        self._input_gradient("grouped_linear_4bit_dx", (*own, threads), grouping=grouping)
+
+    def grouped_linear_4bit_add(self, *arguments: int) -> None:
+        *own, experts, offsets, wide = arguments[:-9]
+        term, threads = arguments[-9:-1], arguments[-1]
+        grouping = experts, offsets, wide
+        self._forward("grouped_linear_4bit_add", (*own, threads), term, grouping)
+
+    def grouped_linear_4bit_dx_add(self, *arguments: int) -> None:
+        *own, experts, offsets, wide = arguments[:-9]
+        term, threads = arguments[-9:-1], arguments[-1]
+        grouping = experts, offsets, wide
+        self._input_gradient("grouped_linear_4bit_dx_add", (*own, threads), term, grouping)
+
+    def grouped_matmul_into(self, *arguments: int) -> None:
+        out, out_dtype, m, n, k, *rest = arguments
+        a, a_dtype, *a_strides, b, b_dtype, b_row, b_column = rest[:8]
+        alpha, accumulate, experts, offsets, wide, own_b, b_stride, threads = rest[8:]
+        last_a = (m - 1) * a_strides[0] + (k - 1) * a_strides[1]
+        last_b = (experts - 1) * b_stride + (k - 1) * b_row if own_b else (m - 1) * b_row
+        last_b += (n - 1) * b_column
+        rows = m if own_b else experts * k
+        self._call(
+            "grouped_matmul_into",
+            *(_changed(out, rows * n * _ITEM_SIZE[out_dtype]), out_dtype, m, n, k),
+            *(_in(a, (last_a + 1) * _ITEM_SIZE[a_dtype]), a_dtype, *a_strides),
+            *(_in(b, (last_b + 1) * _ITEM_SIZE[b_dtype]), b_dtype, b_row, b_column),
+            *(alpha, accumulate, *_grouping((experts, offsets, wide)), own_b, b_stride, threads),
+        )
+
+    def _forward(
+        self,
+        op: str,
+        arguments: Sequence[int],
+        term: Sequence[int] = (),
+        grouping: Sequence[int] = (),
+    ) -> None:
         x, dtype, m, stride, *weight, rows, cols, bias, y, invariant, threads = arguments
-        item = _ITEM_SIZE[dtype]
+        item, experts = _ITEM_SIZE[dtype], grouping[0] if grouping else 1
         self._call(
             op,
             *(_in(x, ((m - 1) * stride + cols) * item), dtype, m, stride),
-            *(*_weight(weight, rows * cols), rows, cols),
-            *(_in(bias, rows * item), _out(y, m * rows * item), invariant),
-            *(*_term(term, m, rows), threads),
+            *(*_weight(weight, rows * cols, experts), rows, cols),
+            *(_in(bias, experts * rows * item), _out(y, m * rows * item), invariant),
+            *(*_grouping(grouping), *_term(term, m, rows, experts), threads),
         )
 
-    def _input_gradient(self, op: str, arguments: Sequence[int], term: Sequence[int] = ()) -> None:
+    def _input_gradient(
+        self,
+        op: str,
+        arguments: Sequence[int],
+        term: Sequence[int] = (),
+        grouping: Sequence[int] = (),
+    ) -> None:
         dy, dtype, m, stride, *weight, rows, cols, dx, invariant, threads = arguments
-        item = _ITEM_SIZE[dtype]
+        item, experts = _ITEM_SIZE[dtype], grouping[0] if grouping else 1
         self._call(
             op,
             *(_in(dy, ((m - 1) * stride + rows) * item), dtype, m, stride),
-            *(*_weight(weight, rows * cols), rows, cols),
-            *(_out(dx, m * cols * item), invariant, *_term(term, m, cols), threads),
+            *(*_weight(weight, rows * cols, experts), rows, cols),
+            *(_out(dx, m * cols * item), invariant, *_grouping(grouping)),
+            *(*_term(term, m, cols, experts), threads),
         )
 
     def matmul_into(self, *arguments: int) -> None:
