@@ -27,6 +27,14 @@ Linear4bitArgs read_on_path(Arguments& from) {
   return args;
 }
 
+// The same by experts, which take no workspace.
+template <auto kRead>
+GroupedLinear4bitArgs read_grouped_on_path(Arguments& from) {
+  GroupedLinear4bitArgs args = kRead(from);
+  from.read(args.all.path, Optional{args.all.workspace});
+  return args;
+}
+
 struct RegionArgs : Dequantize4bitArgs {
   Region region;
 };
@@ -57,6 +65,10 @@ constexpr Op kCudaOps[] = {
     {"quantize_absmax", run_on_stream<read_args<QuantizeAbsmaxArgs>, cuda::quantize_absmax>},
     {"linear_4bit", run_on_stream<read_on_path<read_matmul<true>>, cuda::linear_4bit>},
     {"linear_4bit_dx", run_on_stream<read_on_path<read_matmul<false>>, cuda::linear_4bit_dx>},
+    {"grouped_linear_4bit",
+     run_on_stream<read_grouped_on_path<read_grouped_matmul<true>>, cuda::grouped_linear_4bit>},
+    {"grouped_linear_4bit_dx",
+     run_on_stream<read_grouped_on_path<read_grouped_matmul<false>>, cuda::grouped_linear_4bit_dx>},
     {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
 };
 

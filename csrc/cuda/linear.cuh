@@ -43,6 +43,12 @@ Status linear_dx_wgmma(const Linear4bitArgs& args, const Split& split, void* str
 // y = sum of the parts + bias, rounded once to T.
 Status sum_splits(const Linear4bitArgs& args, int parts, std::int64_t columns, void* stream);
 
+// The same by experts, whose contractions are not split.
+Status grouped_linear_vector(const GroupedLinear4bitArgs& args, void* stream);
+Status grouped_linear_mma(const GroupedLinear4bitArgs& args, int capability, void* stream);
+Status grouped_linear_dx_mma(const GroupedLinear4bitArgs& args, int capability, void* stream);
+Status grouped_linear_tiled(const GroupedLinear4bitArgs& args, bool input_gradient, void* stream);
+
 Split linear_vector_split(const Linear4bitArgs& args);
 Split linear_mma_split(const Linear4bitArgs& args, int capability);
 Split linear_dx_mma_split(const Linear4bitArgs& args, int capability);
@@ -75,6 +81,18 @@ inline Split split_for_mma(const Linear4bitArgs& args, std::int64_t length, std:
   constexpr int kMaxParts = 8;
   const std::int64_t min_parts = ceil_div(length, kLongestChain);
   return split_for(length, step, blocks, args.batch_invariant ? 0 : wanted, kMaxParts, min_parts);
+}
+
+// Which part of the result a block makes.
+struct Tile {
+  std::int64_t row0;     // its first row
+  std::int64_t columns;  // which of the tiles side by side
+  std::int64_t part;     // which part of the contraction
+};
+
+// That of this block, where rows are along x of the grid and columns along y.
+QKERN_DEVICE Tile this_tile(int tile_rows) {
+  return {static_cast<std::int64_t>(blockIdx.x) * tile_rows, blockIdx.y, blockIdx.z};
 }
 
 // What is done to a sum before it is rounded: the one place for whatever is fused behind a matmul.

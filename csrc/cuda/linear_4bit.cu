@@ -23,6 +23,10 @@ constexpr const char* kTakesTensorCores =
     "path mma: takes float16 from sm_75 and bfloat16 from sm_80 on";
 constexpr const char* kTakesHopper =
     "path wgmma: takes float16 and bfloat16 on compute capability 9.0, by code for sm_90a";
+constexpr const char* kTakesExperts =
+    "path: takes vector, mma or tiled by experts, and a contraction that needs no split";
+constexpr const char* kTakesFewer =
+    "x and offsets: take fewer than 2^31 rows and 128 for each expert";
 constexpr const char* kTakesPieces =
     "path mma or wgmma: takes K % 32 == 0, rows of x in multiples of 8, 16-aligned";
 
@@ -80,6 +84,10 @@ std::int64_t workspace_bytes(const Linear4bitArgs& args, bool input_gradient, co
 
 bool aligned16(const void* p) { return (reinterpret_cast<std::uintptr_t>(p) & 15u) == 0; }
 
+bool is_aligned(const Linear4bitArgs& args) {
+  return args.x_row_stride % 8 == 0 && aligned16(args.x) && aligned16(args.weight.packed);
+}
+
 // A matmul on args.path, checked: whoever chose it may be wrong.
 Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
   DeviceLimits limits;
@@ -87,9 +95,7 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
     const Status status = device_limits(&limits);
     if (!status.ok()) return status;
   }
-  const bool aligned =
-      args.x_row_stride % 8 == 0 && aligned16(args.x) && aligned16(args.weight.packed);
-  const char* const why_not = refusal(args, input_gradient, aligned, limits.capability);
+  const char* const why_not = refusal(args, input_gradient, is_aligned(args), limits.capability);
   if (why_not != nullptr) return Status::error(why_not);
   const Split split = split_of(args, input_gradient, limits);
   if (workspace_bytes(args, input_gradient, split) > 0 && args.workspace == nullptr) {
@@ -108,6 +114,33 @@ Status run(const Linear4bitArgs& args, bool input_gradient, void* stream) {
   }
   return input_gradient ? linear_dx_mma(args, split, limits.capability, stream)
                         : linear_mma(args, split, limits.capability, stream);
+}
+
+// By experts, likewise.
+Status run_grouped(const GroupedLinear4bitArgs& args, bool input_gradient, void* stream) {
+  if (args.all.path == CudaPath::kWgmma) return Status::error(kTakesExperts);
+  Linear4bitArgs all = args.all;
+  // Only where a contraction is too long for one sum does a batch-invariant call split it.
+  all.batch_invariant = true;
+  DeviceLimits limits;
+  if (all.path == CudaPath::kMma) {
+    const Status status = device_limits(&limits);
+    if (!status.ok()) return status;
+  }
+  const char* const why_not = refusal(all, input_gradient, is_aligned(all), limits.capability);
+  if (why_not != nullptr) return Status::error(why_not);
+  if (split_of(all, input_gradient, limits).count > 1) return Status::error(kTakesExperts);
+  // Tiles and the rows in them are counted in 32 bits.
+  constexpr std::int64_t kLargestTile = 128;
+  if (all.m + kLargestTile * (args.groups.experts + 1) >= std::int64_t{1} << 31) {
+    return Status::error(kTakesFewer);
+  }
+  if (is_empty(all) || all.path == CudaPath::kTiled) {
+    return grouped_linear_tiled(args, input_gradient, stream);
+  }
+  if (all.path == CudaPath::kVector) return grouped_linear_vector(args, stream);
+  return input_gradient ? grouped_linear_dx_mma(args, limits.capability, stream)
+                        : grouped_linear_mma(args, limits.capability, stream);
 }
 
 }  // namespace
@@ -193,6 +226,16 @@ Status linear_4bit(const Linear4bitArgs& args, void* stream) {
 Status linear_4bit_dx(const Linear4bitArgs& args, void* stream) {
   if (args.m == 0 || args.weight.cols == 0) return Status::success();
   return run(args, true, stream);
+}
+
+Status grouped_linear_4bit(const GroupedLinear4bitArgs& args, void* stream) {
+  if (args.all.m == 0 || args.all.weight.rows == 0) return Status::success();
+  return run_grouped(args, false, stream);
+}
+
+Status grouped_linear_4bit_dx(const GroupedLinear4bitArgs& args, void* stream) {
+  if (args.all.m == 0 || args.all.weight.cols == 0) return Status::success();
+  return run_grouped(args, true, stream);
 }
 
 }  // namespace qkern::cuda

@@ -7,7 +7,7 @@
 // load, one scale. Chunk j of them in shared memory (16 bytes, eight values) is their columns j,
 // 4 + j, 8 + j...; so lane (g, t), g = lane / 4 and t = lane % 4, gets columns 4g + j, which leaves
 // it with neighbouring results.
-#include "linear.cuh"
+#include "groups.cuh"
 
 namespace qkern::cuda {
 namespace {
@@ -48,8 +48,7 @@ QKERN_DEVICE int dy_position(int row, int chunk) {
 QKERN_DEVICE int w_position(int row, int chunk) { return row * kPanelChunks + (chunk ^ (row & 7)); }
 
 template <typename T, int kTileM, int kStages>
-QKERN_KERNEL(kThreads, 2)
-linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
+QKERN_DEVICE void multiply_tile(const MmaArgs<T>& args, const Tile& place) {
   using Shared = DxShared<kTileM, kStages>;
   QKERN_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -62,9 +61,9 @@ linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
   const int panel = warp % Shared::kPanels;
   // Of the panel, and of dy's rows.
   const int share = Shared::kSharing == 1 ? 0 : warp / Shared::kPanels;
-  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
-  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.y) * Shared::kTileColumns;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t m0 = place.row0;
+  const std::int64_t k0 = place.columns * Shared::kTileColumns;
+  const std::int64_t begin = place.part * args.split_length;
   const std::int64_t end =
       begin + args.split_length < args.rows ? begin + args.split_length : args.rows;
   const int tiles = static_cast<int>((end - begin + kDepth - 1) / kDepth);
@@ -225,36 +224,70 @@ linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
   }
 }
 
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL(kThreads, 2)
+linear_4bit_dx_mma_kernel(const MmaArgs<T> args) {
+  multiply_tile<T, kTileM, kStages>(args, this_tile(kTileM));
+}
+
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL(kThreads, 2)
+grouped_linear_4bit_dx_mma_kernel(const Grouped<MmaArgs<T>> args) {
+  MmaArgs<T> own = args.all;
+  Tile tile;
+  if (take_tile<kTileM>(args, own, tile)) multiply_tile<T, kTileM, kStages>(own, tile);
+}
+
 constexpr int kStages = 3;
+
+template <int kTileM>
+LaunchConfig tile_config(std::int64_t row_tiles, std::int64_t columns, void* stream) {
+  using Shared = DxShared<kTileM, kStages>;
+  return {dim3(static_cast<unsigned>(row_tiles),
+               static_cast<unsigned>(ceil_div(columns, Shared::kTileColumns))),
+          kThreads, sizeof(Shared), stream};
+}
 
 template <typename T, int kTileM>
 Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
-  using Shared = DxShared<kTileM, kStages>;
   const std::int64_t columns = args.weight.cols;
-  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                 static_cast<unsigned>(ceil_div(columns, Shared::kTileColumns))),
-                            kThreads, sizeof(Shared), stream};
+  const LaunchConfig config = tile_config<kTileM>(ceil_div(args.m, kTileM), columns, stream);
   return launch_parts("linear_4bit_dx_mma_kernel", linear_4bit_dx_mma_kernel<T, kTileM, kStages>,
                       config, mma_args<T>(args, split, columns), args, split, columns);
 }
 
-// Rows of dy that a block takes: a tile of W is decoded again for each. Where copies are not
-// asynchronous a block waits for its own, so two have to fit the 64 KiB of sm_75.
-int tile_rows(const Linear4bitArgs& args, int capability) {
-  return args.m <= 64 || capability < 80 ? 64 : 128;
+template <typename T, int kTileM>
+Status launch_grouped(const GroupedLinear4bitArgs& args, void* stream) {
+  const Weight4bit& weight = args.all.weight;
+  const LaunchConfig config = tile_config<kTileM>(grouped_tiles(args, kTileM), weight.cols, stream);
+  const Split whole{1, weight.rows};
+  return launch("grouped_linear_4bit_dx_mma_kernel",
+                grouped_linear_4bit_dx_mma_kernel<T, kTileM, kStages>, config,
+                grouped(args, mma_args<T>(args.all, whole, weight.cols)));
 }
+
+// Rows of dy that a block takes, of as many in all: a tile of W is decoded again for each. Where
+// copies are not asynchronous a block waits for its own, so two have to fit the 64 KiB of sm_75.
+int tile_rows(std::int64_t m, int capability) { return m <= 64 || capability < 80 ? 64 : 128; }
 
 template <typename T>
 Status linear_dx_mma_typed(const Linear4bitArgs& args, const Split& split, int capability,
                            void* stream) {
-  return tile_rows(args, capability) == 64 ? launch_tiles<T, 64>(args, split, stream)
-                                           : launch_tiles<T, 128>(args, split, stream);
+  return tile_rows(args.m, capability) == 64 ? launch_tiles<T, 64>(args, split, stream)
+                                             : launch_tiles<T, 128>(args, split, stream);
+}
+
+template <typename T>
+Status grouped_linear_dx_mma_typed(const GroupedLinear4bitArgs& args, int capability,
+                                   void* stream) {
+  return tile_rows(mean_rows(args), capability) == 64 ? launch_grouped<T, 64>(args, stream)
+                                                      : launch_grouped<T, 128>(args, stream);
 }
 
 }  // namespace
 
 Split linear_dx_mma_split(const Linear4bitArgs& args, int capability) {
-  const std::int64_t rows = tile_rows(args, capability);
+  const std::int64_t rows = tile_rows(args.m, capability);
   const std::int64_t columns = kWarps * kWarpRows * kWarpColumns / rows;
   const std::int64_t blocks = ceil_div(args.m, rows) * ceil_div(args.weight.cols, columns);
   return split_for_mma(args, args.weight.rows, 16 * kDepth, blocks);
@@ -264,6 +297,12 @@ Status linear_dx_mma(const Linear4bitArgs& args, const Split& split, int capabil
   return args.dtype == DType::kFloat16
              ? linear_dx_mma_typed<Float16>(args, split, capability, stream)
              : linear_dx_mma_typed<BFloat16>(args, split, capability, stream);
+}
+
+Status grouped_linear_dx_mma(const GroupedLinear4bitArgs& args, int capability, void* stream) {
+  return args.all.dtype == DType::kFloat16
+             ? grouped_linear_dx_mma_typed<Float16>(args, capability, stream)
+             : grouped_linear_dx_mma_typed<BFloat16>(args, capability, stream);
 }
 
 }  // namespace qkern::cuda

@@ -8,7 +8,7 @@
 // a lane's codes of a row for the whole tile, and those lie in one quantisation block. x is read in
 // the same order. W is the mma's first operand: rows g and g + 8 of a warp's fragment f are rows
 // 4g + 2f and 4g + 2f + 1 of its part of W, which leaves a lane with neighbouring results.
-#include "linear.cuh"
+#include "groups.cuh"
 
 namespace qkern::cuda {
 namespace {
@@ -57,9 +57,9 @@ QKERN_DEVICE int x_position(int row, int t, int s) {
   return (row * kRowChunks + ((t >> 1) << 3 | low)) ^ (s << 1);
 }
 
+// A copy of the arguments: by a reference to them the loop takes more instructions.
 template <typename T, int kTileM, int kStages>
-QKERN_KERNEL((BlockShape<kTileM>::kThreads), (BlockShape<kTileM>::kGroups == 1 ? 2 : 1))
-linear_4bit_mma_kernel(const MmaArgs<T> args) {
+QKERN_DEVICE void multiply_tile(const MmaArgs<T> args, const Tile& place) {
   using Shared = MmaShared<kTileM, kStages>;
   using Shape = BlockShape<kTileM>;
   QKERN_DYNAMIC_SHARED(memory);
@@ -71,12 +71,12 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   const int lane = thread % kWarp;
   const int g = lane / 4;
   const int t = lane % 4;
-  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
-  const std::int64_t n0_block = static_cast<std::int64_t>(blockIdx.y) * Shape::kTileN;
+  const std::int64_t m0 = place.row0;
+  const std::int64_t n0_block = place.columns * Shape::kTileN;
   const int group = Shape::kGroups == 1 ? 0 : thread / Shape::kGroupThreads;
   const int member = Shape::kGroups == 1 ? thread : thread % Shape::kGroupThreads;
   const std::int64_t n0 = n0_block + member / kWarp * kWarpN;
-  const std::int64_t part = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t part = place.part * args.split_length;
   const std::int64_t part_end =
       part + args.split_length < args.cols ? part + args.split_length : args.cols;
   const std::int64_t length = Shape::kGroups == 1 ? args.split_length : args.share_length;
@@ -286,6 +286,20 @@ linear_4bit_mma_kernel(const MmaArgs<T> args) {
   }
 }
 
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL((BlockShape<kTileM>::kThreads), (BlockShape<kTileM>::kGroups == 1 ? 2 : 1))
+linear_4bit_mma_kernel(const MmaArgs<T> args) {
+  multiply_tile<T, kTileM, kStages>(args, this_tile(kTileM));
+}
+
+template <typename T, int kTileM, int kStages>
+QKERN_KERNEL((BlockShape<kTileM>::kThreads), (BlockShape<kTileM>::kGroups == 1 ? 2 : 1))
+grouped_linear_4bit_mma_kernel(const Grouped<MmaArgs<T>> args) {
+  MmaArgs<T> own = args.all;
+  Tile tile;
+  if (take_tile<kTileM>(args, own, tile)) multiply_tile<T, kTileM, kStages>(own, tile);
+}
+
 // The length of a group's share. A batch-invariant call has one: then a row of the result is summed
 // as in blocks of more rows.
 template <int kTileM>
@@ -296,43 +310,69 @@ std::int64_t share_length(const Linear4bitArgs& args, const Split& split) {
   return split_for(length, kTileK, 1, kGroups, kGroups).length;
 }
 
+template <typename T, int kTileM>
+MmaArgs<T> tile_args(const Linear4bitArgs& args, const Split& split) {
+  MmaArgs<T> found = mma_args<T>(args, split, args.weight.rows);
+  found.share_length = share_length<kTileM>(args, split);
+  return found;
+}
+
+template <int kTileM, int kStages>
+LaunchConfig tile_config(std::int64_t row_tiles, std::int64_t columns, void* stream) {
+  using Shape = BlockShape<kTileM>;
+  return {dim3(static_cast<unsigned>(row_tiles),
+               static_cast<unsigned>(ceil_div(columns, Shape::kTileN))),
+          Shape::kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
+}
+
 template <typename T, int kTileM, int kStages>
 Status launch_tiles(const Linear4bitArgs& args, const Split& split, void* stream) {
   const std::int64_t columns = args.weight.rows;
-  using Shape = BlockShape<kTileM>;
-  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                 static_cast<unsigned>(ceil_div(columns, Shape::kTileN))),
-                            Shape::kThreads, sizeof(MmaShared<kTileM, kStages>), stream};
-  MmaArgs<T> kernel_args = mma_args<T>(args, split, columns);
-  kernel_args.share_length = share_length<kTileM>(args, split);
+  const LaunchConfig config =
+      tile_config<kTileM, kStages>(ceil_div(args.m, kTileM), columns, stream);
+  const MmaArgs<T> kernel_args = tile_args<T, kTileM>(args, split);
   return launch_parts("linear_4bit_mma_kernel", linear_4bit_mma_kernel<T, kTileM, kStages>, config,
                       kernel_args, args, split, columns);
 }
 
-// Rows of x that a block takes. Where copies are not asynchronous a block waits for its own, so
-// several have to fit the 64 KiB of sm_75.
-int tile_rows(const Linear4bitArgs& args, int capability) {
-  if (capability < 80) return 32;
-  return args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
+template <typename T, int kTileM, int kStages>
+Status launch_grouped(const GroupedLinear4bitArgs& args, void* stream) {
+  const Split whole{1, args.all.weight.cols};
+  const LaunchConfig config =
+      tile_config<kTileM, kStages>(grouped_tiles(args, kTileM), args.all.weight.rows, stream);
+  return launch("grouped_linear_4bit_mma_kernel",
+                grouped_linear_4bit_mma_kernel<T, kTileM, kStages>, config,
+                grouped(args, tile_args<T, kTileM>(args.all, whole)));
 }
 
-template <typename T>
-Status linear_mma_typed(const Linear4bitArgs& args, const Split& split, int capability,
-                        void* stream) {
-  switch (tile_rows(args, capability)) {
-    case 16:
-      return launch_tiles<T, 16, 3>(args, split, stream);
-    case 32:
-      return launch_tiles<T, 32, 2>(args, split, stream);
-    default:
-      return launch_tiles<T, 64, 2>(args, split, stream);
-  }
+// Rows of x that a block takes, of m. Where copies are not asynchronous a block waits for its own,
+// so several have to fit the 64 KiB of sm_75.
+int tile_rows(std::int64_t m, int capability) {
+  if (capability < 80) return 32;
+  return m <= 16 ? 16 : m <= 32 ? 32 : 64;
+}
+
+template <int kRows, int kCount>
+struct TileShape {
+  static constexpr int kTileM = kRows;
+  static constexpr int kStages = kCount;
+};
+
+// Calls fn with a zero of the storage type and the shape of a tile of `rows`.
+template <typename Fn>
+Status with_tile(DType dtype, int rows, const Fn& fn) {
+  const auto of = [&](auto shape) {
+    return dtype == DType::kFloat16 ? fn(Float16{}, shape) : fn(BFloat16{}, shape);
+  };
+  return rows == 16   ? of(TileShape<16, 3>{})
+         : rows == 32 ? of(TileShape<32, 2>{})
+                      : of(TileShape<64, 2>{});
 }
 
 }  // namespace
 
 Split linear_mma_split(const Linear4bitArgs& args, int capability) {
-  const int rows = tile_rows(args, capability);
+  const int rows = tile_rows(args.m, capability);
   const bool has_groups = rows == 16;
   const std::int64_t columns = has_groups ? BlockShape<16>::kTileN : BlockShape<64>::kTileN;
   const std::int64_t blocks = ceil_div(args.m, rows) * ceil_div(args.weight.rows, columns);
@@ -343,9 +383,18 @@ Split linear_mma_split(const Linear4bitArgs& args, int capability) {
 }
 
 Status linear_mma(const Linear4bitArgs& args, const Split& split, int capability, void* stream) {
-  return args.dtype == DType::kFloat16
-             ? linear_mma_typed<Float16>(args, split, capability, stream)
-             : linear_mma_typed<BFloat16>(args, split, capability, stream);
+  return with_tile(args.dtype, tile_rows(args.m, capability), [&](auto zero, auto shape) {
+    return launch_tiles<decltype(zero), shape.kTileM, shape.kStages>(args, split, stream);
+  });
+}
+
+Status grouped_linear_mma(const GroupedLinear4bitArgs& args, int capability, void* stream) {
+  // A tile of 64 rows issues no more a weight than one of 16. So it holds twice the rows that an
+  // expert has on average, and few experts take a second tile, which would decode W again.
+  const int rows = tile_rows(2 * mean_rows(args), capability);
+  return with_tile(args.all.dtype, rows, [&](auto zero, auto shape) {
+    return launch_grouped<decltype(zero), shape.kTileM, shape.kStages>(args, stream);
+  });
 }
 
 }  // namespace qkern::cuda

@@ -1,6 +1,6 @@
 // The matmuls that no tensor core serves (float32 activations, bfloat16 before sm_80) or whose
 // shapes do not divide (K % 32, N % 8): float32 tiles, any shape, one element at a time.
-#include "linear.cuh"
+#include "groups.cuh"
 
 namespace qkern::cuda {
 namespace {
@@ -32,14 +32,13 @@ struct TiledArgs : Operands<T> {
 
 // y = x W^T + bias, or y = x W where kInputGradient.
 template <typename T, bool kInputGradient>
-QKERN_KERNEL(kThreads, 2)
-linear_4bit_tiled_kernel(const TiledArgs<T> args) {
+QKERN_DEVICE void multiply_tile(const TiledArgs<T>& args, const Tile& place) {
   QKERN_SHARED(TiledShared, shared);
   stage_codes(args.source, shared.table);
   const float nested_offset = load_nested_offset(args.scales);
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t m0 = static_cast<std::int64_t>(blockIdx.x) * kTileM;
-  const std::int64_t n0 = static_cast<std::int64_t>(blockIdx.y) * kTileN;
+  const std::int64_t m0 = place.row0;
+  const std::int64_t n0 = place.columns * kTileN;
   const std::int64_t depth = kInputGradient ? args.rows : args.cols;
   const std::int64_t columns = kInputGradient ? args.cols : args.rows;
   const int thread_m = thread / (kTileN / kThreadN);
@@ -111,20 +110,56 @@ linear_4bit_tiled_kernel(const TiledArgs<T> args) {
   }
 }
 
+template <typename T, bool kInputGradient>
+QKERN_KERNEL(kThreads, 2)
+linear_4bit_tiled_kernel(const TiledArgs<T> args) {
+  multiply_tile<T, kInputGradient>(args, this_tile(kTileM));
+}
+
+template <typename T, bool kInputGradient>
+QKERN_KERNEL(kThreads, 2)
+grouped_linear_4bit_tiled_kernel(const Grouped<TiledArgs<T>> args) {
+  const std::int64_t columns = kInputGradient ? args.all.cols : args.all.rows;
+  TiledArgs<T> own = args.all;
+  Tile tile;
+  if (take_tile<kTileM>(args, columns, own, own.y, own.epilogue, tile)) {
+    multiply_tile<T, kInputGradient>(own, tile);
+  }
+}
+
+template <typename T>
+TiledArgs<T> tiled_args(const Linear4bitArgs& args) {
+  return {operands_of<T>(args), {static_cast<const T*>(args.bias)}, static_cast<T*>(args.y)};
+}
+
+LaunchConfig tiled_config(std::int64_t row_tiles, std::int64_t columns, void* stream) {
+  return {dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(ceil_div(columns, kTileN))),
+          kThreads, 0, stream};
+}
+
 }  // namespace
 
 Status linear_tiled(const Linear4bitArgs& args, bool input_gradient, void* stream) {
   const std::int64_t columns = input_gradient ? args.weight.cols : args.weight.rows;
+  const LaunchConfig config = tiled_config(ceil_div(args.m, kTileM), columns, stream);
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const TiledArgs<T> launch_args{
-        operands_of<T>(args), {static_cast<const T*>(args.bias)}, static_cast<T*>(args.y)};
-    const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(args.m, kTileM)),
-                                   static_cast<unsigned>(ceil_div(columns, kTileN))),
-                              kThreads, 0, stream};
     const auto kernel =
         input_gradient ? linear_4bit_tiled_kernel<T, true> : linear_4bit_tiled_kernel<T, false>;
-    return launch("linear_4bit_tiled_kernel", kernel, config, launch_args);
+    return launch("linear_4bit_tiled_kernel", kernel, config, tiled_args<T>(args));
+  });
+}
+
+Status grouped_linear_tiled(const GroupedLinear4bitArgs& args, bool input_gradient, void* stream) {
+  const Weight4bit& weight = args.all.weight;
+  const std::int64_t columns = input_gradient ? weight.cols : weight.rows;
+  const LaunchConfig config = tiled_config(grouped_tiles(args, kTileM), columns, stream);
+  return with_dtype(args.all.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto kernel = input_gradient ? grouped_linear_4bit_tiled_kernel<T, true>
+                                       : grouped_linear_4bit_tiled_kernel<T, false>;
+    return launch("grouped_linear_4bit_tiled_kernel", kernel, config,
+                  grouped(args, tiled_args<T>(args.all)));
   });
 }
 

@@ -93,9 +93,7 @@ QKERN_DEVICE void multiply_singly(const VectorArgs<T>& args, float nested_offset
 // kWhole: every lane's 32 codes are 16 aligned bytes in one block, and x comes in 16-byte pieces.
 // Otherwise rows of W start anywhere, and codes and scales are fetched one by one.
 template <typename T, int kRows, int kWarpRows, bool kWhole>
-QKERN_KERNEL((kThreads * VectorShared<T, kRows>::kGroups),
-             (VectorShared<T, kRows>::kResidentBlocks))
-linear_4bit_vector_kernel(const VectorArgs<T> args) {
+QKERN_DEVICE void multiply_rows(const VectorArgs<T>& args, const Tile& place) {
   using Shared = VectorShared<T, kRows>;
   constexpr unsigned kStage = Shared::kTiles * kTile;
   QKERN_DYNAMIC_SHARED(memory);
@@ -104,9 +102,9 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp % kWarps;
   const int group = static_cast<int>(threadIdx.x) / kThreads;
   const int groups = static_cast<int>(blockDim.x) / kThreads;
-  const std::int64_t n0 = (static_cast<std::int64_t>(blockIdx.x) * kWarps + warp) * kWarpRows;
-  const std::int64_t row0 = static_cast<std::int64_t>(blockIdx.y) * kRows;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.z) * args.split_length;
+  const std::int64_t n0 = (place.columns * kWarps + warp) * kWarpRows;
+  const std::int64_t row0 = place.row0;
+  const std::int64_t begin = place.part * args.split_length;
   const std::int64_t end =
       begin + args.split_length < args.cols ? begin + args.split_length : args.cols;
   const unsigned length = static_cast<unsigned>(end - begin);
@@ -255,38 +253,92 @@ linear_4bit_vector_kernel(const VectorArgs<T> args) {
     sum = __fadd_rn(sum, shared.sums[share][warp][lane]);
   }
   if (args.parts != nullptr) {
-    args.parts[(blockIdx.z * args.m + row) * args.rows + n] = sum;
+    args.parts[(place.part * args.m + row) * args.rows + n] = sum;
   } else {
     args.y[row * args.rows + n] = from_float<T>(args.epilogue(sum, row, n));
+  }
+}
+
+template <typename T, int kRows, int kWarpRows, bool kWhole>
+QKERN_KERNEL((kThreads * VectorShared<T, kRows>::kGroups),
+             (VectorShared<T, kRows>::kResidentBlocks))
+linear_4bit_vector_kernel(const VectorArgs<T> args) {
+  const Tile tile{static_cast<std::int64_t>(blockIdx.y) * kRows, blockIdx.x, blockIdx.z};
+  multiply_rows<T, kRows, kWarpRows, kWhole>(args, tile);
+}
+
+template <typename T, int kRows, int kWarpRows, bool kWhole>
+QKERN_KERNEL((kThreads * VectorShared<T, kRows>::kGroups),
+             (VectorShared<T, kRows>::kResidentBlocks))
+grouped_linear_4bit_vector_kernel(const Grouped<VectorArgs<T>> args) {
+  VectorArgs<T> own = args.all;
+  own.parts = nullptr;
+  Tile tile;
+  if (take_tile<kRows>(args, own.rows, own, own.y, own.epilogue, tile)) {
+    multiply_rows<T, kRows, kWarpRows, kWhole>(own, tile);
   }
 }
 
 // Rows of W of a block, in most kernels; shares must not depend on which.
 constexpr std::int64_t kBlockRows = 16;
 
-template <typename T, int kRows, int kWarpRows, bool kWhole>
-Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
-  using Shared = VectorShared<T, kRows>;
+template <typename T>
+VectorArgs<T> vector_args(const Linear4bitArgs& args, const Split& split) {
   constexpr std::int64_t kWanted =
       1024;  // groups: about eight for each of a large GPU's processors
-  const std::int64_t columns = args.weight.rows;
   const Split shares =
-      split_for(split.length, kTile, ceil_div(columns, kBlockRows), kWanted, kMaxShares);
-  const VectorArgs<T> launch_args{operands_of<T>(args),
-                                  split.length,
-                                  shares.length,
-                                  shares.count,
-                                  {static_cast<const T*>(args.bias)},
-                                  static_cast<T*>(args.y),
-                                  split.count > 1 ? args.workspace : nullptr};
-  const int groups = shares.count < Shared::kGroups ? shares.count : Shared::kGroups;
+      split_for(split.length, kTile, ceil_div(args.weight.rows, kBlockRows), kWanted, kMaxShares);
+  return {operands_of<T>(args),
+          split.length,
+          shares.length,
+          shares.count,
+          {static_cast<const T*>(args.bias)},
+          static_cast<T*>(args.y),
+          split.count > 1 ? args.workspace : nullptr};
+}
+
+template <typename T, int kRows>
+LaunchConfig vector_config(const VectorArgs<T>& args, std::int64_t x, std::int64_t y,
+                           void* stream) {
+  using Shared = VectorShared<T, kRows>;
+  const int groups = args.shares < Shared::kGroups ? args.shares : Shared::kGroups;
   const std::size_t unused = (Shared::kGroups - groups) * sizeof(Shared::x[0]);
-  const LaunchConfig config{dim3(static_cast<unsigned>(ceil_div(columns, kWarps * kWarpRows)),
-                                 static_cast<unsigned>(ceil_div(args.m, kRows))),
-                            groups * kThreads, sizeof(Shared) - unused, stream};
+  return {dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)), groups * kThreads,
+          sizeof(Shared) - unused, stream};
+}
+
+template <typename T, int kRows, int kWarpRows, bool kWhole>
+Status launch_rows(const Linear4bitArgs& args, const Split& split, void* stream) {
+  const std::int64_t columns = args.weight.rows;
+  const VectorArgs<T> launch_args = vector_args<T>(args, split);
+  const LaunchConfig config = vector_config<T, kRows>(
+      launch_args, ceil_div(columns, kWarps * kWarpRows), ceil_div(args.m, kRows), stream);
   return launch_parts("linear_4bit_vector_kernel",
                       linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>, config, launch_args,
                       args, split, columns);
+}
+
+template <typename T, int kRows, int kWarpRows, bool kWhole>
+Status launch_grouped(const GroupedLinear4bitArgs& args, void* stream) {
+  const Weight4bit& weight = args.all.weight;
+  const VectorArgs<T> all = vector_args<T>(args.all, {1, weight.cols});
+  // Along x, where the grid has room for any number of them.
+  const LaunchConfig config = vector_config<T, kRows>(
+      all, grouped_tiles(args, kRows), ceil_div(weight.rows, kWarps * kWarpRows), stream);
+  return launch("grouped_linear_4bit_vector_kernel",
+                grouped_linear_4bit_vector_kernel<T, kRows, kWarpRows, kWhole>, config,
+                grouped(args, all));
+}
+
+// Whether a kernel reads W and x in pieces of 16 bytes.
+template <typename T>
+bool comes_in_pieces(const Linear4bitArgs& args) {
+  const auto in_pieces = [](const void* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+  };
+  return args.weight.cols % kLaneCodes == 0 && in_pieces(args.weight.packed) &&
+         args.weight.cols <= kLongestRow && in_pieces(args.x) &&
+         args.x_row_stride * sizeof(T) % 16 == 0;
 }
 
 }  // namespace
@@ -299,12 +351,7 @@ Split linear_vector_split(const Linear4bitArgs& args) {
 Status linear_vector(const Linear4bitArgs& args, const Split& split, void* stream) {
   return with_dtype(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto in_pieces = [](const void* p) {
-      return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
-    };
-    const bool whole = args.weight.cols % kLaneCodes == 0 && in_pieces(args.weight.packed) &&
-                       args.weight.cols <= kLongestRow && in_pieces(args.x) &&
-                       args.x_row_stride * sizeof(T) % 16 == 0;
+    const bool whole = comes_in_pieces<T>(args);
     Linear4bitArgs some = args;
     for (std::int64_t row = 0; row < args.m; row += kVectorLaunchRows) {
       some.x = static_cast<const T*>(args.x) + row * args.x_row_stride;
@@ -326,6 +373,26 @@ Status linear_vector(const Linear4bitArgs& args, const Split& split, void* strea
       if (!status.ok()) return status;
     }
     return Status::success();
+  });
+}
+
+// A tile decodes W for as many rows as it has, whether an expert has them or not: 0.139, 0.180,
+// 0.311 and 0.605 clocks a weight for 1, 2, 4 and 8 (_cuda_paths.py). Where rows fall to experts by
+// chance, 1 is the cheapest up to half a row for each expert on average, 2 to 4, 4 to 16. As many
+// experts as a token goes to have one row each, so a single token is among the first.
+Status grouped_linear_vector(const GroupedLinear4bitArgs& args, void* stream) {
+  return with_dtype(args.all.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const std::int64_t m = args.all.m;
+    if (!comes_in_pieces<T>(args.all)) return launch_grouped<T, 4, 4, false>(args, stream);
+    // Of float32 a kernel for one row would spill registers.
+    if constexpr (sizeof(T) == 2) {
+      if (m == 1 || 2 * m <= args.groups.experts)
+        return launch_grouped<T, 1, 4, true>(args, stream);
+    }
+    if (m <= 4 * args.groups.experts) return launch_grouped<T, 2, 4, true>(args, stream);
+    if (m <= 16 * args.groups.experts) return launch_grouped<T, 4, 4, true>(args, stream);
+    return launch_grouped<T, 8, 2, true>(args, stream);
   });
 }
 

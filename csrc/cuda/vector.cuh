@@ -1,7 +1,7 @@
 // How linear_4bit_vector.cu has x in shared memory.
 #pragma once
 
-#include "linear.cuh"
+#include "groups.cuh"
 
 namespace qkern::cuda {
 namespace {

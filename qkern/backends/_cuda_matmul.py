@@ -33,6 +33,7 @@ def start(library: Any, stream: int, product: Product) -> None:
         *(product.dx, x.dtype, product.rows, product.out_features, product.in_features),
         batch_invariant=product.batch_invariant,
         aligned=whole_weight and _in_pieces(x, product.row_stride),
+        experts=None if product.offsets is None else len(product.offsets),
     )
     limits = device_limits(library)
     way = choose(library, call, limits)
@@ -85,11 +86,16 @@ def _ranked(library: Any, call: Matmul, limits: Limits) -> tuple[tuple[Way, ...]
 
     Kept, so that a matmul of a shape that came before asks C++ for no more than its kernel.
     """
+    by_experts = call.experts is not None
     found = library.cuda_linear_paths(
         *(call.dx, _args.dtype_id("x", call.dtype), call.rows, call.out_features),
-        *(call.in_features, call.batch_invariant, call.aligned),
+        *(call.in_features, call.batch_invariant or by_experts, call.aligned),
     )
     ways = tuple(Way(PATHS[path], parts, nbytes) for path, parts, nbytes in found)
+    if by_experts:
+        # A batch-invariant call splits a contraction only where it is too long for one sum.
+        of_one = [way for way in ways if way.path in _cuda_paths.BY_EXPERTS and way.parts == 1]
+        return tuple(of_one), _cuda_paths.best(call, limits, of_one)
     # A vendor's GEMM may sum in another order for another number of rows.
     if not call.batch_invariant:
         ways += (Way("gemm"),)
@@ -103,7 +109,9 @@ def _fused(library: Any, stream: int, way: Way, product: Product) -> None:
         # The allocator hands it out again only to work that this stream does later.
         workspace = torch.empty(way.workspace_bytes, dtype=torch.uint8, device=product.x.device)
         address = workspace.data_ptr()
-    kernel = library.cuda_linear_4bit_dx if product.dx else library.cuda_linear_4bit
+    op = "linear_4bit_dx" if product.dx else "linear_4bit"
+    name = f"cuda_{op}" if product.offsets is None else f"cuda_grouped_{op}"
+    kernel = getattr(library, name)
     kernel(*product_numbers(product), PATHS.index(way.path), address, stream)
 
 

@@ -121,7 +121,7 @@ def test_every_small_case_on_another_build(variant: str, schedule: int) -> None:
     run_table(variant, schedule, len(backend.SCHEDULES), 70_000, first=schedule)
 
 
-MATMULS = [(spec, case) for spec, case in TABLE if spec.comparison == "matmul"]
+MATMULS = [(spec, case) for spec, case in TABLE if spec.comparison in ("matmul", "grouped")]
 
 
 def hopper_ways(spec: OpSpec, case: Case) -> list[str]:

@@ -29,6 +29,7 @@ needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc not found
 ARCHITECTURES = (80, 90, 100)
 QUICK = (
     *("sum_splits_kernel<BFloat16>", "linear_4bit_mma_kernel<BFloat16, 16, 3>"),
+    "grouped_linear_4bit_mma_kernel<BFloat16, 16, 3>",
     "linear_4bit_wgmma_kernel<BFloat16, 128, false>",
 )
 """Proved in the quick tests, for the oldest architecture that has them."""
@@ -212,3 +213,22 @@ def test_tensors_are_aligned_or_not() -> None:
     assert skeleton.tested_for_alignment(text, OBJECTS) == {frozenset({"in"})}
     assert "mov.b64 %rd5, 0;" in skeleton.skeleton(text, OBJECTS)
     assert "mov.b64 %rd5, 8;" in skeleton.skeleton(text, OBJECTS, {"in"})
+
+
+@pytest.mark.parametrize(
+    ("added", "tested"),
+    [
+        # Of the block: where its rows begin. Of the thread, or of memory: not followed.
+        ("  mov.u32 %r4, %ctaid.x;\n  mul.wide.u32 %rd6, %r4, 32;\n", {frozenset({"in"})}),
+        ("  mul.wide.u32 %rd6, %r1, 32;\n", set()),
+        ("  mul.wide.u32 %rd6, %r2, 32;\n", set()),
+    ],
+)
+def test_places_in_tensors_are_aligned_as_these_are(
+    added: str, tested: set[frozenset[str]]
+) -> None:
+    body = (
+        f"{added}  add.s64 %rd7, %rd2, %rd6;\n  and.b64 %rd5, %rd7, 15;\n"
+        "  setp.ne.s64 %p1, %rd5, 0;\n  @%p1 bra $L1;\n  st.shared.u32 [%r3], %r2;\n$L1:\n"
+    )
+    assert skeleton.tested_for_alignment(f"{HEAD}{START}{body}  ret;\n}}\n", OBJECTS) == tested

@@ -16,7 +16,8 @@ from lab.cuda import ways
 from qkern.backends import _cuda_matmul, cuda
 from qkern.testing import OPS, Case, OpSpec, Target
 
-MATMULS = (OPS["linear_4bit"], OPS["linear_4bit_dx"])
+PRODUCTS = ("linear_4bit", "linear_4bit_dx")
+MATMULS = tuple(OPS[name] for name in (*PRODUCTS, *(f"grouped_{name}" for name in PRODUCTS)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

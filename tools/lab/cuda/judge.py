@@ -8,6 +8,7 @@ with 3 at the first mistake.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lab.cuda import adamw, ways
+from lab.cuda import adamw, experts, ways
 from lab.cuda.emulator import backend, build
 from lab.mutants import report
 from qkern import testing
@@ -29,6 +31,13 @@ HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 def _cases(shapes: object, **fields: object) -> tuple[Case, ...]:
     return tuple(Case(shape, **fields) for shape in shapes)  # type: ignore[attr-defined, arg-type]
+
+
+def _grouped(
+    groups: tuple[int, ...], weight: tuple[int, int], dtype: torch.dtype, none: int, **fields: Any
+) -> Case:
+    """A product by experts, with ``none`` rows of no expert."""
+    return Case((sum(groups) + none, *weight), dtype, groups=groups, **fields)
 
 
 MMA_FORWARD = (
@@ -121,9 +130,42 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             Case((130, 2184, 320), BFLOAT, 64),
         ),
     ),
+    # All tiles that there can be, rows of no expert, scales of several nested blocks.
+    "grouped_linear_4bit_vector": (
+        "grouped_linear_4bit",
+        (
+            _grouped((1, 1, 1), (12, 64), HALF, 1, block_size=32, double_quant=True, bias=True),
+            _grouped((0, 5, 1, 0, 3), (264, 1056), BFLOAT, 2, block_size=32, double_quant=True),
+            _grouped((2, 0, 7), (9, 131), FLOAT, 1, bias=True),
+        ),
+    ),
+    "grouped_linear_4bit_mma": (
+        "grouped_linear_4bit",
+        (
+            _grouped((65, 129, 0, 1), (40, 160), HALF, 1, double_quant=True, bias=True),
+            _grouped((3, 0, 9, 1), (264, 1056), HALF, 2, block_size=32, double_quant=True),
+            _grouped((3, 2), (24, 96), HALF, 0),
+        ),
+    ),
+    "grouped_linear_4bit_dx_mma": (
+        "grouped_linear_4bit_dx",
+        (
+            _grouped((65, 129, 0, 1), (40, 160), HALF, 1, double_quant=True),
+            _grouped((3, 0, 9, 1), (264, 1056), HALF, 2, block_size=32, double_quant=True),
+        ),
+    ),
+    "grouped_linear_4bit_tiled": (
+        "grouped_linear_4bit",
+        (
+            _grouped(tuple(i % 3 for i in range(70)), (9, 67), FLOAT, 2, bias=True),
+            _grouped((0, 1, 65), (66, 131), BFLOAT, 3, double_quant=True, bias=True),
+        ),
+    ),
+    "grouped_offsets": ("grouped_linear_4bit", ()),
     "huge_stride": ("linear_4bit", ()),
 }
-"""Cases by what they are to reach; those for ``wgmma`` are on that path, where it is."""
+"""Cases by what they are to reach; those for ``wgmma``, or by experts, are on the path that the
+name ends with."""
 
 
 def huge_stride(target: testing.Target) -> None:
@@ -142,6 +184,15 @@ def huge_stride(target: testing.Target) -> None:
     assert torch.equal(y, expected), "rows far apart"
 
 
+def wrong_offsets(target: testing.Target) -> None:
+    """Numbers that are no ends of rows, on every path."""
+    for spec, path in itertools.product((experts.FORWARD, experts.GRADIENT), ("mma", "tiled")):
+        with ways.forced(path):
+            experts.check_wrong_offsets(spec, Case((0, 16, 64), HALF, 32), target)
+    with ways.forced("vector"):
+        experts.check_wrong_offsets(experts.FORWARD, Case((0, 16, 64), HALF, 32), target)
+
+
 def judge(folder: str, op: str, schedules: list[int]) -> str | None:
     """What is wrong with the module in ``folder``, as ``KIND: WHERE: WHAT``."""
     library = build.load(Path(folder))
@@ -150,12 +201,16 @@ def judge(folder: str, op: str, schedules: list[int]) -> str | None:
         order = backend.SCHEDULES[schedule]
         on_path: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if "wgmma" in op:
-            order, on_path = replace(order, capability=90), partial(ways.forced, "wgmma")
+            order = replace(order, capability=90)
+        if "wgmma" in op or (op.startswith("grouped") and cases):
+            on_path = partial(ways.forced, op.rpartition("_")[2])
         target = backend.EmulatedTarget(library, order)
         at = f"{op} under {target.isa}"
         try:
             if op == "huge_stride":
                 huge_stride(target)
+            if op == "grouped_offsets":
+                wrong_offsets(target)
             if op in adamw.STEPS:
                 adamw.STEPS[op](target)
             for case in cases:

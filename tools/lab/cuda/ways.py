@@ -27,9 +27,14 @@ def expected_paths(call: Matmul, capability: int) -> tuple[str, ...]:
     least = {torch.float16: 75, torch.bfloat16: 80}.get(call.dtype)
     depth = call.out_features if call.dx else call.in_features
     whole_pieces = call.aligned and call.in_features % 32 == 0 and depth % 8 == 0
+    by_experts = call.experts is not None
+    if by_experts and call.in_features > 1 << 30:
+        found.clear()
     if least is not None and capability >= least and whole_pieces and call.in_features <= 1 << 29:
-        found.append("mma")
+        found += ["mma"] if not by_experts or depth <= 1 << 16 else []
         hopper = ["wgmma"] if capability == 90 else []
+    if by_experts:
+        return (*found, "tiled")
     return (*found, "tiled", *hopper, *(() if call.batch_invariant else ("gemm",)))
 
 
@@ -44,6 +49,7 @@ def call_of(spec: OpSpec, case: Case) -> Matmul:
         *(spec.input_gradient, case.dtype, *case.shape),
         batch_invariant=case.batch_invariant,
         aligned=case.layout == "contiguous",
+        experts=(len(case.groups) or 3) if spec.comparison == "grouped" else None,
     )
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from .adamw import ADAMW
 from .codes import CODES
+from .experts import EXPERTS
 from .hopper import HOPPER
 from .matmuls import MATMULS
 
-MUTANTS = (*CODES, *MATMULS, *HOPPER, *ADAMW)
+MUTANTS = (*CODES, *MATMULS, *EXPERTS, *HOPPER, *ADAMW)
 """Those that `lab.cuda.verdicts` judges; what proofs of race-freedom notice is in `races`."""

@@ -284,4 +284,37 @@ RACES = (
         _HOPPER_DX,
         "race",
     ),
+    # Of two experts: blocks must not meet in the result.
+    Mutant(
+        "results_of_the_first_expert",
+        "groups.cuh",
+        "  y += found.first * columns;\n",
+        "",
+        f"grouped_{_MMA}",
+        "race",
+    ),
+    Mutant(
+        "tile_writes_past_its_group",
+        "groups.cuh",
+        "  output.m = own.m;\n",
+        "",
+        f"grouped_{_DX}",
+        "race",
+    ),
+    Mutant(
+        "rows_of_no_expert_where_the_last_experts_are",
+        "groups.cuh",
+        "  y += found.first * columns;\n",
+        "  y += 2 * found.first * columns;\n",
+        f"grouped_{_VECTOR}",
+        "race",
+    ),
+    Mutant(
+        "rows_of_no_expert_where_others_are",
+        "groups.cuh",
+        "T* const out = y + (found.first + row0) * columns;",
+        "T* const out = y + (found.first / 2 + row0) * columns;",
+        f"grouped_{_TILED}",
+        "race",
+    ),
 )

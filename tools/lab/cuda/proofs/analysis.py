@@ -66,7 +66,10 @@ class Analysis:
         return int(base.rpartition("_param_")[2]), at
 
     def tested(self, instruction: Instruction) -> frozenset[str]:
-        """Pointers that an instruction takes the last four bits of, if that is what it does."""
+        """Pointers that an instruction takes the last four bits of, if that is what it does.
+
+        Or of a sum of one and what is the same in a block, such as where the block's rows begin.
+        """
         if instruction.words[0] != "and" or instruction.operands[-1] != "15":
             return frozenset()
 
@@ -75,13 +78,25 @@ class Analysis:
             if len(makers) == 1 and makers[0].words[0] in ("or", "selp"):
                 sides = [walk(operand) for operand in makers[0].operands[1:3]]
                 return sides[0] | sides[1] if all(sides) else frozenset()
-            # Several, where a branch says which parameter it is.
-            if not all("param" in maker.words for maker in makers):
-                return frozenset()
-            names = (self.objects.get(self._parameter(maker.operands[1])) for maker in makers)
-            return frozenset(name for name in names if name)
+            # Several, where a branch says which parameter it is, or whether something is added.
+            found: frozenset[str] = frozenset()
+            for maker in makers:
+                if "param" in maker.words:
+                    found |= {self.objects.get(self._parameter(maker.operands[1]), "")}
+                elif maker.words[0] == "add" and self._is_of_block(maker.operands[2]):
+                    base = maker.operands[1]
+                    found |= walk(base) if base != register else frozenset()
+                else:
+                    return frozenset()
+            return found - {""}
 
         return walk(instruction.operands[1])
+
+    def _is_of_block(self, operand: str) -> bool:
+        """Whether a number is the same for all threads of a block, and no data."""
+        names = _closure(REGISTER.findall(operand), self.assignments)
+        makers = (maker for name in names for maker in self.assignments.get(name, ()))
+        return not names & self.data and not any("%tid" in str(maker) for maker in makers)
 
     def in_global(self, instruction: Instruction) -> Instruction:
         """With its space, where a generic access is to what pointers in parameters point to."""

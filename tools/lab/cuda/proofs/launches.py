@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from .experts import by_experts
 from .structures import (
     INT,
     LONG,
@@ -380,5 +381,6 @@ PROOFS = (
     *_tiled(),
     *_tensor_cores(),
     *_hopper(),
+    *by_experts((*_vector(), *_tiled(), *_tensor_cores())),
 )
 """Every kernel that is compiled for sm_80 and later, or for sm_90a."""

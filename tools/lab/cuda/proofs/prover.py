@@ -112,7 +112,7 @@ def kernel_text(
     codes become the last parameter, which the kernel reads where it read the array.
     """
     source = kernels / proof.source
-    defines = ("QKERN_CODEC_SELECT",) if proof.select else ()
+    defines = ("QKERN_CODEC_SELECT", "QKERN_EVEN_GROUPS") if proof.select else ()
     path = toolchain.compile_kernels(source, architecture, "ptx", defines=defines)
     text = path.read_text()
     parts = re.split(r"(?m)^(?=(?:\.visible )?(?:\.weak )?\.entry )", text)

@@ -20,6 +20,9 @@ that the kernel makes, whatever the data:
     would not.
 5.  A load of matrices becomes a lane's load of the row that it names: the same 16 bytes.
 6.  The same access, repeated in a straight line, is made once.
+7.  Whether a tensor is aligned is decided for all blocks alike, also where each asks it of the
+    place in it at which its rows begin: kernels ask that only of rows that are multiples of 16
+    bytes, or make nothing of the answer.
 
 So a proof of the skeleton is a proof of the kernel, provided that accesses stay within the objects
 that they start from: AddressSanitizer looks at that, on the emulator. Anything that does not fit

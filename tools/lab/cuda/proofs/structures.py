@@ -74,6 +74,29 @@ class TiledArgs(ctypes.Structure):
     )
 
 
+class ExpertStride(ctypes.Structure):
+    _fields_ = (("packed", LONG), ("absmax", LONG), ("nested_absmax", LONG))
+
+
+class Groups(ctypes.Structure):
+    _fields_ = (
+        *(("offsets", POINTER), ("wide", ctypes.c_bool), ("experts", INT)),
+        ("stride", ExpertStride),
+    )
+
+
+class GroupedMmaArgs(ctypes.Structure):
+    _fields_ = (("all", MmaArgs), ("groups", Groups))
+
+
+class GroupedVectorArgs(ctypes.Structure):
+    _fields_ = (("all", VectorArgs), ("groups", Groups))
+
+
+class GroupedTiledArgs(ctypes.Structure):
+    _fields_ = (("all", TiledArgs), ("groups", Groups))
+
+
 class Piece(ctypes.Structure):
     _fields_ = (
         *(("param", POINTER), ("grad", POINTER), ("exp_avg", POINTER), ("exp_avg_sq", POINTER)),

@@ -173,7 +173,8 @@ def targets(f: Figures) -> list[Target]:
     if f.hot is None:
         return found
     a_weight = f.hot.instructions_a_weight
-    name, arguments = f.kernel.partition("<")[0], figures.template_arguments(f.kernel)
+    name = f.kernel.partition("<")[0].removeprefix(figures.BY_EXPERTS)
+    arguments = figures.template_arguments(f.kernel)
     if name == "dequantize_4bit_kernel" and a_weight is not None:
         found.append(Target("instructions_a_weight", a_weight, DEQUANTIZE_INSTRUCTIONS))
     if name == "linear_4bit_vector_kernel" and arguments[1] == "1" and a_weight is not None:

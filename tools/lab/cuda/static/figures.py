@@ -33,14 +33,8 @@ class Launch:
     """What its main path has most of: see `sass.Function.main_path`."""
 
 
-LAUNCHES = {
-    "absmax_mean_kernel": Launch(1024),
-    # Codes are looked up. The factors of a parameter's first round are not counted.
-    "adamw_step_kernel": Launch(128, hot=("STG", 128), rich_in="LDS"),
-    "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
-    "dequantize_8bit_kernel": Launch(256),
+_MATMULS = {
     "linear_4bit_dx_mma_kernel": Launch(128, "DxShared<{1}, {2}>", ("HMMA", None)),
-    "linear_4bit_dx_wgmma_kernel": Launch(256, "DxWgmmaShared", ("HGMMA", None)),
     "linear_4bit_mma_kernel": Launch(
         "BlockShape<{1}>::kThreads", "MmaShared<{1}, {2}>", ("HMMA", None)
     ),
@@ -48,6 +42,18 @@ LAUNCHES = {
     "linear_4bit_vector_kernel": Launch(
         "kThreads * VectorShared<{0}, {1}>::kGroups", "VectorShared<{0}, {1}>", ("FFMA", None)
     ),
+}
+BY_EXPERTS = "grouped_"
+"""What the names begin with of kernels that do for experts what others do for one weight."""
+LAUNCHES = {
+    **_MATMULS,
+    **{f"{BY_EXPERTS}{name}": launch for name, launch in _MATMULS.items()},
+    "absmax_mean_kernel": Launch(1024),
+    # Codes are looked up. The factors of a parameter's first round are not counted.
+    "adamw_step_kernel": Launch(128, hot=("STG", 128), rich_in="LDS"),
+    "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
+    "dequantize_8bit_kernel": Launch(256),
+    "linear_4bit_dx_wgmma_kernel": Launch(256, "DxWgmmaShared", ("HGMMA", None)),
     "linear_4bit_wgmma_kernel": Launch(256, "WgmmaShared<{1}>", ("HGMMA", None)),
     "quantize_4bit_kernel": Launch(256),
     "quantize_8bit_kernel": Launch(256),
@@ -224,7 +230,7 @@ def parse_cubin(cubin: Path) -> list[sass.Function]:
 
 def weights_of(kernel: str, path: sass.Path) -> int:
     """Weights that a thread decodes, or parameters that it updates, in a round of the hot loop."""
-    name = kernel.partition("<")[0]
+    name = kernel.partition("<")[0].removeprefix(BY_EXPERTS)
     if name == "adamw_step_kernel":
         # With 4 bytes they are stored four at a time, as moments of 4 bytes are.
         parameters, moments = template_arguments(kernel)
