@@ -7,6 +7,7 @@ target (``tools/lab/triton/static/budget.csv``) and on the arithmetic said besid
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +117,18 @@ class Matmul(Launch):
     parts: int
     depth_per_part: int
     upcast: bool
+    most_registers: int | None = None
+    """Of a thread, where the compiler is told; on NVIDIA's devices only."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords for the launch."""
+        limit = {} if self.most_registers is None else {"maxnreg": self.most_registers}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": False,
+            **limit,
         }
 
 
@@ -172,6 +177,44 @@ def matmul(
     found = tiles(target, dtype)
     tile = next((tile for tile in found if rows <= tile[0]), found[-1])
     return matmul_of(target, dtype, tile, rows, out, depth)
+
+
+def grouped(
+    target: Target,
+    dtype: torch.dtype,
+    rows: int,
+    experts: int,
+    out: int,
+    depth: int,
+    batch_invariant: bool = False,
+) -> Matmul:
+    """For ``rows`` that experts share, each of whom has a matrix ``[depth, out]`` of its own.
+
+    The tile is that for the average expert's rows: which expert has how many is known on the device
+    only. A tile with half as many rows would decode this expert's weight twice, and one with twice
+    as many would multiply as many zeros as rows.
+
+    The contraction is whole, for the experts are many: 8 of them with 2048 columns are 256 tiles of
+    64. In batch-invariant mode tile and parts are those of one expert's product on its own.
+    """
+    if batch_invariant:
+        config = matmul(target, dtype, rows, out, depth, batch_invariant)
+        if config.parts > 1 and target.kind == "cuda" and target.multiplies(dtype):
+            # Left alone, the compiler stops at 96 and spills, for a fifth program on a processor.
+            config = dataclasses.replace(config, most_registers=128)
+        return config
+    config = matmul(target, dtype, -(-rows // experts), out, depth)
+    return dataclasses.replace(config, parts=1, depth_per_part=depth)
+
+
+def most_tiles(rows: int, experts: int, block_m: int) -> int:
+    """The most tiles of rows that ``rows`` make which experts share, or leave.
+
+    Only the last tile of an expert is not whole, and has one row at least. The rows of no expert
+    are as those of one more.
+    """
+    shares = min(rows, experts + 1)
+    return (rows + shares * (block_m - 1)) // block_m
 
 
 def _stages(target: Target, dtype: torch.dtype) -> int:

@@ -20,6 +20,57 @@ from qkern.weight import Weight
 
 
 @triton.jit
+def sum_terms(
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset,
+    map_ptr,
+    table_ptr,
+    x_rows,
+    inside,
+    columns,
+    begin,
+    end,
+    N,
+    K,
+    unit_shift,
+    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Float32 sums of the terms ``[begin, end)`` of a tile of x Wᵀ; ``begin`` starts a tile.
+
+    ``x_rows`` points to the beginnings of the tile's rows, of which those ``inside`` exist.
+    ``UPCAST`` multiplies in float32, for devices whose dot product has no such 16-bit type.
+    """
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
+    dtype: tl.constexpr = tl.float32 if UPCAST else x_rows.dtype.element_ty
+    sum = tl.zeros((inside.shape[0], columns.shape[0]), tl.float32)
+    for first in range(begin, end, BLOCK_K):
+        k = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x = tl.load(x_rows + k[None, :], mask=inside[:, None] & (k[None, :] < K), other=0.0)
+        weight = decode_tile(
+            packed_ptr,
+            absmax_ptr,
+            nested_absmax_ptr,
+            nested_offset,
+            map_ptr,
+            table_ptr,
+            columns,
+            first,
+            N,
+            K,
+            unit_shift,
+            BLOCK_K,
+            ALIGNED,
+        )
+        weight = tl.trans(weight.to(dtype))
+        sum = tl.dot(x.to(dtype), weight, sum, input_precision="ieee")
+    return sum
+
+
+@triton.jit
 def _linear_4bit_kernel(
     packed_ptr,
     absmax_ptr,
@@ -45,9 +96,7 @@ def _linear_4bit_kernel(
     """A tile of y, or of one of its parts ``[splits, M, N]``, which sum ``k_split`` terms each.
 
     Programs go through the rows of x first, so that those which run together share W in the cache.
-    ``UPCAST`` multiplies in float32, for devices whose dot product has no such 16-bit type.
     """
-    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -56,32 +105,26 @@ def _linear_4bit_kernel(
     split = (program // tiles_m // tiles_n).to(tl.int64)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dtype: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
 
-    offset = load_offset(nested_offset_ptr)
-    x_rows = x_ptr + rows[:, None] * stride_xm
-    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        x = tl.load(x_rows + k[None, :], mask=(rows[:, None] < M) & (k[None, :] < K), other=0.0)
-        weight = decode_tile(
-            packed_ptr,
-            absmax_ptr,
-            nested_absmax_ptr,
-            offset,
-            map_ptr,
-            table_ptr,
-            columns,
-            first,
-            N,
-            K,
-            unit_shift,
-            BLOCK_K,
-            ALIGNED,
-        )
-        weight = tl.trans(weight.to(dtype))
-        sum = tl.dot(x.to(dtype), weight, sum, input_precision="ieee")
-
+    sum = sum_terms(
+        packed_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        load_offset(nested_offset_ptr),
+        map_ptr,
+        table_ptr,
+        x_ptr + rows[:, None] * stride_xm,
+        rows < M,
+        columns,
+        split * k_split,
+        tl.minimum((split + 1) * k_split, K),
+        N,
+        K,
+        unit_shift,
+        BLOCK_K,
+        ALIGNED,
+        UPCAST,
+    )
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
         sum += bias[None, :]
@@ -155,15 +198,16 @@ def start_tiles(
     programs: int,
     x: Tensor,
     weight: Weight,
-    results: tuple[Tensor | None, ...],
+    results: tuple[Tensor | int | None, ...],
     shape: tuple[int, int],
     blocks: tuple[int, int],
     config: launch.Matmul,
+    **constants: bool,
 ) -> None:
     """Start the forward's kernel, or the input gradient's.
 
     ``shape`` is the weight's ``(N, K)`` and ``blocks`` the tile's; ``results`` is what the kernel
-    takes between ``x`` and the sizes.
+    takes between ``x`` and the sizes, ``constants`` what it takes beyond them.
     """
     N, K = shape
     kernel[(programs,)](
@@ -181,6 +225,7 @@ def start_tiles(
         BLOCK_K=blocks[1],
         ALIGNED=K % UNIT.value == 0,
         UPCAST=config.upcast,
+        **constants,
         **config.options,
     )
 

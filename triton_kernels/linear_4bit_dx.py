@@ -13,6 +13,56 @@ from qkern.weight import Weight
 
 
 @triton.jit
+def sum_terms_dx(
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset,
+    map_ptr,
+    table_ptr,
+    dy_rows,
+    inside,
+    first,
+    begin,
+    end,
+    N,
+    K,
+    unit_shift,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Float32 sums of the terms ``[begin, end)`` of a tile of dy W from column ``first`` on.
+
+    The other parameters are those of ``sum_terms``.
+    """
+    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
+    dtype: tl.constexpr = tl.float32 if UPCAST else dy_rows.dtype.element_ty
+    sum = tl.zeros((inside.shape[0], BLOCK_K), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        dy = tl.load(dy_rows + n[None, :], mask=inside[:, None] & (n[None, :] < N), other=0.0)
+        weight = decode_tile(
+            packed_ptr,
+            absmax_ptr,
+            nested_absmax_ptr,
+            nested_offset,
+            map_ptr,
+            table_ptr,
+            n,
+            first,
+            N,
+            K,
+            unit_shift,
+            BLOCK_K,
+            ALIGNED,
+        )
+        sum = tl.dot(dy.to(dtype), weight.to(dtype), sum, input_precision="ieee")
+    return sum
+
+
+@triton.jit
 def _linear_4bit_dx_kernel(
     packed_ptr,
     absmax_ptr,
@@ -36,9 +86,8 @@ def _linear_4bit_dx_kernel(
 ):
     """A tile of dx, or of one of its parts ``[splits, M, K]``, which sum ``n_split`` terms each.
 
-    Order of programs and ``UPCAST`` are those of ``_linear_4bit_kernel``.
+    The order of programs is that of ``_linear_4bit_kernel``.
     """
-    tl.static_assert(BLOCK_K // UNIT * UNIT == BLOCK_K)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_k = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
@@ -47,31 +96,27 @@ def _linear_4bit_dx_kernel(
     split = (program // tiles_m // tiles_k).to(tl.int64)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = first + tl.arange(0, BLOCK_K)
-    dtype: tl.constexpr = tl.float32 if UPCAST else dy_ptr.dtype.element_ty
 
-    offset = load_offset(nested_offset_ptr)
-    dy_rows = dy_ptr + rows[:, None] * stride_dym
-    sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(split * n_split, tl.minimum((split + 1) * n_split, N), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        dy = tl.load(dy_rows + n[None, :], mask=(rows[:, None] < M) & (n[None, :] < N), other=0.0)
-        weight = decode_tile(
-            packed_ptr,
-            absmax_ptr,
-            nested_absmax_ptr,
-            offset,
-            map_ptr,
-            table_ptr,
-            n,
-            first,
-            N,
-            K,
-            unit_shift,
-            BLOCK_K,
-            ALIGNED,
-        )
-        sum = tl.dot(dy.to(dtype), weight.to(dtype), sum, input_precision="ieee")
-
+    sum = sum_terms_dx(
+        packed_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        load_offset(nested_offset_ptr),
+        map_ptr,
+        table_ptr,
+        dy_ptr + rows[:, None] * stride_dym,
+        rows < M,
+        first,
+        split * n_split,
+        tl.minimum((split + 1) * n_split, N),
+        N,
+        K,
+        unit_shift,
+        BLOCK_N,
+        BLOCK_K,
+        ALIGNED,
+        UPCAST,
+    )
     dx = dx_ptr + (split * M + rows[:, None]) * K + columns[None, :]
     tl.store(dx, sum.to(dx_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (columns[None, :] < K))
 

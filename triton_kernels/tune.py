@@ -2,7 +2,8 @@
 
 Off by default: the choices of ``launch`` need no measuring and are the same in every process. On,
 the first call of each kind of problem times every tile that ``launch`` has for it, and the file
-keeps the fastest. Batch-invariant calls are never tuned, nor are calls that a CUDA graph captures.
+keeps the fastest. Batch-invariant calls are never tuned, nor are calls that a CUDA graph captures,
+nor products by experts: which tile is fastest goes by who has how many rows, anew at every call.
 """
 
 from __future__ import annotations

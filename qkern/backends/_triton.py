@@ -91,11 +91,13 @@ class TritonBackend(KernelBackend):
     def _multiply(self, product: Product) -> None:
         out = product.out.view(product.rows, -1)
         device = product.x.device
-        if product.dx:
-            arguments: tuple[Any, ...] = (product.x, product.weight, out)
-        else:
-            arguments = (product.x, product.weight, product.bias, out)
+        op = "linear_4bit_dx" if product.dx else "linear_4bit"
+        arguments: list[Any] = [product.x, product.weight]
+        if not product.dx:
+            arguments.append(product.bias)
+        if product.offsets is not None:
+            op = f"grouped_{op}"
+            arguments.append(product.offsets)
         with self._on_device(device):
-            op = "linear_4bit_dx" if product.dx else "linear_4bit"
             kernel = getattr(_kernels(op), op)
-            kernel(*arguments, self._target_of(device), product.batch_invariant)
+            kernel(*arguments, out, self._target_of(device), product.batch_invariant)

@@ -6,6 +6,7 @@ The table has every launch and architecture as it is; getting worse fails.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_the_table_has_every_architecture_and_meets_its_targets() -> None:
 
 ROUNDED = (
     *("quantize_", "dequantize_", "linear_4bit-bf16-512", "linear_4bit_dx-bf16-512"),
+    *("grouped_linear_4bit-bf16-512", "grouped_linear_4bit-bf16-invariant"),
+    *("grouped_linear_4bit_dx-bf16-512", "grouped_linear_4bit_dx-bf16-invariant"),
     *("adamw_step-fp32-32bit", "adamw_step-bf16-8bit_stochastic"),
 )
 """Calls whose kernels have no fused sums: 16-bit products are the matrix instructions' business."""
@@ -87,7 +90,7 @@ def test_roundings_and_offsets(architecture: int | str) -> None:
     judged = 0
     with compiler.compiling(architecture) as launched:
         for name, call in compiler.calls().items():
-            if not name.startswith(ROUNDED) or (architecture == 75 and name.startswith("linear")):
+            if not name.startswith(ROUNDED) or (architecture == 75 and "linear" in name):
                 continue
             call()
             for compiled in launched:
@@ -96,6 +99,23 @@ def test_roundings_and_offsets(architecture: int | str) -> None:
                 judged += 1
             launched.clear()
     assert judged >= 20
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize("architecture", [90, "gfx942"])
+def test_an_expert_multiplies_as_a_product_alone(architecture: int | str, name: str) -> None:
+    """In batch-invariant mode: by the same matrix instructions, which add in their own order."""
+    with compiler.compiling(architecture) as launched:
+        for call in (f"{name}-bf16-1", f"grouped_{name}-bf16-invariant"):
+            compiler.calls()[call]()
+        alone, grouped = (c for c in launched if "linear" in c.name)
+    kinds = r"mma\.sync\S+|wgmma\S+|tcgen05\.mma\S*|v_w?mfma\w+|v_wmma\w+"
+    used = [
+        set(re.findall(kinds, compiled.asm["ptx" if architecture == 90 else "amdgcn"]))
+        for compiled in (alone, grouped)
+    ]
+    assert len(used[0]) == 1
+    assert used[0] == used[1]
 
 
 def test_adamw_of_tensors_anywhere_reads_no_wider_than_they_allow() -> None:

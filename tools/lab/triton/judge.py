@@ -68,6 +68,18 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         ),
     ),
     "linear_4bit_dx": ("linear_4bit_dx", (Case((5, 1100, 64), HALF), Case((3, 37, 99), FLOAT))),
+    "grouped_linear_4bit": (
+        "grouped_linear_4bit",
+        (
+            Case((50, 37, 96), HALF, double_quant=True, bias=True, groups=(2, 0, 19, 1, 20)),
+            Case((9, 5, 32), groups=tuple(int(e in (1, 128, 140, 256, 280)) for e in range(300))),
+        ),
+    ),
+    "grouped_linear_4bit_dx": ("grouped_linear_4bit_dx", (Case((9, 37, 99), groups=(3, 2)),)),
+    "grouped_batch_invariant": (
+        "grouped_linear_4bit",
+        (Case((20, 20, 512), FLOAT, batch_invariant=True, groups=(17, 0, 3)),),
+    ),
     "batch_invariant": ("linear_4bit", (Case((70, 300, 512), FLOAT, batch_invariant=True),)),
 }
 
@@ -139,7 +151,7 @@ def judge_code(scope: str, architecture: str) -> str | None:
         for compiled in launched:
             if faults := rules.offset_faults(compiled):
                 return f"offsets: {compiled.name}: {faults}"
-            if not scope.startswith("linear") and (faults := rules.rounding_faults(compiled)):
+            if "linear" not in scope and (faults := rules.rounding_faults(compiled)):
                 return f"rounding: {compiled.name}: {faults}"
             found = figures.of(scope, compiled, arch)
             row = committed[budget.key_of(found)]

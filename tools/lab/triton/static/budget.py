@@ -64,7 +64,7 @@ def faults(f: Figures) -> list[str]:
     if f.load_bits < 128 and f.kernel != "mean_kernel":
         found.append(f"loads of {f.load_bits} bits")
     name = f.kernel.removesuffix("_kernel")
-    if name in ("linear_4bit", "linear_4bit_dx"):
+    if name.removeprefix("grouped_") in ("linear_4bit", "linear_4bit_dx"):
         arch = int(f.architecture) if f.architecture.isdigit() else f.architecture
         target = launch.Target("cuda" if isinstance(arch, int) else "hip", arch, 1)
         dtype = compiler.DTYPES[f.call.split("-")[1]]

@@ -121,14 +121,18 @@ SIZE = 4096
 """Rows and columns of the weight in every call below: what matters of it is that 16 divides it."""
 
 
-def _weight(double_quant: bool = True) -> Weight:
+EXPERTS = 8
+"""Weights of every call below that takes several."""
+
+
+def _weight(double_quant: bool = True, experts: int = 1) -> Weight:
     blocks = SIZE * SIZE // 64
     groups = formats.num_blocks(blocks, formats.NESTED_BLOCK_SIZE)
     return Weight(
-        packed=torch.empty(SIZE * SIZE // 2, dtype=torch.uint8),
-        absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-        nested_absmax=torch.empty(groups) if double_quant else None,
-        nested_offset=torch.empty(()) if double_quant else None,
+        packed=torch.empty(experts * SIZE * SIZE // 2, dtype=torch.uint8),
+        absmax=torch.empty(experts * blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        nested_absmax=torch.empty(experts * groups) if double_quant else None,
+        nested_offset=torch.empty(experts) if double_quant else None,
         codebook=None,
         format="nf4",
         block_size=64,
@@ -136,7 +140,7 @@ def _weight(double_quant: bool = True) -> Weight:
 
 
 ROWS = (1, 32, 64, 512)
-"""Rows of x: one for each tile that ``launch`` has."""
+"""Rows of x, or of each expert: one for each tile that ``launch`` has."""
 
 
 def calls(only: str = "") -> dict[str, Callable[[], object]]:
@@ -177,6 +181,11 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
             )
         for op, rows in itertools.product(("linear_4bit", "linear_4bit_dx"), ROWS):
             found[f"{op}-{name}-{rows}"] = functools.partial(_matmul, op, rows, dtype, weight)
+            grouped = functools.partial(_grouped_matmul, f"grouped_{op}", rows, dtype, weight)
+            found[f"grouped_{op}-{name}-{rows}"] = grouped
+            if rows == 1:
+                # Sums in parts.
+                found[f"grouped_{op}-{name}-invariant"] = functools.partial(grouped, True)
     found["quantize_absmax-fp32"] = lambda: ops.quantize_absmax(torch.empty(SIZE))
     return {key: call for key, call in found.items() if only in key}
 
@@ -202,3 +211,18 @@ def _matmul(op: str, rows: int, dtype: torch.dtype, weight: Callable[[], Weight]
     matrix = torch.empty((rows, SIZE), dtype=dtype)
     bias = (torch.empty(SIZE, dtype=dtype),) if op == "linear_4bit" else ()
     return getattr(torch.ops.qkern, op)(matrix, *weight(), SIZE, *bias)
+
+
+def _grouped_matmul(
+    op: str,
+    rows: int,
+    dtype: torch.dtype,
+    weight: Callable[..., Weight],
+    batch_invariant: bool = False,
+) -> Tensor:
+    matrix = torch.empty((EXPERTS * rows, SIZE), dtype=dtype)
+    offsets = torch.empty(EXPERTS, dtype=torch.int32)
+    bias = (torch.empty((EXPERTS, SIZE), dtype=dtype),) if op == "grouped_linear_4bit" else ()
+    stacked = weight(experts=EXPERTS)
+    arguments = (matrix, *stacked, SIZE, offsets, *bias, batch_invariant)
+    return getattr(torch.ops.qkern, op)(*arguments)
