@@ -14,7 +14,7 @@ from qkern import _bnb, _errors
 from qkern.functional import quantize_4bit
 from qkern.nn import _layouts
 from qkern.nn._layouts import PARAMETERS
-from qkern.tensor import QuantizedTensor
+from qkern.tensor import QuantizedTensor, Stored
 from qkern.weight import Weight
 
 if TYPE_CHECKING:
@@ -73,10 +73,13 @@ class QuantizedModule(nn.Module):
     codebook: nn.Parameter | None
     quant_meta: nn.Parameter
 
+    _maker = "from_linear"
+    """The method that makes one of a dense weight, for an error."""
+
     # transformers draws the weights of modules and parameters anew that do not say so.
     _is_hf_initialized = True
 
-    def _set_quantized(self, qw: QuantizedTensor) -> None:
+    def _set_quantized(self, qw: Stored) -> None:
         self._format = qw.format
         self._block_size = qw.block_size
         self._weight_shape = tuple(qw.shape)
@@ -84,10 +87,10 @@ class QuantizedModule(nn.Module):
         for name, tensor in self._own_layout(qw).items():
             self.register_parameter(name, None if tensor is None else frozen(tensor))
 
-    def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:
+    def _own_layout(self, qw: Any) -> dict[str, Tensor | None]:
         """The tensors of ``qw`` by parameter name, in the same memory."""
-        meta = _described(qw.format, qw.block_size, qw.double_quant, qw.shape)
-        return _layouts.to_parameters(qw) | {"quant_meta": _encoded(meta, qw.packed.device)}
+        meta = self._described(qw.format, qw.block_size, qw.double_quant, qw.shape)
+        return _layouts.to_parameters(qw) | {"quant_meta": encoded(meta, qw.packed.device)}
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -108,13 +111,17 @@ class QuantizedModule(nn.Module):
 
         RuntimeError where accelerate offloads it or it is sharded, TypeError for another dtype.
         """
+        self._check_not_offloaded()
+        with torch.inference_mode(False):
+            return self.quantized.dequantize(dtype)
+
+    def _check_not_offloaded(self) -> None:
+        """RuntimeError where accelerate offloads the weight."""
         if "_hf_hook" in vars(self) and parameter(self, "weight").is_meta:
             raise RuntimeError(
                 "weight: is offloaded by accelerate; takes it where it is computed, or remove the "
                 "hooks (remove_hook_from_module)"
             )
-        with torch.inference_mode(False):
-            return self.quantized.dequantize(dtype)
 
     def as_operand(self) -> Weight:
         """The weight as the ops take it: the parameters themselves.
@@ -154,7 +161,19 @@ class QuantizedModule(nn.Module):
         )
 
     def _meta(self) -> dict[str, Any]:
-        return _described(self._format, self._block_size, self._double_quant(), self._weight_shape)
+        fields = self._format, self._block_size, self._double_quant(), self._weight_shape
+        return self._described(*fields)
+
+    def _described(
+        self, format: str, block_size: int, double_quant: bool, shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """What ``quant_meta`` says of a weight."""
+        return {
+            "block_size": block_size,
+            "double_quant": double_quant,
+            "format": format,
+            "shape": list(shape),
+        }
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take packed codes or scales as a plain tensor too, as ``module.weight.to(0)`` is one."""
@@ -200,8 +219,7 @@ class QuantizedModule(nn.Module):
             return
         message = f"{name}: got {new.dtype} {list(new.shape)}; takes {own.dtype} {list(own.shape)}"
         if new.is_floating_point() and tuple(new.shape) == self._weight_shape:
-            maker = "from_linear" if isinstance(self, nn.Linear) else "from_embedding"
-            message += f"; of a dense weight {type(self).__name__}.{maker} makes a new layer"
+            message += f"; of a dense weight {type(self).__name__}.{self._maker} makes a new layer"
         raise TypeError(message) if new.dtype != own.dtype else ValueError(message)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -300,7 +318,7 @@ class QuantizedModule(nn.Module):
             raise ValueError(f"{name}: is sharded; load it before fully_shard")
         absmax.data = torch.zeros(qw.absmax.shape, dtype=torch.int32, device=absmax.device)
         self._parameters.update(nested_absmax=None, nested_offset=None)
-        meta.data = _encoded(self._meta(), meta.device)
+        meta.data = encoded(self._meta(), meta.device)
 
     def _check_state(self, state: dict[str, Any], prefix: str) -> None:
         """ValueError where ``state``, in this module's layout, does not hold its weight."""
@@ -328,7 +346,7 @@ class QuantizedModule(nn.Module):
                 )
             if whole is meta:
                 # Equal in meaning by now, and loaded in the module's own spelling.
-                state[prefix + "quant_meta"] = _encoded(self._meta(), meta.device)
+                state[prefix + "quant_meta"] = encoded(self._meta(), meta.device)
         for part in PARAMETERS:
             own, loaded = parameter(self, part), state.get(prefix + part)
             # Module loading copies across dtypes, which would turn floats into codes.
@@ -373,28 +391,18 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _write_meta(parameter: Tensor, meta: dict[str, Any]) -> None:
-    encoded = _encoded(meta, parameter.device)
+    new = encoded(meta, parameter.device)
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
         # Every rank has the whole, so that none needs to send it.
-        encoded = distribute_tensor(encoded, mesh, placements, src_data_rank=None)
-    parameter.data.copy_(encoded)
+        new = distribute_tensor(new, mesh, placements, src_data_rank=None)
+    parameter.data.copy_(new)
 
 
-def _described(
-    format: str, block_size: int, double_quant: bool, shape: tuple[int, ...]
-) -> dict[str, Any]:
-    return {
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "format": format,
-        "shape": list(shape),
-    }
-
-
-def _encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
+def encoded(meta: dict[str, Any], device: torch.device | str) -> Tensor:
+    """``quant_meta`` as a parameter holds it."""
     text = json.dumps(meta, sort_keys=True).encode()
     return torch.tensor(list(text), dtype=torch.uint8, device=device)
 

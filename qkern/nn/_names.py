@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from qkern.nn.lora import LoRALinear
+from qkern.nn._adapters import LoRALayer
 
 # Classes that compute what one child of theirs computes, by their module and name, since most are
 # of packages that need not be there; and the names under which they hold it, at last the one
@@ -93,7 +93,7 @@ def _walk(module: nn.Module, actual: str, plain: str) -> Iterator[tuple[str, str
 
 
 def _transparent(module: nn.Module) -> tuple[str, ...]:
-    return ("base_layer",) if isinstance(module, LoRALinear) else wrapped_names(module)
+    return ("base_layer",) if isinstance(module, LoRALayer) else wrapped_names(module)
 
 
 def _join(path: str, name: str) -> str:

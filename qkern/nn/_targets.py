@@ -8,9 +8,11 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from qkern.nn import _sources
+from qkern.nn._experts import Stack
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
 from qkern.nn._names import is_inside, plain_paths
+from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
 
 Targets = str | Sequence[str]
@@ -35,6 +37,11 @@ _READ = {
 only: 4-bit codes would fail there, and an adapter would be passed by."""
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether it has a weight in 4 bits that a matmul works on."""
+    return type(module) in (Linear4bit, Experts4bit)
+
+
 def _read_by_parent(model: nn.Module) -> dict[int, str]:
     """Ids and paths of layers that are not always called."""
     found: dict[int, str] = {}
@@ -53,10 +60,14 @@ def select(
     *,
     quantized: bool,
     soon: Collection[int] = (),
+    stacks: Sequence[Stack] = (),
 ) -> tuple[list[list[str]], list[str]]:
     """Paths of the chosen linear layers, all paths of one layer together.
 
-    Of those in 4 bits too if ``quantized``; else these are the second result, a path for each.
+    Targets may also mean ``stacks`` of experts, for which there is `select_stacks`.
+
+    Of those in 4 bits too if ``quantized``; else these, and experts in 4 bits, are the second
+    result, a path for each.
     With ``quantized`` a ``Conv1D`` is chosen only where it is one of ``soon``, the ids of layers
     that will be in 4 bits when their adapters come.
     """
@@ -68,11 +79,11 @@ def select(
             continue
         if (
             _sources.is_linear(module)
-            or (quantized and type(module) is Linear4bit)
+            or (quantized and is_own(module))
             or (_sources.is_transposed(module) and (not quantized or id(module) in soon))
         ):
             layers.setdefault(id(module), []).append(path)
-        elif type(module) is Linear4bit:
+        elif is_own(module):
             done.setdefault(id(module), []).append(path)
         else:
             others[path] = module
@@ -91,7 +102,7 @@ def select(
         outside = {p: m for p, m in others.items() if not names.inside(p, skip)}
         unknown = {p: m for p, m in outside.items() if id(m) not in heads}
         _check_passed_over(unknown, argument)
-        if not chosen and not already:
+        if not chosen and not already and not select_stacks(model, stacks, targets, skip):
             raise ValueError(f"model: has no linear layer outside skip={list(skip)} and its heads")
         return chosen, already
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -105,6 +116,8 @@ def select(
             k: v[0] for k, v in done.items() if any(matches(pattern, path) for path in v)
         }
         if not matched and not matched_done:
+            if select_stacks(model, stacks, pattern if not by_name else [pattern], skip):
+                continue
             wrong = {path: m for path, m in others.items() if matches(pattern, path)}
             skipped = [p for paths in layers.values() for p in paths if matches(pattern, p)]
             raise _no_match(argument, pattern, wrong, skipped, list(kept.values()))
@@ -121,6 +134,28 @@ def select(
         found.update(matched)
         found_done.update(matched_done)
     return list(found.values()), list(found_done.values())
+
+
+def select_stacks(
+    model: nn.Module, stacks: Sequence[Stack], targets: Targets, skip: tuple[str, ...]
+) -> list[Stack]:
+    """Those that are chosen; a name means a tensor, or all of a module around it."""
+    names = _Names(model)
+    found: list[Stack] = []
+    for stack in stacks:
+        path, name = stack.path, stack.name
+        if names.inside(path, skip) or is_inside(f"{names.plain(path)}.{name}", skip):
+            continue
+        if targets == "all-linear":
+            chosen = True
+        elif isinstance(targets, str):
+            chosen = any(re.fullmatch(targets, f"{p}.{name}") for p in (path, names.plain(path)))
+        else:
+            whole = f".{names.plain(path)}.{name}"
+            chosen = any(whole.endswith(f".{target}") for target in targets)
+        if chosen:
+            found.append(stack)
+    return found
 
 
 def _check_passed_over(others: dict[str, nn.Module], argument: str) -> None:
@@ -174,6 +209,10 @@ class _Names:
 
     def __init__(self, model: nn.Module) -> None:
         self._plain = plain_paths(model)
+
+    def plain(self, path: str) -> str:
+        """The path without wrappers."""
+        return self._plain[path]
 
     def is_whole(self, pattern: str, path: str) -> bool:
         """Whether the regular expression matches all of it."""

@@ -47,6 +47,8 @@ class Embedding4bit(QuantizedModule):
         self.padding_idx = padding_idx
         self._set_quantized(qw)
 
+    _maker = "from_embedding"
+
     def _own_layout(self, qw: QuantizedTensor) -> dict[str, Tensor | None]:
         parts = super()._own_layout(qw)
         padding = qw.absmax.numel() * qw.block_size // 2 - qw.packed.numel()

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from qkern import _errors
+from qkern.experts import quantize_experts
 from qkern.functional import quantize_4bit
-from qkern.nn import _sources, _statistics
+from qkern.nn import _experts, _sources, _statistics
+from qkern.nn._adapters import LoRAConfig, LoRALayer, lora_layers
+from qkern.nn._experts import Stack
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
 from qkern.nn._names import plain_paths
-from qkern.nn._targets import Targets, select
+from qkern.nn._targets import Targets, is_own, select, select_stacks
 from qkern.nn.dense import FrozenLinear
+from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
-from qkern.nn.lora import LoRAConfig, LoRALinear, lora_layers
-from qkern.nn.report import log_dense
-from qkern.tensor import QuantizedTensor
+from qkern.nn.lora import LoRALinear
+from qkern.nn.lora_experts import LoRAExperts
+from qkern.nn.report import QuantizationReport, log_dense, quantization_report
+from qkern.tensor import QuantizedTensor, Stored
+
+
+@overload
+def quantize_model(
+    model: nn.Module,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    codebook: Tensor | None = None,
+    targets: Targets = "all-linear",
+    skip: Iterable[str] = (),
+    lora: LoRAConfig | None = None,
+    check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    return_report: Literal[False] = False,
+) -> nn.Module: ...
+
+
+@overload
+def quantize_model(
+    model: nn.Module,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    codebook: Tensor | None = None,
+    targets: Targets = "all-linear",
+    skip: Iterable[str] = (),
+    lora: LoRAConfig | None = None,
+    check_finite: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    return_report: Literal[True],
+) -> tuple[nn.Module, QuantizationReport]: ...
 
 
 def quantize_model(
@@ -36,7 +75,8 @@ def quantize_model(
     lora: LoRAConfig | None = None,
     check_finite: bool = True,
     compute_dtype: torch.dtype | None = None,
-) -> nn.Module:
+    return_report: bool = False,
+) -> nn.Module | tuple[nn.Module, QuantizationReport]:
     """Replace linear layers of ``model`` by 4-bit ones, in place, and freeze everything else.
 
     Each dense weight is released before the next layer is quantised, so memory peaks at the model
@@ -62,11 +102,17 @@ def quantize_model(
     something would be lost: a weight
     that is computed (parametrisations, weight norm, pruning), a ``forward`` of its own, a tensor
     subclass as its weight. ``skip`` leaves such a layer as it is. Passed over without an error are
-    the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts. So are
-    weights of other modules, such as experts in one tensor: with the targets ``"all-linear"`` those
-    of more than 1 % of the model's bytes are logged once, as a warning of the logger ``qkern.nn``
-    unless all are of embeddings, heads and convolutions, or in ``skip``;
-    :func:`quantization_report` lists them.
+    the layers that ``nn.MultiheadAttention`` computes with itself, and routers of experts.
+
+    **Experts** that a model of transformers keeps in tensors of three dimensions (Mixtral,
+    Qwen3-MoE, DeepSeek-V3, OLMoE, GLM-4-MoE, gpt-oss, Llama 4 and others) become
+    :class:`Experts4bit`, each expert quantised by itself; ``config._experts_implementation`` is
+    then ``"qkern"``, whose forward reads only experts that have tokens. A target or ``skip`` may
+    name such a tensor, as ``"experts.down_proj"``, or with ``skip`` the module around it.
+
+    With the targets ``"all-linear"`` other weights of more than 1 % of the model's bytes that stay
+    dense are logged once, as a warning of the logger ``qkern.nn`` unless all are of embeddings,
+    heads, convolutions and routers, or in ``skip``; ``return_report`` returns what is logged.
 
     **All or nothing**: all checks come before the first change, those of ``lora`` too, so after
     such an error the corrected call works on the same model. What stops the call later, such as a
@@ -90,9 +136,11 @@ def quantize_model(
         check_finite: whether a NaN or infinite weight raises.
         compute_dtype: what the layers cast their input to, see :class:`Linear4bit`; None computes
             in the input's dtype.
+        return_report: whether to return what is in 4 bits and what stays dense, too: the
+            :func:`quantization_report` of the quantised model.
 
     Returns:
-        ``model``.
+        ``model``, or ``(model, report)``.
 
     Raises:
         ValueError: a target matches nothing, is tied to a weight that stays dense, or is in 4 bits
@@ -112,24 +160,28 @@ def quantize_model(
         _errors.check_float_dtype("compute_dtype", compute_dtype)
     options = _Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
     dense = _stays_dense(model) if targets == "all-linear" else ()
-    paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False)
+    stacks = tuple(_experts.stacks(model))
+    paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False, stacks=stacks)
     if targets != "all-linear" or not paths:
         _check_done(model, done, options)
     groups = _by_weight(model, paths, explicit=targets != "all-linear")
-    if not groups and not done:
+    chosen = select_stacks(model, stacks, targets, (*skip, *dense))
+    if not groups and not done and not chosen:
         raise ValueError("targets: every linear layer found is tied to a weight that stays dense")
     _check_layers(model, groups, options)
+    _check_stacks(model, chosen, options)
     if lora is not None:
         soon = {id(model.get_submodule(paths[0])) for group in groups for paths in group}
-        _lora_targets(model, lora, skip, soon)
-    _quantize(model, groups, options)
+        _lora_targets(model, lora, skip, soon, chosen)
+    _quantize(model, groups, chosen, options)
     _freeze(model)
     _use_padded_batches(model)
+    report = quantization_report(model)
     if targets == "all-linear":
-        log_dense(model, (*skip, *dense))
+        log_dense(report, (*skip, *dense))
     if lora is not None:
         add_lora(model, lora, skip=skip)
-    return model
+    return (model, report) if return_report else model
 
 
 class _Options(NamedTuple):
@@ -144,18 +196,18 @@ class _Options(NamedTuple):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """``weight`` in 4 bits."""
-        return quantize_4bit(
-            weight,
-            self.format,
-            self.block_size,
-            self.double_quant,
-            self.codebook,
-            self.check_finite,
-        )
+        return quantize_4bit(weight, *self[:5])
 
-    def made(self, layer: Linear4bit) -> bool:
+    def check(self, weight: Tensor) -> None:
+        """Raise what quantising it would; three dimensions are those of experts."""
+        if weight.dim() == 3:
+            quantize_experts(weight, *self[:5])
+        else:
+            self.quantize(weight)
+
+    def made(self, layer: Linear4bit | Experts4bit) -> bool:
         """Whether ``layer`` is as they would make it."""
-        found = layer.quantized
+        found: Stored = layer.quantized
         same = found.format, found.block_size, found.double_quant, layer.compute_dtype
         if same != (self.format, self.block_size, self.double_quant, self.compute_dtype):
             return False
@@ -173,7 +225,7 @@ def _check_done(model: nn.Module, done: list[str], options: _Options) -> None:
     """ValueError unless all of ``done``, in 4 bits already, are as this call would make them."""
     for path in done:
         layer = model.get_submodule(path)
-        assert isinstance(layer, Linear4bit)
+        assert isinstance(layer, Linear4bit | Experts4bit)
         if not options.made(layer):
             raise ValueError(
                 f"targets: {path} is in 4 bits already, in another format ({layer.extra_repr()})"
@@ -191,14 +243,30 @@ def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Opt
             if (reason := _sources.would_lose(layer)) is not None:
                 raise ValueError(f"targets: {paths[0]} ({type(layer).__name__}) {reason}")
         with _naming(group[0][0]):
-            first = model.get_submodule(group[0][0])
-            weight = _sources.matrix(first)
-            if (weight.shape, weight.dtype) not in fine:
-                # On meta all arguments are checked and nothing is computed.
-                options.quantize(torch.empty_like(weight, device="meta"))
-                fine.add((weight.shape, weight.dtype))
-            if options.check_finite:
-                _check_finite(weight, options)
+            weight = _sources.matrix(model.get_submodule(group[0][0]))
+            _check_weight(weight, options, fine)
+
+
+def _check_stacks(model: nn.Module, stacks: Sequence[Stack], options: _Options) -> None:
+    """The same of tensors of experts."""
+    fine: set[tuple[torch.Size, torch.dtype]] = set()
+    for stack in stacks:
+        _experts.check_stack(model, stack)
+        with _naming(stack.whole_name):
+            assert stack.parameter is not None
+            _check_weight(stack.parameter.detach(), options, fine)
+
+
+def _check_weight(
+    weight: Tensor, options: _Options, fine: set[tuple[torch.Size, torch.dtype]]
+) -> None:
+    """Raise where ``weight`` cannot be quantised; ``fine`` is of which sizes it is known."""
+    if (weight.shape, weight.dtype) not in fine:
+        # On meta all arguments are checked and nothing is computed.
+        options.check(torch.empty_like(weight, device="meta"))
+        fine.add((weight.shape, weight.dtype))
+    if options.check_finite:
+        _check_finite(weight, options)
 
 
 _SURELY_FINE = 2.0**14
@@ -217,11 +285,13 @@ def _check_finite(weight: Tensor, options: _Options) -> None:
         largest = float(torch.linalg.vector_norm(weight))
     # Not so of a NaN either, which stays one in both.
     if not largest <= _SURELY_FINE:
-        options.quantize(weight)
+        options.check(weight)
 
 
-def _quantize(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
-    taken, total = 0, sum(map(len, groups))
+def _quantize(
+    model: nn.Module, groups: list[list[list[str]]], stacks: list[Stack], options: _Options
+) -> None:
+    taken, total = 0, sum(map(len, groups)) + len(stacks)
     try:
         for group in groups:
             shared: Linear4bit | None = None
@@ -236,10 +306,14 @@ def _quantize(model: nn.Module, groups: list[list[list[str]]], options: _Options
                         replacement.take_over(linear)
                 replace_module(model, layer_paths, replacement)
                 taken += 1
+        for stack in stacks:
+            with _naming(stack.whole_name):
+                _experts.use_4_bits(stack, _experts.quantized(stack, **options._asdict()))
+            taken += 1
     except BaseException as error:
         if sys.version_info >= (3, 11):
             error.add_note(
-                f"quantize_model: {taken} of {total} layers are in 4 bits, nothing is frozen; "
+                f"quantize_model: {taken} of {total} weights are in 4 bits, nothing is frozen; "
                 "the same call does the rest"
             )
         raise
@@ -304,8 +378,9 @@ def _use_padded_batches(model: nn.Module) -> None:
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) -> nn.Module:
-    """Put a :class:`LoRALinear` around linear layers of ``model``, in place; freeze the rest.
+    """Put adapters around linear layers of ``model``, in place; freeze the rest.
 
+    Linear layers get a :class:`LoRALinear`, experts in 4 bits a :class:`LoRAExperts`.
     Works on 4-bit and on dense layers, but not on a dense ``Conv1D`` of transformers.
     ``config.targets`` and ``skip`` are read as by
     :func:`quantize_model`: heads get no adapter unless they are targeted themselves, and what a
@@ -321,29 +396,40 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) 
         raise ValueError(f"model: has LoRA already, at {name}")
     _sources.check_model(model)
     names = plain_paths(model)
-    made: list[tuple[list[str], LoRALinear]] = []
+    made: list[tuple[list[str], LoRALayer]] = []
     for layer_paths in _lora_targets(model, config, _names("skip", skip), ()):
-        base = model.get_submodule(layer_paths[0])
-        assert isinstance(base, nn.Linear)
-        made.append((layer_paths, LoRALinear.from_config(base, config, names[layer_paths[0]])))
+        base, name = model.get_submodule(layer_paths[0]), names[layer_paths[0]]
+        layer: LoRALayer
+        if isinstance(base, Experts4bit):
+            layer = LoRAExperts.from_config(base, config, name)
+        else:
+            assert isinstance(base, nn.Linear)
+            layer = LoRALinear.from_config(base, config, name)
+        made.append((layer_paths, layer))
     _freeze(model)
     _statistics.remember(model)
-    for layer_paths, layer in made:
-        replace_module(model, layer_paths, layer)
+    for layer_paths, adapted in made:
+        replace_module(model, layer_paths, adapted)
     return model
 
 
 def _lora_targets(
-    model: nn.Module, config: LoRAConfig, skip: tuple[str, ...], soon: Collection[int]
+    model: nn.Module,
+    config: LoRAConfig,
+    skip: tuple[str, ...],
+    soon: Collection[int],
+    stacks: Sequence[Stack] = (),
 ) -> list[list[str]]:
     """The paths of each layer that gets an adapter, all checks done.
 
-    ``soon`` has the ids of layers that will be in 4 bits by then.
+    ``soon`` has the ids of layers that will be in 4 bits by then, ``stacks`` such experts.
     """
-    paths, _ = select(model, config.targets, skip, "lora.targets", quantized=True, soon=soon)
+    paths, _ = select(
+        *(model, config.targets, skip, "lora.targets"), quantized=True, soon=soon, stacks=stacks
+    )
     for layer_paths in paths:
         layer = model.get_submodule(layer_paths[0])
-        reason = None if isinstance(layer, Linear4bit) else _sources.strange_parameters(layer)
+        reason = None if is_own(layer) else _sources.strange_parameters(layer)
         if reason is not None:
             raise ValueError(f"lora.targets: {layer_paths[0]} ({type(layer).__name__}) {reason}")
     _sources.check_held_elsewhere(model, (model.get_submodule(found[0]) for found in paths))

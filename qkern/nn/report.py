@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from qkern.nn._adapters import LoRALayer
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule, parameter
 from qkern.nn._names import is_inside, plain_paths
-from qkern.nn.lora import LoRALinear
 
 _logger = logging.getLogger("qkern.nn")
 
@@ -37,7 +37,8 @@ class DenseWeights:
     nbytes: int
     """Of all of them."""
     expected: bool
-    """Whether they are of embeddings, heads or convolutions, which are known to stay dense."""
+    """Whether they are of embeddings, heads, convolutions or routers, which are known to stay
+    dense."""
 
     def __str__(self) -> str:
         count = f"{len(self.names)} x " if len(self.names) > 1 else ""
@@ -71,8 +72,8 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
     """How many bytes of ``model`` are in 4 bits, and which of its weights stay dense.
 
     Weights are floating-point parameters of two dimensions or more; experts that a model keeps in
-    one tensor of three are such. Adapters are none. Those of one shape and dtype whose names differ
-    by numbers, as in all layers of a model, count as one.
+    one tensor of three are such. Adapters are none, nor are the biases of experts. Those of one
+    shape and dtype whose names differ by numbers, as in all layers of a model, count as one.
 
     Args:
         model: any module.
@@ -99,16 +100,18 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
             for name in TENSORS:
                 if (tensor := own.pop(name, None)) is not None:
                     quantized[id(tensor)] = held[id(tensor)]
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             adapters.update(map(id, own.values()))
         expected = isinstance(module, nn.Embedding | _ConvNd) or id(module) in heads
+        expected |= type(module).__name__.endswith("Router")
         for name, tensor in own.items():
             whole = f"{names[path]}.{name}" if names[path] else name
             first, _, before = dense.get(id(tensor), (whole, tensor, False))
             dense[id(tensor)] = first, tensor, before or expected
     groups: dict[tuple[str, tuple[int, ...], torch.dtype, bool], list[tuple[str, int]]] = {}
     for key, (name, tensor, expected) in dense.items():
-        if key not in adapters and tensor.dim() >= 2 and tensor.is_floating_point():
+        is_weight = tensor.dim() >= 2 and tensor.is_floating_point() and not name.endswith("_bias")
+        if key not in adapters and is_weight:
             kind = _NUMBER.sub("*", name), tuple(tensor.shape), tensor.dtype, expected
             groups.setdefault(kind, []).append((name, held[key]))
     total = sum(held.values())
@@ -125,9 +128,8 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
     return QuantizationReport(total, sum(quantized.values()), sum(packed.values()), tuple(found))
 
 
-def log_dense(model: nn.Module, skip: Iterable[str] = ()) -> None:
+def log_dense(report: QuantizationReport, skip: Iterable[str] = ()) -> None:
     """Say once what stays dense: a warning where it is not expected and not in ``skip``."""
-    report = quantization_report(model)
     skip = tuple(skip)
     unexpected = [
         weights
@@ -136,7 +138,7 @@ def log_dense(model: nn.Module, skip: Iterable[str] = ()) -> None:
     ]
     if unexpected:
         _logger.warning(
-            "Weights stay dense beside embeddings, heads and convolutions: %s. In all, %s",
+            "Weights stay dense beside embeddings, heads, convolutions and routers: %s. In all, %s",
             ", ".join(map(str, unexpected)),
             report,
         )

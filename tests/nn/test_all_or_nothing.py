@@ -167,7 +167,7 @@ def test_a_call_that_is_stopped_goes_on_where_it_was(
         qnn.quantize_model(model, targets=targets, lora=LORA)
     monkeypatch.undo()
     if sys.version_info >= (3, 11):
-        assert "2 of 4 layers are in 4 bits" in caught.value.__notes__[-1]
+        assert "2 of 4 weights are in 4 bits" in caught.value.__notes__[-1]
     assert [type(layer) for layer in model] == [qnn.Linear4bit] * 2 + [nn.Linear] * 2
     assert model[3].weight.requires_grad == before[-1]
     model(X)  # as it is, it works

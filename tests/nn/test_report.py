@@ -13,7 +13,7 @@ from qkern import nn as qnn
 
 
 class Experts(nn.Module):
-    """Two matrices an expert, stacked, as models of transformers have them."""
+    """Two matrices an expert, stacked, in a module that does not say how it computes with them."""
 
     def __init__(self, count: int = 4, width: int = 64) -> None:
         super().__init__()
@@ -107,10 +107,10 @@ def said(caplog: pytest.LogCaptureFixture, model: nn.Module, **options: object) 
     return [f"{r.levelname}: {r.getMessage()}" for r in records]
 
 
-def test_experts_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_nobody_knows_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = said(caplog, Model())
     assert line.startswith(
-        "WARNING: Weights stay dense beside embeddings, heads and convolutions: "
+        "WARNING: Weights stay dense beside embeddings, heads, convolutions and routers: "
     )
     assert "layers.*.experts.gate_up_proj (3 x [4, 128, 64] float32, 393 kB)" in line
     (line,) = said(caplog, Model(), skip=["experts"])
@@ -119,6 +119,53 @@ def test_experts_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert line.startswith("INFO: ")
     assert "embed.weight ([100, 64] float32, 25.6 kB)" in line
     assert "lora" not in line
+
+
+class TopKRouter(nn.Module):
+    """By name a router of experts, as those of transformers, whose weight is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+
+def test_routers_are_known_to_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"gate": TopKRouter(), "proj": nn.Linear(64, 64)})
+    (line,) = said(caplog, model)
+    assert line.startswith("INFO: ")
+    (weights,) = qnn.quantization_report(model).dense
+    assert (weights.name, weights.expected) == ("gate.weight", True)
+    model["other"] = nn.ParameterList([torch.randn(64, 64)])
+    (line,) = said(caplog, nn.ModuleDict({"gate": model["other"], "proj": nn.Linear(64, 64)}))
+    assert line.startswith("WARNING: ")
+
+
+def test_the_report_is_returned_and_is_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    with caplog.at_level(logging.INFO, "qkern.nn"):
+        found = qnn.quantize_model(model, return_report=True)
+    assert isinstance(found, tuple)
+    assert found[0] is model
+    assert found[1] == qnn.quantization_report(model)
+    assert str(found[1]) in caplog.text
+    caplog.clear()
+    # Of weights alone: adapters come after it.
+    model, report = qnn.quantize_model(
+        Model(), targets=["proj"], lora=qnn.LoRAConfig(4), return_report=True
+    )
+    assert caplog.text == ""
+    assert report.quantized_elements == 3 * 64 * 64
+    assert qnn.quantization_report(model).nbytes > report.nbytes
+    assert qnn.quantize_model(Model(), return_report=False).embed
+
+
+def test_biases_of_experts_are_no_weights() -> None:
+    model = Model()
+    for layer in model.layers:
+        layer.experts.gate_up_proj_bias = nn.Parameter(torch.randn(4, 128))
+    names = [w.name for w in qnn.quantization_report(model, share=0.0).dense]
+    assert "layers.*.experts.gate_up_proj" in names
+    assert not any(name.endswith("_bias") for name in names)
 
 
 def test_who_names_targets_is_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
