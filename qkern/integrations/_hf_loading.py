@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from qkern import _bnb, quantize_4bit
+from qkern.experts import quantize_each
 from qkern.integrations._hf_pages import release
 from qkern.integrations._hf_plan import Plan
 from qkern.integrations._hf_versions import hold_codes
 from qkern.nn import _sources
 from qkern.nn._module import TENSORS, QuantizedModule
+from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import replace_module
-from qkern.tensor import QuantizedTensor
+from qkern.tensor import QuantizedTensor, Stored
 
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 BNB_NAMES = (*(f"weight.{part}" for part in _bnb.PARTS), *STATES, "weight")
@@ -48,6 +50,37 @@ class Loading:
                 self.error = type(error)(f"{name}: {error}")
                 self.error.__cause__ = error
             raise
+
+    def name_of_experts(self, name: str) -> str:
+        """The name of a weight for that of a tensor of experts in 4 bits; others as they are.
+
+        In a file it may lack the prefix of the model within one with a head.
+        """
+        for path, module in self.plan.paths.items():
+            if isinstance(module, Experts4bit) and f".{path}".endswith(f".{name}"):
+                return f"{name}.weight"
+        return name
+
+    def quantized_experts(
+        self, path: str, experts: Experts4bit, matrices: Iterable[Tensor], count: int
+    ) -> dict[str, Tensor]:
+        """Dense experts, each asked for when the one before is in 4 bits; as `parts` gives them."""
+        plan, (number, *shape) = self.plan, experts._weight_shape
+
+        def checked() -> Iterator[Tensor]:
+            takes = shape[::-1] if experts.transposed else shape
+            for matrix in matrices:
+                if list(matrix.shape) != takes:
+                    raise ValueError(f"got shape {list(matrix.shape)}; takes {takes}")
+                yield matrix.contiguous()
+                if self.from_files:
+                    release(matrix)
+
+        if count != number:
+            raise ValueError(f"got {count} experts; takes {number}")
+        options = plan.format, plan.block_size, plan.double_quant
+        qw = quantize_each(checked(), count, *options, transposed=experts.transposed)
+        return parts(path, experts, qw)
 
     def offloaded(self, made: dict[str, Tensor], missing_keys: Any) -> dict[str, Tensor]:
         """``made``, with the codes under another name where they are to be offloaded.
@@ -117,6 +150,8 @@ class Quantize(_Op):
         layer = plan.paths.get(path)
         if layer is None:
             return {name: dense}  # one of several that a converter of the model's gives
+        if isinstance(layer, Experts4bit):
+            return self.loading.quantized_experts(path, layer, dense, len(dense))
         if isinstance(layer, Linear4bit) and _sources.is_conv1d(layer.source_class):
             dense = dense.T
         if tuple(dense.shape) != layer._weight_shape:
@@ -127,13 +162,102 @@ class Quantize(_Op):
         return parts(path, layer, qw)
 
 
-def parts(path: str, layer: QuantizedModule, qw: QuantizedTensor) -> dict[str, Tensor]:
+def parts(path: str, layer: QuantizedModule, qw: Stored) -> dict[str, Tensor]:
     """The tensors of ``qw`` as ``layer`` holds them, by full name."""
     layer._weight_dtype = qw.dtype
     own = layer._own_layout(qw)
     assert own["weight"] is not None
     hold_codes(layer, own["weight"])
     return {f"{path}.{name}": part for name in TENSORS if (part := own.get(name)) is not None}
+
+
+class ExpertsConverter(WeightConverter):
+    """A converter of a model's that merges experts, each of which is quantised when it is read."""
+
+    __slots__ = ("loading", "of_quantized", "original")
+
+    def __init__(self, loading: Loading, original: WeightConverter) -> None:
+        sources, targets = original._original_source_patterns, original._original_target_patterns
+        super().__init__(sources, targets, list(original.operations), original.force_cpu)
+        for name in ("scope_prefix", "base_model_prefix"):
+            setattr(self, name, getattr(original, name))
+        self.loading, self.original = loading, original
+        self.of_quantized = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The operations are a weight's own, the loading, and the model in it, are one.
+        return type(self)(self.loading, copy.deepcopy(self.original))
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """As of every converter; a tensor of experts in 4 bits is their module's weight."""
+        renamed, pattern = super().rename_source_key(source_key)
+        if pattern is not None:
+            dense, renamed = renamed, self.loading.name_of_experts(renamed)
+            self.of_quantized |= renamed != dense
+        return renamed, pattern
+
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> Any:
+        """The tensors of experts in 4 bits, or what the model's converter gives."""
+        path = layer_name.removesuffix(".weight")
+        experts = self.loading.plan.paths.get(path)
+        columns = list(self.collected_tensors.values())
+        merges = type(self.operations[0]).__name__ == "MergeModulelist"
+        if not isinstance(experts, Experts4bit) or not merges or not columns:
+            return super().convert(layer_name, *args, **kwargs)
+        names = list(self.collected_tensors)
+        self.collected_tensors.clear()
+
+        def matrices() -> Iterator[Tensor]:
+            for expert in zip(*columns, strict=True):
+                read = [_read(part) for part in expert]
+                merged: Any = {name: [part] for name, part in zip(names, read, strict=True)}
+                for operation in self.operations:
+                    merged = operation.convert(
+                        merged,
+                        source_patterns=self.source_patterns,
+                        target_patterns=self.target_patterns,
+                        full_layer_name=layer_name,
+                        model=kwargs.get("model"),
+                        config=kwargs.get("config"),
+                    )
+                (one,) = merged.values()
+                yield (one[0] if isinstance(one, list) else one)[0]
+                if self.loading.from_files:
+                    for part in read:
+                        release(part)
+
+        info = kwargs.get("loading_info")
+        made = self.loading.attempt(
+            layer_name,
+            lambda: self.loading.quantized_experts(path, experts, matrices(), len(columns[0])),
+        )
+        return self.loading.offloaded(made, None if info is None else info.missing_keys)
+
+
+def _read(part: Any) -> Tensor:
+    """A tensor of a file: what reads it, or is reading it, or has read it."""
+    if hasattr(part, "result"):
+        part = part.result()
+    found: Tensor = part() if callable(part) else part
+    return found
+
+
+class ExpertsRenaming(WeightRenaming):
+    """The tensor of experts in 4 bits, dense in a file, is the weight of their module."""
+
+    __slots__ = ("loading",)
+
+    def __init__(self, loading: Loading) -> None:
+        super().__init__(r"(gate_up_proj|up_proj|down_proj)$", r"\1.weight")
+        self.loading = loading
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)(self.loading)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Of such a tensor the name of the weight, any other as it is."""
+        renamed = self.loading.name_of_experts(source_key)
+        return renamed, None if renamed == source_key else self.source_patterns[0]
 
 
 class ReadBitsAndBytes(_Op):

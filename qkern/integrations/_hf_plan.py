@@ -8,29 +8,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
-from transformers.utils import logging
 
-from qkern.integrations._hf_versions import hold_as
-from qkern.nn import _sources
+from qkern.integrations._hf_versions import LOADS_EXPERTS, hold_as
+from qkern.nn import _experts, _sources
+from qkern.nn._experts import Stack
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn._names import is_inside
-from qkern.nn._targets import _read_by_parent, select
+from qkern.nn._targets import _read_by_parent, select, select_stacks
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.model import (
     _by_weight,
     _check_layers,
+    _check_stacks,
     _Options,
     _stays_dense,
     _use_padded_batches,
     replace_module,
 )
-from qkern.nn.report import quantization_report
-
-logger = logging.get_logger(__name__)
+from qkern.nn.report import log_dense, quantization_report
 
 
 @dataclass
@@ -62,6 +59,13 @@ class Plan:
         self.dense.update(dict.fromkeys(paths, dense))
         return layer
 
+    def add_stack(self, stack: Stack) -> None:
+        """Put experts in 4 bits, of meta tensors, where a dense tensor of them is."""
+        fields = self.format, self.block_size, self.double_quant
+        experts = _experts.quantized(stack, *fields, compute_dtype=self.compute_dtype)
+        _experts.use_4_bits(stack, experts)
+        self.paths[stack.whole_name] = experts
+
     def owner(self, name: str) -> str | None:
         """The path of the 4-bit module whose weight has the tensor ``name``; None for no such."""
         path, _, tensor = name.rpartition(".")
@@ -81,10 +85,13 @@ def quantize_structure(
     ties = _ties(model)
     tables = _tables(model, skip, ties) if embeddings else {}
     dense = _stays_dense(model)
-    paths, _ = select(model, "all-linear", (*skip, *dense), "skip", quantized=False)
+    stacks = tuple(_experts.stacks(model)) if LOADS_EXPERTS else ()
+    paths, _ = select(model, "all-linear", (*skip, *dense), "skip", quantized=False, stacks=stacks)
+    stacks = tuple(select_stacks(model, stacks, "all-linear", (*skip, *dense)))
     groups = _by_weight(model, paths, explicit=False)
     groups = [group for group in groups if not _tied_to_dense(group, ties, paths)]
     _check_layers(model, groups, options)
+    _check_stacks(model, stacks, options)
     for table in tables.values():
         _check_table(table, model.get_submodule(table[0]), plan)
     for group in groups:
@@ -92,9 +99,11 @@ def quantize_structure(
             plan.add(model, layer_paths)
     for table in tables.values():
         plan.add(model, table)
+    for stack in stacks:
+        plan.add_stack(stack)
     _tie_in_4_bits(model, plan, ties)
     _use_padded_batches(model)
-    _say_what_stays(model)
+    log_dense(quantization_report(model), (*skip, *dense))
 
 
 def quantize_like_bitsandbytes(
@@ -133,7 +142,7 @@ def quantize_like_bitsandbytes(
         plan.add(model, paths)
     _tie_in_4_bits(model, plan, _ties(model))
     _use_padded_batches(model)
-    _say_what_stays(model)
+    log_dense(quantization_report(model), skip or ())
 
 
 def _ties(model: Any) -> dict[str, str]:
@@ -251,23 +260,3 @@ def untie_parts(model: Any) -> None:
     model.all_tied_weights_keys = rest(_ties(model))
     if model._tied_weights_keys:
         model._tied_weights_keys = rest(model._tied_weights_keys)
-
-
-def _say_what_stays(model: nn.Module) -> None:
-    """A notice of experts, which are stacked in 3-D parameters and stay dense."""
-    stacked = {id(p): p for module in model.modules() for p in _stacked(module)}
-    if stacked:
-        count = sum(p.numel() for p in stacked.values())
-        names = {name for name, p in model.named_parameters() if id(p) in stacked}
-        dense = quantization_report(model, share=0).dense
-        found = ", ".join(str(weights) for weights in dense if names.issuperset(weights.names))
-        said = f"qkern: {len(stacked)} stacked weights (experts) stay dense, {count:,} elements"
-        logger.warning(f"{said}: {found}")
-
-
-def _stacked(module: nn.Module) -> list[nn.Parameter]:
-    """Its matrices in 3-D parameters: no kernels of convolutions, no tables with a batch of one."""
-    if isinstance(module, (_ConvNd, ParametrizationList)):
-        return []
-    own = module.parameters(recurse=False)
-    return [p for p in own if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()]

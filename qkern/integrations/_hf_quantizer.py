@@ -7,14 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
 from qkern.integrations._hf_config import as_dtype
-from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
+from qkern.integrations._hf_loading import (
+    Converter,
+    ExpertsConverter,
+    ExpertsRenaming,
+    Loading,
+    Quantize,
+    ReadBitsAndBytes,
+)
 from qkern.integrations._launch import refuse_fsdp1
 from qkern.integrations._peft_auto import register_where_installed
 from qkern.nn import dequantize_model
+from qkern.nn.experts import Experts4bit
+
+
+def _is_ours(conversion: Any) -> bool:
+    """Whether a conversion is of tensors that are in 4 bits now, of which it knows nothing."""
+    if isinstance(conversion, ExpertsConverter):
+        return conversion.of_quantized
+    return isinstance(conversion, Converter | ExpertsRenaming)
 
 
 class QKernQuantizer(HfQuantizer):
@@ -117,6 +133,20 @@ class QKernQuantizer(HfQuantizer):
         assert self._loading is not None
         return [Converter(self._loading)]
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Those of the model, with experts that become 4-bit ones read one by one."""
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        loading = self._loading
+        if loading is None or not any(
+            isinstance(m, Experts4bit) for m in loading.plan.paths.values()
+        ):
+            return found
+        found = [
+            ExpertsConverter(loading, each) if type(each) is WeightConverter else each
+            for each in found
+        ]
+        return [*found, ExpertsRenaming(loading)]
+
     def _reads_bitsandbytes(self) -> bool:
         return self.quantization_config.read_from is not None
 
@@ -141,7 +171,7 @@ class QKernQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving would undo it, of tensors that have bitsandbytes' names already.
-            model._weight_conversions = [c for c in conversions if not isinstance(c, Converter)]
+            model._weight_conversions = [c for c in conversions if not _is_ours(c)]
         self._loading = None
         model.is_loaded_in_4bit = True
         register_where_installed()
@@ -172,7 +202,10 @@ class QKernQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving writes the name of the dtype into the config, where this comes from by default.
+        had_experts = any(isinstance(module, Experts4bit) for module in model.modules())
         dequantize_model(model, as_dtype("dtype", dtype))
+        if had_experts and hasattr(model, "_weight_conversions"):
+            model._weight_conversions = None  # so that saving asks for all that the model has
         _hf_plan.untie_parts(model)
         model.is_loaded_in_4bit = False
         return model

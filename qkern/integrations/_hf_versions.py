@@ -27,6 +27,10 @@ CASTS_TO_PLACEHOLDERS = not hasattr(HfQuantizer, "get_new_dtype")
 """Whether a floating tensor is cast to the dtype of the parameter on meta, also one to quantise."""
 
 
+LOADS_EXPERTS = hasattr(HfQuantizer, "update_weight_conversions")
+"""Whether the names of tensors can be changed for experts in 4 bits; else they stay dense."""
+
+
 _OLDEST, _NEWEST = "5.5", "5.24"
 """Before, tied layers are loaded one by one, and codes are cast as if they were dense."""
 

@@ -19,8 +19,8 @@ from qkern.integrations import _peft_originals as originals
 from qkern.integrations._peft_dora import Dora, DoraLayer
 from qkern.integrations._peft_inits import check_loftq, dense_base, loftq, requantize
 from qkern.nn import Linear4bit, _sources
+from qkern.nn._adapters import is_intercepted
 from qkern.nn._module import QuantizedModule
-from qkern.nn.lora import _is_intercepted
 
 
 class _Merging:
@@ -171,7 +171,7 @@ class QKernLinear(_Merging, Linear):
         """Base and the active adapters by one Function; None where PEFT's way must be taken."""
         modules = self._modules
         base: Any = modules["base_layer"]
-        if type(base) is not Linear4bit or _is_intercepted(base):
+        if type(base) is not Linear4bit or is_intercepted(base):
             return None
         names = self._active_adapter
         if type(names) is not str:

@@ -8,36 +8,47 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qkern.nn._adapters import LoRALayer
 from qkern.nn._module import is_sharded
 from qkern.nn._names import plain_name, plain_paths, wrapped_names
 from qkern.nn._sources import can_be_quantized, is_linear
+from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
+from qkern.nn.lora_experts import LoRAExperts
 
-Layer = LoRALinear | Linear4bit | nn.Linear
+Layer = LoRALinear | LoRAExperts | Linear4bit | Experts4bit | nn.Linear
 
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[Layer, list[str]]]:
     """``{plain path: (layer, all its actual paths)}`` of the layers an adapter can be on."""
-    found = _layers(model, is_linear)
+    found = _layers(model, _can_have_adapter)
     return {path: (cast(Layer, layer), paths) for path, (layer, paths) in found.items()}
 
 
 def layers_for_4bit(model: nn.Module) -> dict[str, tuple[nn.Module, list[str]]]:
     """The same of the layers whose weight can be in 4 bits: ``Conv1D`` of transformers too."""
-    return _layers(model, can_be_quantized)
+    return _layers(model, _can_be_in_4_bits)
+
+
+def _can_have_adapter(module: nn.Module) -> bool:
+    return isinstance(module, LoRALayer | Linear4bit | Experts4bit) or is_linear(module)
+
+
+def _can_be_in_4_bits(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear | Linear4bit) or can_be_quantized(module)
 
 
 def _layers(
-    model: nn.Module, is_dense: Callable[[nn.Module], bool]
+    model: nn.Module, is_one: Callable[[nn.Module], bool]
 ) -> dict[str, tuple[nn.Module, list[str]]]:
     plain = plain_paths(model)
     paths: dict[int, list[str]] = {}
     layers: dict[str, tuple[nn.Module, list[str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear | Linear4bit) or is_dense(module):
+        if is_one(module):
             # A base layer has its adapter's path, and the adapter comes first.
             own = plain[path]
             if own not in layers or layers[own][0] is module:

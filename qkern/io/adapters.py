@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import _json
-from qkern.io import _peft
+from qkern.io import _peft, _peft_experts
 from qkern.io._common import (
     Layer,
     check_finite,
@@ -29,10 +29,13 @@ from qkern.io._common import (
 )
 from qkern.io._files import commit, locked, staged
 from qkern.nn import _statistics
+from qkern.nn._adapters import LoRAConfig, LoRALayer
 from qkern.nn._module import QuantizedModule, is_sharded
 from qkern.nn._names import plain_name, plain_paths, unwrapped
 from qkern.nn.embedding import Embedding4bit
-from qkern.nn.lora import LoRAConfig, LoRALinear
+from qkern.nn.experts import Experts4bit
+from qkern.nn.lora import LoRALinear
+from qkern.nn.lora_experts import LoRAExperts
 from qkern.nn.model import replace_module
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -70,6 +73,7 @@ _READ_FIELDS = {
     "peft_type": _json.TEXT,
     "r": _json.INTEGER,
     "rank_pattern": _json.map_of(_json.INTEGER, "integers") | _json.NULL,
+    "target_parameters": _json.list_of(_json.TEXT, "names") | _json.NULL,
     "task_type": _json.TEXT | _json.NULL,
     "use_rslora": _json.FLAG | _json.NULL,
 }
@@ -105,7 +109,9 @@ def save_adapter(
     Warns where the installed PEFT would compute something else from the files, with the reason.
 
     Args:
-        model: a model with :class:`~qkern.nn.LoRALinear` layers.
+        model: a model with :class:`~qkern.nn.LoRALinear` layers or
+            :class:`~qkern.nn.LoRAExperts`, which PEFT calls ``target_parameters``; an adapter that
+            experts share is written for each of them.
         directory: where to write.
         base_model_name_or_path: what PEFT shall say the base was; by default what a transformers
             model says of itself.
@@ -130,6 +136,7 @@ def save_adapter(
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
     layers = contents.lora
+    linear = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
     r, rank_pattern = _peft.by_pattern({path: layer.r for path, layer in layers.items()})
     alpha, alpha_pattern = _peft.by_pattern({path: layer.alpha for path, layer in layers.items()})
     entries, modules = _whole_modules(contents, modules_to_save, task_type)
@@ -149,17 +156,25 @@ def save_adapter(
         "r": r,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": _peft.target_modules(layers.keys(), contents.once),
+        "target_modules": _peft.target_modules(linear.keys(), contents.once) if linear else [],
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": _same(layers, "use_rslora"),
     }
+    if experts := layers.keys() - linear.keys():
+        config["target_parameters"] = _peft_experts.target_parameters(experts, contents.tensors)
     named: dict[str, Tensor] = {}
+    of_experts: _peft_experts.Factors = {}
     for path, layer in layers.items():
-        named[f"{path}.lora_A.weight"] = _part(contents, path, "lora_a", layer.r, layer.in_features)
-        named[f"{path}.lora_B.weight"] = _part(
-            contents, path, "lora_b", layer.out_features, layer.r
-        )
+        lead = () if path in linear or layer.shared else (layer.num_experts,)
+        a = _part(contents, path, "lora_a", *lead, layer.r, layer.in_features)
+        b = _part(contents, path, "lora_b", *lead, layer.out_features, layer.r)
+        if path in linear:
+            named |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        else:
+            of_experts[path] = tuple(layer.of_each(whole(path, t.detach())) for t in (a, b))
+    for path, (a, b) in _peft_experts.to_peft(contents.modules, of_experts).items():
+        named |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
     inside_whole = tuple(f"{path}." for path in modules)
     named |= {k: tensor for k, tensor in contents.tensors.items() if k.startswith(inside_whole)}
     for path in biases:
@@ -167,6 +182,8 @@ def save_adapter(
         named[f"{path}{inside}.bias"] = contents.tensors[f"{path}.bias"]
     tensors = {_peft.PREFIX + name: whole(name, tensor) for name, tensor in named.items()}
     reason = contents.shared_adapter() or _peft.computed_otherwise(inner, config, tensors)
+    if experts and config["lora_dropout"]:
+        reason = "it takes no dropout in adapters on experts"
     if reason:
         warnings.warn(
             f"the adapter computes something else in PEFT: {reason}; "
@@ -205,7 +222,7 @@ class _Contents(NamedTuple):
     """A model's parts by plain path: without wrappers, a base layer at its adapter's path."""
 
     modules: dict[str, nn.Module]
-    lora: dict[str, LoRALinear]
+    lora: dict[str, Any]
     tensors: dict[str, Tensor]
     trained: dict[str, str]
     """Names of parameters that require grad, but of A and B, and the paths of their modules."""
@@ -218,12 +235,12 @@ class _Contents(NamedTuple):
         modules: dict[str, nn.Module] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             # Of a wrapper and what it wraps, the latter; of an adapter and its base, the former.
-            if not isinstance(modules.get(plain[path]), LoRALinear):
+            if not isinstance(modules.get(plain[path]), LoRALayer):
                 modules[plain[path]] = module
-        lora: dict[str, LoRALinear] = {}
+        lora: dict[str, LoRALayer] = {}
         seen: set[int] = set()
         for path, module in modules.items():
-            if isinstance(module, LoRALinear) and id(module) not in seen:
+            if isinstance(module, LoRALayer) and id(module) not in seen:
                 seen.add(id(module))
                 lora[path] = module
         of_lora = {id(t) for layer in lora.values() for t in (layer.lora_a, layer.lora_b)}
@@ -233,7 +250,12 @@ class _Contents(NamedTuple):
             if parameter.requires_grad and id(parameter) not in of_lora:
                 own = plain_name(model, name)
                 trained[own] = own.rpartition(".")[0]
-        once = {plain[path] for path, _ in model.named_modules()}
+        # Experts are no modules in the model that PEFT sees, but a tensor of the one around them.
+        once = {
+            plain[path]
+            for path, module in model.named_modules()
+            if not _peft_experts.is_experts(module)
+        }
         return cls(modules, lora, named_tensors(model), trained, once)
 
     def tied_to(self, path: str) -> set[str]:
@@ -252,7 +274,7 @@ class _Contents(NamedTuple):
 
     def holds_bias(self, path: str) -> bool:
         """Whether the layer's bias can only be written for itself."""
-        return isinstance(self.modules.get(path), LoRALinear | QuantizedModule)
+        return isinstance(self.modules.get(path), LoRALayer | QuantizedModule)
 
     def cannot_be_whole(self, path: str) -> str | None:
         """Why PEFT could not keep the module at ``path`` as a whole, if it could not."""
@@ -264,7 +286,7 @@ class _Contents(NamedTuple):
             return f"a {type(self.modules[path]).__name__}"
         for other, module in self.modules.items():
             if other == path or other.startswith(f"{path}."):
-                if isinstance(module, LoRALinear):
+                if isinstance(module, LoRALayer):
                     return "a layer with an adapter" if other == path else f"around {other}"
                 if isinstance(module, QuantizedModule):
                     return "a layer with a 4-bit weight" if other == path else f"around {other}"
@@ -370,6 +392,12 @@ def load_adapter(
     adapter = _read(directory, dtype)
     layers = linear_layers(inner)
     config = adapter.config
+    try:
+        modules = _Contents.of(inner).modules
+        found = _peft_experts.from_peft(modules, adapter.lora, adapter.target_parameters)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    adapter = adapter._replace(lora=found)
     _check_paths(directory, adapter.lora, layers)
     try:
         for path, (a, b) in adapter.lora.items():
@@ -377,25 +405,29 @@ def load_adapter(
         values = _values(adapter, inner)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    adapters: dict[str, LoRALinear] = {}
+    adapters: dict[str, LoRALayer] = {}
     for path in adapter.lora:
-        layer, _ = layers[path]
-        if not isinstance(layer, LoRALinear):
-            layer = LoRALinear.from_config(layer, config, path)
-        adapters[path] = layer
+        layer = layers[path][0]
+        if isinstance(layer, Experts4bit):
+            adapters[path] = LoRAExperts.from_config(layer, config, path)
+        elif isinstance(layer, LoRALayer):
+            adapters[path] = layer
+        else:
+            adapters[path] = LoRALinear.from_config(layer, config, path)
         _check_has_values(f"{file}: {path}", adapters[path].lora_a)
-    if not any(isinstance(layer, LoRALinear) for layer, _ in layers.values()):
+    if not any(isinstance(layer, LoRALayer) for layer, _ in layers.values()):
         inner.requires_grad_(False)
         _statistics.remember(inner)
-        for layer in adapters.values():
-            layer.requires_grad_(True).base_layer.requires_grad_(False)
+        for new in adapters.values():
+            new.requires_grad_(True).base_layer.requires_grad_(False)
     for path, (a, b) in adapter.lora.items():
-        layer = adapters[path]
-        if layers[path][0] is not layer:
-            replace_module(inner, layers[path][1], layer)
+        adapted = adapters[path]
+        if layers[path][0] is not adapted:
+            replace_module(inner, layers[path][1], adapted)
+        shared = isinstance(adapted, LoRAExperts) and adapted.shared
         with torch.no_grad():
-            layer.lora_a.copy_(a)
-            layer.lora_b.copy_(b)
+            adapted.lora_a.copy_(a[0] if shared else a)
+            adapted.lora_b.copy_(b[0] if shared else b)
     for slot, value, trained in values:
         with torch.no_grad():
             slot.copy_(value)
@@ -410,6 +442,7 @@ class _Adapter(NamedTuple):
     modules_of_task: tuple[str, ...]
     bias: str
     ties: bool
+    target_parameters: tuple[str, ...]
     lora: dict[str, tuple[Tensor, Tensor]]
     others: dict[str, Tensor]
 
@@ -422,7 +455,9 @@ def _read(directory: Path, dtype: torch.dtype | None) -> _Adapter:
     modules = tuple(fields.get("modules_to_save") or ())
     of_task = _peft.modules_of_task(fields.get("task_type"))
     ties = bool(fields.get("ensure_weight_tying"))
-    return _Adapter(config, modules, of_task, fields.get("bias", "none"), ties, lora, others)
+    parameters = tuple(fields.get("target_parameters") or ())
+    bias = fields.get("bias", "none")
+    return _Adapter(config, modules, of_task, bias, ties, parameters, lora, others)
 
 
 class _Value(NamedTuple):
@@ -582,7 +617,7 @@ def _check_paths(
     aliases: dict[int, list[str]] = {}
     for path, (layer, _) in layers.items():
         aliases.setdefault(id(layer), []).append(path)
-    existing = {aliases[id(la)][0] for la, _ in layers.values() if isinstance(la, LoRALinear)}
+    existing = {aliases[id(la)][0] for la, _ in layers.values() if isinstance(la, LoRALayer)}
     if existing and found != existing:
         raise ValueError(
             f"{directory}: its layers are not the model's LoRA layers: "
@@ -597,17 +632,20 @@ def _check_paths(
 
 def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfig) -> None:
     r = config.r_for(path)
+    lead = [layer.num_experts] if isinstance(layer, Experts4bit | LoRAExperts) else []
     for name, tensor, shape in (
-        ("lora_A", a, [r, layer.in_features]),
-        ("lora_B", b, [layer.out_features, r]),
+        ("lora_A", a, [*lead, r, layer.in_features]),
+        ("lora_B", b, [*lead, layer.out_features, r]),
     ):
         if list(tensor.shape) != shape:
             raise ValueError(f"{path}.{name}: got shape {list(tensor.shape)}; takes {shape}")
         check_floating(f"{path}.{name}", tensor)
         if (dtype := _adapter_dtype(layer, config)) != tensor.dtype:
             check_finite(f"{path}.{name}", tensor.to(dtype))
-    if not isinstance(layer, LoRALinear):
+    if not isinstance(layer, LoRALayer):
         return
+    if isinstance(layer, LoRAExperts) and layer.shared and not all(map(_is_one, (a, b))):
+        raise ValueError(f"{path}: its experts share an adapter; the file has others for each")
     if layer.merged:
         raise ValueError(f"{path}: its adapter is merged; unmerge it before loading another")
     of_file = (r, config.alpha_for(path), config.use_rslora)
@@ -615,8 +653,13 @@ def _check_fits(path: str, a: Tensor, b: Tensor, layer: Layer, config: LoRAConfi
         raise ValueError(f"{path}: got (r, alpha, use_rslora) {of_file}; the model has {of_model}")
 
 
+def _is_one(factors: Tensor) -> bool:
+    """Whether all experts have the same factor."""
+    return bool((factors == factors[:1]).all())
+
+
 def _adapter_dtype(layer: Layer, config: LoRAConfig) -> torch.dtype:
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, LoRALayer):
         return layer.lora_a.dtype
     return config.dtype or torch.float32
 
@@ -715,7 +758,7 @@ def _read_weights(file: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[st
     return {path: (parts["A"], parts["B"]) for path, parts in halves.items()}, others
 
 
-def _same(layers: Mapping[str, LoRALinear], name: str) -> Any:
+def _same(layers: Mapping[str, LoRALayer], name: str) -> Any:
     values = {getattr(layer, name) for layer in layers.values()}
     if len(values) != 1:
         raise ValueError(f"model: LoRA layers differ in {name}; PEFT's files hold one for all")

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from qkern import _bnb, _json
 from qkern.io._common import check_fits, layers_for_4bit, named_tensors, some, unshared
 from qkern.io._files import write_file
+from qkern.nn._adapters import lora_layers
 from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
 from qkern.nn._sources import matrix, would_lose
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
-from qkern.nn.lora import LoRALinear, lora_layers
+from qkern.nn.lora import LoRALinear
 from qkern.nn.model import replace_module
 
 _STATE_KEY = re.compile(r"(?P<path>.+)\.weight\.quant_state\.bitsandbytes__(?:nf4|fp4)")
