@@ -153,7 +153,11 @@ def of_class(name: str, cls: type) -> str:
     call = "" if issubclass(cls, BaseException) else signature(name, cls)
     text = markdown(inspect.getdoc(cls) or "")
     tree = ast.parse(inspect.getsource(cls))
-    fields = [f"- `{field}`: {markdown(doc)}" for field, doc in _field_docs(tree.body[0])]
+    fields = [
+        f"- `{field}`: {markdown(doc)}"
+        for field, doc in _field_docs(tree.body[0])
+        if not field.startswith("_")
+    ]
     if fields:
         text += "\n\n" + "\n".join(fields)
     parts = [_entry(name, call, text)]

@@ -23,6 +23,8 @@ import qkern.nn
 from . import UserError
 from .config import BUNDLED_MODEL, Config
 
+_IN_4_BITS = (qkern.nn.Linear4bit, qkern.nn.Embedding4bit, qkern.nn.Experts4bit)
+
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     """Where and in what to compute. Raises `UserError` for a device that is not there."""
@@ -130,9 +132,9 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
             if (place := (tensor.device, storage.data_ptr())) in seen:
                 continue
             seen.add(place)
-            if isinstance(module, qkern.nn.Linear4bit | qkern.nn.Embedding4bit) and name != "bias":
+            if isinstance(module, _IN_4_BITS) and name != "bias":
                 kind = "4 bits"
-            elif isinstance(module, qkern.nn.LoRALinear):
+            elif isinstance(module, qkern.nn.LoRALinear | qkern.nn.LoRAExperts):
                 kind = "LoRA"
             else:
                 kind = str(tensor.dtype).removeprefix("torch.")

@@ -20,8 +20,13 @@ def test_the_page_has_every_public_name_and_every_op() -> None:
     names = [*api_page.public(qkern), *api_page.public(qkern.nn), *ops.OPS]
     assert {"nf4_linear", "Linear4bit", "adamw_step"} <= set(names)
     assert [name for name in names if f"### {name}\n" not in page] == []
-    common = page.split("### What `Embedding4bit`, `Linear4bit` have in common")[1]
-    assert "#### quantized\n" in common.split("\n## ")[0]
+    for names, member in (
+        ("`Embedding4bit`, `Experts4bit`, `Linear4bit`", "quantized"),
+        ("`QuantizedExperts`, `QuantizedTensor`", "numel"),
+    ):
+        common = page.split(f"### What {names} have in common")[1].split("\n## ")[0]
+        assert f"#### {member}\n" in common
+        assert "\n- `_" not in common
     # Not an address, which differs from run to run.
     assert " at 0x" not in page
 

@@ -199,7 +199,7 @@ def a_block_takes_activations_to_8_bits() -> None:
 
 @checks(
     *(
-        f"qkern.QuantizedTensor.{name}"
+        f"qkern.Stored.{name}"
         for name in ("weight", "tensors", "device", "double_quant", "ndim", "nbytes", "numel", "to")
     )
 )
@@ -227,6 +227,158 @@ def a_quantised_tensor_of_its_parts() -> None:
     testing.assert_bitwise(made.dequantize(), dense(qw))
     with pytest.raises(ValueError, match="packed"):
         replace(made, packed=qw.packed[:-1])
+
+
+def experts() -> qkern.QuantizedExperts:
+    """Of two weights, put together by hand."""
+    one, two = weight(), weight(seed=3)
+    parts = torch.stack([one.packed, two.packed]), torch.stack([one.absmax, two.absmax])
+    return qkern.QuantizedExperts(*parts, None, None, None, "nf4", 64, (2, 32, 64), torch.float32)
+
+
+ENDS = torch.tensor([2, 5])
+
+
+def by_experts(x: Tensor) -> Tensor:
+    """Rows of `x` by the weights of `experts`, where those of each end at `ENDS`."""
+    return torch.cat([x[:2] @ dense(weight()).T, x[2:5] @ dense(weight(seed=3)).T])
+
+
+@checks(
+    "qkern.QuantizedExperts",
+    *(f"qkern.QuantizedExperts.{name}" for name in ("stack", "dequantize")),
+)
+def experts_of_their_parts() -> None:
+    both = torch.stack([dense(weight()), dense(weight(seed=3))])
+    for qw in (experts(), qkern.QuantizedExperts.stack([weight(), weight(seed=3)])):
+        assert len(qw) == 2
+        testing.assert_bitwise(qw.dequantize(), both)
+        testing.assert_bitwise(qw.dequantize(BF16), both.to(BF16))
+        testing.assert_bitwise(dense(qw[1]), both[1])
+        assert qw.to("meta").device.type == "meta"
+    with pytest.raises(ValueError, match="packed"):
+        replace(experts(), packed=experts().packed[:1])
+
+
+@checks("qkern.QuantizedExperts.to_bnb", "qkern.QuantizedExperts.from_bnb")
+def experts_as_bitsandbytes_has_them() -> None:
+    found = experts().to_bnb(["a", "b"])
+    testing.assert_bitwise(found["b"].flatten(), experts().packed[1])
+    again = qkern.QuantizedExperts.from_bnb(found, ["b", "a"])
+    testing.assert_bitwise(again.dequantize(), experts().dequantize().flip(0))
+
+
+@checks("qkern.quantize_experts")
+def experts_are_quantised_each_alone() -> None:
+    w = torch.stack([drawn(32, 64), drawn(32, 64, seed=3)])
+    for qw in (
+        qkern.quantize_experts(w, double_quant=False),
+        qkern.quantize_experts(list(w.mT), double_quant=False, transposed=True),
+    ):
+        assert torch.equal(qw.packed, experts().packed)
+        testing.assert_bitwise(qw.absmax, experts().absmax)
+
+
+@checks("qkern.grouped_linear_4bit")
+def products_by_experts_are_those_of_their_weights() -> None:
+    x, bias = drawn(6, 64, seed=1), drawn(2, 32, seed=2)
+    zeros = torch.zeros(1, 32)
+    expected = torch.cat([by_experts(x), zeros])
+    near(qkern.grouped_linear_4bit(x, experts(), ENDS), expected)
+    biases = torch.cat([bias[0].expand(2, -1), bias[1].expand(3, -1), zeros])
+    leaf = x.clone().requires_grad_()
+    y = qkern.grouped_linear_4bit(leaf, experts(), ENDS, bias)
+    near(y, expected + biases)
+    y.sum().backward()
+    sums = [dense(weight(seed=seed)).sum(0).expand(rows, -1) for seed, rows in ((0, 2), (3, 3))]
+    near(leaf.grad, torch.cat([*sums, torch.zeros(1, 64)]))
+
+
+@checks(
+    "qkern.nn.Experts4bit",
+    *(f"qkern.nn.Experts4bit.{name}" for name in ("from_quantized", "from_dense", "quantized")),
+    *(f"qkern.nn.Experts4bit.{name}" for name in ("to_dense", "forward", "bias_for", "extra_repr")),
+)
+def a_module_of_experts() -> None:
+    x, both = drawn(5, 64, seed=1), torch.stack([dense(weight()), dense(weight(seed=3))])
+    w = torch.stack([drawn(32, 64), drawn(32, 64, seed=3)])
+    made = qnn.Experts4bit.from_dense(w.mT, double_quant=False, transposed=True)
+    for module in (qnn.Experts4bit.from_quantized(experts()), made):
+        near(module(x, ENDS), by_experts(x))
+        testing.assert_bitwise(module.quantized.dequantize(), both)
+        assert module.as_operand().packed is module.weight
+        assert "num_experts=2" in module.extra_repr()
+    testing.assert_bitwise(qnn.Experts4bit.from_quantized(experts()).to_dense(), both)
+    testing.assert_bitwise(made.to_dense(BF16), both.mT.to(BF16))
+    empty = qnn.Experts4bit(2, 64, 32, double_quant=False, transposed=True)
+    empty.load_state_dict(made.state_dict())
+    near(empty(x, ENDS), by_experts(x))
+    bias = drawn(2, 32, seed=2).to(BF16)
+    testing.assert_bitwise(made.bias_for(x, bias), bias.float())
+
+
+def adapted_experts() -> tuple[qnn.LoRAExperts, Tensor, Tensor]:
+    """A module whose adapters do something, and their A and B."""
+    layer = qnn.LoRAExperts(qnn.Experts4bit.from_quantized(experts()), 4, 8)
+    with torch.no_grad():
+        layer.lora_b.copy_(drawn(2, 32, 4, seed=5) * 0.1)
+    return layer, layer.lora_a.detach().clone(), layer.lora_b.detach().clone()
+
+
+def by_adapters(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """What adapters add to `by_experts`, times one."""
+    return torch.cat([x[:2] @ a[0].T @ b[0].T, x[2:5] @ a[1].T @ b[1].T])
+
+
+@checks("qkern.grouped_lora_linear")
+def products_by_experts_with_adapters() -> None:
+    x, a, b = drawn(5, 64, seed=1), drawn(2, 4, 64, seed=6), drawn(2, 32, 4, seed=7)
+    leaf = a.clone().requires_grad_()
+    y = qkern.grouped_lora_linear(x, experts(), ENDS, leaf, b, 0.5)
+    near(y, by_experts(x) + 0.5 * by_adapters(x, a, b))
+    y.sum().backward()
+    sums = [0.5 * b[e].sum(0)[:, None] * x[rows].sum(0) for e, rows in enumerate(PARTS)]
+    near(leaf.grad, torch.stack(sums))
+
+
+PARTS = (slice(0, 2), slice(2, 5))
+
+
+@checks(
+    "qkern.nn.LoRAExperts",
+    *(
+        f"qkern.nn.LoRAExperts.{name}"
+        for name in ("num_experts", "in_features", "out_features", "weight", "quantized", "bias")
+    ),
+    *(f"qkern.nn.LoRAExperts.{name}" for name in ("forward", "to_merged", "extra_repr")),
+    *(f"qkern.nn.LoRAExperts.{name}" for name in ("of_each", "from_config")),
+    "qkern.nn.LoRAExperts.reset_parameters",
+)
+def experts_with_adapters() -> None:
+    x, (layer, a, b) = drawn(5, 64, seed=1), adapted_experts()
+    assert (layer.num_experts, layer.in_features, layer.out_features) == (2, 64, 32)
+    assert layer.weight is layer.base_layer.weight
+    testing.assert_bitwise(layer.quantized.dequantize(), experts().dequantize())
+    expected = by_experts(x) + 2 * by_adapters(x, a, b)
+    near(layer(x, ENDS), expected)
+    merged = layer.to_merged()
+    assert type(merged) is qnn.Experts4bit
+    near(merged(x, ENDS), expected, 0.2)
+    assert "shared=False" in layer.extra_repr()
+    bias = nn.Parameter(drawn(2, 32, seed=2))
+    biased = qnn.LoRAExperts(qnn.Experts4bit.from_quantized(experts(), bias), 4, 8)
+    assert biased.bias is bias
+    config = qnn.LoRAConfig(8, 4, rank_pattern={"up": 2}, share_experts=True)
+    shared = qnn.LoRAExperts.from_config(layer.base_layer, config, "a.up")
+    assert (shared.r, shared.alpha, tuple(shared.lora_a.shape)) == (2, 4, (2, 64))
+    testing.assert_bitwise(shared.of_each(shared.lora_a)[1].detach(), shared.lora_a.detach())
+    assert shared.lora_a.abs().max() > 0
+    before = shared.lora_a.detach().clone()
+    with torch.no_grad():
+        shared.lora_b.fill_(1)
+    shared.reset_parameters()
+    assert (shared.lora_b == 0).all()
+    assert (shared.lora_a != before).all()
 
 
 @checks(
@@ -349,10 +501,11 @@ def adapted(seed: int = 5) -> tuple[qnn.LoRALinear, Callable[[Tensor], Tensor]]:
     "qkern.nn.LoRALinear",
     *(
         f"qkern.nn.LoRALinear.{name}"
-        for name in ("scaling", "in_features", "out_features", "weight", "quantized", "bias")
+        for name in ("in_features", "out_features", "weight", "quantized", "bias", "forward")
     ),
-    *(f"qkern.nn.LoRALinear.{name}" for name in ("merged", "forward", "merge", "unmerge")),
-    *(f"qkern.nn.LoRALinear.{name}" for name in ("to_merged", "requires_grad_", "extra_repr")),
+    "qkern.nn.LoRALinear.to_merged",
+    *(f"qkern.nn.LoRALayer.{name}" for name in ("scaling", "merged", "merge", "unmerge")),
+    *(f"qkern.nn.LoRALayer.{name}" for name in ("requires_grad_", "extra_repr")),
 )
 def a_layer_with_an_adapter() -> None:
     layer, expected = adapted()
@@ -381,7 +534,7 @@ def a_layer_with_an_adapter() -> None:
     assert "r=4" in layer.extra_repr()
 
 
-@checks("qkern.nn.LoRALinear.from_config", "qkern.nn.LoRALinear.reset_parameters")
+@checks("qkern.nn.LoRALinear.from_config", "qkern.nn.LoRALayer.reset_parameters")
 def an_adapter_as_configured_starts_at_nothing() -> None:
     _, base = linear_layer()
     layer = qnn.LoRALinear.from_config(base, qnn.LoRAConfig(8, 4, rank_pattern={"up": 2}), "a.up")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkern import QuantizedTensor, backends
+from qkern import QuantizedExperts, QuantizedTensor, backends
 from qkern import nn as qnn
 from tests.suite.public_calls import CHECKS
 from tools import api_page
@@ -26,8 +26,11 @@ from tools import api_page
 # Poison is one of the things that are checked.
 pytestmark = pytest.mark.unpoisoned
 
-QuantizedModule = qnn.Linear4bit.__mro__[1]
-BASES = {"qkern.nn.QuantizedModule": QuantizedModule}
+BASES = {
+    "qkern.Stored": QuantizedTensor.__mro__[1],
+    "qkern.nn.LoRALayer": qnn.LoRALinear.__mro__[1],
+    "qkern.nn.QuantizedModule": qnn.Linear4bit.__mro__[1],
+}
 """Classes that are no public names, but what public ones have in common."""
 
 
@@ -55,7 +58,7 @@ def zeroed(value: Any) -> Any:
     match value:
         case Tensor():
             return torch.zeros_like(value)
-        case QuantizedTensor():
+        case QuantizedTensor() | QuantizedExperts():
             return dataclasses.replace(value, absmax=torch.zeros_like(value.absmax))
         case bool():
             return not value
