@@ -326,6 +326,8 @@ class KernelBackend(Backend):
         """See ``qkern.reference.grouped_linear_4bit``."""
         product = self._product("x", x, weight, out_features, bias, batch_invariant, offsets)
         if product is None:
+            if not len(x):  # nothing to look at the offsets for, which a GPU would wait for
+                return x.new_empty(0, out_features)
             others = offsets, bias, batch_invariant
             return reference.grouped_linear_4bit(x, weight, out_features, *others)
         self._multiply(product)
@@ -342,6 +344,8 @@ class KernelBackend(Backend):
         """See ``qkern.reference.grouped_linear_4bit_dx``."""
         product = self._product("dy", dy, weight, in_features, None, batch_invariant, offsets)
         if product is None:
+            if not len(dy):
+                return dy.new_empty(0, in_features)
             others = offsets, batch_invariant
             return reference.grouped_linear_4bit_dx(dy, weight, in_features, *others)
         self._multiply(product)

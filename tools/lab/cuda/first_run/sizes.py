@@ -16,7 +16,7 @@ from lab.cuda.first_run.device import Device
 from lab.cuda.first_run.products import Shape, multiply, possible, quantized, random
 from qkern.backends._cuda_paths import Matmul
 from qkern.testing import DTYPE_NAMES
-from qkern.testing._judge import assert_sums
+from qkern.testing._judge import Sums, assert_sums
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4104, 11008))
 """The last is no multiple of a tile."""
@@ -85,7 +85,7 @@ def check(problem: Problem, way: str) -> None:
         y = multiply(qw, x, problem.dx)
     assert y.shape == exact.shape, f"shape {tuple(y.shape)}"
     # The second baseline is for float32 alone.
-    assert_sums(y, exact, scale, baseline, lambda: baseline)
+    assert_sums([Sums(y, exact, scale, baseline, lambda: baseline)])
 
 
 def checks(device: Device) -> Iterator[Check]:

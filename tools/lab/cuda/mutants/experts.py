@@ -59,8 +59,8 @@ EXPERTS = (
     ),
     _planted(
         "grid_without_rows_of_no_expert",
-        "args.experts + 1 < m ? args.experts + 1 : m;",
-        "args.experts < m ? args.experts : m;",
+        "args.groups.experts + 1 < m ? args.groups.experts + 1 : m;",
+        "args.groups.experts < m ? args.groups.experts : m;",
         *("linear_4bit_vector", _VECTOR, "poison"),
     ),
     _planted(

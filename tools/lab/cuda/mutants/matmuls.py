@@ -305,8 +305,8 @@ MATMULS = (
     Mutant(
         "too_many_blocks_for_the_registers",
         _DX,
-        "QKERN_KERNEL(kThreads, 2)",
-        "QKERN_KERNEL(kThreads, 8)",
+        "QKERN_KERNEL(kThreads, 2)\nlinear_4bit_dx_mma_kernel",
+        "QKERN_KERNEL(kThreads, 8)\nlinear_4bit_dx_mma_kernel",
         "linear_4bit_dx_mma",
         "code",
     ),
