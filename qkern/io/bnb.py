@@ -26,6 +26,7 @@ from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
 from qkern.nn._sources import matrix, would_lose
 from qkern.nn.embedding import Embedding4bit
+from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
 from qkern.nn.model import replace_module
@@ -45,7 +46,7 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises ValueError for an adapter that is neither merged nor off nor still zero, which
     :func:`qkern.io.save_adapter` writes; and for 4-bit weights that bitsandbytes has no layout
-    for: custom codebooks, blocks of more than 4096 and embeddings.
+    for: custom codebooks, blocks of more than 4096, embeddings, and experts in one tensor.
     """
     from safetensors.torch import save_file
 
@@ -59,6 +60,11 @@ def save_bnb(model: nn.Module, file: str | os.PathLike[str]) -> None:
         layer = module
         if isinstance(module, Embedding4bit):
             raise ValueError(f"{path}: bitsandbytes has no file layout for 4-bit embeddings")
+        if isinstance(module, Experts4bit):
+            raise ValueError(
+                f"{path}: bitsandbytes has no file layout for experts in one tensor; "
+                "QuantizedExperts.to_bnb gives those of each expert"
+            )
         if isinstance(module, LoRALinear):
             done.update((id(module.lora_a), id(module.lora_b)))
             layer = _computed(path, module)

@@ -257,6 +257,12 @@ def test_keys_of_bitsandbytes_expert_by_expert(parts: int, double_quant: bool) -
         assert (values - rows).abs().max() <= 1e-6
 
 
+def test_experts_in_one_tensor_are_in_no_file_of_bitsandbytes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: bitsandbytes has no file layout"):
+        io.save_bnb(quantised(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_bitsandbytes_keys_cannot_say_is_refused() -> None:
     qw = qkern.quantize_experts(torch.randn(2, 6, 32))
     with pytest.raises(ValueError, match="names: got those of 1 experts; takes 2"):
