@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from qkern import _bnb_experts, _errors
+from qkern.backends import num_threads
 from qkern.functional import (
+    any_autocast,
     autocast,
     autocast_enabled,
     batch_invariant_now,
@@ -24,7 +26,7 @@ from qkern.grouped import (
     lora_product,
     recorded_grouped_linear_4bit,
 )
-from qkern.ops import call, forward_derivatives
+from qkern.ops import call, forward_derivatives, undispatched
 from qkern.reference import groups
 from qkern.tensor import QuantizedTensor, Stored
 from qkern.weight import Weight
@@ -255,12 +257,40 @@ def grouped_linear_by_weight(
     check_offsets: bool = False,
 ) -> Tensor:
     """`grouped_linear_4bit` by a weight of ``shape`` as the ops take it."""
+    invariant = batch_invariant_now()
+    y = _by_kernel_alone(x, weight, shape, offsets, bias, invariant)
+    if y is not None:
+        return y
     x, bias = checked_input(x, weight, shape, bias)
     check_grouping(x, shape[0], offsets, check_offsets)
-    invariant = batch_invariant_now()
     if is_recorded(x, bias):
         return recorded_grouped_linear_4bit(x, bias, offsets, shape[1], invariant, *weight)
     return call("grouped_linear_4bit", x, weight, shape[1], offsets, bias, invariant)
+
+
+def _by_kernel_alone(
+    x: Tensor,
+    weight: Weight,
+    shape: Sequence[int],
+    offsets: Tensor,
+    bias: Tensor | None,
+    batch_invariant: bool | None,
+) -> Tensor | None:
+    """The product by the kernel alone, which checks all arguments, where nothing is recorded.
+
+    None if a tracer must see the op or an argument is unusual.
+    """
+    backend = undispatched(x)
+    if backend is None or any_autocast():
+        return None
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, bias)):
+        return None
+    kernel = backend.fast.get("grouped_linear_4bit")
+    if kernel is None or len(shape) != 3:
+        return None
+    rest = batch_invariant, num_threads(), shape[2]
+    found: Tensor | None = kernel(x, weight, shape[1], offsets, bias, *rest)
+    return found
 
 
 def grouped_lora_linear(

@@ -28,7 +28,7 @@ from qkern.ops import assume, call, forward_derivatives, is_watched, undispatche
 from qkern.tensor import QuantizedTensor
 from qkern.weight import Weight
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", assume)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 _traced_batch_invariant: bool | None = None
@@ -411,7 +411,7 @@ def _several_by_kernel(
     None if a tracer must see the ops or an argument is unusual.
     """
     backend = undispatched(x)  # first, for a compiler cannot trace the rest
-    if backend is None or not none_set() or _any_autocast():
+    if backend is None or not none_set() or any_autocast():
         return None
     if any(len(shape) != 2 for shape in shapes):
         return None
@@ -487,7 +487,7 @@ def _by_kernel_alone(
     None if a tracer must see the op or an argument is unusual.
     """
     backend = undispatched(x)
-    if backend is None or _any_autocast() or len(shape) != 2:
+    if backend is None or any_autocast() or len(shape) != 2:
         return None
     kernel = backend.fast.get(op)
     if kernel is None:

@@ -51,23 +51,26 @@ bool read_rows(const PlainTensor& x, Linear4bitArgs* args) {
   return true;
 }
 
-// alpha left [m, rank] right [rank, features], both float32.
-bool read_added(const MatmulArguments& from, Size m, Size features, dlpack::Device device,
-                LowRank* added) {
+// alpha left [m, rank] right [rank, features], both float32; of experts, right [E, rank, features].
+bool read_added(const MatmulArguments& from, Size m, Size features, Size experts,
+                dlpack::Device device, LowRank* added) {
   PlainTensor left(device), right(device);
+  const int row = experts == kOneWeight ? 0 : 1;  // the dimension of right's rows
   if (!left.read(from.left) || !right.read(from.right) || !left.is(dlpack::kFloat, 32) ||
-      !right.is(dlpack::kFloat, 32) || left.ndim() != 2 || right.ndim() != 2 || left.numel() <= 0 ||
-      right.numel() <= 0 || left.size(0) != m || right.size(0) != left.size(1) ||
-      right.size(1) != features || (left.size(1) > 1 && left.stride(1) != 1) ||
-      !PyFloat_Check(from.alpha) || is_negated(from.left) || is_negated(from.right)) {
+      !right.is(dlpack::kFloat, 32) || left.ndim() != 2 || right.ndim() != row + 2 ||
+      left.numel() <= 0 || right.numel() <= 0 || left.size(0) != m ||
+      right.size(row) != left.size(1) || right.size(row + 1) != features ||
+      (experts != kOneWeight && right.size(0) != experts) ||
+      (left.size(1) > 1 && left.stride(1) != 1) || !PyFloat_Check(from.alpha) ||
+      is_negated(from.left) || is_negated(from.right)) {
     return false;
   }
   added->rank = left.size(1);
   added->left = left.data<const float>();
   added->left_row_stride = left.stride(0);
   added->right = right.data<const float>();
-  added->right_row_stride = right.stride(0);
-  added->right_col_stride = right.stride(1);
+  added->right_row_stride = right.stride(row);
+  added->right_col_stride = right.stride(row + 1);
   added->alpha = static_cast<float>(PyFloat_AS_DOUBLE(from.alpha));
   return true;
 }
@@ -93,31 +96,33 @@ py::object new_result(PyObject* x, const PlainTensor& tensor, Size features) {
 
 }  // namespace
 
-bool read_weight(PyObject* object, Size rows, Size cols, dlpack::Device device,
-                 Weight4bit* weight) {
+bool read_weight(PyObject* object, Size rows, Size cols, dlpack::Device device, Weight4bit* weight,
+                 Size experts) {
   if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != kWeightItems) return false;
   const auto item = [&](WeightItem i) { return PyTuple_GET_ITEM(object, i); };
   PlainTensor packed(device), absmax(device), nested_absmax(device), nested_offset(device);
   if (!packed.read(item(kPacked)) || !packed.is(dlpack::kUInt, 8)) return false;
-  const Size bytes = packed.contiguous_numel();
+  const Size several = experts == kOneWeight ? 1 : experts;
+  const Size all_bytes = packed.contiguous_numel(), bytes = all_bytes / several;
   // Divided first, since the product of wrong sizes may not fit in 64 bits.
   if (rows <= 0 || cols <= 0 || bytes <= 0 || rows > 2 * bytes / cols) return false;
   const Size numel = rows * cols;
   Size block_size = 0;
-  if (bytes != numel / 2 + numel % 2 || !read_size(item(kBlockSize), &block_size) ||
+  if (all_bytes != several * (numel / 2 + numel % 2) || !read_size(item(kBlockSize), &block_size) ||
       !is_block_size(block_size)) {
     return false;
   }
   const Size blocks = (numel - 1) / block_size + 1;
   if (item(kNestedAbsmax) == Py_None) {
-    if (!absmax.read_float32_bits(item(kAbsmax), blocks) || item(kNestedOffset) != Py_None) {
+    if (!absmax.read_float32_bits(item(kAbsmax), several * blocks) ||
+        item(kNestedOffset) != Py_None) {
       return false;
     }
   } else {
     const Size groups = (blocks - 1) / kNestedBlockSize + 1;
-    if (!absmax.read(item(kAbsmax), dlpack::kUInt, 8, blocks) ||
-        !nested_absmax.read_float32_bits(item(kNestedAbsmax), groups) ||
-        !nested_offset.read_float32_bits(item(kNestedOffset), 1)) {
+    if (!absmax.read(item(kAbsmax), dlpack::kUInt, 8, several * blocks) ||
+        !nested_absmax.read_float32_bits(item(kNestedAbsmax), several * groups) ||
+        !nested_offset.read_float32_bits(item(kNestedOffset), several)) {
       return false;
     }
   }
@@ -143,11 +148,14 @@ bool read_copied_rows(PyObject* object, const PlainTensor& x, py::object* copy,
   return true;
 }
 
-bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args) {
+bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args,
+               Size experts) {
   if (object == Py_None) return true;
   PlainTensor bias(x.device());
-  if (!bias.read(object) || !bias.same_dtype(x) || bias.ndim() != 1 ||
-      bias.contiguous_numel() != features || is_negated(object)) {
+  const int ndim = experts == kOneWeight ? 1 : 2;
+  if (!bias.read(object) || !bias.same_dtype(x) || bias.ndim() != ndim ||
+      bias.size(ndim - 1) != features || (ndim == 2 && bias.size(0) != experts) ||
+      bias.contiguous_numel() <= 0 || is_negated(object)) {
     return false;
   }
   args->bias = bias.data<const void>();
@@ -155,7 +163,8 @@ bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bit
 }
 
 bool read_arguments(const MatmulArguments& from, bool input_gradient, std::int32_t device_type,
-                    PlainTensor* x, Linear4bitArgs* args, Size* features, Size* num_threads) {
+                    PlainTensor* x, Linear4bitArgs* args, Size* features, Size* num_threads,
+                    Size experts) {
   if (library.read == nullptr || !x->read_anywhere(from.x) || x->device().type != device_type ||
       !read_rows(*x, args) || !read_size(from.features, features) ||
       !read_size(from.num_threads, num_threads) || *num_threads < 1 || *num_threads > INT_MAX ||
@@ -168,9 +177,21 @@ bool read_arguments(const MatmulArguments& from, bool input_gradient, std::int32
   if (from.width != Py_None && !read_size(from.width, &expected)) return false;
   const Size rows = input_gradient ? width : *features;
   const Size cols = input_gradient ? *features : width;
-  return width == expected && read_weight(from.weight, rows, cols, x->device(), &args->weight) &&
-         read_bias(from.bias, *x, *features, args) && !is_negated(from.x) &&
-         (from.left == nullptr || read_added(from, args->m, *features, x->device(), &args->added));
+  const dlpack::Device device = x->device();
+  return width == expected &&
+         read_weight(from.weight, rows, cols, device, &args->weight, experts) &&
+         read_bias(from.bias, *x, *features, args, experts) && !is_negated(from.x) &&
+         (from.left == nullptr ||
+          read_added(from, args->m, *features, experts, device, &args->added));
+}
+
+bool read_offsets(PyObject* object, dlpack::Device device, GroupOffsets* groups) {
+  PlainTensor offsets(device);
+  if (!offsets.read(object) || offsets.ndim() != 1) return false;
+  groups->wide = offsets.is(dlpack::kInt, 64);
+  groups->experts = offsets.contiguous_numel();
+  groups->offsets = offsets.data<const void>();
+  return groups->experts > 0 && (groups->wide || offsets.is(dlpack::kInt, 32));
 }
 
 bool forward_arguments(const char* op, PyObject* const* given, Py_ssize_t count,

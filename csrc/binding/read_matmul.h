@@ -22,6 +22,9 @@ struct MatmulArguments {
   PyObject *left = nullptr, *right = nullptr, *alpha = nullptr;
 };
 
+// In place of a number of experts: the weight is one, not several of one shape.
+inline constexpr Size kOneWeight = 0;
+
 // (x, weight, out_features, bias, batch_invariant, num_threads[, in_features]), and without a bias
 // (dy, weight, in_features, batch_invariant, num_threads); else a Python exception.
 bool forward_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
@@ -31,17 +34,24 @@ bool input_gradient_arguments(const char* op, PyObject* const* given, Py_ssize_t
 
 // All but the result, which has `features` columns. `x` must be on a device of `device_type`, all
 // other tensors on the same one. Where x's memory cannot be read as a matrix, args->x_row_stride is
-// negative, and read_copied_rows makes it one.
+// negative, and read_copied_rows makes it one. Of `experts`, all fields hold so many one after the
+// other: the weight's, the bias, and the right factor of the term.
 bool read_arguments(const MatmulArguments& from, bool input_gradient, std::int32_t device_type,
-                    PlainTensor* x, Linear4bitArgs* args, Size* features, Size* num_threads);
+                    PlainTensor* x, Linear4bitArgs* args, Size* features, Size* num_threads,
+                    Size experts = kOneWeight);
+
+// Where the rows of one or more experts end, whose numbers are not looked at.
+bool read_offsets(PyObject* object, dlpack::Device device, GroupOffsets* groups);
 
 // x's elements one after the other, in a copy that `copy` keeps alive.
 bool read_copied_rows(PyObject* object, const PlainTensor& x, pybind11::object* copy,
                       Linear4bitArgs* args);
 
 // What read_arguments reads of another product of the same x.
-bool read_weight(PyObject* object, Size rows, Size cols, dlpack::Device device, Weight4bit* weight);
-bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args);
+bool read_weight(PyObject* object, Size rows, Size cols, dlpack::Device device, Weight4bit* weight,
+                 Size experts = kOneWeight);
+bool read_bias(PyObject* object, const PlainTensor& x, Size features, Linear4bitArgs* args,
+               Size experts = kOneWeight);
 
 // A tensor for the result, of `features` columns, where x is; its address goes to args->y.
 bool make_result(PyObject* object, const PlainTensor& x, Size features, pybind11::object* result,

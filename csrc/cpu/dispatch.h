@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernel_table.h"
+#include "subnormals.h"
 
 namespace qkern::cpu {
 
@@ -11,6 +12,14 @@ int available_isas(const char** names);
 
 // The error where QKERN_CPU_ISA names none of them. It lives as long as the program.
 const char* unknown_isa();
+
+// fn(the table in force), or that error.
+template <typename Fn>
+Status with_kernels(const Fn& fn) {
+  [[maybe_unused]] const KeepSubnormals keep;
+  const KernelTable* table = active_kernels();
+  return table == nullptr ? Status::error(unknown_isa()) : fn(*table);
+}
 
 // Makes `name` the one in force; "" goes back to QKERN_CPU_ISA, or the best where that is not set.
 Status set_isa(const char* name);

@@ -99,6 +99,10 @@ struct KernelTable {
   MatmulIntoFn matmul_into;
 };
 
+// About how long one thread takes for a matmul.
+std::int64_t linear_nanoseconds(const Linear4bitArgs& args);
+std::int64_t matmul_nanoseconds(const MatmulIntoArgs& args);
+
 // Those that the build has: see QKERN_HAVE_* in dispatch.cpp.
 const KernelTable& kernels_scalar();
 const KernelTable& kernels_avx2();

@@ -261,8 +261,7 @@ inline Status dense_matmul(const MatmulIntoArgs& args, int num_threads) {
     std::int64_t begin, end;
     while (queue.next(&begin, &end)) task.compute(begin);
   };
-  constexpr std::int64_t kPerNanosecond = 20;  // about
-  parallel(num_threads, multiply_adds / kPerNanosecond, body);
+  parallel(num_threads, matmul_nanoseconds(args), body);
   return status.get();
 }
 

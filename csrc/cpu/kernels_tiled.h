@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_table.h"
 #include "kernels_multiply.h"
 #include "kernels_panel.h"
 #include "parallel.h"
@@ -24,12 +25,6 @@ struct SharedStatus {
 // Below this many multiply-adds, waking a second thread costs more than it saves.
 inline int useful_threads(std::int64_t multiply_adds, int num_threads) {
   return multiply_adds < (std::int64_t{1} << 16) ? 1 : num_threads;
-}
-
-// About how long one thread takes for a matmul: decoding a weight costs like four rows' products.
-std::int64_t linear_nanoseconds(const Linear4bitArgs& args) {
-  constexpr std::int64_t kDecode = 4, kPerNanosecond = 24;
-  return args.weight.rows * args.weight.cols / kPerNanosecond * (args.m + kDecode);
 }
 
 constexpr const char* kOutOfMemory = "out of memory for the kernel's scratch";

@@ -20,14 +20,6 @@ namespace {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The kernels for `index` = a dtype, or an error where QKERN_CPU_ISA names nothing usable.
-template <typename Fn>
-Status with_kernels(const Fn& fn) {
-  [[maybe_unused]] const KeepSubnormals keep;
-  const KernelTable* table = active_kernels();
-  return table == nullptr ? Status::error(unknown_isa()) : fn(*table);
-}
-
 // Splits blocks among threads in runs of about kRunElements, so that a short tensor stays on the
 // calling thread.
 template <typename Fn>
@@ -178,6 +170,17 @@ Status adamw_step(const AdamWArgs& args, int num_threads) {
     parallel(static_cast<int>(std::min<std::int64_t>(count, num_threads)), count * kRun, body);
     return Status::success();
   });
+}
+
+std::int64_t linear_nanoseconds(const Linear4bitArgs& args) {
+  // Decoding a weight costs like four rows' products.
+  constexpr std::int64_t kDecode = 4, kPerNanosecond = 24;
+  return args.weight.rows * args.weight.cols / kPerNanosecond * (args.m + kDecode);
+}
+
+std::int64_t matmul_nanoseconds(const MatmulIntoArgs& args) {
+  constexpr std::int64_t kPerNanosecond = 20;
+  return args.m * args.n * args.k / kPerNanosecond;
 }
 
 Status linear_4bit(const Linear4bitArgs& args, int num_threads) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <vector>
 
 #include "subnormals.h"
 
@@ -118,11 +120,68 @@ void run_region(void* data) {
   if (timed) region.done = Clock::now();
 }
 
+// Pieces of work that threads go through side by side. A thread's own copy of a piece's queue
+// counts on what all threads share.
+struct Sequence {
+  std::int64_t pieces;
+  int parts;  // that a queue may have
+  std::vector<Counter> counters;
+
+  Sequence(std::int64_t pieces, int num_threads)
+      : pieces(pieces),
+        parts(std::clamp(num_threads, 1, PartedQueue::kMaxParts)),
+        counters(static_cast<std::size_t>(pieces * (1 + parts))) {}
+
+  Counter* at(std::int64_t piece) {
+    // Not shared, a queue would have every thread do everything.
+    if (piece >= pieces) std::abort();
+    return counters.data() + piece * (1 + parts);
+  }
+};
+
+// Where the calling thread is in one.
+struct Place {
+  Sequence* sequence;
+  std::int64_t piece;
+};
+thread_local Place place{nullptr, 0};
+
+// The shared counters of the queue that is being made, or null where it is used by parallel()
+// alone.
+Counter* next_shared() {
+  return place.sequence == nullptr ? nullptr : place.sequence->at(place.piece++);
+}
+
+int most_parts(int num_threads) {
+  const int most = place.sequence == nullptr ? PartedQueue::kMaxParts : place.sequence->parts;
+  return std::clamp(num_threads, 1, most);
+}
+
+struct SequenceBody {
+  Sequence* sequence;
+  void (*body)(void*);
+  void* context;
+
+  void operator()() const {
+    place = {sequence, 0};
+    body(context);
+    place = {nullptr, 0};
+  }
+};
+
 }  // namespace
+
+void run_parallel_sequence(int num_threads, std::int64_t work, std::int64_t pieces,
+                           void (*body)(void*), void* context) {
+  Sequence sequence(pieces, num_threads);
+  SequenceBody on_each{&sequence, body, context};
+  parallel(num_threads, work, on_each);
+}
 
 void run_parallel(int num_threads, std::int64_t work, void (*body)(void*), void* context) {
   const Runtime& omp = runtime();
-  const bool serial = num_threads <= 1 || omp.parallel == nullptr || in_forked_child.load() ||
+  const bool serial = num_threads <= 1 || place.sequence != nullptr || omp.parallel == nullptr ||
+                      in_forked_child.load() ||
                       (omp.in_parallel != nullptr && omp.in_parallel() != 0);
   if (serial || late_threads.outlast(work, num_threads)) {
     Region region{body, context, nullptr, {}, {}};
@@ -136,17 +195,19 @@ void run_parallel(int num_threads, std::int64_t work, void (*body)(void*), void*
   late_threads.note(worked, nanoseconds(Clock::now() - begin) - worked);
 }
 
-WorkQueue::WorkQueue(std::int64_t total, std::int64_t grain) : total_(total), grain_(grain) {}
+WorkQueue::WorkQueue(std::int64_t total, std::int64_t grain)
+    : taken_(place.sequence == nullptr ? own_ : *next_shared()), total_(total), grain_(grain) {}
 
 bool WorkQueue::next(std::int64_t* begin, std::int64_t* end) {
-  *begin = __atomic_fetch_add(&next_, grain_, __ATOMIC_RELAXED);
+  *begin = __atomic_fetch_add(&taken_.value, grain_, __ATOMIC_RELAXED);
   if (*begin >= total_) return false;
   *end = *begin + grain_ < total_ ? *begin + grain_ : total_;
   return true;
 }
 
 PartedQueue::PartedQueue(std::int64_t total, std::int64_t grain, int num_threads)
-    : grain_(grain), num_parts_(std::clamp(num_threads, 1, kMaxParts)) {
+    : grain_(grain), num_parts_(most_parts(num_threads)), counters_(next_shared()) {
+  if (counters_ == nullptr) counters_ = own_;
   const std::int64_t runs = (total + grain - 1) / grain;
   for (std::int64_t p = 0; p < num_parts_; ++p) {
     const std::int64_t begin = p * runs / num_parts_, end = (p + 1) * runs / num_parts_;
@@ -156,14 +217,17 @@ PartedQueue::PartedQueue(std::int64_t total, std::int64_t grain, int num_threads
 
 PartedQueue::Reader::Reader(PartedQueue& queue)
     : queue_(queue),
-      first_(__atomic_fetch_add(&queue.readers_, 1, __ATOMIC_RELAXED) % queue.num_parts_) {}
+      first_(static_cast<int>(__atomic_fetch_add(&queue.counters_->value, 1, __ATOMIC_RELAXED) %
+                              queue.num_parts_)) {}
 
 bool PartedQueue::Reader::next(std::int64_t* begin, std::int64_t* end) {
   for (; done_ < queue_.num_parts_; ++done_) {
-    Part& part = queue_.parts_[(first_ + done_) % queue_.num_parts_];
+    const int number = (first_ + done_) % queue_.num_parts_;
+    const Part& part = queue_.parts_[number];
+    std::int64_t* const taken = &queue_.counters_[1 + number].value;
     // Most parts are done by then, and a look at one disturbs nobody.
-    if (__atomic_load_n(&part.next, __ATOMIC_RELAXED) >= part.end) continue;
-    *begin = __atomic_fetch_add(&part.next, queue_.grain_, __ATOMIC_RELAXED);
+    if (__atomic_load_n(taken, __ATOMIC_RELAXED) >= part.end - part.begin) continue;
+    *begin = part.begin + __atomic_fetch_add(taken, queue_.grain_, __ATOMIC_RELAXED);
     if (*begin >= part.end) continue;
     *end = std::min(*begin + queue_.grain_, part.end);
     return true;

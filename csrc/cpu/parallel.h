@@ -25,16 +25,37 @@ void parallel(int num_threads, std::int64_t work, Body& body) {
   run_parallel(num_threads, work, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
+// Runs body() on those threads, where it goes through `pieces` of work that each make one queue and
+// call parallel(): all threads go through all of them in one order, each takes of a piece what the
+// queue hands it, and begins the next without waiting for the others. So a body must do nothing
+// else that others see.
+void run_parallel_sequence(int num_threads, std::int64_t work, std::int64_t pieces,
+                           void (*body)(void*), void* context);
+
+template <typename Body>
+void parallel_sequence(int num_threads, std::int64_t work, std::int64_t pieces, Body& body) {
+  run_parallel_sequence(
+      num_threads, work, pieces, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+}
+
+// What threads count together, in a cache line of its own.
+struct alignas(64) Counter {
+  std::int64_t value = 0;
+};
+
 // Hands out [0, total) in runs of `grain`. Which thread gets which run is a matter of timing, so
 // results must not depend on it. For runs that have little memory of their own; see PartedQueue.
 class WorkQueue {
  public:
   WorkQueue(std::int64_t total, std::int64_t grain);
+  WorkQueue(const WorkQueue&) = delete;
+  WorkQueue& operator=(const WorkQueue&) = delete;
 
   bool next(std::int64_t* begin, std::int64_t* end);
 
  private:
-  std::int64_t next_ = 0;
+  Counter own_;
+  Counter& taken_;
   std::int64_t total_;
   std::int64_t grain_;
 };
@@ -45,6 +66,8 @@ class WorkQueue {
 class PartedQueue {
  public:
   PartedQueue(std::int64_t total, std::int64_t grain, int num_threads);
+  PartedQueue(const PartedQueue&) = delete;
+  PartedQueue& operator=(const PartedQueue&) = delete;
 
   // A thread's own place in the queue.
   class Reader {
@@ -59,17 +82,18 @@ class PartedQueue {
     int done_ = 0;
   };
 
- private:
   static constexpr int kMaxParts = 64;  // more threads share them
 
-  struct alignas(64) Part {
-    std::int64_t next, end;
+ private:
+  struct Part {
+    std::int64_t begin, end;
   };
 
   std::int64_t grain_;
   int num_parts_;
-  int readers_ = 0;
   Part parts_[kMaxParts];
+  Counter own_[1 + kMaxParts];
+  Counter* counters_;  // of readers, then of what is taken of each part
 };
 
 }  // namespace qkern::cpu

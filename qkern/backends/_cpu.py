@@ -256,7 +256,7 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
 
     They read plain CPU tensors themselves, in a fraction of the time that Python takes to ask for
     addresses and sizes. They take the op's arguments, a `qkern.weight.Weight` as one, then the
-    number of threads; the two forward products also the ``in_features`` that ``x`` must have.
+    number of threads; forward products also the ``in_features`` that ``x`` must have.
     ``linears_4bit`` takes tuples of weights, sizes and biases.
     """
     if not reads_tensors(library):
@@ -264,6 +264,8 @@ def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:
     ops = (
         *("linear_4bit", "linear_4bit_int8", "linear_4bit_dx", "adamw_step", "matmul_into"),
         *("linear_4bit_add", "linear_4bit_dx_add"),
+        *("grouped_linear_4bit", "grouped_linear_4bit_dx", "grouped_matmul_into"),
+        *("grouped_linear_4bit_add", "grouped_linear_4bit_dx_add"),
     )
     found = {op: getattr(library, f"{op}_on_tensors") for op in ops}
     # No op: several of the first, by one reading of their input.

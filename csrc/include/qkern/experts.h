@@ -23,4 +23,21 @@ inline ExpertStride expert_stride(const Weight4bit& weight) {
           (blocks + kNestedBlockSize - 1) / kNestedBlockSize};
 }
 
+// Where the rows of an expert end, whose offsets the host can read.
+inline std::int64_t end_of(const GroupOffsets& groups, std::int64_t expert) {
+  return groups.wide ? static_cast<const std::int64_t*>(groups.offsets)[expert]
+                     : static_cast<const std::int32_t*>(groups.offsets)[expert];
+}
+
+// Whether they ascend from 0 to the number of rows at most.
+inline bool ends_ascend(const GroupOffsets& groups, std::int64_t rows) {
+  std::int64_t before = 0;
+  for (std::int64_t expert = 0; expert < groups.experts; ++expert) {
+    const std::int64_t end = end_of(groups, expert);
+    if (end < before) return false;
+    before = end;
+  }
+  return before <= rows;
+}
+
 }  // namespace qkern
