@@ -163,13 +163,13 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def _same_adapters(model: nn.Module) -> None:
+def draw_adapters(model: nn.Module) -> None:
     """Draw A and B by name and shape: equal in all models, and B not zero, so that A learns."""
     for name, parameter in sorted(adapters(model).items()):
         generator = torch.Generator().manual_seed(0)
         scale = 0.1 if name.endswith(".b") else 1.0
         drawn = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(drawn * scale / parameter.shape[1] ** 0.5)
+        parameter.copy_(drawn * scale / parameter.shape[-1] ** 0.5)
 
 
 class TrainingStep:
@@ -178,13 +178,13 @@ class TrainingStep:
     def __init__(self, model: nn.Module, workload: Workload, chunked: bool = False) -> None:
         self.model: Any = model.train()
         self.chunked = chunked
-        self.ids = _tokens(model, workload.batch, workload.sequence)
+        self.ids = tokens(model, workload.batch, workload.sequence)
         self.parameters = adapters(model)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True
         )
 
-    def _loss(self) -> Tensor:
+    def loss(self) -> Tensor:
         if not self.chunked:
             loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
             return loss
@@ -194,7 +194,7 @@ class TrainingStep:
 
     def gradients(self) -> tuple[float, dict[str, Tensor]]:
         """The loss and the adapters' gradients, which stay in place."""
-        loss = self._loss()
+        loss = self.loss()
         loss.backward()
         found = {}
         for name, parameter in self.parameters.items():
@@ -203,14 +203,14 @@ class TrainingStep:
         return loss.item(), found
 
     def __call__(self) -> float:
-        loss = self._loss()
+        loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
 
-def _tokens(model: Any, batch: int, length: int) -> Tensor:
+def tokens(model: Any, batch: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
 
@@ -222,7 +222,7 @@ def _dense_gradients(workload: Workload, dtype: torch.dtype) -> tuple[float, Ten
         _with_dequantized_weights(_load(workload, dtype)),
         qnn.LoRAConfig(r=LORA_RANK, alpha=LORA_RANK),
     )
-    _same_adapters(model)
+    draw_adapters(model)
     loss, gradients = TrainingStep(model, workload).gradients()
     return loss, _flat(gradients)
 
@@ -234,7 +234,7 @@ def _dense_logits(workload: Workload, dtype: torch.dtype, head_too: bool) -> Ten
     with torch.inference_mode():
         if head_too:
             _round(model.get_output_embeddings().weight, 32, False)
-    return _logits(model, _tokens(model, 1, _PROMPT_TOKENS))
+    return _logits(model, tokens(model, 1, _PROMPT_TOKENS))
 
 
 def _assert_as_exact(name: str, what: str, value: Tensor, dense: Tensor, exact: Tensor) -> None:
@@ -255,7 +255,7 @@ def training_contest(
 
     def candidate(name: str) -> Candidate:
         model = build(name, workload, dtype, lora=True)
-        _same_adapters(model)
+        draw_adapters(model)
         step = TrainingStep(model, workload, name == CHUNKED_LOSS)
         loss, by_name = step.gradients()
         gradients = _flat(by_name)
@@ -293,7 +293,7 @@ def generation_contest(
         if name == llama_model.NAME:
             return _llama_cpp(workload, dtype)
         model = build(name, workload, dtype, lora=False)
-        prompt = _tokens(model, 1, _PROMPT_TOKENS)
+        prompt = tokens(model, 1, _PROMPT_TOKENS)
         call: Callable[[], Tensor] = partial(generate, model, prompt, workload.new_tokens)
         if compiled:
             call = CompiledGeneration(model, prompt, workload.new_tokens)
@@ -329,7 +329,7 @@ def _llama_cpp(workload: Workload, dtype: torch.dtype) -> Candidate:
         raise SkippedError("float32 only")
     before = llama_model.require(workload.limit)
     model = _load(workload, dtype)
-    prompt = _tokens(model, 1, _PROMPT_TOKENS)
+    prompt = tokens(model, 1, _PROMPT_TOKENS)
     generation = llama_model.Generation(model, prompt, workload.new_tokens)
     with torch.inference_mode():
         exact = model(prompt, logits_to_keep=1).logits[0, -1]
