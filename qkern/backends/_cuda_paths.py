@@ -121,12 +121,12 @@ _WGMMA_ISSUE = {128: 0.328, 256: 0.344}
 _DX_WGMMA_ISSUE = {128: 0.261}
 _VECTOR_ISSUE = {1: 0.139, 2: 0.180, 4: 0.311, 8: 0.605}
 _TILED_ISSUE = 5.3
-_DECODE_ISSUE = 0.264
+DECODE_ISSUE = 0.264
 _PACKED_BYTES = 0.53  # a weight: its code, its part of a scale
 
 # What a kernel reaches of its modelled limit, by assumption: latencies, barriers, the last wave.
-_FUSED_EFFICIENCY = 0.65
-_MEMORY_EFFICIENCY = 0.85
+FUSED_EFFICIENCY = 0.65
+MEMORY_EFFICIENCY = 0.85
 _MMA_EFFICIENCY = {75: 0.2, 80: 0.3, 86: 0.45, 89: 0.4, 90: 0.3, 100: 0.35, 120: 0.4}  # the prior
 # Hopper's own products: latencies and barriers; and bytes from the L2 cache that a processor gets a
 # clock, where 5120 of the whole cache (A100's whitepaper) would be 39. A block has a processor for
@@ -136,12 +136,12 @@ _L2_RATE = 28
 _WGMMA_COLUMNS, _DX_WGMMA_COLUMNS = 128, 256
 # The vendor's GEMM: rows of its tiles, what it reaches by their columns, and into how many parts it
 # may split the contraction where there are few tiles.
-_VENDOR_ROWS = 64
-_VENDOR_EFFICIENCY = {128: 0.7, 256: 0.8}
+VENDOR_ROWS = 64
+VENDOR_EFFICIENCY = {128: 0.7, 256: 0.8}
 _VENDOR_PARTS = (1, 2, 4)
 # From the end of a kernel to the next one's first instruction, where the host is ahead: a
 # microsecond or so.
-_LAUNCH_CLOCKS = 2000
+LAUNCH_CLOCKS = 2000
 
 _SLICE_MULTIPLE = 128  # rows or columns: whole tiles for the GEMM, 16 aligned bytes for the decoder
 _L2_SHARE = 0.5  # of the cache for a slice; the rest is for x, y and the packed weight
@@ -162,23 +162,31 @@ def modelled_clocks(path: str, call: Matmul, limits: Limits) -> float:
     if path == "wgmma":
         return _hopper_clocks(call, limits)
     architecture = _architecture(limits.capability)
-    rows, launches = call.rows, 1
-    if path == "vector":
-        step = next((n for n in _VECTOR_ISSUE if rows <= n), 8)
-        launches = 1 + (rows - 1) // 64
-        clocks = _VECTOR_ISSUE[step] * (1 + (rows - 1) // step) / _FUSED_EFFICIENCY
-    elif path == "mma":
-        tiles = _DX_MMA_ISSUE if call.dx else _MMA_ISSUE
-        tile = next((n for n in tiles if rows <= n), max(tiles))
-        if limits.capability < 80:  # the one of which several blocks fit a processor
-            tile = 64 if call.dx else 32
-        clocks = max(tiles[tile], tile / _TENSOR_RATES[architecture][0])
-        clocks *= (1 + (rows - 1) // tile) / _MMA_EFFICIENCY[architecture]
-    else:
-        clocks = _TILED_ISSUE * (1 + (rows - 1) // 64) / _FUSED_EFFICIENCY
+    tile_rows, clocks = tile_of(path, call.dx, call.rows, limits.capability)
+    clocks *= 1 + (call.rows - 1) // tile_rows
+    launches = 1 + (call.rows - 1) // 64 if path == "vector" else 1
     weights = call.out_features * call.in_features
     read = _moved(_PACKED_BYTES, architecture)
-    return launches * _LAUNCH_CLOCKS + weights / (4 * limits.processors) * max(clocks, read)
+    return launches * LAUNCH_CLOCKS + weights / (4 * limits.processors) * max(clocks, read)
+
+
+def tile_of(path: str, dx: bool, rows: int, capability: int) -> tuple[int, float]:
+    """The rows of the tile that so many rows take, and the clocks of a quarter for a weight of it.
+
+    Of ``vector``, ``mma`` and ``tiled``.
+    """
+    architecture = _architecture(capability)
+    if path == "vector":
+        step = next((n for n in _VECTOR_ISSUE if rows <= n), 8)
+        return step, _VECTOR_ISSUE[step] / FUSED_EFFICIENCY
+    if path == "mma":
+        tiles = _DX_MMA_ISSUE if dx else _MMA_ISSUE
+        tile = next((n for n in tiles if rows <= n), max(tiles))
+        if capability < 80:  # the one of which several blocks fit a processor
+            tile = 64 if dx else 32
+        clocks = max(tiles[tile], tile / _TENSOR_RATES[architecture][0])
+        return tile, clocks / _MMA_EFFICIENCY[architecture]
+    return 64, _TILED_ISSUE / FUSED_EFFICIENCY
 
 
 def _hopper_clocks(call: Matmul, limits: Limits) -> float:
@@ -199,12 +207,12 @@ def _hopper_clocks(call: Matmul, limits: Limits) -> float:
     clocks = waves * depth / parts * max(products, issue, cache) / _WGMMA_EFFICIENCY
     weights = call.out_features * call.in_features
     read = weights / (4 * limits.processors) * _moved(_PACKED_BYTES, architecture)
-    return (1 + (parts > 1)) * _LAUNCH_CLOCKS + max(clocks, read)
+    return (1 + (parts > 1)) * LAUNCH_CLOCKS + max(clocks, read)
 
 
 def _moved(nbytes: float, architecture: int) -> float:
     """Clocks of a quarter for its part of a weight's traffic with memory."""
-    return nbytes / (_MEMORY_RATES[architecture] * _MEMORY_EFFICIENCY)
+    return nbytes / (_MEMORY_RATES[architecture] * MEMORY_EFFICIENCY)
 
 
 def _slice_clocks(width: int, call: Matmul, limits: Limits) -> float:
@@ -214,26 +222,31 @@ def _slice_clocks(width: int, call: Matmul, limits: Limits) -> float:
     share = width * depth / (4 * limits.processors)
     cached = width * depth * call.dtype.itemsize <= limits.l2_bytes * _L2_SHARE
     nbytes = 0 if cached else call.dtype.itemsize  # a weight, to memory and back
-    issue = _DECODE_ISSUE / _FUSED_EFFICIENCY
+    issue = DECODE_ISSUE / FUSED_EFFICIENCY
     decode = share * max(issue, _moved(_PACKED_BYTES + nbytes, architecture))
     read = share * _moved(nbytes, architecture)
-    return 2 * _LAUNCH_CLOCKS + decode + max(_gemm_clocks(width, depth, call, limits), read)
+    return 2 * LAUNCH_CLOCKS + decode + max(_gemm_clocks(width, depth, call, limits), read)
 
 
 def _gemm_clocks(width: int, depth: int, call: Matmul, limits: Limits) -> float:
     """Clocks of the vendor's GEMM without its reading, by the tile and the split that suit best."""
-    architecture = _architecture(limits.capability)
-    rate = _TENSOR_RATES[architecture][1]
-    if call.dtype == torch.float32 or (call.dtype == torch.bfloat16 and limits.capability < 80):
-        rate = _FLOAT32_RATES[architecture]
+    rate = gemm_rate(call.dtype, limits.capability)
     found = []
-    for columns, efficiency in _VENDOR_EFFICIENCY.items():
-        clocks = columns * _VENDOR_ROWS * depth / (4 * rate * efficiency)  # of a tile
-        tiles = -(-call.rows // _VENDOR_ROWS) * -(-width // columns)
+    for columns, efficiency in VENDOR_EFFICIENCY.items():
+        clocks = columns * VENDOR_ROWS * depth / (4 * rate * efficiency)  # of a tile
+        tiles = -(-call.rows // VENDOR_ROWS) * -(-width // columns)
         for parts in _VENDOR_PARTS:
             waves = -(-tiles * parts // limits.processors)
-            found.append(waves * clocks / parts + (parts > 1) * _LAUNCH_CLOCKS)
+            found.append(waves * clocks / parts + (parts > 1) * LAUNCH_CLOCKS)
     return min(found)
+
+
+def gemm_rate(dtype: torch.dtype, capability: int) -> int:
+    """Multiply-adds a clock and quarter of the vendor's GEMM at its best."""
+    architecture = _architecture(capability)
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and capability < 80):
+        return _FLOAT32_RATES[architecture]
+    return _TENSOR_RATES[architecture][1]
 
 
 def slices_of(call: Matmul, limits: Limits) -> tuple[tuple[int, int], ...]:
