@@ -169,3 +169,22 @@ def test_shards_of_another_format_are_refused(reloaded: Results) -> None:
     for result in reloaded:
         assert "'format': 'nf4'" in result["refused"]
         assert "this module takes" in result["refused"]
+
+
+def test_fsdp2_trains_experts_as_one_process(tmp_path: Path) -> None:
+    """Their codes and scales are sharded, and the whole checkpoint loads into one process."""
+    results = run_processes(training, "fsdp_experts", "none", tmp_path)
+    torch.set_num_threads(1)
+    net = training.mixture()
+    losses = training.train_mixture(net, range(2))
+    for rank, result in enumerate(results):
+        testing.assert_bitwise(torch.stack(result["losses"]), torch.stack(losses[rank::2]))
+        assert_same(result["state"], training.state(net))
+        here, whole = (sum(sizes) for sizes in zip(*result["bytes"].values(), strict=True))
+        assert here < 0.52 * whole
+        assert sum("experts" in name for name in result["bytes"]) >= 2 * 2 * 4
+    again = training.mixture()
+    state = again.state_dict()
+    load(state, storage_reader=FileSystemReader(tmp_path / "experts"), no_dist=True)
+    again.load_state_dict(state)
+    assert_same(again.state_dict(), results[0]["state"])

@@ -6,7 +6,7 @@ it, so one process that accumulates the halves must come to the very same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from qkern import nn as qnn
+from tests import experts_of_models
 from tests.optim.processes import main
 
 STEPS = 5
@@ -276,7 +277,46 @@ def fsdp_reload(rank: int, folder: Path, _: str) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {f.__name__: f for f in (ddp, ddp_checkpointed, fsdp, fsdp_reload)}
+def mixture() -> Any:
+    """Two layers of experts, 4-bit with adapters on all of them."""
+    net = experts_of_models.quantised("mixtral", lora=qnn.LoRAConfig(r=4, alpha=8))
+    for _, layer in qnn.lora_layers(net):
+        nn.init.normal_(layer.lora_b, std=0.1)
+    return net.train()
+
+
+def train_mixture(net: Any, ranks: Iterable[int]) -> list[Tensor]:
+    """The losses of the rows of these ranks, by turns; their gradients' mean is applied."""
+    optim, losses, ranks = optimizer(net), [], [*ranks]
+    ids = experts_of_models.IDS
+    for _ in range(3):
+        optim.zero_grad()
+        for rank in ranks:
+            loss = net(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
+            loss.backward()
+            losses.append(loss.detach())
+        for parameter in net.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= len(ranks)
+        optim.step()
+    return losses
+
+
+def fsdp_experts(rank: int, folder: Path, _: str) -> dict[str, Any]:
+    """Experts whose codes are shared out by expert."""
+    net = mixture()
+    how: dict[str, Any] = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+    for layer in net.model.layers:
+        fully_shard(layer, **how)
+    fully_shard(net, **how)
+    before = local_bytes(net)
+    losses = train_mixture(net, [rank])
+    assert local_bytes(net) == before
+    save(get_model_state_dict(net), storage_writer=FileSystemWriter(folder / "experts"))
+    return {"losses": losses, "state": state(net), "bytes": before}
+
+
+SCENARIOS = {f.__name__: f for f in (ddp, ddp_checkpointed, fsdp, fsdp_reload, fsdp_experts)}
 
 
 if __name__ == "__main__":
