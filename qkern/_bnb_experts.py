@@ -23,9 +23,7 @@ Names = Sequence[str | Sequence[str]]
 
 def from_bnb(tensors: Mapping[str, Tensor], names: Names) -> list[QuantizedTensor]:
     """The weight of each expert; ValueError where parts cannot be put together."""
-    found = [
-        _joined([_bnb.from_bnb(name, tensors) for name in each], each) for each in _each(names)
-    ]
+    found = [joined([_bnb.from_bnb(name, tensors) for name in each], each) for each in _each(names)]
     if not all(qw.double_quant for qw in found):
         found = [with_plain_scales(qw) for qw in found]
     return found
@@ -59,7 +57,8 @@ def with_plain_scales(qw: QuantizedTensor) -> QuantizedTensor:
     return replace(qw, absmax=absmax, nested_absmax=None, nested_offset=None)
 
 
-def _joined(parts: list[QuantizedTensor], names: list[str]) -> QuantizedTensor:
+def joined(parts: list[QuantizedTensor], names: list[str]) -> QuantizedTensor:
+    """The weight whose rows are those of ``parts``, one after the other; ValueError as above."""
     first = parts[0]
     if len(parts) == 1:
         return first

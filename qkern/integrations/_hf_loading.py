@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from qkern import _bnb, quantize_4bit
 from qkern.experts import quantize_each
@@ -38,18 +38,23 @@ class Loading:
         self.error: Exception | None = None
         self.from_files = False
         """Whether transformers reads the tensors from files, so that nobody has changed them."""
+        self.experts_in_4_bits = False
+        """Whether the files have experts that bitsandbytes put in 4 bits, layer by layer."""
         self.packed: set[str] = set()
         """Names of weights that the files have in 4 bits."""
 
     def attempt(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` gives. Its error is kept, since transformers keeps its text alone."""
+        """What ``make`` gives; its error gets the name.
+
+        It is kept too, since transformers keeps the text alone of some.
+        """
         try:
             return make()
         except (TypeError, ValueError, RuntimeError) as error:
+            named = type(error)(f"{name}: {error}")
             if self.error is None:
-                self.error = type(error)(f"{name}: {error}")
-                self.error.__cause__ = error
-            raise
+                self.error = named
+            raise named from error
 
     def name_of_experts(self, name: str) -> str:
         """The name of a weight for that of a tensor of experts in 4 bits; others as they are.
@@ -169,95 +174,6 @@ def parts(path: str, layer: QuantizedModule, qw: Stored) -> dict[str, Tensor]:
     assert own["weight"] is not None
     hold_codes(layer, own["weight"])
     return {f"{path}.{name}": part for name in TENSORS if (part := own.get(name)) is not None}
-
-
-class ExpertsConverter(WeightConverter):
-    """A converter of a model's that merges experts, each of which is quantised when it is read."""
-
-    __slots__ = ("loading", "of_quantized", "original")
-
-    def __init__(self, loading: Loading, original: WeightConverter) -> None:
-        sources, targets = original._original_source_patterns, original._original_target_patterns
-        super().__init__(sources, targets, list(original.operations), original.force_cpu)
-        for name in ("scope_prefix", "base_model_prefix"):
-            setattr(self, name, getattr(original, name))
-        self.loading, self.original = loading, original
-        self.of_quantized = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The operations are a weight's own, the loading, and the model in it, are one.
-        return type(self)(self.loading, copy.deepcopy(self.original))
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """As of every converter; a tensor of experts in 4 bits is their module's weight."""
-        renamed, pattern = super().rename_source_key(source_key)
-        if pattern is not None:
-            dense, renamed = renamed, self.loading.name_of_experts(renamed)
-            self.of_quantized |= renamed != dense
-        return renamed, pattern
-
-    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> Any:
-        """The tensors of experts in 4 bits, or what the model's converter gives."""
-        path = layer_name.removesuffix(".weight")
-        experts = self.loading.plan.paths.get(path)
-        columns = list(self.collected_tensors.values())
-        merges = type(self.operations[0]).__name__ == "MergeModulelist"
-        if not isinstance(experts, Experts4bit) or not merges or not columns:
-            return super().convert(layer_name, *args, **kwargs)
-        names = list(self.collected_tensors)
-        self.collected_tensors.clear()
-
-        def matrices() -> Iterator[Tensor]:
-            for expert in zip(*columns, strict=True):
-                read = [_read(part) for part in expert]
-                merged: Any = {name: [part] for name, part in zip(names, read, strict=True)}
-                for operation in self.operations:
-                    merged = operation.convert(
-                        merged,
-                        source_patterns=self.source_patterns,
-                        target_patterns=self.target_patterns,
-                        full_layer_name=layer_name,
-                        model=kwargs.get("model"),
-                        config=kwargs.get("config"),
-                    )
-                (one,) = merged.values()
-                yield (one[0] if isinstance(one, list) else one)[0]
-                if self.loading.from_files:
-                    for part in read:
-                        release(part)
-
-        info = kwargs.get("loading_info")
-        made = self.loading.attempt(
-            layer_name,
-            lambda: self.loading.quantized_experts(path, experts, matrices(), len(columns[0])),
-        )
-        return self.loading.offloaded(made, None if info is None else info.missing_keys)
-
-
-def _read(part: Any) -> Tensor:
-    """A tensor of a file: what reads it, or is reading it, or has read it."""
-    if hasattr(part, "result"):
-        part = part.result()
-    found: Tensor = part() if callable(part) else part
-    return found
-
-
-class ExpertsRenaming(WeightRenaming):
-    """The tensor of experts in 4 bits, dense in a file, is the weight of their module."""
-
-    __slots__ = ("loading",)
-
-    def __init__(self, loading: Loading) -> None:
-        super().__init__(r"(gate_up_proj|up_proj|down_proj)$", r"\1.weight")
-        self.loading = loading
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return type(self)(self.loading)
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """Of such a tensor the name of the weight, any other as it is."""
-        renamed = self.loading.name_of_experts(source_key)
-        return renamed, None if renamed == source_key else self.source_patterns[0]
 
 
 class ReadBitsAndBytes(_Op):

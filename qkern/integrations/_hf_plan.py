@@ -114,8 +114,11 @@ def quantize_like_bitsandbytes(
     *,
     spare_heads: bool,
     new: Iterable[str] = (),
+    experts: bool = False,
 ) -> None:
     """Replace the layers that transformers replaces by bitsandbytes', but for ``more``.
+
+    And experts, of which transformers has one tensor, if the files have layers of them in 4 bits.
 
     Names in ``skip`` and ``more`` mean what they mean there, and those in ``new`` what they mean in
     `QKernConfig`. ``spare_heads`` leaves heads dense that ``skip`` does not name: for a directory,
@@ -140,6 +143,8 @@ def quantize_like_bitsandbytes(
             chosen.setdefault(id(module), []).append(path)
     for paths in chosen.values():
         plan.add(model, paths)
+    for stack in [*_experts.stacks(model)] if experts else ():
+        plan.add_stack(stack)
     _tie_in_4_bits(model, plan, _ties(model))
     _use_padded_batches(model)
     log_dense(quantization_report(model), skip or ())

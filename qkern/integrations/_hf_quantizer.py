@@ -12,14 +12,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from qkern.integrations import _hf_checks, _hf_plan, _hf_saving, _hf_versions
 from qkern.integrations._hf_config import as_dtype
-from qkern.integrations._hf_loading import (
-    Converter,
+from qkern.integrations._hf_experts import (
+    BitsAndBytesExperts,
     ExpertsConverter,
     ExpertsRenaming,
-    Loading,
-    Quantize,
-    ReadBitsAndBytes,
+    has_quantized_experts,
 )
+from qkern.integrations._hf_loading import Converter, Loading, Quantize, ReadBitsAndBytes
 from qkern.integrations._launch import refuse_fsdp1
 from qkern.integrations._peft_auto import register_where_installed
 from qkern.nn import dequantize_model
@@ -70,7 +69,10 @@ class QKernQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._plan(model)
         self._loading = Loading(plan, self._on_disk)
-        self._loading.from_files = bool(kwargs.get("checkpoint_files"))
+        files = kwargs.get("checkpoint_files") or ()
+        self._loading.from_files = bool(files)
+        reads = self.pre_quantized and self._reads_bitsandbytes()
+        self._loading.experts_in_4_bits = reads and has_quantized_experts(files)
         self._quantize_structure(model, plan)
         if _hf_versions.CASTS_TO_PLACEHOLDERS:
             if self.pre_quantized and self._stored_as().is_floating_point:
@@ -110,10 +112,14 @@ class QKernQuantizer(HfQuantizer):
         if config.read_from is not None:
             skip = config.read_from.get("llm_int8_skip_modules")
             new = config.new
-            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True, new=new)
+            options = {"new": new, "experts": self._has_quantized_experts()}
+            _hf_plan.quantize_like_bitsandbytes(model, plan, skip, spare_heads=True, **options)
         else:
             embeddings = config.quantize_embeddings
             _hf_plan.quantize_structure(model, plan, config.skip, embeddings=embeddings)
+
+    def _has_quantized_experts(self) -> bool:
+        return self._loading is not None and self._loading.experts_in_4_bits
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the dense tensor of this name is to be one of a 4-bit module."""
@@ -141,10 +147,8 @@ class QKernQuantizer(HfQuantizer):
             isinstance(m, Experts4bit) for m in loading.plan.paths.values()
         ):
             return found
-        found = [
-            ExpertsConverter(loading, each) if type(each) is WeightConverter else each
-            for each in found
-        ]
+        kind = BitsAndBytesExperts if self._has_quantized_experts() else ExpertsConverter
+        found = [kind(loading, each) if type(each) is WeightConverter else each for each in found]
         return [*found, ExpertsRenaming(loading)]
 
     def _reads_bitsandbytes(self) -> bool:
@@ -154,6 +158,8 @@ class QKernQuantizer(HfQuantizer):
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """Nothing is cast on its way to an operation of ours, which casts what is dense."""
+        if isinstance(converter, BitsAndBytesExperts):
+            return None
         for op in getattr(converter, "operations", ()):
             if isinstance(op, ReadBitsAndBytes):
                 op.dtype = dtype if dtype is not None and dtype.is_floating_point else op.dtype
@@ -172,10 +178,14 @@ class QKernQuantizer(HfQuantizer):
         if conversions is not None:
             # Saving would undo it, of tensors that have bitsandbytes' names already.
             model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+        # Gate and up together have plain scales, where layers by themselves have double-quantised
+        # ones: such a model has no config, and saving it says so.
+        has_mixed_scales = self._has_quantized_experts()
         self._loading = None
         model.is_loaded_in_4bit = True
         register_where_installed()
-        self._describe(model)
+        if not has_mixed_scales:
+            self._describe(model)
         return model
 
     def _describe(self, model: Any) -> bool:
@@ -185,6 +195,9 @@ class QKernQuantizer(HfQuantizer):
         config.compute_dtype = _hf_saving.compute_dtype(model, config.compute_dtype)
         skipped = _hf_saving.as_bitsandbytes(model)
         if skipped is None:
+            if config.read_from is not None:
+                # What that config named as dense; ours names it by its own rules.
+                config.skip = _hf_saving.dense_layers(model)
             config.written_as(None)
             return False
         config.written_as(_hf_saving.bitsandbytes_dict(model, skipped, config.compute_dtype))

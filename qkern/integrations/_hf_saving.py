@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from qkern import _bnb, formats
-from qkern.nn import _sources
+from qkern.nn import _experts, _sources
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn.linear import Linear4bit
 
@@ -84,6 +84,12 @@ def _skipped(model: Any, layers: dict[str, QuantizedModule]) -> list[str] | None
     if any(not should_convert_module(path, [*skipped, *kept]) for path in layers):
         return None
     return skipped
+
+
+def dense_layers(model: nn.Module) -> list[str]:
+    """The paths of linear layers and of tensors of experts that are dense."""
+    found = [path for path, module in model.named_modules() if _sources.is_linear(module)]
+    return [*found, *(stack.whole_name for stack in _experts.stacks(model))]
 
 
 def bitsandbytes_dict(

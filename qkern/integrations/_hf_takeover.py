@@ -53,7 +53,12 @@ class BitsAndBytesQuantizer(QKernQuantizer):
     def _quantize_structure(self, model: Any, plan: _hf_plan.Plan) -> None:
         skip = self.quantization_config.llm_int8_skip_modules
         _hf_plan.quantize_like_bitsandbytes(
-            model, plan, skip, self._dense_off_the_gpu(), spare_heads=self.pre_quantized
+            model,
+            plan,
+            skip,
+            self._dense_off_the_gpu(),
+            spare_heads=self.pre_quantized,
+            experts=self._has_quantized_experts(),
         )
         if not self.pre_quantized:
             for path, layer in plan.paths.items():
