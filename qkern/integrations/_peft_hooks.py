@@ -21,7 +21,7 @@ from qkern.integrations._peft_inits import needs_weight
 from qkern.integrations._peft_layers import QKernEmbedding, QKernLinear
 from qkern.integrations._peft_loftq import replace_lora_weights_loftq
 from qkern.integrations._wrapping import is_wrapped, wrap
-from qkern.nn import Embedding4bit, Linear4bit, count_parameters
+from qkern.nn import Embedding4bit, Experts4bit, Linear4bit, count_parameters
 from qkern.nn._module import TENSORS, QuantizedModule, has_4_bit
 
 DENSE_ONLY = frozenset(
@@ -29,6 +29,11 @@ DENSE_ONLY = frozenset(
     + ("OSF", "PSOFT", "SHIRA", "TINYLORA", "UNILORA")
 )
 """Tuners that compute with the dense weight or its dtype, or train it."""
+
+_NO_EXPERTS = (
+    "PEFT adds its product to the dense weight; takes qkern.nn.add_lora or qkern.io.load_adapter, "
+    "which read and write the same files"
+)
 
 _replaced: list[tuple[Any, str, Any]] = []
 """What was put where, and PEFT's own in its place."""
@@ -110,6 +115,8 @@ def _dispatch(
         return QKernLinear(target, adapter_name, config=config, **kwargs)
     if isinstance(base, Embedding4bit):
         return QKernEmbedding(target, adapter_name, config=config, **kwargs)
+    if isinstance(base, Experts4bit):
+        raise ValueError(f"target_modules: got experts in 4 bits; {_NO_EXPERTS}")
     return original(target, adapter_name, config=config, **kwargs)
 
 
@@ -138,6 +145,12 @@ def _check_merge(original: Callable[..., Any], tuner: Any) -> Any:
 def _check_config(original: Callable[..., Any], tuner: Any, config: Any) -> Any:
     """ValueError for a tuner that would compute with codes, before the model is changed."""
     kind = getattr(config.peft_type, "value", config.peft_type)
+    for target in getattr(config, "target_parameters", None) or ():
+        for name, module in tuner.model.named_modules():
+            if isinstance(module, Experts4bit) and f".{name}".endswith(f".{target}"):
+                raise ValueError(
+                    f"target_parameters: got {target!r}, experts in 4 bits; {_NO_EXPERTS}"
+                )
     if kind in DENSE_ONLY:
         does = "trains" if kind == "LN_TUNING" else "computes with"
         for name, _ in _targets(tuner, config):

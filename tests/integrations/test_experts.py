@@ -235,6 +235,33 @@ def test_wrong_files_of_adapters_are_refused(tmp_path: Path) -> None:
         io.save_adapter(adapted, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
+        {"target_modules": ["q_proj", "down_proj"]},
+    ],
+    ids=["parameters", "modules"],
+)
+def test_peft_is_told_that_it_has_no_adapters_for_experts_in_4_bits(
+    targets: dict[str, Any], tmp_path: Path
+) -> None:
+    """A file of PEFT's for the dense model too, which `load_adapter` reads."""
+    peft = pytest.importorskip("peft")
+    from qkern.integrations import peft as ours
+
+    ours.register()
+    model = quantised()
+    message = r"got .*experts.* in 4 bits; .* takes qkern\.nn\.add_lora or qkern\.io\.load_adapter"
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, **targets))
+    if "target_parameters" in targets:
+        peft_twin(mixture(), targets["target_parameters"]).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            peft.PeftModel.from_pretrained(quantised(), tmp_path)
+        io.load_adapter(quantised(), tmp_path)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_keys_of_bitsandbytes_expert_by_expert(parts: int, double_quant: bool) -> None:
