@@ -15,8 +15,8 @@ from qkern.experts import QuantizedExperts
 from qkern.integrations._hf_loading import STATES, Loading, parts
 from qkern.integrations._hf_pages import release
 from qkern.nn._module import TENSORS
+from qkern.nn._options import replace_module
 from qkern.nn.experts import Experts4bit
-from qkern.nn.model import replace_module
 from qkern.tensor import QuantizedTensor
 
 

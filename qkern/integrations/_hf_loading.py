@@ -18,9 +18,9 @@ from qkern.integrations._hf_plan import Plan
 from qkern.integrations._hf_versions import hold_codes
 from qkern.nn import _sources
 from qkern.nn._module import TENSORS, QuantizedModule
+from qkern.nn._options import replace_module
 from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
-from qkern.nn.model import replace_module
 from qkern.tensor import QuantizedTensor, Stored
 
 STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))

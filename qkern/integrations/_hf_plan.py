@@ -15,18 +15,18 @@ from qkern.nn._experts import Stack
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule
 from qkern.nn._names import is_inside
+from qkern.nn._options import (
+    Options,
+    by_weight,
+    check_layers,
+    check_stacks,
+    replace_module,
+    stays_dense,
+    use_padded_batches,
+)
 from qkern.nn._targets import _read_by_parent, select, select_stacks
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
-from qkern.nn.model import (
-    _by_weight,
-    _check_layers,
-    _check_stacks,
-    _Options,
-    _stays_dense,
-    _use_padded_batches,
-    replace_module,
-)
 from qkern.nn.report import log_dense, quantization_report
 
 
@@ -81,17 +81,17 @@ def quantize_structure(
     """
     skip = tuple(skip)
     fields = plan.format, plan.block_size, plan.double_quant
-    options = _Options(*fields, None, True, plan.compute_dtype)
+    options = Options(*fields, None, True, plan.compute_dtype)
     ties = _ties(model)
     tables = _tables(model, skip, ties) if embeddings else {}
-    dense = _stays_dense(model)
+    dense = stays_dense(model)
     stacks = tuple(_experts.stacks(model)) if LOADS_EXPERTS else ()
     paths, _ = select(model, "all-linear", (*skip, *dense), "skip", quantized=False, stacks=stacks)
     stacks = tuple(select_stacks(model, stacks, "all-linear", (*skip, *dense)))
-    groups = _by_weight(model, paths, explicit=False)
+    groups = by_weight(model, paths, explicit=False)
     groups = [group for group in groups if not _tied_to_dense(group, ties, paths)]
-    _check_layers(model, groups, options)
-    _check_stacks(model, stacks, options)
+    check_layers(model, groups, options)
+    check_stacks(model, stacks, options)
     for table in tables.values():
         _check_table(table, model.get_submodule(table[0]), plan)
     for group in groups:
@@ -102,7 +102,7 @@ def quantize_structure(
     for stack in stacks:
         plan.add_stack(stack)
     _tie_in_4_bits(model, plan, ties)
-    _use_padded_batches(model)
+    use_padded_batches(model)
     log_dense(quantization_report(model), (*skip, *dense))
 
 
@@ -146,7 +146,7 @@ def quantize_like_bitsandbytes(
     for stack in [*_experts.stacks(model)] if experts else ():
         plan.add_stack(stack)
     _tie_in_4_bits(model, plan, _ties(model))
-    _use_padded_batches(model)
+    use_padded_batches(model)
     log_dense(quantization_report(model), skip or ())
 
 

@@ -32,11 +32,11 @@ from qkern.nn import _statistics
 from qkern.nn._adapters import LoRAConfig, LoRALayer
 from qkern.nn._module import QuantizedModule, is_sharded
 from qkern.nn._names import plain_name, plain_paths, unwrapped
+from qkern.nn._options import replace_module
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.experts import Experts4bit
 from qkern.nn.lora import LoRALinear
 from qkern.nn.lora_experts import LoRAExperts
-from qkern.nn.model import replace_module
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -24,12 +24,12 @@ from qkern.io._files import write_file
 from qkern.nn._adapters import lora_layers
 from qkern.nn._module import TENSORS
 from qkern.nn._names import plain_paths, unwrapped
+from qkern.nn._options import replace_module
 from qkern.nn._sources import matrix, would_lose
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.experts import Experts4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
-from qkern.nn.model import replace_module
 
 _STATE_KEY = re.compile(r"(?P<path>.+)\.weight\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 _INDEX_FILE = "model.safetensors.index.json"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from qkern import _bnb
 from qkern.nn import _sources
+from qkern.nn._options import Options, check_finite_weight, replace_module
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
-from qkern.nn.model import _check_finite, _Options, replace_module
 from qkern.tensor import QuantizedTensor
 
 _MODULES = "bitsandbytes.nn.modules"
@@ -133,7 +133,7 @@ def _weight(path: str, layer: nn.Module) -> QuantizedTensor | None:
         try:
             options = _options(layer)
             options.quantize(torch.empty_like(_plain(weight), device="meta"))
-            _check_finite(_plain(weight), options)
+            check_finite_weight(_plain(weight), options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {path}.weight: {error}") from error
         return None
@@ -174,11 +174,11 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _options(layer: nn.Module) -> _Options:
+def _options(layer: nn.Module) -> Options:
     """How bitsandbytes would quantise it."""
     weight: Any = layer.weight
     nested = bool(weight.compress_statistics)
-    return _Options(weight.quant_type, weight.blocksize, nested, None, True, None)
+    return Options(weight.quant_type, weight.blocksize, nested, None, True, None)
 
 
 def _replacement(old: Any, qw: QuantizedTensor, shared: Linear4bit | None) -> nn.Module:

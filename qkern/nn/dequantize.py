@@ -8,11 +8,11 @@ from torch import nn
 from qkern import _errors
 from qkern.nn import _experts, _sources
 from qkern.nn._module import QuantizedModule, frozen, is_sharded, parameter
+from qkern.nn._options import replace_module
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit, without_named_hooks
 from qkern.nn.lora import LoRALinear
 from qkern.nn.lora_experts import LoRAExperts
-from qkern.nn.model import replace_module
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

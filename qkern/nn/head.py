@@ -11,10 +11,10 @@ from qkern import _errors
 from qkern.nn import _sources
 from qkern.nn._heads import output_embeddings
 from qkern.nn._module import TENSORS, QuantizedModule, parameter, quantized_weight
+from qkern.nn._options import replace_module
 from qkern.nn.embedding import Embedding4bit
 from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
-from qkern.nn.model import replace_module
 
 
 def quantize_head(

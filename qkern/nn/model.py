@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from qkern import _errors
-from qkern.experts import quantize_experts
-from qkern.functional import quantize_4bit
 from qkern.nn import _experts, _sources, _statistics
 from qkern.nn._adapters import LoRAConfig, LoRALayer, lora_layers
 from qkern.nn._experts import Stack
 from qkern.nn._heads import find_heads
 from qkern.nn._module import QuantizedModule
 from qkern.nn._names import plain_paths
+from qkern.nn._options import (
+    Options,
+    by_weight,
+    check_done,
+    check_layers,
+    check_stacks,
+    naming,
+    replace_module,
+    stays_dense,
+    use_padded_batches,
+)
 from qkern.nn._targets import Targets, is_own, select, select_stacks
 from qkern.nn.dense import FrozenLinear
 from qkern.nn.experts import Experts4bit
@@ -26,7 +34,6 @@ from qkern.nn.linear import Linear4bit
 from qkern.nn.lora import LoRALinear
 from qkern.nn.lora_experts import LoRAExperts
 from qkern.nn.report import QuantizationReport, log_dense, quantization_report
-from qkern.tensor import QuantizedTensor, Stored
 
 
 @overload
@@ -158,24 +165,24 @@ def quantize_model(
     _check_no_lora(model)
     if compute_dtype is not None:
         _errors.check_float_dtype("compute_dtype", compute_dtype)
-    options = _Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
-    dense = _stays_dense(model) if targets == "all-linear" else ()
+    options = Options(format, block_size, double_quant, codebook, check_finite, compute_dtype)
+    dense = stays_dense(model) if targets == "all-linear" else ()
     stacks = tuple(_experts.stacks(model))
     paths, done = select(model, targets, (*skip, *dense), "targets", quantized=False, stacks=stacks)
     if targets != "all-linear" or not paths:
-        _check_done(model, done, options)
-    groups = _by_weight(model, paths, explicit=targets != "all-linear")
+        check_done(model, done, options)
+    groups = by_weight(model, paths, explicit=targets != "all-linear")
     chosen = select_stacks(model, stacks, targets, (*skip, *dense))
     if not groups and not done and not chosen:
         raise ValueError("targets: every linear layer found is tied to a weight that stays dense")
-    _check_layers(model, groups, options)
-    _check_stacks(model, chosen, options)
+    check_layers(model, groups, options)
+    check_stacks(model, chosen, options)
     if lora is not None:
         soon = {id(model.get_submodule(paths[0])) for group in groups for paths in group}
         _lora_targets(model, lora, skip, soon, chosen)
     _quantize(model, groups, chosen, options)
     _freeze(model)
-    _use_padded_batches(model)
+    use_padded_batches(model)
     report = quantization_report(model)
     if targets == "all-linear":
         log_dense(report, (*skip, *dense))
@@ -184,112 +191,13 @@ def quantize_model(
     return (model, report) if return_report else model
 
 
-class _Options(NamedTuple):
-    """How layers are quantised: the arguments of `quantize_4bit` after the weight, then another."""
-
-    format: str
-    block_size: int
-    double_quant: bool
-    codebook: Tensor | None
-    check_finite: bool
-    compute_dtype: torch.dtype | None
-
-    def quantize(self, weight: Tensor) -> QuantizedTensor:
-        """``weight`` in 4 bits."""
-        return quantize_4bit(weight, *self[:5])
-
-    def check(self, weight: Tensor) -> None:
-        """Raise what quantising it would; three dimensions are those of experts."""
-        if weight.dim() == 3:
-            quantize_experts(weight, *self[:5])
-        else:
-            self.quantize(weight)
-
-    def made(self, layer: Linear4bit | Experts4bit) -> bool:
-        """Whether ``layer`` is as they would make it."""
-        found: Stored = layer.quantized
-        same = found.format, found.block_size, found.double_quant, layer.compute_dtype
-        if same != (self.format, self.block_size, self.double_quant, self.compute_dtype):
-            return False
-        if found.codebook is None or found.codebook.is_meta or self.codebook is None:
-            return True
-        return torch.equal(found.codebook.cpu(), self.codebook.detach().cpu())
-
-
 def _check_no_lora(model: nn.Module) -> None:
     for name, _ in lora_layers(model):
         raise ValueError(f"model: has LoRA already, at {name}; quantise first")
 
 
-def _check_done(model: nn.Module, done: list[str], options: _Options) -> None:
-    """ValueError unless all of ``done``, in 4 bits already, are as this call would make them."""
-    for path in done:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, Linear4bit | Experts4bit)
-        if not options.made(layer):
-            raise ValueError(
-                f"targets: {path} is in 4 bits already, in another format ({layer.extra_repr()})"
-            )
-
-
-def _check_layers(model: nn.Module, groups: list[list[list[str]]], options: _Options) -> None:
-    """All that can be wrong with a layer, before the first is changed."""
-    chosen = (model.get_submodule(paths[0]) for group in groups for paths in group)
-    _sources.check_held_elsewhere(model, chosen)
-    fine: set[tuple[torch.Size, torch.dtype]] = set()
-    for group in groups:
-        for paths in group:
-            layer = model.get_submodule(paths[0])
-            if (reason := _sources.would_lose(layer)) is not None:
-                raise ValueError(f"targets: {paths[0]} ({type(layer).__name__}) {reason}")
-        with _naming(group[0][0]):
-            weight = _sources.matrix(model.get_submodule(group[0][0]))
-            _check_weight(weight, options, fine)
-
-
-def _check_stacks(model: nn.Module, stacks: Sequence[Stack], options: _Options) -> None:
-    """The same of tensors of experts."""
-    fine: set[tuple[torch.Size, torch.dtype]] = set()
-    for stack in stacks:
-        _experts.check_stack(model, stack)
-        with _naming(stack.whole_name):
-            assert stack.parameter is not None
-            _check_weight(stack.parameter.detach(), options, fine)
-
-
-def _check_weight(
-    weight: Tensor, options: _Options, fine: set[tuple[torch.Size, torch.dtype]]
-) -> None:
-    """Raise where ``weight`` cannot be quantised; ``fine`` is of which sizes it is known."""
-    if (weight.shape, weight.dtype) not in fine:
-        # On meta all arguments are checked and nothing is computed.
-        options.check(torch.empty_like(weight, device="meta"))
-        fine.add((weight.shape, weight.dtype))
-    if options.check_finite:
-        _check_finite(weight, options)
-
-
-_SURELY_FINE = 2.0**14
-"""Of weights up to here, no scale and no sum of scales overflows in any dtype or format."""
-
-
-def _check_finite(weight: Tensor, options: _Options) -> None:
-    """Raise as `quantize_4bit` would, which is called for suspects only."""
-    if weight.is_meta or weight.numel() == 0:
-        return
-    if weight.dtype == torch.float16:
-        low, high = torch.aminmax(weight)
-        largest = max(-float(low), float(high))
-    else:
-        # No less than the largest, and torch has it in two thirds of the time.
-        largest = float(torch.linalg.vector_norm(weight))
-    # Not so of a NaN either, which stays one in both.
-    if not largest <= _SURELY_FINE:
-        options.check(weight)
-
-
 def _quantize(
-    model: nn.Module, groups: list[list[list[str]]], stacks: list[Stack], options: _Options
+    model: nn.Module, groups: list[list[list[str]]], stacks: list[Stack], options: Options
 ) -> None:
     taken, total = 0, sum(map(len, groups)) + len(stacks)
     try:
@@ -297,7 +205,7 @@ def _quantize(
             shared: Linear4bit | None = None
             for layer_paths in group:
                 linear = model.get_submodule(layer_paths[0])
-                with _naming(layer_paths[0]):
+                with naming(layer_paths[0]):
                     if shared is None:
                         replacement = shared = Linear4bit.from_linear(linear, **options._asdict())
                     else:
@@ -307,7 +215,7 @@ def _quantize(
                 replace_module(model, layer_paths, replacement)
                 taken += 1
         for stack in stacks:
-            with _naming(stack.whole_name):
+            with naming(stack.whole_name):
                 _experts.use_4_bits(stack, _experts.quantized(stack, **options._asdict()))
             taken += 1
     except BaseException as error:
@@ -317,15 +225,6 @@ def _quantize(
                 "the same call does the rest"
             )
         raise
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Put the layer's name before what is wrong with it."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _freeze(model: nn.Module) -> None:
@@ -340,41 +239,6 @@ def _freeze(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) in frozen or id(parameter) not in kept:
             parameter.requires_grad_(False)
-
-
-_DTYPE_ASKED = {
-    "LongT5DenseActDense": "wo",
-    "LongT5DenseGatedActDense": "wo",
-    "SwitchTransformersDenseActDense": "wo",
-    "Pix2StructVisionMlp": "wo",
-    "Pix2StructTextDenseGatedActDense": "wo",
-    "Kosmos2_5VisionMlp": "wo",
-    "Pop2PianoDenseActDense": "wo",
-    "Pop2PianoDenseGatedActDense": "wo",
-    "NllbMoeDenseActDense": "fc2",
-    "SeamlessM4TFeedForwardNetwork": "fc2",
-    "SeamlessM4Tv2FeedForwardNetwork": "fc2",
-}
-"""Layers of transformers to whose weight's dtype their module casts the input, by its class."""
-
-
-def _stays_dense(model: nn.Module) -> tuple[str, ...]:
-    """What is no use in 4 bits: names that models of transformers keep in float32, and paths."""
-    names: set[str] = set()
-    for path, module in model.named_modules():
-        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
-        if child := _DTYPE_ASKED.get(type(module).__name__):
-            names.add(f"{path}.{child}" if path else child)
-    return tuple(sorted(names))
-
-
-def _use_padded_batches(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from nested tensors, which only its dense kernel takes."""
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(module, Linear4bit) for module in encoder.modules()
-        ):
-            encoder.use_nested_tensor = False
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, skip: Iterable[str] = ()) -> nn.Module:
@@ -504,42 +368,3 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"{argument}: got the string {names!r}; takes a list of names")
     return tuple(names)
-
-
-def _by_weight(
-    model: nn.Module, layers: list[list[str]], *, explicit: bool
-) -> list[list[list[str]]]:
-    """Group layers that share a weight, leaving out weights that anything else holds too.
-
-    Only paths and ids are kept: a reference here would keep every dense weight alive.
-    """
-    groups: dict[int, list[list[str]]] = {}
-    chosen = {path for paths in layers for path in paths}
-    transposed: dict[int, bool] = {}
-    for paths in layers:
-        layer = model.get_submodule(paths[0])
-        groups.setdefault(key := id(layer.weight), []).append(paths)
-        if transposed.setdefault(key, _sources.is_transposed(layer)) != _sources.is_transposed(
-            layer
-        ):
-            raise ValueError(
-                f"targets: the weight of {paths[0]} is also that of {groups[key][0][0]}, for which "
-                "it is the transposed one; skip both"
-            )
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path in chosen:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            tied = groups.pop(id(parameter), None)
-            if tied is not None and explicit:
-                raise ValueError(
-                    f"targets: the weight of {tied[0][0]} is also {path}.{name}, which stays dense"
-                )
-    return list(groups.values())
-
-
-def replace_module(model: nn.Module, paths: list[str], replacement: nn.Module) -> None:
-    """Put ``replacement`` at every one of ``paths``."""
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, replacement)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qkern
 from qkern import nn as qnn
 from qkern import testing
-from qkern.nn import model as implementation
+from qkern.nn import _options as implementation
 from tests.models import tiny_llama
 
 X = torch.linspace(-1, 1, 128).view(2, 64)
