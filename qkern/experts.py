@@ -258,9 +258,10 @@ def grouped_linear_by_weight(
 ) -> Tensor:
     """`grouped_linear_4bit` by a weight of ``shape`` as the ops take it."""
     invariant = batch_invariant_now()
-    y = _by_kernel_alone(x, weight, shape, offsets, bias, invariant)
-    if y is not None:
-        return y
+    if not check_offsets:
+        y = _by_kernel_alone(x, weight, shape, offsets, bias, invariant)
+        if y is not None:
+            return y
     x, bias = checked_input(x, weight, shape, bias)
     check_grouping(x, shape[0], offsets, check_offsets)
     if is_recorded(x, bias):

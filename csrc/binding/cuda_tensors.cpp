@@ -63,12 +63,13 @@ bool in_pieces(const void* address) {
 }
 
 // The path of a matmul, and the bytes of workspace that it takes there, by `choose`: (device,
-// input_gradient, dtype, m, out_features, in_features, batch_invariant, aligned) to (path,
-// workspace_bytes), or to None where it is none of C++'s paths. False for None.
+// input_gradient, dtype, m, out_features, in_features, experts, batch_invariant, aligned) to (path,
+// workspace_bytes), or to None where it is none of C++'s paths. False for None. No experts are 0.
 bool choose_way(PyObject* choose, dlpack::Device device, bool input_gradient, bool aligned,
-                Linear4bitArgs* args, Size* workspace_bytes) {
+                Size experts, Linear4bitArgs* args, Size* workspace_bytes) {
   const Size numbers[] = {device.id, input_gradient,    static_cast<Size>(args->dtype),
-                          args->m,   args->weight.rows, args->weight.cols};
+                          args->m,   args->weight.rows, args->weight.cols,
+                          experts};
   constexpr std::size_t kNumbers = sizeof(numbers) / sizeof(*numbers);
   constexpr std::size_t kGiven = kNumbers + 2;
   PyObject* given[kGiven];
@@ -110,18 +111,33 @@ py::object new_workspace(PyObject* x, Size bytes, dlpack::Device device, Linear4
   return workspace;
 }
 
-using Kernel = Status (*)(const Linear4bitArgs& args, void* stream);
+Status run_one(const GroupedLinear4bitArgs& args, bool input_gradient, void* stream) {
+  return input_gradient ? cuda::linear_4bit_dx(args.all, stream)
+                        : cuda::linear_4bit(args.all, stream);
+}
 
-PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, PyObject* self,
-                 const MatmulArguments& from) {
+Status run_grouped(const GroupedLinear4bitArgs& args, bool input_gradient, void* stream) {
+  return input_gradient ? cuda::grouped_linear_4bit_dx(args, stream)
+                        : cuda::grouped_linear_4bit(args, stream);
+}
+
+// `offsets` of a matmul by experts, else null.
+PyObject* matmul(const char* op, bool input_gradient, PyObject* self, const MatmulArguments& from,
+                 PyObject* offsets = nullptr) {
   return with_python_errors(op, [&]() -> PyObject* {
-    Linear4bitArgs args;
+    GroupedLinear4bitArgs grouped;
+    Linear4bitArgs& args = grouped.all;
     PlainTensor x;
     Size features = 0, num_threads = 0, device_type = 0, workspace_bytes = 0;
+    if (offsets != nullptr &&
+        (!x.read_anywhere(from.x) || !read_offsets(offsets, x.device(), &grouped.groups))) {
+      Py_RETURN_NONE;
+    }
+    const Size experts = offsets == nullptr ? kOneWeight : grouped.groups.experts;
     if (is_path_forced() || !read_size(PyTuple_GET_ITEM(self, kDeviceType), &device_type) ||
         !read_arguments(from, input_gradient, static_cast<std::int32_t>(device_type), &x, &args,
-                        &features, &num_threads) ||
-        args.x_row_stride < 0) {
+                        &features, &num_threads, experts) ||
+        args.x_row_stride < 0 || (offsets != nullptr && x.ndim() != 2)) {
       Py_RETURN_NONE;
     }
     const Size itemsize = args.dtype == DType::kFloat32 ? 4 : 2;
@@ -135,7 +151,8 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, PyObject* s
     void* stream = nullptr;
     if (!current.is_made() || !find_stream(device, &stream) ||
         !choose_way(PyTuple_GET_ITEM(self, kChoose), device, input_gradient,
-                    x_in_pieces && in_pieces(args.weight.packed), &args, &workspace_bytes)) {
+                    x_in_pieces && in_pieces(args.weight.packed), experts, &args,
+                    &workspace_bytes)) {
       Py_RETURN_NONE;
     }
     py::object result, workspace;
@@ -144,7 +161,8 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, PyObject* s
       // torch hands it out again only to work that this stream does later.
       workspace = new_workspace(from.x, workspace_bytes, device, &args);
     }
-    run_without_gil(op, [&] { return kernel(args, stream); });
+    const auto run = offsets == nullptr ? run_one : run_grouped;
+    run_without_gil(op, [&] { return run(grouped, input_gradient, stream); });
     return result.release().ptr();
   });
 }
@@ -152,18 +170,36 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, PyObject* s
 PyObject* linear_4bit(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   MatmulArguments from;
   if (!forward_arguments("linear_4bit", given, count, &from)) return nullptr;
-  return matmul("linear_4bit", cuda::linear_4bit, false, self, from);
+  return matmul("linear_4bit", false, self, from);
 }
 
 PyObject* linear_4bit_dx(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   MatmulArguments from;
   if (!input_gradient_arguments("linear_4bit_dx", given, count, &from)) return nullptr;
-  return matmul("linear_4bit_dx", cuda::linear_4bit_dx, true, self, from);
+  return matmul("linear_4bit_dx", true, self, from);
+}
+
+PyObject* grouped_linear_4bit(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  MatmulArguments from;
+  PyObject* offsets = nullptr;
+  if (!grouped_arguments("grouped_linear_4bit", given, count, &from, &offsets)) return nullptr;
+  return matmul("grouped_linear_4bit", false, self, from, offsets);
+}
+
+PyObject* grouped_linear_4bit_dx(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  MatmulArguments from;
+  PyObject* offsets = nullptr;
+  if (!grouped_dx_arguments("grouped_linear_4bit_dx", given, count, &from, &offsets)) {
+    return nullptr;
+  }
+  return matmul("grouped_linear_4bit_dx", true, self, from, offsets);
 }
 
 PyMethodDef methods[] = {
     method("linear_4bit", linear_4bit),
     method("linear_4bit_dx", linear_4bit_dx),
+    method("grouped_linear_4bit", grouped_linear_4bit),
+    method("grouped_linear_4bit_dx", grouped_linear_4bit_dx),
 };
 
 // The functions by op, which take what the CPU's functions on tensors take. `choose` is as

@@ -215,6 +215,29 @@ bool input_gradient_arguments(const char* op, PyObject* const* given, Py_ssize_t
   return true;
 }
 
+bool grouped_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
+                       MatmulArguments* from, PyObject** offsets) {
+  if (count != 7 && count != 8) {
+    PyErr_Format(PyExc_TypeError, "%s: takes 7 or 8 arguments", op);
+    return false;
+  }
+  *offsets = given[3];
+  *from = {
+      given[0], given[1], given[2], given[4], given[5], given[6], count == 8 ? given[7] : Py_None};
+  return true;
+}
+
+bool grouped_dx_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
+                          MatmulArguments* from, PyObject** offsets) {
+  if (count != 6) {
+    PyErr_Format(PyExc_TypeError, "%s: takes 6 arguments", op);
+    return false;
+  }
+  *offsets = given[3];
+  *from = {given[0], given[1], given[2], Py_None, given[4], given[5], Py_None};
+  return true;
+}
+
 bool make_result(PyObject* object, const PlainTensor& x, Size features, py::object* result,
                  Linear4bitArgs* args) {
   *result = new_result(object, x, features);

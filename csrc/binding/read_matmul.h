@@ -32,6 +32,14 @@ bool forward_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
 bool input_gradient_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
                               MatmulArguments* from);
 
+// The same by experts: (x, weight, out_features, offsets, bias, batch_invariant, num_threads[,
+// in_features]), and without a bias (dy, weight, in_features, offsets, batch_invariant,
+// num_threads).
+bool grouped_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
+                       MatmulArguments* from, PyObject** offsets);
+bool grouped_dx_arguments(const char* op, PyObject* const* given, Py_ssize_t count,
+                          MatmulArguments* from, PyObject** offsets);
+
 // All but the result, which has `features` columns. `x` must be on a device of `device_type`, all
 // other tensors on the same one. Where x's memory cannot be read as a matrix, args->x_row_stride is
 // negative, and read_copied_rows makes it one. Of `experts`, all fields hold so many one after the

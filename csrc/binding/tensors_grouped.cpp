@@ -42,35 +42,34 @@ PyObject* matmul(const char* op, Kernel kernel, bool input_gradient, PyObject* o
 }
 
 // A Python exception, null, unless so many arguments came.
-bool takes(const char* op, Py_ssize_t count, int least, int most) {
-  if (count >= least && count <= most) return true;
-  PyErr_Format(PyExc_TypeError, "%s: takes %d arguments", op, least);
+bool takes(const char* op, Py_ssize_t count, int number) {
+  if (count == number) return true;
+  PyErr_Format(PyExc_TypeError, "%s: takes %d arguments", op, number);
   return false;
 }
 
 }  // namespace
 
-// (x, weight, out_features, offsets, bias, batch_invariant, num_threads[, in_features])
 PyObject* grouped_linear_4bit_on_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   constexpr const char* kOp = "grouped_linear_4bit";
-  if (!takes(kOp, count, 7, 8)) return nullptr;
-  return matmul(kOp, cpu::grouped_linear_4bit, false, given[3],
-                {given[0], given[1], given[2], given[4], given[5], given[6],
-                 count == 8 ? given[7] : Py_None});
+  MatmulArguments from;
+  PyObject* offsets = nullptr;
+  if (!grouped_arguments(kOp, given, count, &from, &offsets)) return nullptr;
+  return matmul(kOp, cpu::grouped_linear_4bit, false, offsets, from);
 }
 
-// (dy, weight, in_features, offsets, batch_invariant, num_threads)
 PyObject* grouped_linear_4bit_dx_on_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   constexpr const char* kOp = "grouped_linear_4bit_dx";
-  if (!takes(kOp, count, 6, 6)) return nullptr;
-  return matmul(kOp, cpu::grouped_linear_4bit_dx, true, given[3],
-                {given[0], given[1], given[2], Py_None, given[4], given[5], Py_None});
+  MatmulArguments from;
+  PyObject* offsets = nullptr;
+  if (!grouped_dx_arguments(kOp, given, count, &from, &offsets)) return nullptr;
+  return matmul(kOp, cpu::grouped_linear_4bit_dx, true, offsets, from);
 }
 
 // (x, weight, out_features, offsets, bias, left, right, alpha, batch_invariant, num_threads)
 PyObject* grouped_linear_4bit_add_on_tensors(PyObject*, PyObject* const* given, Py_ssize_t count) {
   constexpr const char* kOp = "grouped_linear_4bit_add";
-  if (!takes(kOp, count, 10, 10)) return nullptr;
+  if (!takes(kOp, count, 10)) return nullptr;
   return matmul(kOp, cpu::grouped_linear_4bit, false, given[3],
                 {given[0], given[1], given[2], given[4], given[8], given[9], Py_None, given[5],
                  given[6], given[7]});
@@ -80,7 +79,7 @@ PyObject* grouped_linear_4bit_add_on_tensors(PyObject*, PyObject* const* given, 
 PyObject* grouped_linear_4bit_dx_add_on_tensors(PyObject*, PyObject* const* given,
                                                 Py_ssize_t count) {
   constexpr const char* kOp = "grouped_linear_4bit_dx_add";
-  if (!takes(kOp, count, 9, 9)) return nullptr;
+  if (!takes(kOp, count, 9)) return nullptr;
   return matmul(kOp, cpu::grouped_linear_4bit_dx, true, given[3],
                 {given[0], given[1], given[2], Py_None, given[7], given[8], Py_None, given[4],
                  given[5], given[6]});

@@ -66,16 +66,19 @@ def way_of_its_own(
     rows: int,
     out_features: int,
     in_features: int,
+    experts: int,
     batch_invariant: bool,
     aligned: bool,
 ) -> tuple[int, int] | None:
     """The best way of a call if it is one of the library's, as its path and bytes of workspace.
 
-    None is ``gemm``. ``device`` is the current one, for who keeps the answers by all arguments.
+    None is ``gemm``. ``experts`` is 0 of a product that is not by experts. ``device`` is the
+    current one, for who keeps the answers by all arguments.
     """
     dtype = formats.DTYPES[dtype_id]
     shape = rows, out_features, in_features
-    call = Matmul(bool(dx), getattr(torch, dtype), *shape, batch_invariant, aligned)
+    options = batch_invariant, aligned, experts or None
+    call = Matmul(bool(dx), getattr(torch, dtype), *shape, *options)
     _, best = _ranked(library, call, device_limits(library))
     return None if best.path == "gemm" else (PATHS.index(best.path), best.workspace_bytes)
 

@@ -112,7 +112,7 @@ def test_the_kernels_take_nothing_wrong(name: str, options: dict[str, Any]) -> N
             if position >= len(right):
                 changed[1] = tuple(given[len(right) :])
             assert kernel(*changed) is None, (position, bad)
-    with pytest.raises(TypeError, match=r"takes \d+ arguments"):
+    with pytest.raises(TypeError, match=r"takes \d+( or 8)? arguments"):
         kernel(*right[:-1])
 
 

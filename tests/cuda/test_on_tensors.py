@@ -28,6 +28,7 @@ if build.compiler() is None:
     pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
 
 MATMULS = ("linear_4bit", "linear_4bit_dx")
+GROUPED = ("grouped_linear_4bit", "grouped_linear_4bit_dx")
 STREAM = 0x5EED
 
 
@@ -86,7 +87,7 @@ def selected(found: backends.Backend) -> Iterator[None]:
 def small_cases() -> list[object]:
     return [
         pytest.param(name, case, id=f"{name}-{case}")
-        for name in MATMULS
+        for name in MATMULS + GROUPED
         for case in [c for c in OPS[name].cases if c.numel <= 40_000][::4]
     ]
 
@@ -160,6 +161,60 @@ def test_forward_and_backward(
     with backends.use(found), torch.inference_mode():
         testing.assert_bitwise(qkern.nf4_linear(X, qw), qkern.nf4_linear(X, qw, None))
         assert answers.take() == [True, True]
+
+
+ENDS = torch.tensor([1, 1, 3])
+
+
+def experts() -> qkern.QuantizedExperts:
+    generator = torch.Generator().manual_seed(1)
+    return qkern.quantize_experts(torch.randn(3, 8, 64, generator=generator))
+
+
+def test_experts_forward_and_backward(
+    by_library: tuple[CudaBackend, Answers], by_python: CudaBackend
+) -> None:
+    qw = experts()
+
+    def step() -> tuple[Tensor, ...]:
+        x = X.clone().requires_grad_()
+        y = qkern.grouped_linear_4bit(x, qw, ENDS)
+        return y, *torch.autograd.grad(y, x, torch.ones(3, 8))
+
+    with selected(by_python):
+        expected = step()
+    found, answers = by_library
+    with selected(found):
+        for result, wanted in zip(step(), expected, strict=True):
+            testing.assert_bitwise(result, wanted)
+        assert answers.take() == [True, True]
+        testing.assert_bitwise(qkern.grouped_linear_4bit(X, qw, ENDS.int()), expected[0])
+        assert answers.take() == [True]
+
+
+def test_experts_of_unusual_arguments_go_through_python(
+    by_library: tuple[CudaBackend, Answers], by_python: CudaBackend
+) -> None:
+    found, answers = by_library
+    op = torch.ops.qkern.grouped_linear_4bit.default
+    qw = experts()
+    wrong: list[tuple[Tensor, Tensor, str]] = [
+        (X, ENDS[:2], r"offsets: got shape \[2\]; takes \[3\]|packed: "),
+        (X, ENDS.short(), "offsets: got torch.int16"),
+        (X, ENDS.to("meta"), "offsets: got .* on meta"),
+        (X[None], ENDS, "x: got shape"),
+    ]
+    for backend_ in (by_python, found):
+        with selected(backend_):
+            for x, offsets, message in wrong:
+                with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+                    op(x, *qw.weight, 8, offsets)
+    assert not any(answers.take())
+    with selected(found):
+        qkern.grouped_linear_4bit(X, qw, ENDS, check_offsets=True)
+        assert answers.take()  # the op, which is sure of what was read
+        with pytest.raises(ValueError, match="offsets: got 4 for expert 2 after 1"):
+            qkern.grouped_linear_4bit(X, qw, torch.tensor([1, 1, 4]), check_offsets=True)
 
 
 def test_a_shape_is_asked_for_once(
@@ -307,7 +362,10 @@ def test_an_exception_of_who_chooses_comes_out(library: ModuleType) -> None:
     found = library.cuda_on_tensors(choose, CPU)
     with pytest.raises(ZeroDivisionError):
         found["linear_4bit"](X, tuple(weight().weight), 8, None, False, 1)
-    for op, wanted in (("linear_4bit", "6 or 7"), ("linear_4bit_dx", "5")):
+    for op, wanted in (
+        *(("linear_4bit", "6 or 7"), ("linear_4bit_dx", "5")),
+        *(("grouped_linear_4bit", "7 or 8"), ("grouped_linear_4bit_dx", "6")),
+    ):
         with pytest.raises(TypeError, match=f"{op}: takes {wanted} arguments"):
             found[op](X)
 
@@ -383,10 +441,13 @@ def test_the_device_is_known_to_who_chooses(library: ModuleType) -> None:
     with pretended(library, Devices(3, streams={3: STREAM})):
         functions["linear_4bit_dx"](dy, tuple(weight().weight), 64, True, 1)
         functions["linear_4bit"](X, tuple(weight().weight), 8, None, False, 1)
+        qw = tuple(experts().weight)
+        functions["grouped_linear_4bit"](X, qw, 8, ENDS, None, False, 1)
     bfloat16, float32 = (formats.DTYPES.index(name) for name in ("bfloat16", "float32"))
     assert asked == [
-        ((3, 1, bfloat16, 5, 8, 64, True, True), 3),
-        ((3, 0, float32, 3, 8, 64, False, True), 3),
+        ((3, 1, bfloat16, 5, 8, 64, 0, True, True), 3),
+        ((3, 0, float32, 3, 8, 64, 0, False, True), 3),
+        ((3, 0, float32, 3, 8, 64, 3, False, True), 3),
     ]
 
 
@@ -464,6 +525,6 @@ def test_a_subclass_of_the_backend_has_its_own_methods_called(library: ModuleTyp
         def linear_4bit(self, x: Tensor, *args: Any) -> Tensor:
             return super().linear_4bit(x, *args) + 1
 
-    assert set(backend.backend(library, CPU).fast) == set(MATMULS)
-    assert set(Mine("mine", library, device_type=CPU).fast) == {"linear_4bit_dx"}
+    assert set(backend.backend(library, CPU).fast) == {*MATMULS, *GROUPED}
+    assert set(Mine("mine", library, device_type=CPU).fast) == {"linear_4bit_dx", *GROUPED}
     assert backend.backend(library).fast == {}
