@@ -63,10 +63,12 @@ def cuda_compiled() -> Compiled:
         op = re.sub(r"(_mma|_vector|_tiled)?_kernel$", "", name)
         first = arguments.rstrip(">").split(",")[0].strip()
         found[op, _CUDA_TYPES.get(first, "fp32")].add(row["architecture"])
-    for op in ("linear_4bit", "linear_4bit_dx"):
+    for dtype in DTYPES:
         # One tiled kernel serves both.
-        for dtype in DTYPES:
-            found[op, dtype] |= found["linear_4bit", dtype]
+        for forward in ("linear_4bit", "grouped_linear_4bit"):
+            found[f"{forward}_dx", dtype] |= found[forward, dtype]
+        # One kernel takes all of them.
+        found["grouped_matmul_into", dtype] |= found["grouped_matmul_into", "fp32"]
     return found
 
 

@@ -18,7 +18,7 @@ from qkern.triton_kernels.codec import load_offset
 from qkern.triton_kernels.linear_4bit import start_tiles, sum_terms
 from qkern.weight import Weight
 
-_CHUNK = tl.constexpr(128)
+CHUNK = tl.constexpr(128)
 """Experts that a program looks at together: one a thread of the four warps that most tiles have."""
 
 
@@ -40,8 +40,8 @@ def find_rows(offsets_ptr, experts, M, tile, BLOCK_M: tl.constexpr):
     zero = (tile * 0).to(M.dtype)
     found, first, end = zero, zero, zero
     rows, tiles = zero, zero  # of the experts before the chunk
-    for chunk in range(0, experts, _CHUNK):
-        expert = chunk + tl.arange(0, _CHUNK)
+    for chunk in range(0, experts, CHUNK):
+        expert = chunk + tl.arange(0, CHUNK)
         known = expert < experts
         begins_ptr = offsets_ptr + expert.to(tl.int64)
         begins = tl.load(begins_ptr - 1, mask=known & (expert > 0), other=0)

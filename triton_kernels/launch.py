@@ -199,12 +199,35 @@ def grouped(
     """
     if batch_invariant:
         config = matmul(target, dtype, rows, out, depth, batch_invariant)
-        if config.parts > 1 and target.kind == "cuda" and target.multiplies(dtype):
-            # Left alone, the compiler stops at 96 and spills, for a fifth program on a processor.
-            config = dataclasses.replace(config, most_registers=128)
+        if config.parts > 1 and target.multiplies(dtype):
+            config = _with_registers(target, config)
         return config
     config = matmul(target, dtype, -(-rows // experts), out, depth)
     return dataclasses.replace(config, parts=1, depth_per_part=depth)
+
+
+_FEW_COLUMNS = 64
+_FEW_ROWS = 32
+
+
+def into(target: Target, own_results: bool, rows: int, columns: int) -> Matmul:
+    """For dense products by experts, which are float32, into ``[rows, columns]``.
+
+    Small tiles for results with few columns, or with few rows where each expert has a result of its
+    own. Else how many rows there are must not matter: the rest would be added in another order.
+    """
+    if own_results:
+        tile = (16, 64, 32, 4) if rows <= _FEW_ROWS else (64, 64, 32, 8)
+    else:
+        tile = (16, 16, 64, 4) if columns <= _FEW_COLUMNS else (64, 64, 32, 8)
+    return _with_registers(target, matmul_of(target, torch.float32, tile, rows, columns, 1))
+
+
+def _with_registers(target: Target, config: Matmul) -> Matmul:
+    """The same where NVIDIA's compiler, left alone, spills for one more program on a processor."""
+    if target.kind != "cuda":
+        return config
+    return dataclasses.replace(config, most_registers=128)
 
 
 def most_tiles(rows: int, experts: int, block_m: int) -> int:

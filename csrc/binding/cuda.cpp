@@ -69,6 +69,8 @@ constexpr Op kCudaOps[] = {
      run_on_stream<read_grouped_on_path<read_grouped_matmul<true>>, cuda::grouped_linear_4bit>},
     {"grouped_linear_4bit_dx",
      run_on_stream<read_grouped_on_path<read_grouped_matmul<false>>, cuda::grouped_linear_4bit_dx>},
+    {"grouped_matmul_into",
+     run_on_stream<read_args<GroupedMatmulIntoArgs>, cuda::grouped_matmul_into>},
     {"adamw_step", run_on_stream<read_adamw_step, cuda::adamw_step>},
 };
 

@@ -107,6 +107,25 @@ QKERN_DEVICE GroupTile find_tile(const Groups& groups, int m, unsigned index) {
   return {expert, at, end - at, left * kTileRows};
 }
 
+// All rows of an expert, as tiles have them; row0 is 0. All lanes of a warp call it, likewise.
+QKERN_DEVICE GroupTile find_group(const Groups& groups, int m, int expert) {
+#ifdef QKERN_EVEN_GROUPS
+  const int even = m / (groups.experts + 1);
+  return {expert, expert * even, even, 0};
+#endif
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int begin = 0;
+#pragma unroll 4
+  for (int before = lane; before < expert; before += kWarp) {
+    begin = larger(begin, end_of(groups, before, m));
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    begin = larger(begin, __shfl_xor_sync(kAllLanes, begin, step));
+  }
+  return {expert, begin, larger(begin, end_of(groups, expert, m)) - begin, 0};
+}
+
 // Zeros in a tile of rows; the blocks side by side share them.
 template <typename T>
 QKERN_DEVICE void clear_rows(T* y, std::int64_t columns, const GroupTile& found, int tile_rows) {
@@ -175,10 +194,13 @@ inline std::int64_t mean_rows(const GroupedLinear4bitArgs& args) {
 
 // The most tiles of rows that there can be: n rows take (n + tile_rows - 1) / tile_rows of them,
 // and it is worst where all that can be are rounded up, those of no expert among them.
-inline std::int64_t grouped_tiles(const GroupedLinear4bitArgs& args, std::int64_t tile_rows) {
-  const std::int64_t m = args.all.m;
-  const std::int64_t groups = args.groups.experts + 1 < m ? args.groups.experts + 1 : m;
+inline std::int64_t most_tiles(std::int64_t m, std::int64_t experts, std::int64_t tile_rows) {
+  const std::int64_t groups = experts + 1 < m ? experts + 1 : m;
   return (m + groups * (tile_rows - 1)) / tile_rows;
+}
+
+inline std::int64_t grouped_tiles(const GroupedLinear4bitArgs& args, std::int64_t tile_rows) {
+  return most_tiles(args.all.m, args.groups.experts, tile_rows);
 }
 
 }  // namespace

@@ -72,10 +72,9 @@ def _composed_of_groups(
         x, _, features, offsets, *_ = first
         _args.check_grouped_added(x, features, offsets, left, right, x.device)
         y: Tensor = product(*first, batch_invariant)
-        total = y.float()
         if y.numel() and left.shape[1]:
-            add(total, left, right, offsets, alpha, True)
-        return total.to(y.dtype)
+            add(y, left, right, offsets, alpha, True)
+        return y
 
     return run
 
@@ -190,9 +189,21 @@ class KernelBackend(Backend):
         """Start a matmul."""
         raise NotImplementedError
 
+    def _multiply_into(
+        self, out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, alpha: float, accumulate: bool
+    ) -> None:
+        """Start dense products by experts, which have rows and terms."""
+        raise NotImplementedError
+
     def _device_of(self, tensor: Tensor) -> torch.device:
         """Where the other tensors must be and the results will be."""
         return tensor.device
+
+    def _check_offsets(self, offsets: Tensor, x: Tensor) -> None:
+        """Raise for numbers that the kernels must not be given, if there are any; ``x`` has rows.
+
+        To read them a GPU would wait, so its kernels take any.
+        """
 
     def quantize_4bit(
         self, x: Tensor, format: str, block_size: int, codebook: Tensor | None
@@ -350,6 +361,23 @@ class KernelBackend(Backend):
             return reference.grouped_linear_4bit_dx(dy, weight, in_features, *others)
         self._multiply(product)
         return product.out
+
+    def grouped_matmul_into(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        offsets: Tensor,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """See ``qkern.reference.grouped_matmul_into``; nothing else shares memory with ``out``."""
+        _args.check_grouped_matmul_into(out, a, b, offsets, self._device_of(out))
+        self._check_offsets(offsets, a)
+        if a.numel() and out.numel() and len(offsets):
+            self._multiply_into(out, a, b, offsets, alpha, accumulate)
+        elif not accumulate:
+            out.zero_()
 
     def _product(
         self,

@@ -63,6 +63,16 @@ class CompiledBackend(KernelBackend):
     def _launch(self, op: str, device: torch.device, *arguments: Any) -> None:
         self._start(op, device, numbers(arguments))
 
+    def _multiply_into(
+        self, out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, alpha: float, accumulate: bool
+    ) -> None:
+        arguments: list[Any] = [out, _args.DTYPE_IDS[out.dtype], len(a), out.shape[-1], a.shape[1]]
+        for matrix in (a, b):
+            arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride()[-2:])
+        arguments += (float_bits(alpha), accumulate, len(offsets), offsets)
+        arguments += (offsets.dtype is torch.int64, b.dim() == 3, b.stride(0))
+        self._launch("grouped_matmul_into", out.device, *arguments)
+
 
 def _storage_functions() -> tuple[int, ...]:
     """The addresses of torch's C functions for a storage's size and a tensor's place in it.
@@ -132,3 +142,8 @@ def numbers(arguments: Iterable[Any]) -> list[Any]:
         else:
             found.append(argument)
     return found
+
+
+def float_bits(value: float) -> int:
+    """The bits of a number as float32; the library takes integers."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,12 @@ from torch import Tensor
 from qkern import reference
 from qkern.backends import _args
 from qkern.backends._backend import Product
-from qkern.backends._compiled import CompiledBackend, product_numbers, reads_tensors
+from qkern.backends._compiled import (
+    CompiledBackend,
+    float_bits,
+    product_numbers,
+    reads_tensors,
+)
 from qkern.weight import Weight
 
 
@@ -197,30 +201,7 @@ class CpuBackend(CompiledBackend):
         arguments: list[Any] = [out, _args.DTYPE_IDS[out.dtype], m, n, k, out.stride(0)]
         for matrix in (a, b):
             arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride())
-        self._launch("matmul_into", device, *arguments, _float_bits(alpha), accumulate)
-
-    def grouped_matmul_into(
-        self,
-        out: Tensor,
-        a: Tensor,
-        b: Tensor,
-        offsets: Tensor,
-        alpha: float = 1.0,
-        accumulate: bool = False,
-    ) -> None:
-        """See ``qkern.reference.grouped_matmul_into``; nothing else shares memory with ``out``."""
-        device = self._device_of(out)
-        _args.check_grouped_matmul_into(out, a, b, offsets, device)
-        self._check_offsets(offsets, a)
-        if a.numel() == 0 or out.numel() == 0 or len(offsets) == 0:
-            reference.grouped_matmul_into(out, a, b, offsets, alpha, accumulate)
-            return
-        arguments: list[Any] = [out, _args.DTYPE_IDS[out.dtype], len(a), out.shape[-1], a.shape[1]]
-        for matrix in (a, b):
-            arguments += (matrix, _args.DTYPE_IDS[matrix.dtype], *matrix.stride()[-2:])
-        arguments += (_float_bits(alpha), accumulate, len(offsets), offsets)
-        arguments += (offsets.dtype is torch.int64, b.dim() == 3, b.stride(0))
-        self._launch("grouped_matmul_into", device, *arguments)
+        self._launch("matmul_into", device, *arguments, float_bits(alpha), accumulate)
 
     def _device_of(self, tensor: Tensor) -> torch.device:
         # Also where a caller has set another default device, such as meta.
@@ -238,17 +219,12 @@ class CpuBackend(CompiledBackend):
             op += "_add"
             left, right, alpha = product.added
             arguments += (left.shape[1], left.data_ptr(), left.stride(0))
-            arguments += (right.data_ptr(), *right.stride()[-2:], _float_bits(alpha))
+            arguments += (right.data_ptr(), *right.stride()[-2:], float_bits(alpha))
             if product.offsets is not None:
                 arguments.append(right.stride(0))
         if product.offsets is not None:
             op = f"grouped_{op}"
         self._start(op, product.x.device, arguments)
-
-
-def _float_bits(value: float) -> int:
-    """The bits of a number as float32; the library takes integers."""
-    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 def _on_tensors(library: Any) -> dict[str, Callable[..., Any]]:

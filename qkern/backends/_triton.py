@@ -88,6 +88,9 @@ class TritonBackend(KernelBackend):
             in_codes, seed = len(args[3]) > 0, args[6]
             self._launch("adamw_step", device, pieces, in_codes, seed, device)
 
+    def _multiply_into(self, out: Tensor, *others: Any) -> None:
+        self._launch("grouped_matmul_into", out.device, out, *others)
+
     def _multiply(self, product: Product) -> None:
         out = product.out.view(product.rows, -1)
         device = product.x.device

@@ -212,6 +212,7 @@ Status linear_4bit_dx(const Linear4bitArgs& args, void* stream);
 // from the end before to the rows of x.
 Status grouped_linear_4bit(const GroupedLinear4bitArgs& args, void* stream);
 Status grouped_linear_4bit_dx(const GroupedLinear4bitArgs& args, void* stream);
+Status grouped_matmul_into(const GroupedMatmulIntoArgs& args, void* stream);
 
 // What paths are chosen by, of the current device.
 struct DeviceLimits {

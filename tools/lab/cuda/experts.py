@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from qkern import testing
 from qkern.testing import OPS, Case, Inputs, OpSpec, Target
 
 FORWARD, GRADIENT = (OPS[name] for name in ("grouped_linear_4bit", "grouped_linear_4bit_dx"))
+INTO = OPS["grouped_matmul_into"]
 
 WRONG_OFFSETS = (
     # Some after all rows, in turns descending and negative; numbers that 32 bits do not hold.
@@ -36,8 +38,8 @@ def inputs_of(spec: OpSpec, case: Case, groups: Sequence[int], none: int = 0) ->
 
 
 def main_of(spec: OpSpec) -> str:
-    """The name of the activations."""
-    return "dy" if spec.input_gradient else "x"
+    """The name of the activations, or of the matrix whose rows are shared out."""
+    return spec.main
 
 
 def clamped(offsets: Tensor, rows: int) -> Tensor:
@@ -78,3 +80,24 @@ def check_wrong_offsets(
         with target.activate(), testing.poisoned_outputs():
             (found,), (expected,) = spec.run(inputs), spec.run(right)
         testing.assert_bitwise(found, expected, f"offsets {numbers}")
+
+
+def check_wrong_offsets_into(
+    target: Target, place: Callable[[Tensor], Tensor] = torch.clone
+) -> None:
+    """The same of dense products, on every tile."""
+    for shape, own in itertools.product(((0, 9, 20), (0, 70, 40)), (False, True)):
+        case = Case(shape, torch.bfloat16, mixed=True, own_results=own)
+        check_wrong_offsets(INTO, case, target, place)
+
+
+def in_two_steps(spec: OpSpec, inputs: Inputs, target: Target) -> Tensor:
+    """A product by experts with a term: the product, and then the term added to it."""
+    term = ("left", "right", "alpha")
+    product = {name: value for name, value in inputs.items() if name not in term}
+    with target.activate(), testing.poisoned_outputs():
+        (y,) = OPS[spec.name.removesuffix("_add")].run(product)
+        left, right, alpha = (inputs[name] for name in term)
+        dense = {"out": y, "a": left, "b": right, "offsets": inputs["offsets"]}
+        (y,) = INTO.run(dense | {"alpha": alpha, "accumulate": True})
+    return y

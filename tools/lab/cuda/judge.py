@@ -161,11 +161,24 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
             _grouped((0, 1, 65), (66, 131), BFLOAT, 3, double_quant=True, bias=True),
         ),
     ),
+    # All tiles; terms that need several of them, and more than a chain; experts of several lanes.
+    "grouped_matmul_into": (
+        "grouped_matmul_into",
+        (
+            _grouped((3, 0, 18), (20, 300), BFLOAT, 2, mixed=True),
+            _grouped((3, 0, 18), (20, 300), HALF, 2, layout="transposed", accumulate=True),
+            _grouped((66, 0, 3), (70, 40), HALF, 1, mixed=True, accumulate=True),
+            _grouped(tuple(i % 3 for i in range(70)), (70, 20), FLOAT, 3, own_results=True),
+            _grouped((0, 5, 40), (9, 33), HALF, 3, own_results=True, layout="transposed"),
+            _grouped((300, 0, 7), (66, 40), BFLOAT, 2, own_results=True, accumulate=True),
+        ),
+    ),
     "grouped_offsets": ("grouped_linear_4bit", ()),
+    "grouped_into_offsets": ("grouped_matmul_into", ()),
     "huge_stride": ("linear_4bit", ()),
 }
-"""Cases by what they are to reach; those for ``wgmma``, or by experts, are on the path that the
-name ends with."""
+"""Cases by what they are to reach; those for ``wgmma``, or of a 4-bit product by experts, are on
+the path that the name ends with."""
 
 
 def huge_stride(target: testing.Target) -> None:
@@ -202,7 +215,7 @@ def judge(folder: str, op: str, schedules: list[int]) -> str | None:
         on_path: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if "wgmma" in op:
             order = replace(order, capability=90)
-        if "wgmma" in op or (op.startswith("grouped") and cases):
+        if "wgmma" in op or (op.startswith("grouped_linear") and cases):
             on_path = partial(ways.forced, op.rpartition("_")[2])
         target = backend.EmulatedTarget(library, order)
         at = f"{op} under {target.isa}"
@@ -211,6 +224,8 @@ def judge(folder: str, op: str, schedules: list[int]) -> str | None:
                 huge_stride(target)
             if op == "grouped_offsets":
                 wrong_offsets(target)
+            if op == "grouped_into_offsets":
+                experts.check_wrong_offsets_into(target)
             if op in adamw.STEPS:
                 adamw.STEPS[op](target)
             for case in cases:

@@ -80,6 +80,15 @@ CASES: dict[str, tuple[str, tuple[Case, ...]]] = {
         "grouped_linear_4bit",
         (Case((20, 20, 512), FLOAT, batch_invariant=True, groups=(17, 0, 3)),),
     ),
+    "grouped_matmul_into": (
+        "grouped_matmul_into",
+        (
+            Case((23, 20, 70), BFLOAT, mixed=True, groups=(3, 0, 18)),
+            Case((70, 70, 40), HALF, mixed=True, accumulate=True, groups=(66, 0, 3)),
+            Case((23, 70, 20), FLOAT, own_results=True, groups=(3, 0, 18)),
+            Case((9, 5, 32), own_results=True, groups=tuple(int(e % 37 == 1) for e in range(300))),
+        ),
+    ),
     "batch_invariant": ("linear_4bit", (Case((70, 300, 512), FLOAT, batch_invariant=True),)),
 }
 
@@ -151,7 +160,11 @@ def judge_code(scope: str, architecture: str) -> str | None:
         for compiled in launched:
             if faults := rules.offset_faults(compiled):
                 return f"offsets: {compiled.name}: {faults}"
-            if "linear" not in scope and (faults := rules.rounding_faults(compiled)):
+            if (
+                "linear" not in scope
+                and "matmul" not in scope
+                and (faults := rules.rounding_faults(compiled))
+            ):
                 return f"rounding: {compiled.name}: {faults}"
             found = figures.of(scope, compiled, arch)
             row = committed[budget.key_of(found)]

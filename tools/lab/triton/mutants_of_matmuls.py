@@ -154,4 +154,51 @@ MUTANTS = (
         "grouped_batch_invariant",
         "numbers",
     ),
+    *(
+        Mutant(name, "grouped_matmul_into.py", old, new, "grouped_matmul_into", caught_by)
+        for name, old, new, caught_by in (
+            ("own_results_in_one_place", "expert.to(tl.int64) * K * N", "K * N * 0", "race"),
+            (
+                "results_beyond_the_experts_rows",
+                "inside = rows[:, None] < count",
+                "inside = rows[:, None] < M - row if not OWN_RESULTS else rows[:, None] < count",
+                "race",
+            ),
+            (
+                "b_of_the_next_expert",
+                "tl.maximum(expert, 0)",
+                "(tl.maximum(expert, 0) + 1)",
+                "bounds",
+            ),
+            ("dense_rows_of_no_expert_have_terms", "tl.where(expert < 0, 0, K)", "K", "numbers"),
+            ("terms_of_the_next_expert", "(term[:, None] < terms) &", "", "bounds"),
+            (
+                "columns_beyond_the_last",
+                "mask = inside & (columns[None, :] < N)",
+                "mask = inside & (columns[None, :] < N + 1)",
+                "bounds",
+            ),
+            ("alpha_is_left_out", "0.0, alpha)", "0.0, 1.0)", "numbers"),
+            (
+                "what_was_there_is_replaced",
+                "sum += tl.load(out",
+                "sum -= 0 * tl.load(out",
+                "numbers",
+            ),
+            (
+                "rows_of_the_first_chunk_only",
+                "for chunk in range(0, expert, CHUNK):",
+                "for chunk in range(0, CHUNK, CHUNK):",
+                "numbers",
+            ),
+        )
+    ),
+    Mutant(
+        "dense_products_in_19_bits",
+        "grouped_matmul_into.py",
+        'input_precision="ieee"',
+        'input_precision="tf32"',
+        "grouped_matmul_into-fp32-16 80",
+        "figures",
+    ),
 )

@@ -18,7 +18,8 @@ from .adamw import ADAMW
 from .codes import CODES
 from .experts import EXPERTS
 from .hopper import HOPPER
+from .into import INTO
 from .matmuls import MATMULS
 
-MUTANTS = (*CODES, *MATMULS, *EXPERTS, *HOPPER, *ADAMW)
+MUTANTS = (*CODES, *MATMULS, *EXPERTS, *INTO, *HOPPER, *ADAMW)
 """Those that `lab.cuda.verdicts` judges; what proofs of race-freedom notice is in `races`."""

@@ -59,8 +59,8 @@ EXPERTS = (
     ),
     _planted(
         "grid_without_rows_of_no_expert",
-        "args.groups.experts + 1 < m ? args.groups.experts + 1 : m;",
-        "args.groups.experts < m ? args.groups.experts : m;",
+        "experts + 1 < m ? experts + 1 : m;",
+        "experts < m ? experts : m;",
         *("linear_4bit_vector", _VECTOR, "poison"),
     ),
     _planted(

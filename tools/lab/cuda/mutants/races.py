@@ -13,6 +13,8 @@ _VECTOR = "linear_4bit_vector_kernel<BFloat16, 1, 4, true>"
 _TILED = "linear_4bit_tiled_kernel<float, false>"
 _HOPPER = "linear_4bit_wgmma_kernel<BFloat16, 128, false>"
 _HOPPER_DX = "linear_4bit_dx_wgmma_kernel<BFloat16>"
+_INTO = "grouped_matmul_into_kernel<16, 16, 128, false>"
+_INTO_OWN = "grouped_matmul_into_kernel<16, 64, 32, true>"
 _FEW = "cp_async_wait<kStages - 2>();"
 _ONE_FEWER = "cp_async_wait<kStages - 1>();"
 
@@ -316,5 +318,47 @@ RACES = (
         "T* const out = y + (found.first / 2 + row0) * columns;",
         f"grouped_{_TILED}",
         "race",
+    ),
+    # Of dense matrices.
+    *(
+        Mutant(name, "grouped_matmul_into.cu", old, new, kernel, "race")
+        for name, old, new, kernel in (
+            (
+                "terms_replaced_while_they_are_multiplied",
+                f"    {_BARRIER}    of_a.place(",
+                "    of_a.place(",
+                _INTO,
+            ),
+            (
+                "terms_multiplied_before_they_are_there",
+                f"shared.terms.b);\n    {_BARRIER}",
+                "shared.terms.b);\n",
+                _INTO_OWN,
+            ),
+            (
+                "sums_over_terms_that_are_read",
+                f"  {_BARRIER}#pragma unroll\n  for (int i = 0; i < kThreadRows; ++i) {{",
+                "#pragma unroll\n  for (int i = 0; i < kThreadRows; ++i) {",
+                _INTO,
+            ),
+            (
+                "sums_of_others_read_early",
+                f"  {_BARRIER}  in_dtype(args.out_dtype",
+                "  in_dtype(args.out_dtype",
+                _INTO_OWN,
+            ),
+            (
+                "rows_of_no_expert_where_others_are",
+                "row0 * args.columns + column0};",
+                "found.row0 * args.columns + column0};",
+                _INTO,
+            ),
+            (
+                "dense_results_of_the_first_expert",
+                "(expert * args.rows + row0) * args.columns",
+                "row0 * args.columns",
+                _INTO_OWN,
+            ),
+        )
     ),
 )

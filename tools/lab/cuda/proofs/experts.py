@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .structures import (
     GroupedMmaArgs,
     GroupedTiledArgs,
     GroupedVectorArgs,
+    IntoArgs,
     MmaArgs,
     TiledArgs,
     VectorArgs,
@@ -62,3 +63,46 @@ def by_experts(proofs: Iterable[Proof]) -> Iterator[Proof]:
             },
             grid=(experts + 1, 1, 1),
         )
+
+
+_FLOAT, _BFLOAT, _HALF = range(3)
+"""Numbers of dtypes."""
+
+
+def into() -> Iterator[dict[str, Any]]:
+    """What is proved of the dense products by experts: for each kernel, fields of two proofs.
+
+    In one matrices are row-major, in the other column-major: each factor is brought both ways, and
+    in three dtypes. The tiles are not whole, and there are more terms than a tile has.
+    """
+    for rows, columns, depth, own in (
+        *((16, 16, 128, False), (64, 64, 32, False)),
+        *((16, 64, 32, True), (64, 64, 32, True)),
+    ):
+        m, n, terms = rows - 3, columns - 3, 2 * depth + 5
+        # Rows of an expert and of none, or the terms of two experts; those of none are not read.
+        all_rows, experts = (3 * terms, 2) if own else (2 * m, 1)
+        for crossed in (False, True):
+            of_a = (all_rows, 1) if own else (1, all_rows)  # across rows of the result, and terms
+            of_b = (all_rows if own else terms, 1)
+            if not crossed:
+                of_a, of_b = (1, m) if own else (terms, 1), (1, n)
+            dtypes = (_HALF, _FLOAT, _BFLOAT) if crossed else (_FLOAT, _BFLOAT, _FLOAT)
+            arguments: dict[str, str | int | None] = {"0.a.data": "a", "0.b.data": "b"}
+            for name, strides, dtype in zip("ab", (of_a, of_b), dtypes[:2], strict=True):
+                arguments[f"0.{name}.dtype"] = dtype
+                arguments[f"0.{name}.stride"], arguments[f"0.{name}.term_stride"] = strides
+            arguments |= {"0.out": "out", "0.out_dtype": dtypes[2], "0.rows": m, "0.columns": n}
+            arguments |= {"0.terms": terms, "0.b_stride": terms * n, "0.m": all_rows}
+            arguments["0.accumulate"] = int(crossed)
+            arguments |= {"0.groups.offsets": "offsets", "0.groups.experts": experts}
+            yield {
+                "kernel": f"grouped_matmul_into_kernel<{rows}, {columns}, {depth}, "
+                + f"{str(own).lower()}>",
+                "source": "grouped_matmul_into.cu",
+                "parameters": (IntoArgs,),
+                "arguments": arguments,
+                "grid": (2, 1, 1),
+                "select": True,
+                "case": "crossed" if crossed else "",
+            }

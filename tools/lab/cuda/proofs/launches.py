@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .experts import by_experts
+from .experts import by_experts, into
 from .structures import (
     INT,
     LONG,
@@ -382,5 +382,6 @@ PROOFS = (
     *_tensor_cores(),
     *_hopper(),
     *by_experts((*_vector(), *_tiled(), *_tensor_cores())),
+    *(Proof(**fields) for fields in into()),
 )
 """Every kernel that is compiled for sm_80 and later, or for sm_90a."""

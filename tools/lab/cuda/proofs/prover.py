@@ -23,7 +23,7 @@ from lab.ptx_prover import verify
 from . import analysis, skeleton
 from .launches import PROOFS, Proof
 from .ptx import SkeletonError
-from .structures import INT, LONG, POINTER
+from .structures import FLAG, INT, LONG, POINTER
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _offset(type_: type, path: list[str]) -> tuple[int, type]:
     return offset, type_
 
 
-_SCALARS = {LONG: "u64", INT: "u32", POINTER: "u64"}
+_SCALARS = {LONG: "u64", INT: "u32", FLAG: "u8", POINTER: "u64"}
 
 
 def _input(proof: Proof, entry: str, shared_bytes: int) -> dict[str, object]:

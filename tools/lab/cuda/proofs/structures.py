@@ -10,6 +10,8 @@ INT = ctypes.c_int32
 
 LONG = ctypes.c_int64
 
+FLAG = ctypes.c_bool
+
 
 class Scales(ctypes.Structure):
     _fields_ = (
@@ -80,7 +82,7 @@ class ExpertStride(ctypes.Structure):
 
 class Groups(ctypes.Structure):
     _fields_ = (
-        *(("offsets", POINTER), ("wide", ctypes.c_bool), ("experts", INT)),
+        *(("offsets", POINTER), ("wide", FLAG), ("experts", INT)),
         ("stride", ExpertStride),
     )
 
@@ -95,6 +97,21 @@ class GroupedVectorArgs(ctypes.Structure):
 
 class GroupedTiledArgs(ctypes.Structure):
     _fields_ = (("all", TiledArgs), ("groups", Groups))
+
+
+class Factor(ctypes.Structure):
+    _fields_ = (("data", POINTER), ("dtype", INT), ("stride", LONG), ("term_stride", LONG))
+
+
+class IntoArgs(ctypes.Structure):
+    """Of grouped_matmul_into_kernel."""
+
+    _fields_ = (
+        *(("a", Factor), ("b", Factor), ("out", POINTER), ("out_dtype", INT)),
+        *(("rows", LONG), ("columns", LONG), ("terms", LONG), ("b_stride", LONG)),
+        *(("m", INT), ("alpha", ctypes.c_float), ("accumulate", FLAG)),
+        ("groups", Groups),
+    )
 
 
 class Piece(ctypes.Structure):

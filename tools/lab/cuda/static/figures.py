@@ -53,6 +53,7 @@ LAUNCHES = {
     "adamw_step_kernel": Launch(128, hot=("STG", 128), rich_in="LDS"),
     "dequantize_4bit_kernel": Launch(256, hot=("STG", 128)),
     "dequantize_8bit_kernel": Launch(256),
+    "grouped_matmul_into_kernel": Launch(256),
     "linear_4bit_dx_wgmma_kernel": Launch(256, "DxWgmmaShared", ("HGMMA", None)),
     "linear_4bit_wgmma_kernel": Launch(256, "WgmmaShared<{1}>", ("HGMMA", None)),
     "quantize_4bit_kernel": Launch(256),

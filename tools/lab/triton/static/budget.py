@@ -63,11 +63,13 @@ def faults(f: Figures) -> list[str]:
         found.append(f"{f.spills} accesses to local memory, {f.stack_bytes} bytes of stack")
     if f.load_bits < 128 and f.kernel != "mean_kernel":
         found.append(f"loads of {f.load_bits} bits")
-    name = f.kernel.removesuffix("_kernel")
-    if name.removeprefix("grouped_") in ("linear_4bit", "linear_4bit_dx"):
+    name = f.kernel.removesuffix("_kernel").removeprefix("grouped_")
+    if name in ("linear_4bit", "linear_4bit_dx", "matmul_into"):
         arch = int(f.architecture) if f.architecture.isdigit() else f.architecture
         target = launch.Target("cuda" if isinstance(arch, int) else "hip", arch, 1)
-        dtype = compiler.DTYPES[f.call.split("-")[1]]
+        # Dense products are float32, whatever is multiplied.
+        operands = "fp32" if name == "matmul_into" else f.call.split("-")[1]
+        dtype = compiler.DTYPES[operands]
         if target.multiplies(dtype) != (f.matrix_instructions > 0):
             found.append(f"{f.matrix_instructions} matrix instructions")
     return found

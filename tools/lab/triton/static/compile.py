@@ -143,6 +143,10 @@ ROWS = (1, 32, 64, 512)
 """Rows of x, or of each expert: one for each tile that ``launch`` has."""
 
 
+RANKS = (16, 128)
+"""Of adapters: one for each tile that products with them have."""
+
+
 def calls(only: str = "") -> dict[str, Callable[[], object]]:
     """The calls whose launches are examined, by ``op-dtype-variant`` with ``only`` in it."""
     ops = torch.ops.qkern
@@ -186,6 +190,12 @@ def calls(only: str = "") -> dict[str, Callable[[], object]]:
             if rows == 1:
                 # Sums in parts.
                 found[f"grouped_{op}-{name}-invariant"] = functools.partial(grouped, True)
+        for rank, own in itertools.product(RANKS, (False, True)):
+            for into_rank in (False,) if own else (False, True):
+                variant = f"{rank}" + ("_own" if own else "_into" if into_rank else "")
+                found[f"grouped_matmul_into-{name}-{variant}"] = functools.partial(
+                    _grouped_matmul_into, dtype, rank, own, into_rank
+                )
     found["quantize_absmax-fp32"] = lambda: ops.quantize_absmax(torch.empty(SIZE))
     return {key: call for key, call in found.items() if only in key}
 
@@ -226,3 +236,18 @@ def _grouped_matmul(
     stacked = weight(experts=EXPERTS)
     arguments = (matrix, *stacked, SIZE, offsets, *bias, batch_invariant)
     return getattr(torch.ops.qkern, op)(*arguments)
+
+
+def _grouped_matmul_into(dtype: torch.dtype, rank: int, own: bool, into_rank: bool) -> None:
+    """As an adapter's: activations by its factor ``A``, ``B`` added to a result, or a gradient."""
+    rows = EXPERTS * 64
+    offsets = torch.empty(EXPERTS, dtype=torch.int32)
+    matrix, narrow = torch.empty((rows, SIZE), dtype=dtype), torch.empty((rows, rank))
+    factor = torch.empty((EXPERTS, rank, SIZE))
+    if own:
+        arguments = (torch.empty_like(factor), narrow, matrix, offsets)
+    elif into_rank:
+        arguments = (narrow, matrix, factor.mT, offsets)
+    else:
+        arguments = (matrix, narrow, factor, offsets)
+    torch.ops.qkern.grouped_matmul_into(*arguments, 0.5, not own and not into_rank)
