@@ -22,7 +22,7 @@ if build.compiler() is None:
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 PLAIN = backend.SCHEDULES[0]
 # One for each kernel: few columns or rows, and many.
-shapes = pytest.mark.parametrize("shape", [(0, 9, 20), (0, 70, 40)], ids=["narrow", "wide"])
+shapes = pytest.mark.parametrize("shape", [experts.NARROW, experts.WIDE], ids=["narrow", "wide"])
 own_results = pytest.mark.parametrize("own", [False, True], ids=["rows", "results"])
 
 

@@ -28,7 +28,7 @@ INTO = OPS["grouped_matmul_into"]
 TARGETS = [semantics.SemanticsTarget(device) for device in semantics.DEVICES]
 one_target = pytest.mark.parametrize("on", TARGETS[:1], ids=["sm_90"])
 # A tile with few columns, or few rows, and a whole one.
-shapes = pytest.mark.parametrize("shape", [(0, 9, 20), (0, 70, 40)], ids=["narrow", "wide"])
+shapes = pytest.mark.parametrize("shape", [experts.NARROW, experts.WIDE], ids=["narrow", "wide"])
 own_results = pytest.mark.parametrize("own", [False, True], ids=["rows", "results"])
 
 

@@ -82,11 +82,17 @@ def check_wrong_offsets(
         testing.assert_bitwise(found, expected, f"offsets {numbers}")
 
 
+NARROW, WIDE = (0, 9, 20), (0, 70, 40)
+"""Columns and terms, or rows, of dense products: one for each kind of tile."""
+
+
 def check_wrong_offsets_into(
-    target: Target, place: Callable[[Tensor], Tensor] = torch.clone
+    target: Target,
+    place: Callable[[Tensor], Tensor] = torch.clone,
+    shapes: Sequence[tuple[int, ...]] = (NARROW, WIDE),
 ) -> None:
-    """The same of dense products, on every tile."""
-    for shape, own in itertools.product(((0, 9, 20), (0, 70, 40)), (False, True)):
+    """The same of dense products."""
+    for shape, own in itertools.product(shapes, (False, True)):
         case = Case(shape, torch.bfloat16, mixed=True, own_results=own)
         check_wrong_offsets(INTO, case, target, place)
 
