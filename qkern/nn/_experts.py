@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qkern.nn._sources import class_name
+from qkern.nn._sources import class_name, is_linear
 from qkern.nn.experts import Experts4bit
 
 IMPLEMENTATION = "qkern"
@@ -56,6 +56,24 @@ def stacks(model: nn.Module) -> Iterator[Stack]:
         for name, parameter in list(module._parameters.items()):
             if name in _NAMES and parameter is not None and parameter.dim() == 3:
                 yield Stack(module, path, name, transposed)
+
+
+def routers(model: nn.Module) -> Iterator[str]:
+    """The paths of linear layers that choose among experts, in a tensor or a list, beside them."""
+    for path, experts in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if _transposed(experts) is not None:
+            count = experts.num_experts
+        elif isinstance(experts, nn.ModuleList | nn.ModuleDict) and name == "experts":
+            count = len(experts)
+        else:
+            continue
+        for child in ("gate", "router"):
+            inside = getattr(model.get_submodule(parent), child, None)
+            for below, layer in inside.named_modules() if isinstance(inside, nn.Module) else ():
+                # As wide as there are experts: a gate of another kind has one column, or many.
+                if is_linear(layer) and layer.out_features == count:
+                    yield ".".join(part for part in (parent, child, below) if part)
 
 
 def check_stack(model: nn.Module, stack: Stack) -> None:

@@ -143,8 +143,11 @@ _DTYPE_ASKED = {
 
 
 def stays_dense(model: nn.Module) -> tuple[str, ...]:
-    """What is no use in 4 bits: names that models of transformers keep in float32, and paths."""
-    names: set[str] = set()
+    """What is no use in 4 bits: names that models of transformers keep in float32, and paths.
+
+    Among these are routers: a token's way hangs on a rounding there, for a few bytes.
+    """
+    names = set(_experts.routers(model))
     for path, module in model.named_modules():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
         if child := _DTYPE_ASKED.get(type(module).__name__):

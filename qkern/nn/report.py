@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qkern.nn._adapters import LoRALayer
+from qkern.nn._experts import routers
 from qkern.nn._heads import find_heads
 from qkern.nn._module import TENSORS, QuantizedModule, parameter
 from qkern.nn._names import is_inside, plain_paths
@@ -93,6 +94,7 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
     packed: dict[int, int] = {}
     adapters: set[int] = set()
     dense: dict[int, tuple[str, Tensor, bool]] = {}
+    choosing = set(routers(model))
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, QuantizedModule):
@@ -103,7 +105,7 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
         if isinstance(module, LoRALayer):
             adapters.update(map(id, own.values()))
         expected = isinstance(module, nn.Embedding | _ConvNd) or id(module) in heads
-        expected |= type(module).__name__.endswith("Router")
+        expected |= path in choosing or type(module).__name__.endswith("Router")
         for name, tensor in own.items():
             whole = f"{names[path]}.{name}" if names[path] else name
             first, _, before = dense.get(id(tensor), (whole, tensor, False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from qkern.backends import cpu
 from qkern.testing import OPS
 from qkern.weight import Weight
 from tests.observers import Ops
+from tests.references import assert_none_kept
 
 pytestmark = pytest.mark.skipif(
     not cpu.fast,
@@ -257,17 +257,9 @@ def test_no_reference_is_kept(name: str) -> None:
         right = arguments(name)
         strided = right[0].repeat(2, 2)[::2, ::2]
         others = [[x, *right[1:]] for x in (right[0].double(), strided)]
-    tensors = [value for value in (*right, *others[-1]) if isinstance(value, Tensor | tuple)]
-
-    def counts() -> list[int]:
-        return [sys.getrefcount(value) for value in tensors]
 
     def run() -> None:
         for given in (right, *others):
             kernel(*given)
 
-    run()
-    before = counts()
-    for _ in range(100):
-        run()
-    assert counts() == before
+    assert_none_kept(run, (*right, *others[-1]))

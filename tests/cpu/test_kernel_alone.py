@@ -25,6 +25,7 @@ from qkern.backends import _args, cpu
 from qkern.testing import OPS
 from qkern.weight import Weight
 from tests.observers import Functions, Ops
+from tests.references import assert_none_kept, assert_not_held
 
 pytestmark = pytest.mark.skipif(
     not cpu.fast,
@@ -694,21 +695,12 @@ def test_no_reference_is_kept(name: str) -> None:
     right = arguments(name)
     others = [[x, *right[1:]] for x in (right[0].double(), right[0].repeat(2, 2)[::2, ::2])]
 
-    def counts() -> list[int]:
-        values = (*right, *right[1], *(other[0] for other in others))
-        # Not of numbers: the counts themselves are such.
-        return [sys.getrefcount(value) for value in values if isinstance(value, Tensor | tuple)]
-
     def run() -> None:
         for given in (right, *others):
             kernel(*given)
 
-    run()
-    before = counts()
-    for _ in range(100):
-        run()
-    assert counts() == before
-    assert sys.getrefcount(kernel(*right)) == 1 + (sys.version_info < (3, 14))
+    assert_none_kept(run, (*right, *right[1], *(other[0] for other in others)))
+    assert_not_held(lambda: kernel(*right))
 
 
 # Versions of torch

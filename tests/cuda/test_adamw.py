@@ -14,11 +14,6 @@ if build.compiler() is None:
     pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
 
 
-@pytest.fixture(scope="session")
-def library() -> ModuleType:
-    return build.load(build.build("plain"))
-
-
 @pytest.mark.parametrize(
     ("step", "schedule"),
     [

@@ -17,12 +17,6 @@ if build.compiler() is None:
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 
 
-@pytest.fixture(scope="module")
-def library() -> ModuleType:
-    """The module of the plain build."""
-    return build.load(build.build("plain"))
-
-
 def both(
     library: ModuleType, packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

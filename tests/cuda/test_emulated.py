@@ -33,12 +33,6 @@ TABLE = [
 ]
 
 
-@pytest.fixture(scope="session")
-def library() -> ModuleType:
-    """The module of the plain build."""
-    return build.load(build.build("plain"))
-
-
 def params(stride: int) -> list[object]:
     found = []
     for i, (spec, case) in enumerate(TABLE[::stride]):

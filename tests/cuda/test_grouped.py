@@ -36,12 +36,6 @@ GROUPS = (
 )
 
 
-@pytest.fixture(scope="module")
-def library() -> ModuleType:
-    """The module of the plain build."""
-    return build.load(build.build("plain"))
-
-
 @pytest.fixture
 def emulated(library: ModuleType) -> Target:
     return backend.EmulatedTarget(library, PLAIN)

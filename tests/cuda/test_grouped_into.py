@@ -26,12 +26,6 @@ shapes = pytest.mark.parametrize("shape", [experts.NARROW, experts.WIDE], ids=["
 own_results = pytest.mark.parametrize("own", [False, True], ids=["rows", "results"])
 
 
-@pytest.fixture(scope="module")
-def library() -> ModuleType:
-    """The module of the plain build."""
-    return build.load(build.build("plain"))
-
-
 @pytest.fixture
 def emulated(library: ModuleType) -> Target:
     return backend.EmulatedTarget(library, PLAIN)

@@ -5,7 +5,6 @@ The kernels are the emulator's, on CPU tensors; in some tests DLPack says that t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -23,6 +22,7 @@ from qkern import QuantizedTensor, backends, formats, ops, testing
 from qkern.backends import CudaBackend, _compiled, _cuda_matmul
 from qkern.testing import OPS, Case
 from tests.observers import Ops
+from tests.references import assert_none_kept, assert_not_held
 
 if build.compiler() is None:
     pytest.skip("the emulator needs g++ or CXX", allow_module_level=True)
@@ -378,20 +378,12 @@ def test_no_reference_is_kept(library: ModuleType) -> None:
     library.set_computed(False)
     try:
 
-        def counts() -> list[int]:
-            found = [*given, *qw.weight.tensors, way, function.__self__]
-            return [sys.getrefcount(each) for each in found if isinstance(each, Tensor | tuple)]
-
         def run() -> None:
             assert function(*given) is not None
             assert function(x.t(), *given[1:]) is None
 
-        run()
-        before = counts()
-        for _ in range(100):
-            run()
-        assert counts() == before
-        assert sys.getrefcount(function(*given)) == 1 + (sys.version_info < (3, 14))
+        assert_none_kept(run, (*given, *qw.weight.tensors, way, function.__self__))
+        assert_not_held(lambda: function(*given))
     finally:
         library.set_computed(True)
 

@@ -33,12 +33,6 @@ SHAPES = ((1, 96, 256), (7, 300, 64), (21, 260, 416), (65, 136, 320), (9, 70, 13
 HOPPER_SHAPES = (*SHAPES, (130, 264, 160), (257, 136, 1056), (9, 2056, 96))
 
 
-@pytest.fixture(scope="module")
-def library() -> ModuleType:
-    """The module of the plain build."""
-    return build.load(build.build("plain"))
-
-
 def forced_cases() -> list[object]:
     formats = (("nf4", True), ("fp4", False))
     found = []

@@ -244,3 +244,53 @@ def test_modules_that_only_look_like_experts_stay_dense() -> None:
     qnn.quantize_model(model)
     assert not experts_of(model)
     assert type(model.proj) is qnn.Linear4bit
+
+
+def router_of_a_gate() -> tuple[nn.Module, str]:
+    """transformers', whose gate has its router in a linear layer."""
+    import transformers
+
+    config = transformers.HunYuanMoEV1Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_topk=2,
+        head_dim=16,
+        pad_token_id=0,
+    )
+    return transformers.HunYuanMoEV1ForCausalLM(config), "model.layers.0.mlp.gate.wg"
+
+
+def router_beside_a_list() -> tuple[nn.Module, str]:
+    """As older code has it; a gate of one column, as shared experts have, is none."""
+    block = nn.ModuleDict(
+        {
+            "gate": nn.Linear(64, 4, bias=False),
+            "experts": nn.ModuleList(nn.Linear(64, 64) for _ in range(4)),
+            "shared_expert_gate": nn.Linear(64, 1),
+            "up": nn.Linear(64, 4),
+        }
+    )
+    return nn.ModuleDict({"mlp": block}), "mlp.gate"
+
+
+@pytest.mark.parametrize("make", [router_of_a_gate, router_beside_a_list])
+def test_routers_that_are_linear_layers_stay_dense(
+    make: Callable[[], tuple[nn.Module, str]],
+) -> None:
+    model, path = make()
+    others = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+    qnn.quantize_model(model, block_size=32)
+    assert [n for n in others if type(model.get_submodule(n)) is nn.Linear] == [path]
+    (found,) = [
+        weights for weights in qnn.quantization_report(model, 0.0).dense if path in str(weights)
+    ]
+    assert found.expected
+    # Named, it is taken.
+    chosen, path = make()
+    qnn.quantize_model(chosen, block_size=32, targets=[path])
+    assert isinstance(chosen.get_submodule(path), qnn.Linear4bit)
