@@ -177,7 +177,12 @@ class QKernQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             # Saving would undo it, of tensors that have bitsandbytes' names already.
-            model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+            # transformers copies and reverses the others by their own class.
+            model._weight_conversions = [
+                c.original if isinstance(c, ExpertsConverter) else c
+                for c in conversions
+                if not _is_ours(c)
+            ]
         # Gate and up together have plain scales, where layers by themselves have double-quantised
         # ones: such a model has no config, and saving it says so.
         has_mixed_scales = self._has_quantized_experts()

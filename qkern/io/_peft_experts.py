@@ -36,6 +36,11 @@ def _stacks(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     return [name for name in names if is_experts(modules.get(f"{path}.{name}"))]
 
 
+def names_of_experts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The tensors of all experts in 4 bits, with adapters or without, as dense models name them."""
+    return [f"{path}.{name}" for path in modules for name in _stacks(modules, path)]
+
+
 def _places(path: str, names: Collection[str]) -> dict[str, str]:
     """By tensor the path of its wrapper."""
     return {name: path + _WRAPPED * depth for depth, name in enumerate(reversed([*names]))}

@@ -162,7 +162,10 @@ def save_adapter(
         "use_rslora": _same(layers, "use_rslora"),
     }
     if experts := layers.keys() - linear.keys():
-        config["target_parameters"] = _peft_experts.target_parameters(experts, contents.tensors)
+        others = _peft_experts.names_of_experts(contents.modules)
+        config["target_parameters"] = _peft_experts.target_parameters(
+            experts, (*contents.tensors, *others)
+        )
     named: dict[str, Tensor] = {}
     of_experts: _peft_experts.Factors = {}
     for path, layer in layers.items():

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qkern.nn._sources import class_name, is_linear
+from qkern.nn._adapters import has_own_forward
+from qkern.nn._sources import class_name, is_linear, is_only_placed
 from qkern.nn.experts import Experts4bit
 
 IMPLEMENTATION = "qkern"
@@ -70,6 +71,7 @@ def routers(model: nn.Module) -> Iterator[str]:
             continue
         for child in ("gate", "router"):
             inside = getattr(model.get_submodule(parent), child, None)
+            # Of a module of its own, whatever the layer in it is called.
             for below, layer in inside.named_modules() if isinstance(inside, nn.Module) else ():
                 # As wide as there are experts: a gate of another kind has one column, or many.
                 if is_linear(layer) and layer.out_features == count:
@@ -85,6 +87,8 @@ def check_stack(model: nn.Module, stack: Stack) -> None:
         reason = f"is a {type(tensor).__name__}; takes a plain parameter"
     elif getattr(module, "parametrizations", None) is not None:
         reason = "is computed (parametrisations); remove them first"
+    elif _has_strange_forward(module):
+        reason = "has a forward of its own around it, which would be lost; remove it, or skip it"
     elif len(tensor) != module.num_experts:
         reason = f"has {len(tensor)} experts; takes {module.num_experts}, the module's num_experts"
     else:
@@ -94,6 +98,13 @@ def check_stack(model: nn.Module, stack: Stack) -> None:
                 reason = f"is also a parameter of {path}; skip it"
     if reason is not None:
         raise ValueError(f"{stack.whole_name}: {reason}")
+
+
+def _has_strange_forward(module: nn.Module) -> bool:
+    """Whether somebody put another ``forward`` on it, which `use_4_bits` did not."""
+    found = vars(module).get("forward")
+    ours = isinstance(found, functools.partial) and found.func is _llama4_forward
+    return has_own_forward(module) and not ours and not is_only_placed(module)
 
 
 def _transposed(module: nn.Module) -> bool | None:

@@ -149,7 +149,8 @@ def stays_dense(model: nn.Module) -> tuple[str, ...]:
     """
     names = set(_experts.routers(model))
     for path, module in model.named_modules():
-        names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+        for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            names.update(getattr(module, kept, None) or ())
         if child := _DTYPE_ASKED.get(type(module).__name__):
             names.add(f"{path}.{child}" if path else child)
     return tuple(sorted(names))

@@ -102,6 +102,7 @@ def quantization_report(model: nn.Module, share: float = 0.01) -> QuantizationRe
             for name in TENSORS:
                 if (tensor := own.pop(name, None)) is not None:
                     quantized[id(tensor)] = held[id(tensor)]
+            own.pop("bias", None)  # of experts it is a matrix
         if isinstance(module, LoRALayer):
             adapters.update(map(id, own.values()))
         expected = isinstance(module, nn.Embedding | _ConvNd) or id(module) in heads

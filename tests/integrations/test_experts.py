@@ -197,6 +197,41 @@ def test_files_of_peft_with_adapters_on_experts(
     io.load_adapter(ours, tmp_path / "ours")  # where it has adapters already
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["layers.0.mlp.experts.gate_up_proj"],
+        ["layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"],
+        ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "q_proj"],
+    ],
+)
+def test_files_of_adapters_on_some_layers_experts(targets: list[str], tmp_path: Path) -> None:
+    """Their names are whole ones, since their ends are those of others too."""
+    peft = pytest.importorskip("peft")
+    base = quantised()
+    model = qnn.add_lora(copy.deepcopy(base), qnn.LoRAConfig(r=2, targets=targets))
+    for parameter in qnn.lora_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    io.save_adapter(model, tmp_path)
+    again = io.load_adapter(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    other = peft.PeftModel.from_pretrained(eager(base), tmp_path)
+    assert (logits(other) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("skip", ["experts.down_proj", "experts.gate_up_proj"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_checkpoint_of_which_one_tensor_stays_dense(name: str, skip: str, tmp_path: Path) -> None:
+    dense = mixture(name)
+    dense.save_pretrained(tmp_path / "dense")
+    config = QKernConfig(skip=[skip], **OPTIONS)
+    model = loaded(dense, tmp_path / "dense", quantization_config=config)
+    assert all(not path.endswith(skip) for path in experts_of(model))
+    model.save_pretrained(tmp_path / "one")
+    again = loaded(dense, tmp_path / "one")
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_a_shared_adapter_is_written_for_each_expert(tmp_path: Path) -> None:
     model = quantised()
     config = qnn.LoRAConfig(r=2, share_experts=True, targets=["experts.down_proj"])

@@ -294,3 +294,34 @@ def test_routers_that_are_linear_layers_stay_dense(
     chosen, path = make()
     qnn.quantize_model(chosen, block_size=32, targets=[path])
     assert isinstance(chosen.get_submodule(path), qnn.Linear4bit)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+def test_a_forward_of_its_own_is_not_lost(name: str) -> None:
+    model = dense(name)
+    path = next(n for n, _ in model.named_modules() if n.endswith(".experts"))
+    experts = model.get_submodule(path)
+    experts.forward = lambda *given: type(experts).forward(experts, *given)
+    with pytest.raises(ValueError, match=rf"{path}\.\w+: has a forward of its own"):
+        qnn.quantize_model(model, block_size=32)
+    assert not experts_of(model)
+    del experts.forward
+    # In two calls: the first one puts a forward on Llama 4's.
+    qnn.quantize_model(model, block_size=32, targets=["experts.gate_up_proj"])
+    qnn.quantize_model(model, block_size=32, targets=["experts.down_proj"])
+    assert all(isinstance(m, Experts4bit) for m in experts.children() if hasattr(m, "weight"))
+
+
+def test_a_bias_of_experts_is_no_weight() -> None:
+    experts = Experts4bit.from_dense(torch.randn(8, 64, 32), bias=torch.randn(8, 64))
+    report = qnn.quantization_report(nn.ModuleDict({"experts": experts}), 0.0)
+    assert report.dense == ()
+
+
+@pytest.mark.parametrize("kept", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_what_a_model_keeps_in_float32_stays_dense(kept: str) -> None:
+    model = nn.ModuleDict({"weights_proj": nn.Linear(64, 8), "up": nn.Linear(64, 64)})
+    setattr(model, kept, ["weights_proj"])
+    qnn.quantize_model(model)
+    assert type(model.weights_proj) is nn.Linear
+    assert isinstance(model.up, qnn.Linear4bit)
