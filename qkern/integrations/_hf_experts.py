@@ -121,14 +121,15 @@ class BitsAndBytesExperts(ExpertsConverter):
             for pattern, parts in self.collected_tensors.items()
         }
         self.collected_tensors.clear()
-        layers = [self._layers(pattern, columns) for pattern in self._layer_patterns(path)]
+        patterns = self._layer_patterns(path)
+        layers = [self._layers(pattern, columns) for pattern in patterns]
         if len({len(each) for each in layers}) != 1:
             counts = ", ".join(str(len(each)) for each in layers)
             raise ValueError(f"got {counts} layers; takes as many of each kind, one an expert")
         number, *shape = experts._weight_shape
         if len(layers[0]) != number:
             raise ValueError(f"got {len(layers[0])} experts; takes {number}")
-        names = [pattern.rpartition(".experts.")[2] for pattern in self._layer_patterns(path)]
+        names = [pattern.rpartition(".experts.")[2] for pattern in patterns]
         found = [
             _bnb_experts.joined([*each], names).to(experts._weight_dtype)
             for each in zip(*layers, strict=True)

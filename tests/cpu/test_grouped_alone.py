@@ -12,7 +12,6 @@ from torch import Tensor
 import qkern
 from qkern import QuantizedExperts, testing
 from qkern.backends import cpu
-from qkern.testing import OPS
 from qkern.weight import Weight
 from tests.observers import Ops
 from tests.references import assert_none_kept
@@ -58,23 +57,6 @@ PRODUCTS = [
 GROUPED = [*PRODUCTS, "grouped_matmul_into"]
 WEIGHTS = [{}, {"double_quant": False}, {"format": "custom", "codebook": torch.linspace(-1, 1, 16)}]
 each_product = pytest.mark.parametrize("name", PRODUCTS)
-
-
-@pytest.mark.parametrize("name", GROUPED)
-def test_every_case_gives_the_bits_of_the_long_way(
-    isa: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = OPS[name]
-    cases = [case for case in spec.cases if case.values == "normal"]
-    inputs = [
-        spec.make_inputs(case, torch.device("cpu"), torch.Generator().manual_seed(0))
-        for case in cases
-    ]
-    actual = [spec.run(values) for values in inputs]
-    monkeypatch.setattr(cpu, "fast", {})
-    for case, values, results in zip(cases, inputs, actual, strict=True):
-        for a, e in zip(results, spec.run(values), strict=True):
-            testing.assert_bitwise(a, e, f"{name}: {case}")
 
 
 def wrong_tensors(value: Tensor) -> list[Any]:

@@ -114,7 +114,13 @@ def test_plain_tensors_skip_the_op(
     assert not y._is_view()
 
 
-@pytest.mark.parametrize("name", ["linear_4bit", "linear_4bit_dx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("linear_4bit", "linear_4bit_dx", "grouped_linear_4bit", "grouped_linear_4bit_dx"),
+        *("grouped_linear_4bit_add", "grouped_linear_4bit_dx_add", "grouped_matmul_into"),
+    ],
+)
 def test_every_case_gives_the_bits_of_the_long_way(
     isa: str, name: str, without_kernels_alone: Callable[[], None]
 ) -> None:
